@@ -1,0 +1,59 @@
+# make setup | train | test | bench | lint          STACK=forks (default) or upstream: see README.md, "Two stacks"
+STACK  ?= forks
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= $(if $(filter upstream,$(STACK)),.venv-upstream,.venv)
+
+BIN       := $(VENV)/bin
+STACK_OK  := $(VENV)/.stack-installed
+PLUGIN_OK := $(VENV)/.plugin-installed
+NO_DEPS   := $(wildcard requirements/no-deps-$(STACK).txt)
+
+CONFIG   ?= configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4_shapes.py
+DATA     ?= data/shapes
+WORK_DIR ?= work_dirs/shapes$(if $(filter upstream,$(STACK)),-upstream)
+
+ifeq ($(STACK),forks)
+  MMDET := onedl-mmdetection
+else ifeq ($(STACK),upstream)
+  MMDET := mmdet
+else
+  $(error STACK=$(STACK) is not known: use STACK=forks or STACK=upstream)
+endif
+
+.PHONY: setup train test bench lint clean
+setup: $(PLUGIN_OK)
+
+# torch comes first and alone, and nothing is built in isolation: a build environment of pip's own would fetch another torch.
+$(STACK_OK): requirements/build.txt requirements/$(STACK).txt $(NO_DEPS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'msda_plugin needs Python 3.10 or newer; name one: make setup PYTHON=python3.11'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q '$(TORCH)'
+	$(BIN)/python -m pip install -q -r requirements/build.txt
+	@echo 'Installing the OpenMMLab packages ($(STACK)); the first time, mmcv is compiled: 5 to 10 minutes on 2 cores.'
+	$(BIN)/python -m pip install -q --no-build-isolation -r requirements/$(STACK).txt
+	$(if $(NO_DEPS),$(BIN)/python -m pip install -q --no-build-isolation --no-deps -r $(NO_DEPS))
+	@touch $@
+
+$(PLUGIN_OK): $(STACK_OK) setup.py pyproject.toml $(shell find csrc -type f)
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
+	@touch $@
+
+train: setup
+	$(BIN)/python -m msda_plugin shapes --out $(DATA)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mim train $(MMDET) $(CONFIG) --work-dir $(WORK_DIR) \
+	  --cfg-options data_root=$(DATA)/
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/python -m msda_plugin benchmark op
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist *.egg-info msda_plugin/ops/lib $(PLUGIN_OK)

@@ -1,0 +1,25 @@
+# Real photographs on a CPU: the detector of the main job, on blood cells, at 320×240.
+_base_ = [
+    '../_base_/models/deformable-detr-two-stage_shunted-nano.py', '../_base_/datasets/bccd_detection.py',
+    '../_base_/default_runtime.py'
+]
+runner_type = 'msda_plugin.DetectionRunner'
+
+model = dict(num_queries=100, bbox_head=dict(num_classes=3))
+
+max_epochs = 50
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=5)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=4e-4, weight_decay=1e-4),
+    clip_grad=dict(max_norm=0.1, norm_type=2))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, T_max=max_epochs, eta_min_ratio=0.02,
+         convert_to_iter_based=True),
+]
+auto_scale_lr = dict(enable=False, base_batch_size=4)
+custom_hooks = [dict(type='msda_plugin.TrainingReportHook')]

@@ -1,0 +1,106 @@
+// From tensors to the kernels' arguments, for every backend. Checks here keep memory safe whoever calls the operator;
+// the checks that explain themselves are in msda_plugin/ops/checks.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+#include <vector>
+
+#include "ms_deform_attn.h"
+
+namespace msda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: STD_TORCH_CHECK(false, name, " must have dtype float64, float32, float16 or bfloat16");
+  }
+  return DType::float32;
+}
+
+// Contiguous inputs and the problem that points into them.
+struct Arguments {
+  Tensor value, spatial_shapes, level_start_index, reference_points, coordinates, weights;
+  Problem problem;
+};
+
+inline void check_sizes(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {
+  bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; equal && i < sizes.size(); ++i) equal = tensor.size(static_cast<int64_t>(i)) == sizes[i];
+  STD_TORCH_CHECK(equal, name, " has sizes that do not fit the other arguments");
+}
+
+// `reference_points` is null for the plain operator.
+inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+                                const Tensor* reference_points, const Tensor& coordinates, const Tensor& weights) {
+  STD_TORCH_CHECK(value.dim() == 4, "value must be (bs, num_keys, num_heads, head_dim)");
+  STD_TORCH_CHECK(coordinates.dim() == 6, "coordinates must be (bs, num_queries, num_heads, num_levels, num_points, 2)");
+  STD_TORCH_CHECK(spatial_shapes.scalar_type() == ScalarType::Long && level_start_index.scalar_type() == ScalarType::Long,
+                  "spatial_shapes and level_start_index must have dtype int64");
+  Problem p{};
+  p.batch = value.size(0);
+  p.keys = value.size(1);
+  p.heads = value.size(2);
+  p.channels = value.size(3);
+  p.queries = coordinates.size(1);
+  p.levels = coordinates.size(3);
+  p.points = coordinates.size(4);
+  STD_TORCH_CHECK(p.heads > 0 && p.channels > 0 && p.levels > 0 && p.points > 0,
+                  "num_heads, head_dim, num_levels and num_points must be at least 1");
+  STD_TORCH_CHECK(p.keys < (int64_t{1} << 31) - 1, "num_keys must be below 2^31 - 1");
+  check_sizes(spatial_shapes, "spatial_shapes", {p.levels, 2});
+  check_sizes(level_start_index, "level_start_index", {p.levels});
+  check_sizes(coordinates, "coordinates", {p.batch, p.queries, p.heads, p.levels, p.points, 2});
+  check_sizes(weights, "weights", {p.batch, p.queries, p.heads, p.levels, p.points});
+
+  p.dtype = dtype_of(value, "value");
+  p.coordinate_dtype = dtype_of(coordinates, "coordinates");
+  const DType accumulation = p.dtype == DType::float64 ? DType::float64 : DType::float32;
+  STD_TORCH_CHECK((p.coordinate_dtype == p.dtype || p.coordinate_dtype == accumulation) &&
+                      dtype_of(weights, "weights") == p.coordinate_dtype,
+                  "coordinates and weights must both have value's dtype or float32 (float64 for a float64 value)");
+
+  using torch::stable::contiguous;
+  Arguments a{contiguous(value), contiguous(spatial_shapes), contiguous(level_start_index), value,
+              contiguous(coordinates), contiguous(weights), p};
+  if (reference_points != nullptr) {
+    a.problem.reference_size = static_cast<int>(reference_points->size(-1));
+    check_sizes(*reference_points, "reference_points", {p.batch, p.queries, p.levels, a.problem.reference_size});
+    STD_TORCH_CHECK(a.problem.reference_size == 2 || a.problem.reference_size == 4,
+                    "reference_points must have 2 or 4 coordinates");
+    STD_TORCH_CHECK(dtype_of(*reference_points, "reference_points") == p.coordinate_dtype,
+                    "reference_points must have the dtype of the offsets");
+    a.reference_points = contiguous(*reference_points);
+    a.problem.reference_points = a.reference_points.const_data_ptr();
+  }
+  a.problem.value = a.value.const_data_ptr();
+  a.problem.spatial_shapes = static_cast<const int64_t*>(a.spatial_shapes.const_data_ptr());
+  a.problem.level_start_index = static_cast<const int64_t*>(a.level_start_index.const_data_ptr());
+  a.problem.coordinates = a.coordinates.const_data_ptr();
+  a.problem.weights = a.weights.const_data_ptr();
+  return a;
+}
+
+inline Tensor make_output(const Arguments& a) {
+  const Problem& p = a.problem;
+  return torch::stable::new_empty(a.value, {p.batch, p.queries, p.heads * p.channels});
+}
+
+// The gradient of the output, made contiguous.
+inline Tensor make_grad_output(const Arguments& a, const Tensor& grad_output) {
+  const Problem& p = a.problem;
+  check_sizes(grad_output, "grad_output", {p.batch, p.queries, p.heads * p.channels});
+  STD_TORCH_CHECK(grad_output.scalar_type() == a.value.scalar_type(), "grad_output must have value's dtype");
+  return torch::stable::contiguous(grad_output);
+}
+
+}  // namespace msda

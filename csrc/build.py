@@ -1,0 +1,232 @@
+"""Builds the compiled operator: ``libmsda_cpu.so``, and ``libmsda_cuda.so`` where there is a CUDA compiler.
+
+    python csrc/build.py [--out DIR] [--cuda auto|on|off] [--sanitize address,undefined] [--verbose]
+
+One build serves every torch >= 2.10 and every Python, by way of LibTorch's stable ABI: torch is needed for its headers
+and for two libraries to name, and is not imported. Environment: ``CXX`` and ``NVCC`` name the compilers,
+``MSDA_CUDA_ARCHS`` the GPU architectures, such as "80;90;120" (machine code for each, and PTX for the last).
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCE_DIR = Path(__file__).resolve().parent
+DEFAULT_OUT = SOURCE_DIR.parent / 'msda_plugin' / 'ops' / 'lib'
+TORCH_MINIMUM = (2, 10)
+CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
+
+COMMON_FLAGS = ['-std=c++20', '-O3', '-fPIC', '-fvisibility=hidden', '-Wall', '-Wextra',
+                '-Wno-maybe-uninitialized']  # false alarms in the compiler's own intrinsics
+KERNEL_FLAGS = ['-ffp-contract=fast', '-fno-math-errno', '-fno-trapping-math']
+ISA_FLAGS = {
+    'avx512': ['-mavx2', '-mfma', '-mf16c', '-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl',
+               '-mprefer-vector-width=512'],
+    'avx2': ['-mavx2', '-mfma', '-mf16c'],
+    'portable': [],
+}
+STABLE_ABI_FLAGS = ['-DTORCH_TARGET_VERSION=0x020a000000000000']
+
+
+class BuildError(RuntimeError):
+    """The build cannot go on; the message says why and what to do."""
+
+
+class CompilerNotFound(BuildError):
+    """There is no C++ compiler (or no CUDA compiler, where one was asked for)."""
+
+
+class TorchNotFound(BuildError):
+    """There is no torch of a version that has the stable ABI."""
+
+
+def build(out_dir: str | os.PathLike = DEFAULT_OUT, cuda: str = 'auto', sanitize: str = '',
+          verbose: bool = False) -> list[Path]:
+    """Build the libraries into ``out_dir``, replacing older ones only when everything is built.
+
+    Args:
+        out_dir: Where ``libmsda_cpu.so`` and ``libmsda_cuda.so`` go.
+        cuda: 'on': build for CUDA or raise; 'off': don't; 'auto': if this torch is for CUDA and nvcc is found.
+        sanitize: Sanitizers for the CPU library, as after ``-fsanitize=``.
+        verbose: Print the commands.
+
+    Returns:
+        The paths of the libraries built.
+
+    Raises:
+        CompilerNotFound, TorchNotFound, BuildError: See there.
+    """
+    if cuda not in ('auto', 'on', 'off'):
+        raise ValueError(f"cuda is {cuda!r}, but 'auto', 'on' or 'off' is needed")
+    torch_dir = find_torch()
+    compiler = find_compiler()
+    nvcc = None if cuda == 'off' else find_nvcc()
+    if cuda == 'on' and nvcc is None:
+        raise CompilerNotFound('no nvcc was found: install the CUDA toolkit, put nvcc on PATH or set NVCC')
+    if cuda == 'auto' and not _library(torch_dir, 'torch_cuda').exists():
+        nvcc = None
+
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix='.build-') as work:
+        builder = _Builder(Path(work), torch_dir, compiler, nvcc, sanitize, verbose)
+        results = [Path(os.path.abspath(out_dir / built.name)) for built in builder.run()]
+        for target in results:
+            os.replace(Path(work) / target.name, target)
+    return results
+
+
+def find_torch() -> Path:
+    """The directory of the installed torch, found without importing it (a build environment of pip's hides it)."""
+    places = [Path(sysconfig.get_path(key)) / 'torch' for key in ('purelib', 'platlib')]
+    spec = importlib.util.find_spec('torch')
+    if spec is not None and spec.origin is not None:
+        places.append(Path(spec.origin).parent)
+    for place in places:
+        if not (place / 'version.py').exists():
+            continue
+        match = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (place / 'version.py').read_text())
+        if match is None or (int(match[2]), int(match[3])) < TORCH_MINIMUM:
+            found = match[1] if match else 'of unknown version'
+            raise TorchNotFound(f'torch {found} is in {place}, but torch >= 2.10 is needed for its stable ABI: upgrade it')
+        return place
+    raise TorchNotFound(f'no torch was found for {sys.executable}: install torch >= 2.10 first')
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: ``CXX``, else g++, c++ or clang++."""
+    if os.environ.get('CXX'):
+        command = shlex.split(os.environ['CXX'])
+        if shutil.which(command[0]) is None:
+            raise CompilerNotFound(f'CXX is {os.environ["CXX"]!r}, but there is no such command: correct it or unset it')
+        return command
+    for name in ('g++', 'c++', 'clang++'):
+        if shutil.which(name):
+            return [name]
+    raise CompilerNotFound('no C++ compiler was found: install g++ >= 10 or clang >= 14, or set CXX')
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: ``NVCC``, that of ``CUDA_HOME`` or ``CUDA_PATH``, on PATH, or in its usual place; or None."""
+    homes = [Path(os.environ[key]) / 'bin' / 'nvcc' for key in ('CUDA_HOME', 'CUDA_PATH') if os.environ.get(key)]
+    for candidate in (os.environ.get('NVCC'), *homes, 'nvcc', '/usr/local/cuda/bin/nvcc'):
+        found = shutil.which(str(candidate)) if candidate else None
+        if found:
+            return found
+    return None
+
+
+class _Builder:
+    def __init__(self, work: Path, torch_dir: Path, compiler: list[str], nvcc: str | None, sanitize: str, verbose: bool):
+        self.work = work
+        self.torch_dir = torch_dir
+        self.compiler = compiler
+        self.nvcc = nvcc
+        self.sanitize = [f'-fsanitize={sanitize}', '-fno-sanitize-recover=all', '-g'] if sanitize else []
+        self.verbose = verbose
+
+    def run(self) -> list[Path]:
+        binding = [*STABLE_ABI_FLAGS, '-isystem', str(self.torch_dir / 'include')]
+        isas = ISA_FLAGS if sysconfig.get_platform().endswith(('x86_64', 'amd64')) else {'portable': []}
+        cpu = [self.compile('cpu/binding.cpp', binding + self.sanitize),
+               self.compile('cpu/ms_deform_attn.cpp', self.sanitize)]
+        cpu += [self.compile(f'cpu/ms_deform_attn_{isa}.cpp', KERNEL_FLAGS + flags + self.sanitize)
+                for isa, flags in isas.items()]
+        cuda = []
+        if self.nvcc:
+            cuda = [self.compile_cuda('cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *self.cuda_codes()]),
+                    self.compile_cuda('cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', *binding])]
+        # The longest first, so that two jobs end together.
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            list(pool.map(self.execute, [command for command, _ in cuda + cpu]))
+        results = [self.link('libmsda_cpu.so', [target for _, target in cpu], self.sanitize)]
+        if self.nvcc:
+            results.append(self.link_cuda('libmsda_cuda.so', [target for _, target in cuda]))
+        return results
+
+    def compile(self, source: str, flags: list[str]) -> tuple[list[str], Path]:
+        target = self.work / (source.replace('/', '_') + '.o')
+        return [*self.compiler, *COMMON_FLAGS, *flags, '-c', str(SOURCE_DIR / source), '-o', str(target)], target
+
+    def compile_cuda(self, source: str, flags: list[str]) -> tuple[list[str], Path]:
+        target = self.work / (source.replace('/', '_') + '.o')
+        host = ['-ccbin', self.compiler[0], '-Xcompiler=-fPIC,-fvisibility=hidden']
+        return [self.nvcc, '-O3', *host, *flags, '-c', str(SOURCE_DIR / source), '-o', str(target)], target
+
+    def cuda_codes(self) -> list[str]:
+        if os.environ.get('MSDA_CUDA_ARCHS'):
+            listed = re.split(r'[;, ]+', os.environ['MSDA_CUDA_ARCHS'].strip('; ,'))
+            archs = sorted(int(arch.replace('.', '')) for arch in listed)
+        else:
+            supported = set(re.findall(r'compute_(\d+)', self.execute([self.nvcc, '--list-gpu-arch'])))
+            archs = [arch for arch in CUDA_ARCHS if str(arch) in supported]
+        codes = [f'-gencode=arch=compute_{arch},code=sm_{arch}' for arch in archs]
+        return [*codes, f'-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}']
+
+    def link(self, name: str, objects: list[Path], flags: list[str]) -> Path:
+        # The library must name torch's library, whether or not Python has loaded it first.
+        named = ['-ltorch_cpu'] if sys.platform == 'darwin' else ['-Wl,--no-as-needed', '-ltorch_cpu']
+        target = self.work / name
+        self.execute([*self.compiler, '-shared', *flags, *map(str, objects), '-o', str(target),
+                      f'-L{self.torch_dir / "lib"}', *named])
+        return target
+
+    def link_cuda(self, name: str, objects: list[Path]) -> Path:
+        places = [self.torch_dir / 'lib']
+        if not _library(self.torch_dir, 'torch_cuda').exists():
+            # An empty library of that name stands in for the one that a CPU-only torch lacks.
+            empty = self.work / 'empty.cpp'
+            empty.write_text('')
+            self.execute([*self.compiler, '-shared', '-fPIC', '-Wl,-soname,libtorch_cuda.so', str(empty), '-o',
+                          str(self.work / 'libtorch_cuda.so')])
+            places.append(self.work)
+        target = self.work / name
+        self.execute([self.nvcc, '-shared', '-cudart=static', '-ccbin', self.compiler[0], *map(str, objects), '-o',
+                      str(target), *(f'-L{place}' for place in places),
+                      '-Xlinker=--exclude-libs,ALL,--no-as-needed,-ltorch_cpu,-ltorch_cuda'])
+        return target
+
+    def execute(self, command: list[str]) -> str:
+        if self.verbose:
+            print(shlex.join(command), flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f'{shlex.join(command)}\nexited with status {done.returncode}:\n{done.stdout}{done.stderr}')
+        if self.verbose and done.stderr:
+            print(done.stderr, flush=True)
+        return done.stdout
+
+
+def _library(torch_dir: Path, name: str) -> Path:
+    return torch_dir / 'lib' / f'lib{name}{".dylib" if sys.platform == "darwin" else ".so"}'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, default=DEFAULT_OUT, help='where the libraries go (default: %(default)s)')
+    parser.add_argument('--cuda', choices=('auto', 'on', 'off'), default='auto', help='default: %(default)s')
+    parser.add_argument('--sanitize', default='', metavar='LIST', help='for example address,undefined')
+    parser.add_argument('--verbose', action='store_true', help='print the commands')
+    args = parser.parse_args()
+    try:
+        libraries = build(args.out, args.cuda, args.sanitize, args.verbose)
+    except BuildError as error:
+        print(f'csrc/build.py: {error}', file=sys.stderr)
+        return 1
+    for library in libraries:
+        print(library)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

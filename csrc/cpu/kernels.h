@@ -1,0 +1,581 @@
+// The kernels, compiled once per instruction set (MSDA_ISA names it).
+//
+// Samples are handled in tiles: some queries of one image and head. A tile is planned first (addresses and weights of
+// the four corners of every sample, in loops that vectorise over samples) and then gathered (vectors over channels).
+// Where the rows of an image and head are visited often, they are packed one after another into a scratch of the size of
+// these rows: in `value` they lie heads * channels apart, and would share few sets of the caches.
+//
+// Backward: coordinates and weights in one pass over tiles, like forward; the value in a second pass, in which a task
+// owns the rows of its image, head and levels, and visits all queries in order. So nothing is atomic, and the sums do
+// not depend on the number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+#include "../ms_deform_attn.h"
+#include "ms_deform_attn.h"
+#include "simd.h"
+
+namespace msda::MSDA_ISA {
+namespace {
+
+constexpr int64_t kTileSamples = 64;
+constexpr int64_t kAlignment = 64;
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class E>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const size_t bytes = static_cast<size_t>(ceil_div(max_of(count, 1) * sizeof(E), kAlignment) * kAlignment);
+    data_ = static_cast<E*>(std::aligned_alloc(kAlignment, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator E*() const { return data_; }
+
+ private:
+  E* data_;
+};
+
+inline void prefetch(const void* address, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(address) + i);
+}
+
+// Runs body(begin, end) over `count` tasks of some number of multiplications each; small work stays on one thread.
+constexpr int64_t kWorkPerThread = int64_t{1} << 17;
+template <class F>
+void run(const cpu::Pool& pool, int64_t count, int64_t work, const F& body) {
+  if (count == 0) return;
+  const int64_t grain = max_of(1, kWorkPerThread / max_of(work, 1));
+  pool.run(count, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); },
+           const_cast<F*>(&body));
+}
+
+template <class A>
+int64_t padded_channels(const Problem& p) {
+  return ceil_div(p.channels, kLanes<A>) * kLanes<A>;
+}
+
+// The rows of `value` of one image and head, where the gather reads them.
+template <class T>
+class Rows {
+ public:
+  Rows(const Problem& p, bool packed)
+      : p_(p), packed_(packed), padded_(padded_channels<Accumulator<T>>(p)),
+        scratch_(packed ? (p.keys + 1) * padded_ : padded_), stride_((packed ? padded_ : p.heads * p.channels) * sizeof(T)) {
+    T* zeros = packed ? scratch_ + p.keys * padded_ : scratch_;
+    std::memset(zeros, 0, padded_ * sizeof(T));
+  }
+
+  void select(int64_t image, int64_t head) {
+    if (image == image_ && head == head_) return;
+    image_ = image;
+    head_ = head;
+    const T* rows = static_cast<const T*>(p_.value) + (image * p_.keys * p_.heads + head) * p_.channels;
+    if (packed_) {
+      pack(rows);
+      base_ = reinterpret_cast<const char*>(static_cast<T*>(scratch_));
+      missing_ = p_.keys * stride_;
+    } else {
+      base_ = reinterpret_cast<const char*>(rows);
+      missing_ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(static_cast<T*>(scratch_)) -
+                                      reinterpret_cast<uintptr_t>(rows));
+    }
+  }
+
+  const char* base() const { return base_; }
+  int64_t stride() const { return stride_; }    // bytes from one row to the next
+  int64_t missing() const { return missing_; }  // bytes from base to a row of zeros
+
+ private:
+  void pack(const T* rows) {
+    const int64_t step = p_.heads * p_.channels;
+    if (p_.channels == padded_) {
+      for (int64_t key = 0; key < p_.keys; ++key)
+        for (int64_t c = 0; c < padded_; c += kLanes<Accumulator<T>>)
+          std::memcpy(scratch_ + key * padded_ + c, rows + key * step + c, kLanes<Accumulator<T>> * sizeof(T));
+    } else {
+      for (int64_t key = 0; key < p_.keys; ++key) {
+        std::memcpy(scratch_ + key * padded_, rows + key * step, p_.channels * sizeof(T));
+        std::memset(scratch_ + key * padded_ + p_.channels, 0, (padded_ - p_.channels) * sizeof(T));
+      }
+    }
+  }
+
+  const Problem& p_;
+  const bool packed_;
+  const int64_t padded_;
+  Buffer<T> scratch_;
+  const int64_t stride_;
+  int64_t image_ = -1, head_ = -1, missing_ = 0;
+  const char* base_ = nullptr;
+};
+
+// The samples of some queries of one image and head, on a range of levels. A: accumulation, C: coordinate type.
+template <class A, class C>
+class Tile {
+ public:
+  using Sum = A;
+
+  Tile(const Problem& p, int64_t level_begin, int64_t level_end)
+      : samples((level_end - level_begin) * p.points), capacity(max_of(1, kTileSamples / samples)),
+        size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), offset(4 * size), corner(4 * size), weight(size), down(size), right(size), inside(size),
+        width(size), height(size), raw(2 * size), origin(p.reference_size * size), p_(p), first_(level_begin * p.points),
+        x_(size), y_(size), start_(size), key_(4 * size), logits_(p.samples() + kLanes<A>) {
+    for (int64_t s = 0; s < size; ++s) {
+      const int64_t level = level_begin + s % samples / p.points;
+      height[s] = static_cast<int32_t>(p.spatial_shapes[2 * level]);
+      width[s] = static_cast<int32_t>(p.spatial_shapes[2 * level + 1]);
+      start_[s] = static_cast<int32_t>(p.level_start_index[level]);
+      x_[s] = y_[s] = weight[s] = 0;  // the last ones may belong to no query
+    }
+    std::memset(key_, 0, 4 * size * sizeof(int32_t));
+  }
+
+  // Corner addresses are key * stride from the base of the rows, or `missing`.
+  void plan(int64_t image, int64_t head, int64_t query, int64_t count, int64_t stride, int64_t missing) {
+    const int64_t all = p_.samples(), total = count * samples;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t unit = (image * p_.queries + query + i) * p_.heads + head;
+      widen(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + first_), raw + 2 * i * samples, 2 * samples);
+      const C* weights = static_cast<const C*>(p_.weights) + unit * all;
+      const int64_t ahead = count * p_.heads * all;  // in the next tile: far enough apart that only we see the pattern
+      prefetch(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + ahead + first_), 2 * samples * sizeof(C));
+      prefetch(weights + ahead + first_, samples * sizeof(C));
+      if (p_.reference_size == 0)
+        widen(weights + first_, weight + i * samples, samples);
+      else
+        softmax(weights, weight + i * samples);
+    }
+    positions(image * p_.queries + query, count);
+    neighbours(total, stride, missing);
+  }
+
+  const int64_t samples, capacity, size;  // per query; queries; in all, rounded up to whole vectors
+  Buffer<int64_t> offset;                 // [4][size]
+  Buffer<A> corner;                       // [4][size], times the attention weight
+  Buffer<A> weight, down, right;
+  Buffer<int32_t> inside, width, height;
+  Buffer<A> raw;     // [size][2]: coordinates as they came
+  Buffer<A> origin;  // [reference_size][size]: reference point or box of each sample
+
+ private:
+  void softmax(const C* source, A* target) {
+    const int64_t all = p_.samples();
+    widen(source, logits_, all);
+    for (int64_t s = all; s < all + kLanes<A>; ++s) logits_[s] = -__builtin_inff();
+    Vector<A> largest = load(logits_);
+    for (int64_t s = kLanes<A>; s < all; s += kLanes<A>)
+      largest = load(logits_ + s) > largest ? load(logits_ + s) : largest;
+    const A shift = lane_max<A>(largest);
+    for (int64_t s = 0; s < all; s += kLanes<A>) store<A>(logits_ + s, exp_of_nonpositive(load(logits_ + s) - shift));
+    for (int64_t s = all; s < all + kLanes<A>; ++s) logits_[s] = 0;
+    Vector<A> sums = {};
+    for (int64_t s = 0; s < all; s += kLanes<A>) sums += load(logits_ + s);
+    const A sum = lane_sum<A>(sums);
+    const A scale = A(1) / sum;
+    for (int64_t s = 0; s < samples; ++s) target[s] = logits_[first_ + s] * scale;
+  }
+
+  void positions(int64_t row, int64_t count) {
+    const int64_t total = count * samples, features = p_.reference_size;
+    const A* __restrict xy = raw;
+    A *__restrict x = x_, *__restrict y = y_;
+    const int32_t *w = width, *h = height;
+    if (features == 0) {
+      for (int64_t s = 0; s < total; ++s) {
+        x[s] = pixel_of_location(xy[2 * s], static_cast<A>(w[s]));
+        y[s] = pixel_of_location(xy[2 * s + 1], static_cast<A>(h[s]));
+      }
+      return;
+    }
+    const int64_t level_begin = first_ / p_.points, levels = samples / p_.points;
+    for (int64_t i = 0, s = 0; i < count; ++i) {
+      const C* references = static_cast<const C*>(p_.reference_points) + ((row + i) * p_.levels + level_begin) * features;
+      for (int64_t l = 0; l < levels; ++l) {
+        for (int64_t f = 0; f < features; ++f) {
+          A reference;
+          widen(references + l * features + f, &reference, 1);
+          A* target = origin + f * size + s;
+          if (p_.points == 4) {  // known to the compiler
+            for (int k = 0; k < 4; ++k) target[k] = reference;
+          } else {
+            for (int64_t k = 0; k < p_.points; ++k) target[k] = reference;
+          }
+        }
+        s += p_.points;
+      }
+    }
+    const A *ox = origin, *oy = origin + size;
+    if (features == 2) {
+      for (int64_t s = 0; s < total; ++s) {
+        x[s] = pixel_of_point(ox[s], xy[2 * s], static_cast<A>(w[s]));
+        y[s] = pixel_of_point(oy[s], xy[2 * s + 1], static_cast<A>(h[s]));
+      }
+    } else {
+      const A *ow = origin + 2 * size, *oh = origin + 3 * size;
+      const A unit = A(0.5) / static_cast<A>(p_.points);
+      for (int64_t s = 0; s < total; ++s) {
+        x[s] = pixel_of_box(ox[s], ow[s], xy[2 * s], unit, static_cast<A>(w[s]));
+        y[s] = pixel_of_box(oy[s], oh[s], xy[2 * s + 1], unit, static_cast<A>(h[s]));
+      }
+    }
+  }
+
+  void neighbours(int64_t total, int64_t stride, int64_t missing) {
+    using I = Integers<A>;
+    for (int64_t s = 0; s < total; s += kLanes<A>) {
+      const I h = load_integers<A>(height + s), w = load_integers<A>(width + s), start = load_integers<A>(start_ + s);
+      const Vector<A> attention = load(weight + s);
+      const auto cell = locate(load(x_ + s), load(y_ + s), h, w);
+      store<A>(down + s, cell.down);
+      store<A>(right + s, cell.right);
+      store_integers<A>(inside + s, cell.row >= -1);
+      for (int i = 0; i < 4; ++i) {
+        store<A>(corner + i * size + s, corner_weight(cell.down, cell.right, i) * attention);
+        store_integers<A>(key_ + i * size + s, corner_exists(cell, i, h, w) ? corner_key(cell, i, start, w) : I{} - 1);
+      }
+    }
+    for (int64_t i = 0; i < 4 * size; i += kLanes<int64_t>) {
+      const auto key = load_integers<int64_t>(key_ + i);
+      const Vector<int64_t> address = key < 0 ? Vector<int64_t>{} + missing : key * stride;
+      std::memcpy(offset + i, &address, sizeof(address));
+    }
+  }
+
+  const Problem& p_;
+  const int64_t first_;  // sample of the query at which the range of levels begins
+  Buffer<A> x_, y_;
+  Buffer<int32_t> start_, key_;
+  Buffer<A> logits_;
+};
+
+// Calls f with the number of vectors at a time that suits: f(Count<V>, first channel), V from 1 to 4.
+template <int V>
+struct Count {
+  static constexpr int value = V;
+};
+template <class A, class F>
+inline void for_channels(int64_t padded, const F& f) {
+  int64_t c = 0;
+  for (; padded - c >= 4 * kLanes<A>; c += 4 * kLanes<A>) f(Count<4>(), c);
+  switch ((padded - c) / kLanes<A>) {
+    case 1: f(Count<1>(), c); break;
+    case 2: f(Count<2>(), c); break;
+    case 3: f(Count<3>(), c); break;
+  }
+}
+
+// output[c] = sum over samples and corners of corner weight * row[c].
+template <class T, class A, class C>
+inline void gather(const Tile<A, C>& tile, int64_t first, const char* base, int64_t padded,
+                   Accumulator<T>* output) {
+  for_channels<A>(padded, [&](auto vectors, int64_t c) {
+    constexpr int V = decltype(vectors)::value;
+    constexpr int kChains = V <= 2 ? 4 : 2;  // independent sums, to hide the latency of the additions
+    Vector<A> sum[kChains][V] = {};
+    const int64_t* offset = tile.offset + first;
+    const A* corner = tile.corner + first;
+    for (int64_t s = 0; s < tile.samples; ++s)
+      for (int i = 0; i < 4; ++i) {
+        const T* row = reinterpret_cast<const T*>(base + offset[i * tile.size + s]) + c;
+        const A weight = corner[i * tile.size + s];
+        for (int v = 0; v < V; ++v) sum[i % kChains][v] += weight * load(row + v * kLanes<A>);
+      }
+    for (int v = 0; v < V; ++v) {
+      Vector<A> total = sum[0][v] + sum[1][v];
+      if constexpr (kChains == 4) total += sum[2][v] + sum[3][v];
+      store<A>(output + c + v * kLanes<A>, total);
+    }
+  });
+}
+
+// dots[s][i] = grad . row of corner i of sample s.
+template <class T, class A, class C>
+inline void dot(const Tile<A, C>& tile, int64_t first, const char* base, int64_t padded,
+                const Accumulator<T>* grad, Accumulator<T>* dots) {
+  for_channels<A>(padded, [&](auto vectors, int64_t c) {
+    constexpr int V = decltype(vectors)::value;
+    Vector<A> g[V];
+    for (int v = 0; v < V; ++v) g[v] = load(grad + c + v * kLanes<A>);
+    const int64_t* offset = tile.offset + first;
+    for (int64_t s = 0; s < tile.samples; ++s) {
+      Vector<A> product[4];
+      for (int i = 0; i < 4; ++i) {
+        const T* row = reinterpret_cast<const T*>(base + offset[i * tile.size + s]) + c;
+        product[i] = g[0] * load(row);
+        for (int v = 1; v < V; ++v) product[i] += g[v] * load(row + v * kLanes<A>);
+      }
+      A part[4];
+      reduce4<A>(product, part);
+      for (int i = 0; i < 4; ++i) dots[4 * s + i] = c == 0 ? part[i] : dots[4 * s + i] + part[i];
+    }
+  });
+}
+
+// row of corner i of sample s += corner weight * grad, in the order of the samples.
+template <class A, class C>
+inline void scatter(const Tile<A, C>& tile, int64_t first, char* base, int64_t padded,
+                    const typename Tile<A, C>::Sum* grad) {
+  for_channels<A>(padded, [&](auto vectors, int64_t c) {
+    constexpr int V = decltype(vectors)::value;
+    Vector<A> g[V];
+    for (int v = 0; v < V; ++v) g[v] = load(grad + c + v * kLanes<A>);
+    const int64_t* offset = tile.offset + first;
+    const A* corner = tile.corner + first;
+    for (int64_t s = 0; s < tile.samples; ++s)
+      for (int i = 0; i < 4; ++i) {
+        A* row = reinterpret_cast<A*>(base + offset[i * tile.size + s]) + c;
+        const A weight = corner[i * tile.size + s];
+        for (int v = 0; v < V; ++v)
+          store<A>(row + v * kLanes<A>, load(row + v * kLanes<A>) + weight * g[v]);
+      }
+  });
+}
+
+// Calls f(image, head, query, count) for the tiles of [begin, end). With `by_head` all tiles of an image and head come
+// one after another; else all heads of a few queries.
+template <class F>
+inline void for_tiles(const Problem& p, int64_t capacity, bool by_head, int64_t query_begin, int64_t query_end,
+                      int64_t begin, int64_t end, const F& f) {
+  const int64_t tiles = ceil_div(query_end - query_begin, capacity);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t image = i / (tiles * p.heads), rest = i % (tiles * p.heads);
+    const int64_t head = by_head ? rest / tiles : rest % p.heads, tile = by_head ? rest % tiles : rest / p.heads;
+    const int64_t query = query_begin + tile * capacity;
+    f(image, head, query, min_of(capacity, query_end - query));
+  }
+}
+
+template <class T, class C>
+struct Kernels {
+  using A = Accumulator<T>;
+
+  // Packing pays when the corners to visit outnumber the rows; the gather also needs whole vectors.
+  static bool packs(const Problem& p) {
+    return padded_channels<A>(p) != p.channels || p.queries * p.samples() * 4 > 2 * p.keys;
+  }
+
+  static int64_t tile_capacity(const Problem& p) { return max_of(1, kTileSamples / p.samples()); }
+
+  static int64_t tiles(const Problem& p, int64_t queries) {
+    return p.batch * p.heads * ceil_div(queries, tile_capacity(p));
+  }
+
+  static int64_t work(const Problem& p, int64_t queries) { return queries * p.samples() * 4 * p.channels; }
+
+  static void forward(const Problem& p, void* output, const cpu::Pool& pool) {
+    const bool packed = packs(p);
+    run(pool, tiles(p, p.queries), work(p, tile_capacity(p)), [&](int64_t begin, int64_t end) {
+      const int64_t padded = padded_channels<A>(p);
+      Rows<T> rows(p, packed);
+      Tile<A, C> tile(p, 0, p.levels);
+      Buffer<A> sum(padded);
+      for_tiles(p, tile.capacity, packed, 0, p.queries, begin, end,
+                [&](int64_t image, int64_t head, int64_t query, int64_t count) {
+        rows.select(image, head);
+        tile.plan(image, head, query, count, rows.stride(), rows.missing());
+        for (int64_t i = 0; i < count; ++i) {
+          gather<T>(tile, i * tile.samples, rows.base(), padded, sum);
+          const int64_t unit = (image * p.queries + query + i) * p.heads + head;
+          narrow(sum, static_cast<T*>(output) + unit * p.channels, p.channels);
+        }
+      });
+    });
+  }
+
+  static void backward(const Problem& p, const Gradients& g, const cpu::Pool& pool) {
+    value_gradient(p, g, pool);
+    if (p.reference_size == 0) {
+      coordinate_gradients(p, g, 0, p.queries, nullptr, pool);
+      return;
+    }
+    // The gradient of a reference point sums over heads, and heads run in parallel: each writes its own part, for as many
+    // queries at a time as keeps the parts small.
+    const int64_t step = max_of(64, (int64_t{1} << 18) / max_of(1, p.batch * p.heads));
+    const int64_t features = p.levels * p.reference_size;
+    Buffer<A> parts(p.batch * p.heads * min_of(step, p.queries) * features);
+    for (int64_t query = 0; query < p.queries; query += step) {
+      const int64_t end = min_of(query + step, p.queries);
+      coordinate_gradients(p, g, query, end, parts, pool);
+      sum_over_heads(p, g, query, end, parts, pool);
+    }
+  }
+
+  static void load_grad(const Problem& p, const Gradients& g, int64_t image, int64_t head, int64_t query, A* target) {
+    const int64_t unit = (image * p.queries + query) * p.heads + head;
+    widen(static_cast<const T*>(g.output) + unit * p.channels, target, p.channels);
+  }
+
+  static void coordinate_gradients(const Problem& p, const Gradients& g, int64_t query_begin, int64_t query_end, A* parts,
+                                   const cpu::Pool& pool) {
+    const bool packed = packs(p);
+    run(pool, tiles(p, query_end - query_begin), work(p, tile_capacity(p)), [&](int64_t begin, int64_t end) {
+      const int64_t padded = padded_channels<A>(p), samples = p.samples();
+      Rows<T> rows(p, packed);
+      Tile<A, C> tile(p, 0, p.levels);
+      Buffer<A> grad(padded), dots(4 * samples), grad_weight(samples), grad_xy(2 * samples), grad_pixel(2 * samples);
+      std::memset(grad, 0, padded * sizeof(A));
+      for_tiles(p, tile.capacity, packed, query_begin, query_end, begin, end,
+                [&](int64_t image, int64_t head, int64_t query, int64_t count) {
+        rows.select(image, head);
+        tile.plan(image, head, query, count, rows.stride(), rows.missing());
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t first = i * samples;
+          load_grad(p, g, image, head, query + i, grad);
+          dot<T>(tile, first, rows.base(), padded, grad, dots);
+          sample_gradients(tile, first, dots, grad_weight, grad_pixel);
+          chain(p, tile, first, grad_weight, grad_pixel, grad_xy);
+          const int64_t unit = (image * p.queries + query + i) * p.heads + head;
+          narrow(grad_weight, static_cast<C*>(g.weights) + unit * samples, samples);
+          narrow(grad_xy, static_cast<C*>(g.coordinates) + unit * samples * 2, 2 * samples);
+          if (parts != nullptr) {
+            const int64_t part = (image * p.heads + head) * (query_end - query_begin) + query + i - query_begin;
+            reference_part(p, tile, first, grad_pixel, parts + part * p.levels * p.reference_size);
+          }
+        }
+      });
+    });
+  }
+
+  // With respect to the attention weights, and to the positions in pixels.
+  static void sample_gradients(const Tile<A, C>& tile, int64_t first, const A* __restrict dots, A* __restrict grad_weight,
+                               A* __restrict grad_pixel) {
+    const A *down = tile.down + first, *right = tile.right + first, *weight = tile.weight + first;
+    const int32_t* inside = tile.inside + first;
+    for (int64_t s = 0; s < tile.samples; ++s) {
+      const SampleGradient<A> grad =
+          sample_gradient(down[s], right[s], dots[4 * s], dots[4 * s + 1], dots[4 * s + 2], dots[4 * s + 3]);
+      grad_weight[s] = grad.weight;
+      grad_pixel[2 * s] = inside[s] ? grad.x * weight[s] : A(0);
+      grad_pixel[2 * s + 1] = inside[s] ? grad.y * weight[s] : A(0);
+    }
+  }
+
+  // On to the operator's own arguments: locations or offsets, and logits.
+  static void chain(const Problem& p, const Tile<A, C>& tile, int64_t first, A* __restrict grad_weight,
+                    const A* __restrict grad_pixel, A* __restrict grad_xy) {
+    const int32_t *width = tile.width + first, *height = tile.height + first, *inside = tile.inside + first;
+    const int64_t samples = tile.samples;
+    if (p.reference_size != 2) {
+      for (int64_t s = 0; s < samples; ++s) {
+        grad_xy[2 * s] = grad_pixel[2 * s] * static_cast<A>(width[s]);
+        grad_xy[2 * s + 1] = grad_pixel[2 * s + 1] * static_cast<A>(height[s]);
+      }
+    } else {
+      for (int64_t s = 0; s < 2 * samples; ++s) grad_xy[s] = grad_pixel[s];
+    }
+    if (p.reference_size == 0) return;
+    if (p.reference_size == 4) {
+      const A *box_width = tile.origin + 2 * tile.size + first, *box_height = tile.origin + 3 * tile.size + first;
+      const A unit = A(0.5) / static_cast<A>(p.points);
+      for (int64_t s = 0; s < samples; ++s) {
+        grad_xy[2 * s] = inside[s] ? grad_xy[2 * s] * box_width[s] * unit : A(0);
+        grad_xy[2 * s + 1] = inside[s] ? grad_xy[2 * s + 1] * box_height[s] * unit : A(0);
+      }
+    }
+    const A* weight = tile.weight + first;
+    const A mean = dot_product<A>(grad_weight, weight, samples);
+    for (int64_t s = 0; s < samples; ++s) grad_weight[s] = weight[s] * (grad_weight[s] - mean);
+  }
+
+  // One head's part of the gradient of the reference points of one query: [levels][reference_size].
+  static void reference_part(const Problem& p, const Tile<A, C>& tile, int64_t first, const A* grad_pixel, A* part) {
+    const A unit = A(0.5) / static_cast<A>(p.points);
+    for (int64_t level = 0; level < p.levels; ++level, part += p.reference_size) {
+      A sum[4] = {};
+      for (int64_t s = level * p.points; s < (level + 1) * p.points; ++s) {
+        const A grad_x = grad_pixel[2 * s] * static_cast<A>(tile.width[s]);
+        const A grad_y = grad_pixel[2 * s + 1] * static_cast<A>(tile.height[s]);
+        sum[0] += grad_x;
+        sum[1] += grad_y;
+        if (p.reference_size == 4 && tile.inside[first + s]) {
+          sum[2] += grad_x * tile.raw[2 * (first + s)] * unit;
+          sum[3] += grad_y * tile.raw[2 * (first + s) + 1] * unit;
+        }
+      }
+      for (int64_t f = 0; f < p.reference_size; ++f) part[f] = sum[f];
+    }
+  }
+
+  static void sum_over_heads(const Problem& p, const Gradients& g, int64_t query_begin, int64_t query_end, const A* parts,
+                             const cpu::Pool& pool) {
+    const int64_t queries = query_end - query_begin, features = p.levels * p.reference_size;
+    run(pool, p.batch * queries, p.heads * features, [&](int64_t begin, int64_t end) {
+      Buffer<A> sum(features);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t image = i / queries, query = i % queries;
+        std::memset(sum, 0, features * sizeof(A));
+        for (int64_t head = 0; head < p.heads; ++head) {
+          const A* part = parts + ((image * p.heads + head) * queries + query) * features;
+          for (int64_t f = 0; f < features; ++f) sum[f] += part[f];
+        }
+        narrow(sum, static_cast<C*>(g.reference_points) + (image * p.queries + query_begin + query) * features, features);
+      }
+    });
+  }
+
+  static void value_gradient(const Problem& p, const Gradients& g, const cpu::Pool& pool) {
+    // One level per task where whole heads would leave threads idle.
+    const bool by_level = p.batch * p.heads < pool.threads;
+    const int64_t ranges = by_level ? p.levels : 1;
+    run(pool, p.batch * p.heads * ranges, (work(p, p.queries) + p.keys * p.channels) / ranges, [&](int64_t begin, int64_t end) {
+      const int64_t padded = padded_channels<A>(p), stride = padded * sizeof(A);
+      Buffer<A> rows((p.keys + 1) * padded);  // the last stands for corners that do not exist
+      Buffer<A> grad(padded);
+      std::memset(grad, 0, padded * sizeof(A));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t image = i / (p.heads * ranges), head = i / ranges % p.heads;
+        const int64_t level_begin = by_level ? i % ranges : 0, level_end = by_level ? level_begin + 1 : p.levels;
+        const int64_t key_begin = p.level_start_index[level_begin];
+        const int64_t key_end = level_end < p.levels ? p.level_start_index[level_end] : p.keys;
+        std::memset(rows + key_begin * padded, 0, (key_end - key_begin) * stride);
+        std::memset(rows + p.keys * padded, 0, stride);
+        Tile<A, C> tile(p, level_begin, level_end);
+        for (int64_t query = 0; query < p.queries; query += tile.capacity) {
+          const int64_t count = min_of(tile.capacity, p.queries - query);
+          tile.plan(image, head, query, count, stride, p.keys * stride);
+          for (int64_t j = 0; j < count; ++j) {
+            load_grad(p, g, image, head, query + j, grad);
+            scatter(tile, j * tile.samples, reinterpret_cast<char*>(static_cast<A*>(rows)), padded, grad);
+          }
+        }
+        for (int64_t key = key_begin; key < key_end; ++key)
+          narrow(rows + key * padded, static_cast<T*>(g.value) + ((image * p.keys + key) * p.heads + head) * p.channels,
+                 p.channels);
+      }
+    });
+  }
+};
+
+// Calls f(T, C) with the storage types of the problem. The coordinates have the value's type or the accumulation type.
+template <class F>
+inline void dispatch(const Problem& p, const F& f) {
+  const bool same = p.coordinate_dtype == p.dtype;
+  switch (p.dtype) {
+    case DType::float64: f(double(), double()); break;
+    case DType::float32: f(float(), float()); break;
+    case DType::float16: same ? f(Half(), Half()) : f(Half(), float()); break;
+    case DType::bfloat16: same ? f(BFloat16(), BFloat16()) : f(BFloat16(), float()); break;
+  }
+}
+
+}  // namespace
+
+void forward(const Problem& problem, void* output, const cpu::Pool& pool) {
+  dispatch(problem, [&](auto t, auto c) { Kernels<decltype(t), decltype(c)>::forward(problem, output, pool); });
+}
+
+void backward(const Problem& problem, const Gradients& gradients, const cpu::Pool& pool) {
+  dispatch(problem, [&](auto t, auto c) { Kernels<decltype(t), decltype(c)>::backward(problem, gradients, pool); });
+}
+
+}  // namespace msda::MSDA_ISA

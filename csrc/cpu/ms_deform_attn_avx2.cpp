@@ -1,0 +1,2 @@
+#define MSDA_ISA avx2
+#include "kernels.h"

@@ -1,0 +1,2 @@
+#define MSDA_ISA portable
+#include "kernels.h"

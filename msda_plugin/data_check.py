@@ -1,0 +1,294 @@
+"""Says what is wrong with the data of a config before training starts, in one sentence and without reading an image.
+
+What MMDetection makes of such data otherwise: an error from deep inside a worker process, or no error at all and an AP
+of 0 (classes that the annotation file does not name are dropped without a word).
+"""
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import Config, ConfigDict
+from mmengine.fileio import join_path
+from mmengine.logging import print_log
+
+REQUIRED = dict(  # what MMDetection's CocoDataset reads of each record
+    images=('id', 'file_name', 'width', 'height'),
+    annotations=('id', 'image_id', 'category_id', 'bbox'),
+    categories=('id', 'name'))
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What an annotation file holds.
+
+    Attributes:
+        ann_file: The annotation file.
+        classes: Names of the classes that are used, in the order of their labels.
+        num_images: Images.
+        num_boxes: Boxes of these classes, crowds included.
+        num_empty_images: Images without such a box.
+        num_degenerate_boxes: Boxes that MMDetection leaves out: a side under one pixel, or outside their image.
+        warnings: Sentences on what does not stop the training and is hardly meant.
+    """
+    ann_file: str
+    classes: tuple[str, ...]
+    num_images: int
+    num_boxes: int
+    num_empty_images: int
+    num_degenerate_boxes: int
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (f'{self.ann_file}: {self.num_images} images ({self.num_empty_images} of them empty), {self.num_boxes} '
+                f'boxes of {len(self.classes)} classes')
+
+
+def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike,
+               classes: Sequence[str] | None = None) -> DataReport:
+    """Check an annotation file in COCO format and that its images are there. Images are not opened.
+
+    Args:
+        ann_file: JSON file.
+        img_root: Folder that the file names in it start from.
+        classes: Classes to use; None: all of the file.
+
+    Raises:
+        FileNotFoundError: The annotation file, the image folder or some images do not exist.
+        ValueError: The file is not JSON, not COCO, holds no image, or lacks some of the classes.
+    """
+    ann_file, img_root = str(ann_file), str(img_root)
+    content = _load(ann_file)
+    for field, keys in REQUIRED.items():
+        _check_records(ann_file, field, content[field], keys)
+    if not content['images']:
+        raise ValueError(f"the annotation file '{ann_file}' lists no images; is it the file of another split?")
+
+    present = [category['name'] for category in content['categories']]
+    classes = _check_classes(ann_file, present, classes)
+    used = {category['id'] for category in content['categories'] if category['name'] in set(classes)}
+    annotations = [a for a in content['annotations'] if a['category_id'] in used]
+    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+    strays = sum(a['image_id'] not in sizes for a in annotations)
+    annotations = [a for a in annotations if a['image_id'] in sizes]
+    degenerate = _degenerate(ann_file, annotations, sizes)
+    _check_images(ann_file, img_root, content['images'])
+
+    warnings = []
+    # CocoDataset numbers the classes in the order of the file, and names them in the order of the config.
+    in_file_order = tuple(name for name in present if name in set(classes))
+    if in_file_order != classes:
+        warnings.append(f"'{ann_file}' has the classes in the order {_names(in_file_order)}, the config in the order "
+                        f'{_names(classes)}; MMDetection goes by the file, so write them in that order, or names will '
+                        'be swapped')
+    if not annotations:
+        warnings.append(f"'{ann_file}' holds no box of the classes {_names(classes)}")
+    if degenerate:
+        warnings.append(f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high "
+                        'or outside their image, and are left out')
+    if strays:
+        warnings.append(f"{strays} annotations in '{ann_file}' belong to images that it does not list")
+    return DataReport(ann_file, classes, len(sizes), len(annotations),
+                      len(sizes) - len({a['image_id'] for a in annotations}), degenerate, tuple(warnings))
+
+
+def check_config_data(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> list[DataReport]:
+    """Check the data sets of an MMDetection config, and that the head has their number of classes.
+
+    Every ``CocoDataset`` in ``{split}_dataloader``, also inside wrappers (``RepeatDataset``, ``ConcatDataset``, …), is
+    checked by `check_coco`; other data sets, and those on remote storage, are passed over. Warnings are logged.
+
+    Raises:
+        FileNotFoundError: A data root, an annotation file (also of an evaluator), an image folder or images that do
+            not exist.
+        ValueError: An annotation file that is not COCO, classes that it lacks, or a head for another number of them.
+    """
+    reports = []
+    for split in splits:
+        for where, dataset in _coco_datasets(cfg.get(f'{split}_dataloader'), f'{split}_dataloader'):
+            classes = _configured_classes(where, dataset)
+            _check_head(cfg.get('model'), where, classes)
+            if _is_remote(dataset):
+                continue
+            ann_file, img_root = _paths(where, dataset)
+            reports.append(check_coco(ann_file, img_root, classes))
+        _check_evaluator(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
+    for report in reports:
+        for warning in report.warnings:
+            print_log(warning, logger='current', level=logging.WARNING)
+    return reports
+
+
+# ---- an annotation file ---------------------------------------------------------------------------------------------
+def _load(ann_file: str) -> dict:
+    if not Path(ann_file).is_file():
+        raise FileNotFoundError(f"the annotation file '{ann_file}' does not exist; set data_root and ann_file of the "
+                                'data set in the config')
+    try:
+        content = json.loads(Path(ann_file).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"the annotation file '{ann_file}' is not JSON ({error}); a file in COCO format is needed"
+                         ) from None
+    missing = [key for key in REQUIRED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if missing:
+        found = f'an object with the keys {_names(content)}' if isinstance(content, dict) else f'a {_kind(content)}'
+        raise ValueError(f"the annotation file '{ann_file}' is not COCO: it needs the lists {_names(missing)}, and is "
+                         f'{found}; convert it, or take the data set class of its format')
+    return content
+
+
+def _check_records(ann_file: str, field: str, records: list, keys: tuple[str, ...]) -> None:
+    """Every record has these keys, and an id of its own."""
+    wanted = set(keys)
+    for index, record in enumerate(records):
+        if not isinstance(record, dict) or not wanted <= record.keys():
+            lacking = [key for key in keys if not isinstance(record, dict) or key not in record]
+            raise ValueError(f"the annotation file '{ann_file}' is not COCO: {field}[{index}] lacks {_names(lacking)}")
+    if len({record['id'] for record in records}) < len(records):
+        raise ValueError(f"the annotation file '{ann_file}' is not COCO: the ids of its {field} are not unique; number "
+                         'them anew')
+
+
+def _check_classes(ann_file: str, present: list[str], classes: Sequence[str] | None) -> tuple[str, ...]:
+    if classes is None:
+        return tuple(present)
+    lacking = [name for name in classes if name not in set(present)]
+    if lacking:
+        raise ValueError(f"the annotation file '{ann_file}' does not have the classes {_names(lacking)} of the config; "
+                         f'it has {_names(present)}, the config {_names(classes)}; set metainfo=dict(classes=(…,)) of '
+                         'the data set and num_classes of the model')
+    return tuple(classes)
+
+
+def _degenerate(ann_file: str, annotations: list[dict], sizes: dict) -> int:
+    """How many boxes MMDetection leaves out."""
+    for annotation in annotations:
+        box = annotation['bbox']
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
+            raise ValueError(f"the annotation file '{ann_file}' is not COCO: the bbox of the annotation with id "
+                             f'{annotation["id"]} must be [x, y, width, height], got {box}')
+    if not annotations:
+        return 0
+    x, y, w, h = np.array([a['bbox'] for a in annotations], float).T
+    width, height = np.array([sizes[a['image_id']] for a in annotations], float).T
+    outside = (np.minimum(x + w, width) <= np.maximum(x, 0)) | (np.minimum(y + h, height) <= np.maximum(y, 0))
+    return int((outside | (w < 1) | (h < 1)).sum())
+
+
+def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
+    if not Path(img_root or '.').is_dir():
+        raise FileNotFoundError(f"the image folder '{img_root}' does not exist; set data_root and data_prefix=dict(img="
+                                '…) of the data set in the config')
+    folders: dict[str, set[str]] = {}  # listed once each: far quicker than asking for every file
+    missing = []
+    for image in images:
+        folder, name = os.path.split(os.path.join(img_root, image['file_name']))
+        if folder not in folders:
+            folders[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
+        if name not in folders[folder]:
+            missing.append(image['file_name'])
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of the {len(images)} images of '{ann_file}' are not in '{img_root}': "
+                                f'{_names(missing, limit=5)}; set data_prefix=dict(img=…) to the folder of the images')
+
+
+def _names(names: Iterable[str], limit: int = 20) -> str:
+    names = [str(name) for name in names]
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return (', '.join(names[:limit]) or 'nothing') + more
+
+
+def _kind(content: object) -> str:
+    return {list: 'list', str: 'string'}.get(type(content), 'single value')
+
+
+# ---- a config -------------------------------------------------------------------------------------------------------
+def _coco_datasets(node: object, where: str) -> Iterator[tuple[str, ConfigDict]]:
+    """(path in the config, data set) of each ``CocoDataset`` under ``node``."""
+    if isinstance(node, (list, tuple)):
+        for index, child in enumerate(node):
+            yield from _coco_datasets(child, f'{where}[{index}]')
+    elif isinstance(node, dict):
+        for key in ('dataset', 'datasets'):
+            yield from _coco_datasets(node.get(key), f'{where}.{key}')
+        if _is_coco(node.get('type')):
+            yield where, node
+
+
+def _dataset_class(kind: object) -> object:
+    from mmdet.registry import DATASETS  # here: checking a file alone needs no MMDetection
+    return DATASETS.get(kind) if isinstance(kind, str) else kind
+
+
+def _is_coco(kind: object) -> bool:
+    """Whether it is a ``CocoDataset``, and reads the file as that does (those of LVIS or panoptic data do not)."""
+    from mmdet.datasets import CocoDataset
+    found = _dataset_class(kind)
+    return isinstance(found, type) and issubclass(found, CocoDataset) and all(
+        getattr(found, name) is getattr(CocoDataset, name) for name in ('load_data_list', 'parse_data_info'))
+
+
+def _is_remote(dataset: dict) -> bool:
+    return bool(dataset.get('backend_args')) or any(
+        '://' in str(path) for path in (dataset.get('data_root'), dataset.get('ann_file')))
+
+
+def _paths(where: str, dataset: dict) -> tuple[str, str]:
+    """Annotation file and image folder, joined as MMEngine's ``BaseDataset`` does."""
+    root = dataset.get('data_root') or ''
+    if root and not Path(root).is_dir():
+        raise FileNotFoundError(f"the data root '{root}' of {where} does not exist (seen from {Path.cwd()}); put or "
+                                'link the data there, or name its folder with --cfg-options data_root=DIR')
+    if not dataset.get('ann_file'):
+        raise ValueError(f'{where} has no ann_file; give it the annotation file in COCO format')
+    prefix = dataset.get('data_prefix') or {}
+    if 'img' not in prefix:
+        raise ValueError(f"{where}.data_prefix has no 'img'; write data_prefix=dict(img='FOLDER/')")
+    ann_file, img_root = (path if os.path.isabs(path) or not root else join_path(root, path)
+                          for path in (dataset['ann_file'], prefix['img']))
+    return ann_file, img_root
+
+
+def _configured_classes(where: str, dataset: dict) -> tuple[str, ...]:
+    """The classes of the config, or else those of the data set class."""
+    default = _dataset_class(dataset['type']).METAINFO.get('classes', ())
+    classes = (dataset.get('metainfo') or {}).get('classes', default)
+    if isinstance(classes, str):
+        if not Path(classes).is_file():
+            raise ValueError(f"{where}.metainfo.classes is the string '{classes}'; a tuple of one class needs a comma: "
+                             f"('{classes}',)")
+        classes = Path(classes).read_text().split('\n')
+    return tuple(name for name in classes if name)
+
+
+def _heads(node: object, where: str = 'model') -> Iterator[tuple[str, dict]]:
+    """(path in the config, head) of every ``bbox_head``, which can be one or a list."""
+    if isinstance(node, (list, tuple)):
+        for index, child in enumerate(node):
+            yield from _heads(child, f'{where}[{index}]')
+    elif isinstance(node, dict):
+        if re.search(r'\.bbox_head(\[\d+\])?$', where):
+            yield where, node
+        for key, child in node.items():
+            yield from _heads(child, f'{where}.{key}')
+
+
+def _check_head(model: object, where: str, classes: tuple[str, ...]) -> None:
+    for path, head in _heads(model):
+        number = head.get('num_classes')
+        if number is not None and number != len(classes):
+            raise ValueError(f'{path}.num_classes is {number}, but {where} has {len(classes)} classes '
+                             f'({_names(classes)}); set {path}.num_classes={len(classes)}, or metainfo=dict(classes='
+                             '(…,)) of the data set')
+
+
+def _check_evaluator(evaluator: object, where: str) -> None:
+    for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]:
+        path = metric.get('ann_file') if isinstance(metric, dict) and not metric.get('backend_args') else None
+        if path and '://' not in path and not Path(path).is_file():
+            raise FileNotFoundError(f"the annotation file '{path}' of {where} does not exist; it is usually that of "
+                                    'the data set')

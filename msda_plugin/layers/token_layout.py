@@ -1,0 +1,12 @@
+"""Tokens and maps are two views of one memory, as long as maps are channels-last."""
+from torch import Tensor
+
+
+def tokens_to_map(x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    """View tokens (B, H * W, C) as a map (B, C, H, W). Contiguous tokens give a channels-last map: nothing moves."""
+    return x.unflatten(1, hw_shape).permute(0, 3, 1, 2)
+
+
+def map_to_tokens(x: Tensor) -> Tensor:
+    """View a map (B, C, H, W) as tokens (B, H * W, C). A channels-last map gives contiguous tokens: nothing moves."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)

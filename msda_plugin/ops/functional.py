@@ -1,0 +1,112 @@
+"""The public operator: multi-scale deformable attention, plain and fused.
+
+Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3.
+"""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msda_plugin.ops import backends, library  # noqa: F401  (library registers torch.ops.msda)
+from msda_plugin.ops.checks import check_fused, check_plain, prepare_levels
+from msda_plugin.ops.reference import accumulation_dtype, attend, attend_fused
+
+Shapes = Tensor | Sequence[tuple[int, int]]
+
+
+def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None, sampling_locations: Tensor,
+                   attention_weights: Tensor, *, deterministic: bool | None = None) -> Tensor:
+    """Multi-scale deformable attention: each query sums bilinear samples of the value, by weight.
+
+    Args:
+        value: (bs, num_keys, num_heads, head_dim) in float64, float32, float16 or bfloat16; the keys are the pixels of
+            the levels, row by row.
+        spatial_shapes: (num_levels, 2) int64, (h, w) of each level, or a sequence of pairs (h, w).
+        level_start_index: (num_levels,) int64, the first key of each level; None: levels one after the other.
+        sampling_locations: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y), 0 to 1 over the level (0
+            and 1 are the outer edges of its border pixels). Beyond it the level is 0; NaN and infinite locations
+            contribute nothing and get gradient 0.
+        attention_weights: (bs, num_queries, num_heads, num_levels, num_points), usually summing to 1 per query and head.
+        deterministic: Bitwise repeatable results; None follows :func:`torch.use_deterministic_algorithms`. The CPU
+            kernels always are.
+
+    Locations and weights may have another float dtype than the value and are then read in float32 (float64 for a float64
+    value). Sums are in float32 (float64); each gradient has the dtype of its input.
+
+    Returns:
+        (bs, num_queries, num_heads * head_dim) in the value's dtype.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; the message names it.
+        RuntimeError: The chosen backend cannot run, or a kernel could not be launched.
+
+    Example:
+        >>> value = torch.rand(1, 6 * 8 + 3 * 4, 2, 16)
+        >>> locations, weights = torch.rand(1, 5, 2, 2, 3, 2), torch.rand(1, 5, 2, 2, 3)
+        >>> ms_deform_attn(value, [(6, 8), (3, 4)], None, locations, weights).shape
+        torch.Size([1, 5, 32])
+    """
+    spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
+    check_plain(value, spatial_shapes, sampling_locations, attention_weights)
+    if _uses_reference(value):
+        return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    sampling_locations, attention_weights = _unify(value, sampling_locations, attention_weights)
+    return torch.ops.msda.ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                                         _deterministic(deterministic))
+
+
+def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None,
+                         reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, *,
+                         deterministic: bool | None = None) -> Tensor:
+    """:func:`ms_deform_attn` with the softmax and the location arithmetic inside the kernel.
+
+    Args:
+        value, spatial_shapes, level_start_index, deterministic: As for :func:`ms_deform_attn`.
+        reference_points: (bs, num_queries, num_levels, 2 or 4), points (x, y) or boxes (cx, cy, w, h), 0 to 1 over the
+            level.
+        sampling_offsets: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y). With points, in pixels of the
+            level: ``location = xy + offset / (w, h) of the level``. With boxes, in units of half the box, divided by
+            the number of points: ``location = xy + offset / num_points * wh * 0.5``.
+        attention_logits: (bs, num_queries, num_heads, num_levels, num_points); their softmax over levels and points
+            together is the attention weight.
+
+    Returns:
+        (bs, num_queries, num_heads * head_dim) in the value's dtype. Nothing larger than the inputs is kept for the
+        backward pass.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As :func:`ms_deform_attn`.
+    """
+    spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
+    check_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    if _uses_reference(value):
+        return attend_fused(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
+    reference_points, sampling_offsets, attention_logits = _unify(value, reference_points, sampling_offsets,
+                                                                  attention_logits)
+    return torch.ops.msda.ms_deform_attn_fused(value, spatial_shapes, level_start_index, reference_points,
+                                               sampling_offsets, attention_logits, _deterministic(deterministic))
+
+
+def ms_deform_attn_reference(value: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None,
+                             sampling_locations: Tensor, attention_weights: Tensor, *,
+                             deterministic: bool | None = None) -> Tensor:
+    """:func:`ms_deform_attn` in plain PyTorch: the definition. Same arguments; always deterministic."""
+    spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
+    check_plain(value, spatial_shapes, sampling_locations, attention_weights)
+    return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+
+
+def _uses_reference(value: Tensor) -> bool:
+    # An ONNX graph has no custom operator: the definition is what is exported.
+    return torch.onnx.is_in_onnx_export() or not backends.runs_native(value.device, value.dtype)
+
+
+def _unify(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Bring tensors to one dtype that the kernels take: the value's, if all have it, else the accumulation dtype."""
+    if all(tensor.dtype == value.dtype for tensor in tensors):
+        return tensors
+    return tuple(tensor.to(accumulation_dtype(value)) for tensor in tensors)
+
+
+def _deterministic(deterministic: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic

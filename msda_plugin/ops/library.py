@@ -1,0 +1,63 @@
+"""The dispatcher's view of the operator: schemas, fake kernels and autograd of ``torch.ops.msda``.
+
+The compiled libraries (csrc/) register the kernels. Under autocast the operators run in the dtypes they are given: the
+value's dtype decides, and coordinates are never rounded.
+"""
+import torch
+
+
+from msda_plugin.ops.reference import attend, attend_fused
+
+torch.library.define('msda::ms_deform_attn', (
+    '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
+    'Tensor attention_weights, bool deterministic) -> Tensor'), tags=torch.Tag.pt2_compliant_tag)
+torch.library.define('msda::ms_deform_attn_backward', (
+    '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
+    'Tensor attention_weights, bool deterministic) -> (Tensor, Tensor, Tensor)'), tags=torch.Tag.pt2_compliant_tag)
+torch.library.define('msda::ms_deform_attn_fused', (
+    '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, Tensor sampling_offsets, '
+    'Tensor attention_logits, bool deterministic) -> Tensor'), tags=torch.Tag.pt2_compliant_tag)
+torch.library.define('msda::ms_deform_attn_fused_backward', (
+    '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, '
+    'Tensor sampling_offsets, Tensor attention_logits, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)'),
+    tags=torch.Tag.pt2_compliant_tag)
+
+
+# Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic); its backward
+# takes grad_output before them and returns the gradients of the value, the coordinates and the weights.
+def _register(name: str, definition) -> None:
+    backward_op = getattr(torch.ops.msda, f'{name}_backward').default
+
+    @torch.library.register_fake(f'msda::{name}')
+    def fake(value, spatial_shapes, level_start_index, *rest):
+        sampling = rest[-3]  # (bs, num_queries, num_heads, num_levels, num_points, 2)
+        return value.new_empty(value.shape[0], sampling.shape[1], value.shape[2] * value.shape[3])
+
+    @torch.library.register_fake(f'msda::{name}_backward')
+    def fake_backward(grad_output, value, spatial_shapes, level_start_index, *rest):
+        return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (value, *rest[:-1]))
+
+    def keep_inputs(ctx, inputs, output):
+        *tensors, ctx.deterministic = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx, grad_output):
+        value, shapes, starts, *rest = ctx.saved_tensors
+        grad_value, *grads = backward_op(grad_output, value, shapes, starts, *rest, ctx.deterministic)
+        return grad_value, None, None, *grads, None
+
+    def double_backward(ctx, *grad_grads):
+        with torch.enable_grad():
+            grad_output, value, shapes, starts, *rest = ctx.saved_tensors
+            leaves = [t.detach().requires_grad_() for t in (grad_output, value, *rest)]
+            output = definition(leaves[1], shapes, starts, *leaves[2:])
+            grads = torch.autograd.grad(output, leaves[1:], leaves[0], create_graph=True)
+        result = torch.autograd.grad(grads, leaves, grad_grads, allow_unused=True, materialize_grads=True)
+        return result[0], result[1], None, None, *result[2:], None
+
+    torch.library.register_autograd(f'msda::{name}', backward, setup_context=keep_inputs)
+    torch.library.register_autograd(f'msda::{name}_backward', double_backward, setup_context=keep_inputs)
+
+
+_register('ms_deform_attn', attend)
+_register('ms_deform_attn_fused', attend_fused)

@@ -1,0 +1,82 @@
+"""Multi-scale deformable attention in plain PyTorch: the definition that every backend is tested against.
+
+Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3. Every function is differentiable any
+number of times, reads no tensor's values on the host, and computes in float32 (float64 for a float64 value).
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulation_dtype(value: Tensor) -> torch.dtype:
+    """The dtype that every backend computes in: float64 for a float64 value, else float32."""
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def attend(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
+           attention_weights: Tensor) -> Tensor:
+    """Sum bilinear samples of ``value`` by weight; shapes as in :func:`msda_plugin.ops.ms_deform_attn`.
+
+    The samples are those of ``grid_sample(mode='bilinear', padding_mode='zeros', align_corners=False)``. A location
+    whose four neighbours are all outside the level, or which is NaN or infinite, contributes nothing and gets gradient 0.
+    """
+    dtype = accumulation_dtype(value)
+    height, width = spatial_shapes[:, :1], spatial_shapes[:, 1:]  # (L, 1), against (..., L, P)
+    x, y = sampling_locations.to(dtype).unbind(-1)  # (B, Q, H, L, P)
+    return _sample_and_sum(value, height, width, level_start_index, x * width - 0.5, y * height - 0.5,
+                           attention_weights.to(dtype))
+
+
+def attend_fused(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, reference_points: Tensor,
+                 sampling_offsets: Tensor, attention_logits: Tensor) -> Tensor:
+    """:func:`attend` after the softmax and the location arithmetic; shapes as in ``ms_deform_attn_fused``."""
+    dtype = accumulation_dtype(value)
+    height, width = spatial_shapes[:, :1], spatial_shapes[:, 1:]
+    weights = attention_logits.to(dtype).flatten(-2).softmax(-1).view(attention_logits.shape)
+    points = reference_points.to(dtype)[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+    offsets = sampling_offsets.to(dtype)
+    # An excluded sample must not turn a gradient into 0 * inf, so it is excluded before the arithmetic.
+    with torch.no_grad():
+        x, y = _pixel_coordinates(points, offsets, height, width)
+        inside = _inside(x, y, height, width)[..., None]
+    x, y = _pixel_coordinates(torch.where(inside, points, 0), torch.where(inside, offsets, 0), height, width)
+    return _sample_and_sum(value, height, width, level_start_index, x, y, weights, inside[..., 0])
+
+
+def _pixel_coordinates(points: Tensor, offsets: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Sampling positions (x, y) in pixels of the level, 0 at the centre of the first pixel."""
+    if points.shape[-1] == 2:
+        return points[..., 0] * width + offsets[..., 0] - 0.5, points[..., 1] * height + offsets[..., 1] - 0.5
+    xy = points[..., :2] + offsets * points[..., 2:] * (0.5 / offsets.shape[-2])
+    return xy[..., 0] * width - 0.5, xy[..., 1] * height - 0.5
+
+
+def _inside(x: Tensor, y: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Where at least one neighbour is a pixel of the level; False for NaN."""
+    return (x >= -1) & (x < width) & (y >= -1) & (y < height)
+
+
+def _sample_and_sum(value: Tensor, height: Tensor, width: Tensor, level_start_index: Tensor, x: Tensor, y: Tensor,
+                    weights: Tensor, inside: Tensor | None = None) -> Tensor:
+    batch, num_keys, num_heads, head_dim = value.shape
+    if inside is None:
+        inside = _inside(x, y, height, width)
+    x, y, weights = (torch.where(inside, t, 0) for t in (x, y, weights))
+    x0, y0 = x.detach().floor(), y.detach().floor()
+
+    # One row per (image, key, head), and a row of zeros, which stands for every neighbour outside its level.
+    rows = F.pad(value.to(accumulation_dtype(value)).reshape(-1, head_dim), (0, 0, 0, 1))
+    image = torch.arange(batch, device=value.device).view(-1, 1, 1, 1, 1)
+    head = torch.arange(num_heads, device=value.device).view(-1, 1, 1)
+    start = level_start_index[:, None]
+
+    output = 0
+    for dy in (0, 1):
+        for dx in (0, 1):
+            column, row = x0 + dx, y0 + dy
+            exists = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            key = start + row.long() * width + column.long()
+            index = torch.where(exists, (image * num_keys + key) * num_heads + head, rows.shape[0] - 1)
+            corner = weights * (1 - (x - column).abs()) * (1 - (y - row).abs())
+            output = output + (F.embedding(index, rows) * corner[..., None]).sum((3, 4))  # (B, Q, H, D)
+    return output.flatten(2).to(value.dtype)

@@ -1,0 +1,40 @@
+"""``python -m msda_plugin test CONFIG CHECKPOINT``; also the script that ``mim test msda_plugin CONFIG`` runs."""
+import argparse
+import sys
+from pathlib import Path
+
+from msda_plugin.tools.errors import user_errors
+
+
+def main(argv: list[str] | None = None) -> int:
+    from msda_plugin.tools.launch import add_arguments, build_runner, load_config
+    parser = argparse.ArgumentParser(
+        prog='python -m msda_plugin test', description='Evaluate a checkpoint on the test data of its config.',
+        epilog='example: python -m msda_plugin test work_dirs/shapes/deformable-detr-two-stage_shunted-nano_1xb4_shapes.py '
+               'work_dirs/shapes/epoch_8.pth')
+    parser.add_argument('config', help='path of a Python config file')
+    parser.add_argument('checkpoint', help='path of a .pth file')
+    add_arguments(parser)
+    parser.add_argument('--out', help='pickle file for the predictions (.pkl)')
+    parser.add_argument('--show-dir', help='folder, under the work dir, for pictures of true and predicted boxes')
+    args = parser.parse_args(argv)
+    with user_errors('test'):
+        cfg = load_config(args)
+        if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
+            raise FileNotFoundError(f'the checkpoint {args.checkpoint} does not exist; give the path of a .pth file')
+        cfg.load_from = args.checkpoint
+        if args.out:
+            if not args.out.endswith(('.pkl', '.pickle')):
+                raise ValueError(f'--out takes a .pkl file, not {args.out}')
+            evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+            cfg.test_evaluator = [*evaluators, dict(type='mmdet.DumpDetResults', out_file_path=args.out)]
+        if args.show_dir:
+            cfg.default_hooks.visualization = dict(
+                type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir)
+        runner = build_runner(cfg, 'test')
+    runner.test()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

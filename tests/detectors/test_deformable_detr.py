@@ -1,0 +1,349 @@
+"""Our Deformable DETR is MMDetection's in weights, numbers and training, and takes what theirs refuses."""
+import copy
+
+import pytest
+import torch
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MMCVLayer
+from mmdet.structures import DetDataSample
+from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
+from mmengine.structures import InstanceData
+from torch import nn
+
+from msda_plugin.layers import MultiScaleDeformableAttention, deformable_detr_layers
+from msda_plugin.layers import multi_scale_deformable_attention as attention_module
+from msda_plugin.registry import MODELS
+
+BATCH_SHAPE = (64, 96)
+WHOLE = [BATCH_SHAPE, BATCH_SHAPE]
+PADDED = [(64, 80), (45, 96)]
+FORMS = {
+    'base': {},
+    'refine': dict(with_box_refine=True),
+    'two_stage': dict(with_box_refine=True, as_two_stage=True, dims=256),
+    'two_stage_shared': dict(as_two_stage=True, dims=256),
+    'single_scale': dict(num_feature_levels=1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_log_of_every_parameter():
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('ERROR')
+    yield
+    logger.setLevel(level)
+
+
+class Pyramid(nn.Module):
+    """The smallest backbone: strides 8, 16 and 32, or the last alone."""
+
+    def __init__(self, num_outs=3):
+        super().__init__()
+        self.num_outs = num_outs
+        self.convs = nn.ModuleList([nn.Conv2d(3, 8, 9, 8, 4), nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)])
+
+    def forward(self, x):
+        maps = [x := conv(x).tanh() for conv in self.convs]
+        return tuple(maps[-self.num_outs:])
+
+
+def make_config(scope='msda_plugin', dims=32, num_feature_levels=4, dropout=0.0, **changes):
+    in_channels = [8, 16, 32] if num_feature_levels > 1 else [32]
+    attention = dict(embed_dims=dims, num_heads=4, dropout=dropout, batch_first=True)
+    deformable = dict(attention, num_levels=num_feature_levels)
+    ffn = dict(embed_dims=dims, feedforward_channels=2 * dims, ffn_drop=dropout)
+    return dict(
+        type=f'{scope}.DeformableDETR', num_queries=9, num_feature_levels=num_feature_levels,
+        backbone=dict(type=Pyramid, num_outs=len(in_channels)),
+        neck=dict(type='mmdet.ChannelMapper', in_channels=in_channels, kernel_size=1, out_channels=dims, act_cfg=None,
+                  norm_cfg=dict(type='GN', num_groups=8), num_outs=num_feature_levels),
+        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict(deformable), ffn_cfg=dict(ffn))),
+        decoder=dict(num_layers=2, return_intermediate=True, post_norm_cfg=None, layer_cfg=dict(
+            self_attn_cfg=attention, cross_attn_cfg=deformable, ffn_cfg=ffn)),
+        positional_encoding=dict(num_feats=dims // 2, normalize=True, offset=-0.5),
+        bbox_head=dict(type=f'{scope}.DeformableDETRHead', num_classes=3, embed_dims=dims, sync_cls_avg_factor=True,
+                       loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, loss_weight=2.0),
+                       loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
+                       loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0)),
+        train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
+            dict(type='mmdet.FocalLossCost', weight=2.0),
+            dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+            dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)])),
+        test_cfg=dict(max_per_img=20)) | changes
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    model = MODELS.build(make_config(**fields))
+    model.init_weights()
+    return model
+
+
+def make_samples(shapes=WHOLE, counts=(3, 2)):
+    generator = torch.Generator().manual_seed(sum(counts))
+    samples = []
+    for (height, width), count in zip(shapes, counts, strict=True):
+        low = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.6
+        high = low + 4 + torch.rand(count, 2, generator=generator) * 20
+        sample = DetDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width),
+                                             scale_factor=(1.0, 1.0), batch_input_shape=BATCH_SHAPE))
+        sample.gt_instances = InstanceData(bboxes=torch.cat([low, high], 1),
+                                           labels=torch.randint(3, (count,), generator=generator))
+        samples.append(sample)
+    return samples
+
+
+def make_images():
+    return torch.randn(2, 3, *BATCH_SHAPE, generator=torch.Generator().manual_seed(7))
+
+
+def build_pair(form):
+    """Ours and MMDetection's with the same weights, moved away from the initial ones, which are mostly zero."""
+    ours, theirs = build(**FORMS[form]), build(scope='mmdet', **FORMS[form])
+    generator = torch.Generator().manual_seed(2)
+    weights = {name: value + 0.05 * torch.randn(value.shape, generator=generator)
+               for name, value in theirs.state_dict().items()}
+    theirs.load_state_dict(weights)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def losses_and_gradients(model, samples):
+    losses = {name: loss.squeeze() for name, loss in model.train().loss(make_images(), samples).items()}
+    used = dict(model.named_parameters())
+    gradients = torch.autograd.grad(sum(losses.values()), list(used.values()), allow_unused=True)
+    return losses, dict(zip(used, gradients, strict=True))
+
+
+@pytest.mark.parametrize('shapes', [WHOLE, PADDED], ids=['whole', 'padded'])
+@pytest.mark.parametrize('form', FORMS)
+def test_equals_mmdetection(form, shapes):
+    ours, theirs = build_pair(form)
+    samples = make_samples(shapes)
+    losses, gradients = losses_and_gradients(ours, samples)
+    expected, expected_gradients = losses_and_gradients(theirs, samples)
+    assert list(losses) == list(expected)
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f'{name}: {m}')
+    for name, gradient in expected_gradients.items():
+        assert (gradient is None) == (gradients[name] is None), name
+        if gradient is not None:
+            # By norm: where rounding moves a ReLU over its kink, single entries differ.
+            assert (gradients[name] - gradient).norm() <= 1e-2 * gradient.norm() + 1e-6, name
+    with torch.no_grad():
+        outputs = ours.eval()(make_images(), samples, mode='tensor')
+        expected_outputs = theirs.eval()(make_images(), samples, mode='tensor')
+        for output, expected_output in zip(outputs, expected_outputs, strict=True):
+            torch.testing.assert_close(output, expected_output, rtol=1e-5, atol=1e-5)
+        for sample, expected_sample in zip(ours(make_images(), copy.deepcopy(samples), mode='predict'),
+                                           theirs(make_images(), copy.deepcopy(samples), mode='predict'), strict=True):
+            found, expected_found = sample.pred_instances, expected_sample.pred_instances
+            assert torch.equal(found.labels, expected_found.labels)
+            torch.testing.assert_close(found.bboxes, expected_found.bboxes, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_starts_from_mmdetections_weights(form):
+    ours, theirs = build(**FORMS[form]).state_dict(), build(scope='mmdet', **FORMS[form]).state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize('form', ['base', 'two_stage'])
+def test_follows_mmdetections_loss_curve(form):
+    curves = []
+    for scope in ('msda_plugin', 'mmdet'):
+        model = build(scope=scope, **FORMS[form]).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+        curve = []
+        for step in range(6):
+            losses = model.loss(make_images(), make_samples(PADDED if step % 2 else WHOLE))
+            loss = sum(loss.sum() for loss in losses.values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    ours, theirs = curves
+    assert theirs[-1] < theirs[0]
+    assert ((ours - theirs).abs() / theirs).max() < 1e-3
+
+
+def test_dropout_draws_the_same_numbers():
+    losses = []
+    for scope in ('msda_plugin', 'mmdet'):
+        model = build(scope=scope, dropout=0.1).train()
+        torch.manual_seed(4)
+        losses.append(sum(loss.sum() for loss in model.loss(make_images(), make_samples()).values()))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('counts', [(2, 3), (0, 2), (0, 0)], ids=str)
+@pytest.mark.parametrize('form', FORMS)
+def test_trains_and_predicts_with_and_without_objects(form, counts):
+    """The whole step, from images of two sizes; every parameter is reached, so that no other process waits for one."""
+    model = build(data_preprocessor=dict(type='mmdet.DetDataPreprocessor', mean=[100] * 3, std=[50] * 3), **FORMS[form])
+    optimizer = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    before = copy.deepcopy(model.state_dict())
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: gradients.__setitem__(name, gradient))
+
+    def batch():
+        return dict(inputs=[torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in PADDED],
+                    data_samples=make_samples(PADDED, counts))
+
+    log = model.train().train_step(batch(), optimizer)
+    assert torch.isfinite(log['loss']) and gradients.keys() == dict(model.named_parameters()).keys()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    predictions = model.eval().test_step(batch())
+    assert [len(sample.pred_instances) for sample in predictions] == [20, 20]
+    for sample, (height, width) in zip(predictions, PADDED, strict=True):
+        boxes = sample.pred_instances.bboxes
+        assert boxes.min() >= 0 and boxes[:, 0::2].max() <= width and boxes[:, 1::2].max() <= height
+
+
+def test_two_stages_of_any_width():
+    model = build(with_box_refine=True, as_two_stage=True, dims=64)
+    sum(model.train().loss(make_images(), make_samples()).values()).backward()
+    assert model.pos_trans_fc.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('form', ['base', 'two_stage'])
+def test_tensor_mode_in_training_and_without_samples(form):
+    model = build(**FORMS[form])
+    with torch.no_grad():
+        expected = model.eval()(make_images(), make_samples(), mode='tensor')
+        torch.testing.assert_close(model(make_images(), mode='tensor'), expected)
+        torch.testing.assert_close(model.train()(make_images(), make_samples(), mode='tensor'), expected)
+
+
+def test_checkpointing_recomputes_and_changes_nothing(monkeypatch):
+    samples = make_samples(PADDED)
+    losses, gradients = losses_and_gradients(build(with_box_refine=True), samples)
+    config = make_config(with_box_refine=True)
+    parts = {part: config[part] | dict(num_cp=1) for part in ('encoder', 'decoder')}
+    calls = []
+    for part, name in (('encoder', 'DeformableDetrTransformerEncoderLayer'),
+                       ('decoder', 'DeformableDetrTransformerDecoderLayer')):
+        layer = getattr(deformable_detr_layers, name)
+        forward = layer.forward
+        monkeypatch.setattr(layer, 'forward', lambda self, part=part, forward=forward, **inputs: (
+            calls.append(part), forward(self, **inputs))[1])
+    model = build(with_box_refine=True, **parts)
+    checkpointed, checkpointed_gradients = losses_and_gradients(model, samples)
+    assert sorted(calls) == ['decoder'] * 3 + ['encoder'] * 3  # two layers each, one of them twice
+    torch.testing.assert_close(checkpointed, losses)
+    torch.testing.assert_close(checkpointed_gradients, gradients)
+
+
+class CountingAttention(MultiScaleDeformableAttention):
+    calls = 0
+
+    def forward(self, *args, **kwargs):
+        CountingAttention.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+def test_a_config_chooses_the_attention():
+    config = make_config()
+    config['encoder']['layer_cfg']['self_attn_cfg']['type'] = CountingAttention
+    config['decoder']['layer_cfg']['cross_attn_cfg']['type'] = MMCVLayer  # takes shapes as tensors alone
+    chosen, default = MODELS.build(config), build()
+    chosen.load_state_dict(default.state_dict())
+    with torch.no_grad():
+        outputs = chosen.eval()(make_images(), make_samples(PADDED), mode='tensor')
+        expected = default.eval()(make_images(), make_samples(PADDED), mode='tensor')
+    assert CountingAttention.calls == 2
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+    kinds = {type(module) for module in default.modules() if isinstance(module, MMCVLayer)}
+    assert kinds == {MultiScaleDeformableAttention}
+
+
+def test_a_config_chooses_encoder_layer_and_position_by_name():
+    config = make_config(positional_encoding=dict(type='mmdet.SinePositionalEncoding', num_feats=16, normalize=True))
+    config['encoder']['type'] = 'msda_plugin.DeformableDetrTransformerEncoder'
+    config['encoder']['layer_cfg']['type'] = 'msda_plugin.DeformableDetrTransformerEncoderLayer'
+    assert MODELS.build(config).state_dict().keys() == build().state_dict().keys()
+
+
+def test_a_config_can_be_built_twice():
+    config = make_config()
+    before = copy.deepcopy(config)
+    MODELS.build(config)
+    MODELS.build(config)
+    assert config == before
+
+
+def test_levels_default_to_the_detectors():
+    config = make_config(num_feature_levels=1)
+    for part, name in (('encoder', 'self_attn_cfg'), ('decoder', 'cross_attn_cfg')):
+        del config[part]['layer_cfg'][name]['num_levels']
+    model = MODELS.build(config)
+    assert {module.num_levels for module in model.modules() if isinstance(module, MMCVLayer)} == {1}
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_transformer_reads_nothing_back_from_the_device(form, monkeypatch):
+    """A tensor on the meta device has no values to read."""
+    monkeypatch.setattr(attention_module, 'ms_deform_attn_fused',
+                        lambda value, shapes, starts, points, offsets, logits: offsets.new_empty(
+                            *offsets.shape[:2], value.shape[2] * value.shape[3]))
+    model = build(**FORMS[form]).to('meta').train()
+    feats = model.extract_feat(make_images().to('meta'))
+    outputs = model.forward_transformer(feats, make_samples(PADDED))
+    assert outputs['hidden_states'].shape[:3] == (2, 2, 9)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(test_cfg=dict(max_per_img=28)), 'max_per_img=28 asks for more boxes than .* num_queries=9 x 3 classes = 27'),
+    (dict(encoder=None), r"missing: \['encoder'\]"),
+    (dict(positional_encoding=dict(num_feats=8)), r"'encoder': 32.*'positional_encoding \(2 \* num_feats\)': 16"),
+])
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+@pytest.mark.parametrize('path, value, message', [
+    ('neck.num_outs', 3, 'num_outs=3 maps, but num_feature_levels=4'),
+    ('neck.num_outs', None, 'num_outs=3 maps, but num_feature_levels=4'),
+    ('neck.out_channels', 64, r"'neck \(out_channels\)': 64"),
+    ('bbox_head.embed_dims', 64, "'bbox_head': 64"),
+    ('encoder.layer_cfg.self_attn_cfg.num_levels', 3, 'encoder.layers.0.self_attn has num_levels=3'),
+    ('encoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
+    ('decoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
+    ('decoder.post_norm_cfg', dict(type='LN'), 'no norm after the last layer'),
+])
+def test_parts_that_do_not_fit_are_refused_at_build_time(path, value, message):
+    config = make_config()
+    *parents, name = path.split('.')
+    part = config
+    for parent in parents:
+        part = part[parent]
+    part[name] = value
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(config)
+
+
+def test_maps_that_do_not_fit_are_refused():
+    model = build()
+    feats = model.extract_feat(make_images())
+    with pytest.raises(ValueError, match='gave 3 maps of .* num_feature_levels=4 maps of embed_dims=32'):
+        model.forward_transformer(feats[:3], make_samples())
+    with pytest.raises(ValueError, match=r'gave 4 maps of \[16, 32, 32, 32\] channels'):
+        model.forward_transformer((feats[0][:, :16], *feats[1:]), make_samples())
+
+
+def test_more_queries_than_proposals_are_refused():
+    model = build(as_two_stage=True, num_queries=131, test_cfg=dict(max_per_img=20))
+    with pytest.raises(ValueError, match='num_queries=131 proposals .* only 128 pixels'):
+        model(make_images(), make_samples(), mode='tensor')
+
+
+def test_predicts_without_test_cfg():
+    predictions = build(test_cfg=None).eval()(make_images(), make_samples(), mode='predict')
+    assert [len(sample.pred_instances) for sample in predictions] == [9, 9]

@@ -1,0 +1,222 @@
+"""The head's losses equal MMDetection's, with one transfer to the host; what is not covered runs MMDetection's code."""
+import copy
+import logging
+
+import mmdet.models.dense_heads.detr_head as mmdet_detr_head
+import pytest
+import torch
+from mmengine.structures import InstanceData
+
+from msda_plugin.heads import deformable_detr_head, matching
+from msda_plugin.registry import MODELS
+
+LAYERS, QUERIES, KEYS = 3, 12, 40
+IMAGE_SHAPES = [(64, 96), (50, 80), (64, 70)]
+ASSIGNER = dict(type='mmdet.HungarianAssigner', match_costs=[
+    dict(type='mmdet.FocalLossCost', weight=2.0),
+    dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+    dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)])
+FIELDS = dict(num_classes=5, embed_dims=16, num_pred_layer=LAYERS, sync_cls_avg_factor=True,
+              loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0),
+              loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
+              loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
+              train_cfg=dict(assigner=ASSIGNER), test_cfg=dict(max_per_img=10))
+
+
+def build(scope, **changes):
+    torch.manual_seed(0)
+    return MODELS.build(dict(type=f'{scope}.DeformableDETRHead', **copy.deepcopy(FIELDS | changes)))
+
+
+def make_inputs(counts, num_classes=5, two_stage=True):
+    """Predictions (leaves) and ground truth of three images, as ``loss_by_feat`` takes them."""
+    generator = torch.Generator().manual_seed(sum(counts))
+
+    def predictions(*shape):
+        logits = torch.randn(*shape, num_classes, generator=generator) - 2
+        boxes = torch.rand(*shape, 4, generator=generator) * torch.tensor([0.8, 0.8, 0.4, 0.4]) + 0.05
+        return [logits.requires_grad_(), boxes.requires_grad_()]
+
+    instances = []
+    for count, (height, width) in zip(counts, IMAGE_SHAPES, strict=True):
+        low = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.6
+        high = low + torch.rand(count, 2, generator=generator) * 20 + 2
+        instances.append(InstanceData(bboxes=torch.cat([low, high], 1),
+                                      labels=torch.randint(num_classes, (count,), generator=generator)))
+    leaves = predictions(LAYERS, 3, QUERIES) + (predictions(3, KEYS) if two_stage else [None, None])
+    return [*leaves, instances, [dict(img_shape=shape) for shape in IMAGE_SHAPES]]
+
+
+def losses_and_gradients(head, inputs):
+    # MMDetection's classification loss is a vector of one where it is averaged over processes.
+    losses = {name: loss.squeeze() for name, loss in head.loss_by_feat(*inputs).items()}
+    # Another weight for each, so that no two losses can be exchanged.
+    total = sum((i + 1) * loss for i, loss in enumerate(losses.values()))
+    return losses, torch.autograd.grad(total, [leaf for leaf in inputs[:4] if leaf is not None])
+
+
+def assert_same(ours, theirs, inputs):
+    losses, gradients = losses_and_gradients(ours, inputs)
+    expected, expected_gradients = losses_and_gradients(theirs, inputs)
+    assert list(losses) == list(expected)
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f'{name}: {m}')
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('two_stage', [False, True])
+@pytest.mark.parametrize('counts', [(3, 7, 1), (0, 4, 0), (0, 0, 0), (12, 12, 12), (15, 2, 30)], ids=str)
+def test_losses_equal_mmdetections(counts, two_stage):
+    ours, theirs = build('msda_plugin'), build('mmdet')
+    assert ours.matcher is not None
+    inputs = make_inputs(counts, two_stage=two_stage)
+    assert_same(ours, theirs, inputs)
+    names = set(ours.loss_by_feat(*inputs))
+    assert names == {f'{prefix}loss_{name}' for prefix in ('', 'd0.', 'd1.', *(['enc_'] if two_stage else []))
+                     for name in ('cls', 'bbox', 'iou')}
+
+
+@pytest.mark.parametrize('changes', [
+    dict(num_classes=1),
+    dict(num_classes=40),
+    dict(sync_cls_avg_factor=False),
+    dict(loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.4, loss_weight=0.7),
+         loss_bbox=dict(type='mmdet.L1Loss', loss_weight=1.3),
+         loss_iou=dict(type='mmdet.GIoULoss', loss_weight=3.0, eps=1e-3)),
+    dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
+        dict(type='mmdet.FocalLossCost', weight=1.0, alpha=0.4, gamma=1.5, eps=1e-6),
+        dict(type='mmdet.BBoxL1Cost', weight=2.0, box_format='xyxy'),
+        dict(type='mmdet.IoUCost', iou_mode='giou', weight=3.0)]))),
+    dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
+        dict(type='mmdet.BBoxL1Cost', weight=1.0, box_format='xywh')]))),
+], ids=['1 class', '40 classes', 'no sync', 'losses', 'costs', 'one cost'])
+def test_settings_are_honoured(changes):
+    ours = build('msda_plugin', **changes)
+    assert ours.matcher is not None
+    assert_same(ours, build('mmdet', **changes), make_inputs((3, 7, 1), changes.get('num_classes', 5)))
+
+
+def test_confident_and_degenerate_predictions():
+    inputs = make_inputs((3, 7, 1))
+    with torch.no_grad():
+        inputs[0][0] += 60  # the sigmoid is 1 in float32
+        inputs[0][1] -= 60
+        inputs[1][..., :3, 2:] = 0  # boxes without area
+    assert_same(build('msda_plugin'), build('mmdet'), inputs)
+
+
+@pytest.mark.parametrize('sync', [False, True])
+def test_normalises_by_the_mean_over_processes(sync, monkeypatch):
+    for module in (mmdet_detr_head, deformable_detr_head):
+        monkeypatch.setattr(module, 'reduce_mean', lambda tensor: tensor * 2.5)
+    fields = dict(sync_cls_avg_factor=sync)
+    assert_same(build('msda_plugin', **fields), build('mmdet', **fields), make_inputs((3, 7, 1)))
+
+
+def test_all_losses_reach_all_predictions_without_objects():
+    """Otherwise processes without objects would leave parameters without gradients, and the others waiting."""
+    inputs = make_inputs((0, 0, 0))
+    losses = build('msda_plugin').loss_by_feat(*inputs)
+    assert all(loss.requires_grad and loss.isfinite() for loss in losses.values())
+    assert all(gradient.isfinite().all() for gradient in losses_and_gradients(build('msda_plugin'), inputs)[1])
+
+
+def test_one_transfer_to_the_host(monkeypatch):
+    transfers = []
+    to_host = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, 'cpu', lambda tensor: transfers.append(tensor.numel()) or to_host(tensor))
+    build('msda_plugin').loss_by_feat(*make_inputs((3, 7, 1)))
+    assert transfers == [LAYERS * 3 * 7 * QUERIES + 3 * 7 * KEYS]
+
+
+def test_low_precision_predictions_are_costed_in_float32():
+    inputs = make_inputs((3, 7, 1))
+    halved = [leaf.detach().bfloat16() for leaf in inputs[:4]] + inputs[4:]
+    losses = build('msda_plugin').loss_by_feat(*halved)
+    expected = build('mmdet').loss_by_feat(*[leaf.float() for leaf in halved[:4]], *inputs[4:])
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss.squeeze(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('changes, reason', [
+    (dict(loss_cls=dict(type='mmdet.QualityFocalLoss', use_sigmoid=True, beta=2.0)), 'QualityFocalLoss'),
+    (dict(loss_bbox=dict(type='mmdet.SmoothL1Loss')), 'SmoothL1Loss'),
+    (dict(loss_iou=dict(type='mmdet.DIoULoss')), 'DIoULoss'),
+    (dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
+        dict(type='mmdet.FocalLossCost'), dict(type='mmdet.IoUCost', iou_mode='iou')]))), 'IoUCost'),
+    (dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
+        dict(type='mmdet.ClassificationCost'), dict(type='mmdet.BBoxL1Cost')]))), 'ClassificationCost'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_what_is_not_covered_runs_mmdetections_code_and_says_so(changes, reason, monkeypatch):
+    said = []
+    monkeypatch.setattr(deformable_detr_head, 'print_log', lambda message, **how: said.append((message, how['level'])))
+    ours = build('msda_plugin', **changes)
+    inputs = make_inputs((3, 7, 1))
+    assert_same(ours, build('mmdet', **changes), inputs)
+    ours.loss_by_feat(*inputs)
+    (message, level), = said
+    assert ours.matcher is None and reason in message and level == logging.WARNING
+
+
+@pytest.mark.parametrize('label', [-1, 5])
+def test_a_label_that_is_no_class_is_refused(label):
+    inputs = make_inputs((3, 7, 1))
+    inputs[4][1].labels[2] = label
+    with pytest.raises(ValueError, match=rf'labels from .*{label}.* with num_classes=5 they must be 0 to 4'):
+        build('msda_plugin').loss_by_feat(*inputs)
+
+
+def test_one_class_refuses_other_labels():
+    inputs = make_inputs((3, 7, 1), num_classes=1)
+    inputs[4][0].labels[0] = 1
+    with pytest.raises(ValueError, match='num_classes=1'):
+        build('msda_plugin', num_classes=1).loss_by_feat(*inputs)
+
+
+def test_predictions_that_are_not_finite_are_refused():
+    inputs = make_inputs((3, 7, 1))
+    with torch.no_grad():
+        inputs[0][1, 0, 0] = float('nan')
+    with pytest.raises(FloatingPointError, match='training has diverged'):
+        build('msda_plugin').loss_by_feat(*inputs)
+    inputs = make_inputs((3, 7, 1))
+    inputs[4][0].bboxes[0, 0] = float('inf')
+    with pytest.raises(ValueError, match='ground truth has boxes'):
+        build('msda_plugin').loss_by_feat(*inputs)
+
+
+def test_ignored_regions_are_refused():
+    with pytest.raises(ValueError, match='must be None'):
+        build('msda_plugin').loss_by_feat(*make_inputs((1, 1, 1)), [InstanceData()])
+
+
+@pytest.mark.parametrize('fields, coordinates', [
+    (dict(share_pred_layer=True), (2, 2, 2)), (dict(share_pred_layer=False), (2, 4, 4)),
+    (dict(share_pred_layer=False, num_pred_layer=LAYERS + 1, as_two_stage=True), (4, 4, 4))])
+def test_forward_equals_mmdetections(fields, coordinates):
+    ours, theirs = build('msda_plugin', **fields), build('mmdet', **fields)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ours.load_state_dict(theirs.state_dict())
+    hidden_states = torch.randn(LAYERS, 2, QUERIES, 16)
+    # One more than there are layers, as the detector hands them over.
+    references = [torch.rand(2, QUERIES, size) for size in (*coordinates, 4)]
+    for output, expected in zip(ours(hidden_states, references), theirs(hidden_states, references), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_generalized_iou_of_known_boxes():
+    boxes = torch.tensor([[0., 0, 2, 2], [1, 1, 3, 3], [4, 0, 6, 2]])
+    # Apart from itself: overlap 1 of union 7 in a hull of 9; none of union 8 in a hull of 12.
+    expected = torch.tensor([[1, 1 / 7 - 2 / 9, -4 / 12]])
+    torch.testing.assert_close(matching.generalized_iou(boxes[:1, None], boxes[None]), expected)
+
+
+def test_focal_loss_by_its_definition():
+    logits = torch.linspace(-4, 4, 12, dtype=torch.float64).view(2, 6)
+    positives = torch.tensor([[1, 4], [0, 2]])
+    targets = torch.zeros_like(logits).scatter_(1, positives, 1)
+    p = torch.where(targets == 1, logits.sigmoid(), 1 - logits.sigmoid())
+    alpha = torch.where(targets == 1, 0.3, 0.7).double()
+    expected = (-alpha * (1 - p)**1.5 * p.log()).sum(1)
+    torch.testing.assert_close(deformable_detr_head.focal_loss(logits, positives, 0.3, 1.5), expected)

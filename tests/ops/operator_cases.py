@@ -1,0 +1,83 @@
+"""Inputs of the operator for its tests, and two definitions to test against, written apart from the package's."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """One set of inputs; ``plain()`` and ``fused()`` are the arguments of the two forms."""
+    shapes: list[tuple[int, int]]
+    value: Tensor
+    locations: Tensor
+    weights: Tensor
+    reference_points: Tensor
+    offsets: Tensor
+    logits: Tensor
+
+    def plain(self) -> tuple[Tensor, ...]:
+        return self.value, self.locations, self.weights
+
+    def fused(self) -> tuple[Tensor, ...]:
+        return self.value, self.reference_points, self.offsets, self.logits
+
+    def to(self, *args) -> 'Case':
+        tensors = [t.detach().to(*args) for t in (*self.plain(), *self.fused()[1:])]
+        return Case(self.shapes, *tensors)
+
+    def requires_grad(self) -> 'Case':
+        for tensor in (*self.plain(), *self.fused()[1:]):
+            tensor.requires_grad_()
+        return self
+
+
+def make_case(shapes=((5, 7), (3, 2), (1, 1)), batch=2, queries=4, heads=2, head_dim=6, points=3, reference_size=2, seed=0,
+              dtype=torch.float64, spread=0.3) -> Case:
+    """Random inputs; ``spread`` is how far the locations reach beyond the level, as a fraction of it."""
+    g = torch.Generator().manual_seed(seed)
+    levels, keys = len(shapes), sum(h * w for h, w in shapes)
+    sampling = (batch, queries, heads, levels, points)
+
+    def rand(*size):
+        return torch.rand(*size, generator=g, dtype=torch.float64).to(dtype)
+
+    return Case(
+        shapes=list(shapes), value=rand(batch, keys, heads, head_dim) - 0.5,
+        locations=rand(*sampling, 2) * (1 + 2 * spread) - spread, weights=rand(*sampling),
+        reference_points=rand(batch, queries, levels, reference_size), offsets=(rand(*sampling, 2) - 0.5) * 6,
+        logits=(rand(*sampling) - 0.5) * 4)
+
+
+def grid_sample_attention(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """The operator by way of ``grid_sample``."""
+    batch, _, heads, head_dim = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    output = value.new_zeros(batch * heads, head_dim, queries)
+    for level, (part, (height, width)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes, strict=True)):
+        image = part.permute(0, 2, 3, 1).reshape(batch * heads, head_dim, height, width)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(batch * heads, queries, points, 2)
+        sampled = F.grid_sample(image, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+        weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
+        output = output + (sampled * weight).sum(-1)
+    return output.view(batch, heads * head_dim, queries).transpose(1, 2)
+
+
+def locations_and_weights(shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What the fused operator computes before it samples."""
+    weights = logits.flatten(-2).softmax(-1).view_as(logits)
+    if reference_points.shape[-1] == 2:
+        size = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)
+        return reference_points[:, :, None, :, None] + offsets / size[:, None], weights
+    centre, extent = reference_points[:, :, None, :, None].split(2, -1)
+    return centre + offsets / offsets.shape[-2] * extent * 0.5, weights
+
+
+def value_and_grads(function, inputs, grad: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The output and the gradients of a fixed combination of its elements (or of ``grad``)."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    output = function(*inputs)
+    if grad is None:
+        grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+    return (output.detach(), *torch.autograd.grad(output, inputs, grad.to(output)))

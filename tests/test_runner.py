@@ -1,0 +1,51 @@
+import pytest
+from mmengine.config import Config
+
+from msda_plugin.runner import DetectionRunner, propagate_data_root
+
+CONFIG = '''
+data_root = 'data/mine/'
+dataset = dict(type='CocoDataset', data_root=data_root, ann_file='train.json', data_prefix=dict(img='images/'))
+train_dataloader = dict(dataset=dict(type='RepeatDataset', times=2, dataset=dataset))
+val_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=[dataset, dict(dataset, data_root='data/other/')]))
+val_evaluator = [dict(type='CocoMetric', ann_file=data_root + 'val.json')]
+'''
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(CONFIG)
+    return Config.fromfile(str(path))
+
+
+@pytest.mark.parametrize('given', ['/somewhere/else', '/somewhere/else/'])
+def test_data_root_reaches_datasets_and_evaluators(cfg, given):
+    cfg.merge_from_dict({'data_root': given})
+    propagate_data_root(cfg)
+    assert cfg.train_dataloader.dataset.dataset.data_root == '/somewhere/else/'
+    assert [d.data_root for d in cfg.val_dataloader.dataset.datasets] == ['/somewhere/else/', 'data/other/']
+    assert cfg.val_evaluator[0].ann_file == '/somewhere/else/val.json'
+
+
+def test_data_root_as_written_changes_nothing(cfg):
+    before = cfg.to_dict()
+    propagate_data_root(cfg)
+    assert cfg.to_dict() == before
+
+
+@pytest.fixture
+def runner(cfg, tmp_path):
+    cfg.merge_from_dict(dict(
+        model=dict(type='Linear', in_features=1, out_features=1), work_dir=str(tmp_path), default_scope='mmdet',
+        train_cfg=dict(by_epoch=True, max_epochs=1), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        val_cfg=dict(), test_cfg=dict(), test_dataloader=cfg.val_dataloader.copy(),
+        test_evaluator=cfg.val_evaluator, experiment_name=tmp_path.name))
+    return DetectionRunner.from_cfg(cfg)
+
+
+@pytest.mark.parametrize('method', ['train', 'val', 'test'])
+def test_missing_data_is_said_before_any_is_loaded(runner, method):
+    runner.model.train_step = runner.model.val_step = runner.model.test_step = None
+    with pytest.raises(FileNotFoundError, match='data/mine'):
+        getattr(runner, method)()

@@ -1,0 +1,67 @@
+"""A user's mistake ends in one sentence that names it, and with status 2."""
+import pytest
+
+from msda_plugin.__main__ import COMMANDS, main
+
+BASE = '''
+runner_type = 'msda_plugin.DetectionRunner'
+default_scope = 'mmdet'
+model = dict(type={model!r}, **{fields!r})
+'''
+
+
+def write(tmp_path, model, **fields):
+    path = tmp_path / 'config.py'
+    path.write_text(BASE.format(model=model, fields=fields))
+    return str(path)
+
+
+def sentence(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert 'Traceback' not in message
+    return message
+
+
+def test_unknown_command(capsys):
+    assert main(['trian']) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('argv', [[], ['--help']])
+def test_usage_lists_every_command(argv, capsys):
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, '--help'])
+    assert stopped.value.code == 0
+    assert f'python -m msda_plugin {command}' in capsys.readouterr().out
+
+
+def test_missing_config(tmp_path, capsys):
+    assert 'does not exist' in sentence(['train', str(tmp_path / 'none.py')], capsys)
+
+
+def test_unknown_type_names_the_nearest(tmp_path, capsys):
+    config = write(tmp_path, 'msda_plugin.ShuntedTransfomer')
+    message = sentence(['train', config, '--work-dir', str(tmp_path)], capsys)
+    assert 'msda_plugin.ShuntedTransfomer' in message and 'did you mean msda_plugin.ShuntedTransformer' in message
+
+
+def test_unknown_arch_lists_the_known(tmp_path, capsys):
+    config = write(tmp_path, 'msda_plugin.ShuntedTransformer', arch='giant')
+    message = sentence(['train', config, '--work-dir', str(tmp_path)], capsys)
+    assert 'giant' in message and all(arch in message for arch in ('tiny', 'small', 'base'))
+
+
+def test_missing_checkpoint(tmp_path, capsys):
+    config = write(tmp_path, 'msda_plugin.ShuntedTransformer', arch='tiny')
+    message = sentence(['test', config, str(tmp_path / 'none.pth')], capsys)
+    assert 'checkpoint' in message and 'does not exist' in message

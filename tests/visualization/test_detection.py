@@ -1,0 +1,98 @@
+"""Boxes on images and sheets of them."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from msda_plugin.visualization import class_colours, draw_boxes, draw_sheet, write_png
+
+GREY = np.full((40, 60, 3), 128, np.uint8)
+NAMES = ('cat', 'dog')
+
+
+def columns_of(picture, colour):
+    """First and last column, first and last row where this colour is."""
+    rows, columns = np.where((picture == colour).all(axis=2))
+    return columns.min(), columns.max(), rows.min(), rows.max()
+
+
+def test_colours_are_distinct_and_stable():
+    colours = class_colours(100)
+    assert colours.shape == (100, 3) and colours.dtype == np.uint8
+    assert len(np.unique(colours, axis=0)) == 100
+    np.testing.assert_array_equal(class_colours(3), colours[:3])
+
+
+def test_box_lies_on_its_edges():
+    picture = draw_boxes(GREY, np.array([[20, 18, 50, 36]]), np.array([1]), NAMES)
+    assert picture.shape == GREY.shape
+    colour = class_colours(2)[1]
+    assert tuple(picture[18, 30]) == tuple(picture[30, 20]) == tuple(colour)
+    assert tuple(picture[35, 30]) == tuple(picture[30, 49]) == tuple(colour)
+    assert tuple(picture[27, 35]) == (128, 128, 128)
+
+
+def test_enlarging_scales_image_and_boxes():
+    picture = draw_boxes(GREY, np.array([[15, 10, 30, 20]]), np.array([0]), NAMES, longer_side=240)
+    assert picture.shape == (160, 240, 3)
+    assert columns_of(picture[40:], class_colours(2)[0]) == (60, 119, 0, 39)  # the tag lies above
+
+
+def test_the_image_is_left_as_it_is():
+    image = GREY.copy()
+    draw_boxes(image, np.array([[0, 0, 60, 40]]), np.array([0]), NAMES)
+    np.testing.assert_array_equal(image, GREY)
+
+
+def test_the_surest_box_is_on_top_and_keeps_its_tag():
+    box = np.array([[10, 14, 50, 34]])
+    two = draw_boxes(GREY, np.repeat(box, 2, axis=0), np.array([0, 1]), NAMES, np.array([0.9, 0.4]), longer_side=240)
+    other = draw_boxes(GREY, np.repeat(box, 2, axis=0), np.array([1, 0]), NAMES, np.array([0.4, 0.9]), longer_side=240)
+    np.testing.assert_array_equal(two, other)
+    assert tuple(two[100, 40]) == tuple(class_colours(2)[0])
+
+
+@pytest.mark.parametrize('box', [[-50, -50, 500, 500], [59.9, 39.9, 60, 40], [70, 50, 90, 60], [10, 10, 10, 10],
+                                 [np.nan, 0, 5, 5]])
+def test_odd_boxes_are_drawn_somewhere_inside(box):
+    picture = draw_boxes(GREY, np.array([box]), np.array([0]), NAMES, np.array([0.5]))
+    assert (picture != GREY).any()
+
+
+def test_no_boxes():
+    np.testing.assert_array_equal(draw_boxes(GREY, np.zeros((0, 4)), np.zeros(0), NAMES), GREY)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ((GREY / 255, np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60, 3\) float64'),
+    ((GREY[..., 0], np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60\) uint8'),
+    ((GREY, np.zeros((2, 4)), [0]), 'of one length, got 2, 1'),
+    ((GREY, np.zeros((1, 4)), [2]), 'labels must be from 0 to 1, .* got 2 to 2')])
+def test_bad_arrays(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw_boxes(*arguments, NAMES)
+
+
+def test_sheet_shows_every_image_twice_and_names_the_classes():
+    images = [np.full((*size, 3), value, np.uint8) for size, value in (((30, 60), 10), ((60, 30), 20), ((30, 30), 30))]
+    nothing = np.zeros((0, 4)), np.zeros(0, int)
+    sheet = draw_sheet(images, [nothing] * 3, [(*nothing, np.zeros(0))] * 3, NAMES, tile=120, columns=2)
+    areas = [(sheet == value).all(axis=2).sum() for value in (10, 20, 30)]
+    assert areas == [2 * 60 * 120, 2 * 120 * 60, 2 * 120 * 120]
+    truth = np.array([[2, 12, 28, 28]]), np.array([1])
+    with_box = draw_sheet(images, [truth] + [nothing] * 2, [(*nothing, np.zeros(0))] * 3, NAMES, tile=120, columns=2)
+    assert with_box.shape == sheet.shape
+    changed = np.where((sheet != with_box).any(axis=2))
+    assert changed[1].min() < 132 and not (sheet != with_box)[:150, 140:].any()  # the true side of the first pair
+    assert (with_box[-20:] == class_colours(2)[1]).all(axis=2).any()  # the legend
+
+
+def test_sheet_of_nothing():
+    with pytest.raises(ValueError, match='got 0 images'):
+        draw_sheet([], [], [], NAMES)
+
+
+def test_write_png(tmp_path):
+    image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    write_png(tmp_path / 'a.png', image)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'a.png')), image)
+    assert [path.name for path in tmp_path.iterdir()] == ['a.png']
