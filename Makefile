@@ -37,7 +37,7 @@ $(STACK_OK): requirements/build.txt requirements/$(STACK).txt $(NO_DEPS)
 	$(if $(NO_DEPS),$(BIN)/python -m pip install -q --no-build-isolation --no-deps -r $(NO_DEPS))
 	@touch $@
 
-$(PLUGIN_OK): $(STACK_OK) setup.py pyproject.toml $(shell find csrc -type f)
+$(PLUGIN_OK): $(STACK_OK) setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
 	@touch $@
 

@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT / 'csrc'))
 import build as native  # noqa: E402  (csrc/build.py)
 
 LIBRARIES = Path('msda_plugin/ops/lib')
-# mim looks for `.mim/{model-index.yml,configs,tools}` in what it takes for the package's folder: the package itself in a
-# regular install; in an editable one the root of the clone (onedl-mim), where only the tools are put, since mim searches
-# the folder for configs and must not meet one twice.
+# mim looks for `.mim/{model-index.yml,configs,tools}` in what it takes for the package's folder: the package itself in
+# a regular install; in an editable one the root of the clone (onedl-mim), where only the tools are put, since mim
+# searches that folder for configs and must not meet one twice.
 MIM_FILES = {
     'model-index.yml': 'model-index.yml',
     'configs': 'configs',
@@ -49,10 +49,14 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         out = ROOT / LIBRARIES if self.inplace else Path(self.build_lib) / LIBRARIES
+        if not self.inplace:
+            shutil.rmtree(out, ignore_errors=True)  # what an earlier build left must not get into this one's wheel
         out.mkdir(parents=True, exist_ok=True)
         try:
             self.built = [str(path) for path in native.build(out, cuda=cuda_mode())]
-        except native.CompilerNotFound as error:
+        except native.BuildError as error:
+            if cuda_mode() == 'on' or not isinstance(error, native.CompilerNotFound):
+                raise SystemExit(f'msda_plugin: {error}') from None
             self.built = []
             self.warn(f'{error} msda_plugin is installed without compiled libraries: the operator runs on its '
                       'reference backend (plain PyTorch, slower). Install a C++20 compiler and reinstall.')

@@ -56,7 +56,7 @@ def build(out_dir: str | os.PathLike = DEFAULT_OUT, cuda: str = 'auto', sanitize
 
     Args:
         out_dir: Where ``libmsda_cpu.so`` and ``libmsda_cuda.so`` go.
-        cuda: 'on': build for CUDA or raise; 'off': don't; 'auto': if this torch is for CUDA and nvcc is found.
+        cuda: 'on': build for CUDA or raise; 'off': don't; 'auto': if nvcc is found. The torch may be CPU-only.
         sanitize: Sanitizers for the CPU library, as after ``-fsanitize=``.
         verbose: Print the commands.
 
@@ -73,8 +73,6 @@ def build(out_dir: str | os.PathLike = DEFAULT_OUT, cuda: str = 'auto', sanitize
     nvcc = None if cuda == 'off' else find_nvcc()
     if cuda == 'on' and nvcc is None:
         raise CompilerNotFound('no nvcc was found: install the CUDA toolkit, put nvcc on PATH or set NVCC')
-    if cuda == 'auto' and not _library(torch_dir, 'torch_cuda').exists():
-        nvcc = None
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -98,7 +96,8 @@ def find_torch() -> Path:
         match = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (place / 'version.py').read_text())
         if match is None or (int(match[2]), int(match[3])) < TORCH_MINIMUM:
             found = match[1] if match else 'of unknown version'
-            raise TorchNotFound(f'torch {found} is in {place}, but torch >= 2.10 is needed for its stable ABI: upgrade it')
+            raise TorchNotFound(f'torch {found} is in {place}, but torch >= 2.10 is needed for its stable ABI: '
+                                'upgrade it')
         return place
     raise TorchNotFound(f'no torch was found for {sys.executable}: install torch >= 2.10 first')
 
@@ -108,7 +107,8 @@ def find_compiler() -> list[str]:
     if os.environ.get('CXX'):
         command = shlex.split(os.environ['CXX'])
         if shutil.which(command[0]) is None:
-            raise CompilerNotFound(f'CXX is {os.environ["CXX"]!r}, but there is no such command: correct it or unset it')
+            raise CompilerNotFound(f'CXX is {os.environ["CXX"]!r}, but there is no such command: correct it or '
+                                   'unset it')
         return command
     for name in ('g++', 'c++', 'clang++'):
         if shutil.which(name):
@@ -127,7 +127,8 @@ def find_nvcc() -> str | None:
 
 
 class _Builder:
-    def __init__(self, work: Path, torch_dir: Path, compiler: list[str], nvcc: str | None, sanitize: str, verbose: bool):
+    def __init__(self, work: Path, torch_dir: Path, compiler: list[str], nvcc: str | None, sanitize: str,
+                 verbose: bool) -> None:
         self.work = work
         self.torch_dir = torch_dir
         self.compiler = compiler
@@ -201,7 +202,8 @@ class _Builder:
             print(shlex.join(command), flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise BuildError(f'{shlex.join(command)}\nexited with status {done.returncode}:\n{done.stdout}{done.stderr}')
+            raise BuildError(f'{shlex.join(command)}\nexited with status {done.returncode}:\n'
+                             f'{done.stdout}{done.stderr}')
         if self.verbose and done.stderr:
             print(done.stderr, flush=True)
         return done.stdout

@@ -1,4 +1,6 @@
 """Every workaround for a dependency, each with its reason and the version that ends it."""
+import pickle
+
 import numpy as np
 import torch
 
@@ -10,9 +12,13 @@ def allow_mmengine_checkpoints() -> None:
     methods of their own. Exactly these are added to torch's allow-list, so that ``--resume`` and ``mim test`` work and
     nothing else gets through.
 
-    Ends with: onedl-mmengine, which loads them by itself; no release of mmengine (0.10.7 is the last) does.
+    onedl-mmengine 0.10.12 reads them as well, but by allowing `getattr`, and where a file is refused it loads it again
+    with ``weights_only=False``, which runs whatever the file says. Its loader is replaced by the strict one.
+
+    Ends with: an mmengine that loads its own checkpoints and refuses others; 0.10.7 and onedl-mmengine 0.10.12 do not.
     """
     from mmengine.logging import HistoryBuffer
+    from mmengine.runner import checkpoint
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
     dtypes = [type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32', 'uint32', 'bool')]
     torch.serialization.add_safe_globals([
@@ -20,11 +26,17 @@ def allow_mmengine_checkpoints() -> None:
         # The pickle names the methods by `getattr`, which must not be allowed as it is.
         (_history_buffer_method, 'builtins.getattr'),
     ])
+    if hasattr(checkpoint, '_safe_torch_load'):
+        checkpoint._safe_torch_load = _load_weights_only
+
+
+def _load_weights_only(file, map_location=None, weights_only=True) -> dict:
+    return torch.load(file, map_location=map_location, weights_only=True)
 
 
 def _history_buffer_method(owner: type, name: str):
     from mmengine.logging import HistoryBuffer
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
-        raise ValueError(f'a checkpoint may name HistoryBuffer.min, max, current and mean; this one asks for {name!r} '
-                         f'of {owner!r}: do not load it')
+        raise pickle.UnpicklingError(
+            f'a checkpoint may name HistoryBuffer.min, max, current and mean; this one asks for {name!r} of {owner!r}')
     return getattr(owner, name)

@@ -5,7 +5,7 @@ _base_ = [
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 
-max_epochs = 8
+max_epochs = 7
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -26,12 +26,13 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Ten
         sampling_locations: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y), 0 to 1 over the level (0
             and 1 are the outer edges of its border pixels). Beyond it the level is 0; NaN and infinite locations
             contribute nothing and get gradient 0.
-        attention_weights: (bs, num_queries, num_heads, num_levels, num_points), usually summing to 1 per query and head.
+        attention_weights: (bs, num_queries, num_heads, num_levels, num_points), usually summing to 1 per query and
+            head.
         deterministic: Bitwise repeatable results; None follows :func:`torch.use_deterministic_algorithms`. The CPU
             kernels always are.
 
-    Locations and weights may have another float dtype than the value and are then read in float32 (float64 for a float64
-    value). Sums are in float32 (float64); each gradient has the dtype of its input.
+    Locations and weights may have another float dtype than the value and are then read in float32 (float64 for a
+    float64 value). Sums are in float32 (float64); each gradient has the dtype of its input.
 
     Returns:
         (bs, num_queries, num_heads * head_dim) in the value's dtype.
@@ -51,8 +52,8 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Ten
     if _uses_reference(value):
         return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     sampling_locations, attention_weights = _unify(value, sampling_locations, attention_weights)
-    return torch.ops.msda.ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                                         _deterministic(deterministic))
+    return torch.ops.msda.ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations,
+                                         attention_weights, _deterministic(deterministic))
 
 
 def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None,
@@ -80,7 +81,8 @@ def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, level_start_inde
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
     check_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
     if _uses_reference(value):
-        return attend_fused(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
+        return attend_fused(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
+                            attention_logits)
     reference_points, sampling_offsets, attention_logits = _unify(value, reference_points, sampling_offsets,
                                                                   attention_logits)
     return torch.ops.msda.ms_deform_attn_fused(value, spatial_shapes, level_start_index, reference_points,

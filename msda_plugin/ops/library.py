@@ -5,7 +5,6 @@ value's dtype decides, and coordinates are never rounded.
 """
 import torch
 
-
 from msda_plugin.ops.reference import attend, attend_fused
 
 torch.library.define('msda::ms_deform_attn', (

@@ -18,7 +18,8 @@ def attend(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sam
     """Sum bilinear samples of ``value`` by weight; shapes as in :func:`msda_plugin.ops.ms_deform_attn`.
 
     The samples are those of ``grid_sample(mode='bilinear', padding_mode='zeros', align_corners=False)``. A location
-    whose four neighbours are all outside the level, or which is NaN or infinite, contributes nothing and gets gradient 0.
+    whose four neighbours are all outside the level, or which is NaN or infinite, contributes nothing and gets gradient
+    0.
     """
     dtype = accumulation_dtype(value)
     height, width = spatial_shapes[:, :1], spatial_shapes[:, 1:]  # (L, 1), against (..., L, P)

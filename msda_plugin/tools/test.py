@@ -10,8 +10,8 @@ def main(argv: list[str] | None = None) -> int:
     from msda_plugin.tools.launch import add_arguments, build_runner, load_config
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin test', description='Evaluate a checkpoint on the test data of its config.',
-        epilog='example: python -m msda_plugin test work_dirs/shapes/deformable-detr-two-stage_shunted-nano_1xb4_shapes.py '
-               'work_dirs/shapes/epoch_8.pth')
+        epilog='example: python -m msda_plugin test configs/shapes/'
+               'deformable-detr-two-stage_shunted-nano_1xb4_shapes.py work_dirs/shapes/epoch_7.pth')
     parser.add_argument('config', help='path of a Python config file')
     parser.add_argument('checkpoint', help='path of a .pth file')
     add_arguments(parser)

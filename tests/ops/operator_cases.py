@@ -33,8 +33,8 @@ class Case:
         return self
 
 
-def make_case(shapes=((5, 7), (3, 2), (1, 1)), batch=2, queries=4, heads=2, head_dim=6, points=3, reference_size=2, seed=0,
-              dtype=torch.float64, spread=0.3) -> Case:
+def make_case(shapes=((5, 7), (3, 2), (1, 1)), batch=2, queries=4, heads=2, head_dim=6, points=3, reference_size=2,
+              seed=0, dtype=torch.float64, spread=0.3) -> Case:
     """Random inputs; ``spread`` is how far the locations reach beyond the level, as a fraction of it."""
     g = torch.Generator().manual_seed(seed)
     levels, keys = len(shapes), sum(h * w for h, w in shapes)
@@ -55,7 +55,8 @@ def grid_sample_attention(value: Tensor, shapes, locations: Tensor, weights: Ten
     batch, _, heads, head_dim = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     output = value.new_zeros(batch * heads, head_dim, queries)
-    for level, (part, (height, width)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes, strict=True)):
+    parts = value.split([h * w for h, w in shapes], 1)
+    for level, (part, (height, width)) in enumerate(zip(parts, shapes, strict=True)):
         image = part.permute(0, 2, 3, 1).reshape(batch * heads, head_dim, height, width)
         grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(batch * heads, queries, points, 2)
         sampled = F.grid_sample(image, grid, mode='bilinear', padding_mode='zeros', align_corners=False)

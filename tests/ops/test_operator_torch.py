@@ -90,7 +90,8 @@ def test_compile_with_pairs_and_choices():
     """Pairs for the levels; and a choice of backend made later is not lost in a compiled function."""
     torch._dynamo.reset()
     case = make_case(dtype=torch.float32)
-    compiled = torch.compile(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), fullgraph=True, backend='eager')
+    compiled = torch.compile(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), fullgraph=True,
+                             backend='eager')
     expected = grid_sample_attention(case.value, case.shapes, case.locations, case.weights)
     torch.testing.assert_close(compiled(*case.plain()), expected)
     with use_backend('reference'):

@@ -1,4 +1,6 @@
 """A user's mistake ends in one sentence that names it, and with status 2."""
+import logging
+
 import pytest
 
 from msda_plugin.__main__ import COMMANDS, main
@@ -14,6 +16,12 @@ def write(tmp_path, model, **fields):
     path = tmp_path / 'config.py'
     path.write_text(BASE.format(model=model, fields=fields))
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def quiet_logging(monkeypatch):
+    """MMEngine's loggers keep the stream that pytest had put in place for an earlier test."""
+    monkeypatch.setattr(logging, 'raiseExceptions', False)
 
 
 def sentence(argv, capsys):
@@ -65,3 +73,29 @@ def test_missing_checkpoint(tmp_path, capsys):
     config = write(tmp_path, 'msda_plugin.ShuntedTransformer', arch='tiny')
     message = sentence(['test', config, str(tmp_path / 'none.pth')], capsys)
     assert 'checkpoint' in message and 'does not exist' in message
+
+
+def write_with_data(tmp_path, annotations=None):
+    config = write(tmp_path, 'msda_plugin.MultiScaleDeformableAttention')
+    if annotations is not None:
+        (tmp_path / 'train.json').write_text(annotations)
+    with open(config, 'a') as file:
+        file.write(f'''
+train_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler'), dataset=dict(
+    type='CocoDataset', data_root={str(tmp_path if annotations else tmp_path / 'nowhere')!r},
+    ann_file='train.json', data_prefix=dict(img='')))
+train_cfg = dict(by_epoch=True, max_epochs=1)
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
+''')
+    return config
+
+
+def test_missing_data_root(tmp_path, capsys):
+    message = sentence(['train', write_with_data(tmp_path), '--work-dir', str(tmp_path)], capsys)
+    assert 'nowhere' in message and 'does not exist' in message
+
+
+@pytest.mark.parametrize('annotations', ['not json', '[1, 2]', '{"images": []}'])
+def test_annotations_that_are_not_coco(annotations, tmp_path, capsys):
+    message = sentence(['train', write_with_data(tmp_path, annotations), '--work-dir', str(tmp_path)], capsys)
+    assert 'train.json' in message and 'COCO' in message

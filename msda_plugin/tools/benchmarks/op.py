@@ -1,0 +1,237 @@
+"""``benchmark op``: the operator against mmcv's path on the same device, same inputs, in one run."""
+import argparse
+import math
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
+
+PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row of the table: levels (h, w), and sizes as in :func:`msda_plugin.ops.ms_deform_attn`."""
+    name: str
+    levels: tuple[tuple[int, int], ...]
+    batch: int
+    queries: int
+    heads: int = 8
+    head_dim: int = 32
+    points: int = 4
+
+    @property
+    def corner_bytes(self) -> int:
+        """float32 bytes of all corner rows that a forward pass gathers."""
+        return 16 * self.batch * self.queries * self.heads * len(self.levels) * self.points * self.head_dim
+
+
+SHAPES = (
+    Shape('encoder', PYRAMID, 1, 17821),
+    Shape('decoder', PYRAMID, 1, 300),
+    Shape('five levels', ((200, 267), *PYRAMID), 2, 900),
+    Shape('one level', ((50, 67), ), 1, 3350, head_dim=64),
+)
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the subcommand ``op``; its namespace goes to `run`."""
+    parser = subparsers.add_parser('op', help="the operator against mmcv's path on the same device")
+    parser.add_argument('--device', default='cpu', help='default: %(default)s')
+    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=7, help='timed runs, after one that is not counted')
+    parser.add_argument('--quick', action='store_true', help='the table alone')
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table and, without ``--quick``, what else is claimed of the operator."""
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    backend = backend_for(device, torch.float32)
+    print(f'float32, {device}, {args.threads} threads, {platform.machine()}, torch {torch.__version__}; backend '
+          f'{backend.name} ({backend.reason}); median of {args.repeats} runs')
+    print(f'{"shape":<14}{"":<20}{"mmcv ms":>10}{"ours ms":>10}{"ratio":>8}')
+    timer = Timer(device, args.repeats)
+    encoder = None
+    for shape in SHAPES:
+        inputs = make_inputs(shape, device)
+        for what, backward in (('forward', False), ('forward + backward', True)):
+            stock, ours = (timer(partial(call, form, shape, inputs, backward)) for form in (mmcv_path(device), plain))
+            encoder = encoder or ours
+            print(f'{shape.name:<14}{what:<20}{stock * 1e3:>10.2f}{ours * 1e3:>10.2f}{stock / ours:>7.1f}x', flush=True)
+    if not args.quick:
+        compare_forms(timer, device)
+        growth(timer, device)
+        if device.type == 'cpu':
+            cache_bound(encoder, args.threads)
+            memory(args.threads)
+    return 0
+
+
+class Timer:
+    """Median seconds of a call."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device = device
+        self.repeats = repeats
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        function()
+        seconds = []
+        for _ in range(self.repeats):
+            self.wait()
+            start = time.perf_counter()
+            function()
+            self.wait()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+    def wait(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+
+
+def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Seeded inputs of the plain and the fused form. Locations are uniform over the levels: no locality to exploit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator)
+
+    keys = sum(h * w for h, w in shape.levels)
+    sampling = (shape.batch, shape.queries, shape.heads, len(shape.levels), shape.points)
+    logits = rand(*sampling)
+    tensors = {
+        'value': rand(shape.batch, keys, shape.heads, shape.head_dim).to(dtype), 'locations': rand(*sampling, 2),
+        'weights': logits.flatten(-2).softmax(-1).view(sampling),
+        'points': rand(shape.batch, shape.queries, len(shape.levels), 2), 'offsets': rand(*sampling, 2) * 8 - 4,
+        'logits': logits, 'grad': rand(shape.batch, shape.queries, shape.heads * shape.head_dim).to(dtype)}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+Form = Callable[[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def call(form: Form, shape: Shape, inputs: dict[str, Tensor], backward: bool) -> tuple[Tensor, ...]:
+    """One forward pass, and the gradients of value, locations and weights."""
+    levels = torch.tensor(shape.levels, device=inputs['value'].device)
+    tensors = [inputs[name].detach().requires_grad_(backward) for name in ('value', 'locations', 'weights')]
+    with torch.set_grad_enabled(backward):
+        output = form(levels, *tensors)
+    return (output, *torch.autograd.grad(output, tensors, inputs['grad'])) if backward else (output, )
+
+
+def plain(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    return ms_deform_attn(value, levels, None, locations, weights)
+
+
+def mmcv_path(device: torch.device) -> Form:
+    """What mmcv runs on the device: its CUDA kernel, or grid_sample level by level."""
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
+
+    def form(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        if device.type != 'cuda':
+            return multi_scale_deformable_attn_pytorch(value, levels, locations, weights)
+        areas = levels.prod(1)
+        return MultiScaleDeformableAttnFunction.apply(value, levels, areas.cumsum(0) - areas, locations, weights, 64)
+
+    return form
+
+
+def compare_forms(timer: Timer, device: torch.device) -> None:
+    """The fused form against its parts, and 16 bits against 32, at the encoder shape."""
+    shape = SHAPES[0]
+    inputs = make_inputs(shape, device)
+    levels = torch.tensor(shape.levels, device=device)
+
+    def parts(value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        weights = logits.flatten(-2).softmax(-1).view_as(logits)
+        locations = points[:, :, None, :, None] + offsets / levels.flip(1)[:, None]
+        return ms_deform_attn(value, levels, None, locations, weights)
+
+    def fused(*tensors: Tensor) -> Tensor:
+        return ms_deform_attn_fused(tensors[0], levels, None, *tensors[1:])
+
+    def forward_backward(form: Callable[..., Tensor]) -> None:
+        tensors = [inputs[name].detach().requires_grad_() for name in ('value', 'points', 'offsets', 'logits')]
+        torch.autograd.grad(form(*tensors), tensors, inputs['grad'])
+
+    seconds = [timer(partial(forward_backward, form)) for form in (parts, fused)]
+    print(f'fused, forward + backward at the encoder shape: {seconds[1] * 1e3:.2f} ms; softmax + locations + plain: '
+          f'{seconds[0] * 1e3:.2f} ms, {seconds[0] / seconds[1]:.2f}x')
+    low = make_inputs(shape, device, torch.bfloat16)
+    seconds = [timer(partial(call, plain, shape, x, False)) for x in (inputs, low)]
+    print(f'bfloat16 value, forward at the encoder shape: {seconds[1] * 1e3:.2f} ms; float32: '
+          f'{seconds[0] * 1e3:.2f} ms, {seconds[0] / seconds[1]:.2f}x')
+
+
+def growth(timer: Timer, device: torch.device) -> None:
+    """Fit time ~ size ** exponent over queries and over points."""
+    for what, shapes in (
+            ('queries', [Shape('', PYRAMID, 1, n) for n in (8911, 17821, 35642, 71284)]),
+            ('samples', [Shape('', PYRAMID, 1, 17821, points=n) for n in (4, 8, 16)])):
+        sizes, seconds = [], []
+        for shape in shapes:
+            inputs = make_inputs(shape, device)
+            sizes.append(math.log(shape.corner_bytes))
+            seconds.append(math.log(timer(partial(call, plain, shape, inputs, False))))
+        print(f'growth of the forward pass with {what}: exponent {np.polyfit(sizes, seconds, 1)[0]:.3f}')
+
+
+def cache_bound(seconds: float, threads: int) -> None:
+    """The encoder's forward pass against the time to move its corner rows at the speed of copies within the L2."""
+    source, target = np.ones((2, 192 * 1024 // 8))
+    best = math.inf
+    for _ in range(200):
+        start = time.perf_counter()
+        for _ in range(20):
+            np.copyto(target, source)
+        best = min(best, (time.perf_counter() - start) / 20)
+    speed = 2 * source.nbytes / best * threads
+    bound = SHAPES[0].corner_bytes / speed
+    print(f'L2 copy: {speed / 1e9:.0f} GB/s on {threads} threads, read and written; bound of the encoder forward '
+          f'{bound * 1e3:.2f} ms; ours {seconds * 1e3:.2f} ms, {seconds / bound:.2f}x the bound')
+
+
+def memory(threads: int) -> None:
+    """Peak memory of forward + backward at the encoder shape beyond inputs, output and gradients, a process each."""
+    context = multiprocessing.get_context('spawn')
+    extra = []
+    for stock in (True, False):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_extra_memory, args=(sender, stock, threads))
+        process.start()
+        extra.append(receiver.recv())
+        process.join()
+    print(f'extra peak memory of forward + backward at the encoder shape: mmcv {extra[0] / 1e6:.0f} MB, ours '
+          f'{extra[1] / 1e6:.0f} MB, {extra[1] / extra[0]:.1%}')
+
+
+def _extra_memory(sender: 'multiprocessing.connection.Connection', stock: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    device = torch.device('cpu')
+    form = mmcv_path(device) if stock else plain
+    small = Shape('', ((4, 4), ), 1, 8)
+    call(form, small, make_inputs(small, device), True)  # what is loaded on first use is no part of the cost
+    inputs = make_inputs(SHAPES[0], device)
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # resets the peak
+    before = _status('VmRSS')
+    results = call(form, SHAPES[0], inputs, True)
+    sender.send(_status('VmHWM') - before - sum(t.nbytes for t in results))
+
+
+def _status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024

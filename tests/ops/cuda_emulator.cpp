@@ -1,0 +1,175 @@
+// Runs the CUDA kernels on the host, to check them where there is no GPU: the threads of a block are fibers on one
+// thread, and every barrier or warp-wide operation switches between them.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace emulator {
+
+struct Barrier {
+  int size = 0, arrived = 0, generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  uint3 thread;
+  int lane;
+  bool done;
+  Barrier* warp;
+  uint64_t* slots;  // of the warp
+};
+
+std::vector<Fiber> fibers;
+ucontext_t scheduler;
+Fiber* current;
+uint3 block_index;
+dim3 block_size;
+Barrier block_barrier;
+std::function<void()> body;
+
+void yield() { swapcontext(&current->context, &scheduler); }
+
+void wait(Barrier& barrier) {
+  const int generation = barrier.generation;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    while (barrier.generation == generation) yield();
+  }
+}
+
+void run_fiber() {
+  body();
+  current->done = true;
+  yield();
+}
+
+void run_block() {
+  const unsigned count = block_size.x * block_size.y;
+  std::vector<Barrier> warps((count + 31) / 32);
+  std::vector<uint64_t> slots(warps.size() * 32);
+  block_barrier = {static_cast<int>(count), 0, 0};
+  fibers.resize(count);
+  for (unsigned i = 0; i < count; ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.thread = {i % block_size.x, i / block_size.x, 0};
+    fiber.lane = static_cast<int>(i % 32);
+    fiber.done = false;
+    fiber.warp = &warps[i / 32];
+    ++fiber.warp->size;
+    fiber.slots = &slots[i / 32 * 32];
+    if (!fiber.stack) fiber.stack = std::make_unique<char[]>(65536);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = 65536;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  for (bool busy = true; busy;) {
+    busy = false;
+    for (Fiber& fiber : fibers) {
+      if (fiber.done) continue;
+      busy = true;
+      current = &fiber;
+      swapcontext(&scheduler, &fiber.context);
+    }
+  }
+}
+
+void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
+  body = std::move(kernel);
+  block_size = block;
+  for (unsigned i = 0; i < grid.x; ++i) {
+    block_index = {i, 0, 0};
+    run_block();
+  }
+}
+
+template <class V>
+V exchange(V value, int from) {
+  std::memcpy(&current->slots[current->lane], &value, sizeof(V));
+  wait(*current->warp);
+  V result;
+  std::memcpy(&result, &current->slots[from], sizeof(V));
+  wait(*current->warp);
+  return result;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::current->thread)
+#define blockIdx (emulator::block_index)
+#define blockDim (emulator::block_size)
+inline void __syncwarp() { emulator::wait(*emulator::current->warp); }
+inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
+template <class V>
+V __shfl_xor_sync(unsigned, V value, int mask) {
+  return emulator::exchange(value, emulator::current->lane ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  unsigned result = 0;
+  emulator::current->slots[emulator::current->lane] = vote;
+  __syncwarp();
+  for (int lane = 0; lane < emulator::current->warp->size; ++lane)
+    result |= static_cast<unsigned>(emulator::current->slots[lane]) << lane;
+  __syncwarp();
+  return result;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+template <class A>
+void atomicAdd(A* target, A x) {
+  *target += x;
+}
+
+extern "C" {
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) {
+  std::memset(target, byte, count);
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+}
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#define MSDA_EMULATED
+#define MSDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(shared_bytes), emulator::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
+#include "../../csrc/cuda/ms_deform_attn.cu"
+
+namespace msda::cuda {
+namespace {
+alignas(16) unsigned char shared_memory[1 << 18];
+}
+}  // namespace msda::cuda
+
+// sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype;
+// inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
+static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], static_cast<int>(sizes[7]),
+          static_cast<msda::DType>(sizes[8]), static_cast<msda::DType>(sizes[9]), inputs[0],
+          static_cast<const int64_t*>(inputs[1]), static_cast<const int64_t*>(inputs[2]), inputs[3], inputs[4], inputs[5]};
+}
+
+extern "C" __attribute__((visibility("default"))) int emulate_forward(const int64_t* sizes, void* const* inputs,
+                                                                      void* output) {
+  return msda::cuda::forward(problem_of(sizes, inputs), output, nullptr);
+}
+
+// gradients: output, value, reference_points, coordinates, weights; scratch: value, reference_points, attention.
+extern "C" __attribute__((visibility("default"))) int emulate_backward(const int64_t* sizes, void* const* inputs,
+                                                                       void* const* gradients, void* const* scratch,
+                                                                       int deterministic) {
+  return msda::cuda::backward(problem_of(sizes, inputs),
+                              {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]},
+                              {scratch[0], scratch[1], scratch[2]}, deterministic != 0, nullptr);
+}

@@ -1,0 +1,102 @@
+"""The compiled libraries: what they need of torch, and that they build, also with sanitizers."""
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBRARIES = sorted((ROOT / 'msda_plugin' / 'ops' / 'lib').glob('libmsda_*.so'))
+
+
+@pytest.fixture(scope='module')
+def build():
+    spec = importlib.util.spec_from_file_location('csrc_build', ROOT / 'csrc' / 'build.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def undefined_symbols(library):
+    done = subprocess.run(['nm', '-D', '--undefined-only', library], capture_output=True, text=True, check=True)
+    return {line.split()[-1].split('@')[0] for line in done.stdout.splitlines()}
+
+
+def check_stable_abi(library):
+    """Of torch, only the C functions of its stable ABI; the rest is C, C++ and the loader."""
+    symbols = undefined_symbols(library)
+    assert any(name.startswith(('aoti_torch_', 'torch_')) for name in symbols)
+    mangled = {name for name in symbols if re.match(r'_ZNK?\d*(N?\d*)?(2at|3c10|5torch)', name)}
+    assert not mangled
+    others = {name for name in symbols if re.match(r'(aoti|torch|c10|at_|cu)', name)} - {
+        name for name in symbols if name.startswith(('aoti_torch_', 'torch_'))}
+    assert not others
+
+
+@pytest.mark.skipif(not LIBRARIES, reason='no library is built')
+@pytest.mark.skipif(shutil.which('nm') is None, reason='there is no nm')
+@pytest.mark.parametrize('library', LIBRARIES, ids=lambda path: path.name)
+def test_only_the_stable_abi_is_used(library):
+    check_stable_abi(library)
+
+
+def test_no_code_of_a_larger_instruction_set_is_shared():
+    """The files of an instruction set must not define what the linker could choose for all of them."""
+    kernels = [(ROOT / 'csrc' / name).read_text() for name in ('cpu/kernels.h', 'cpu/simd.h', 'ms_deform_attn.h')]
+    included = {name for text in kernels for name in re.findall(r'#include <(\w+)>', text)}
+    assert included <= {'cstddef', 'cstdint', 'cstdlib', 'cstring', 'new', 'type_traits'}
+
+
+def test_errors_name_the_remedy(build, monkeypatch, tmp_path):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    with pytest.raises(build.CompilerNotFound, match='no-such-compiler.*unset it'):
+        build.build(tmp_path, 'off')
+    monkeypatch.delenv('CXX')
+    monkeypatch.setattr(build.shutil, 'which', lambda name: None)
+    with pytest.raises(build.CompilerNotFound, match='install g'):
+        build.build(tmp_path, 'off')
+    (tmp_path / 'torch').mkdir()
+    (tmp_path / 'torch' / 'version.py').write_text("__version__ = '2.9.1'\n")
+    monkeypatch.setattr(build.sysconfig, 'get_path', lambda key: str(tmp_path))
+    with pytest.raises(build.TorchNotFound, match='torch 2.9.1 .* torch >= 2.10 is needed'):
+        build.build(tmp_path, 'off')
+    with pytest.raises(ValueError, match="cuda is 'yes'"):
+        build.build(tmp_path, 'yes')
+
+
+def test_torch_is_found_without_importing_it():
+    code = ('import sys; sys.path.insert(0, sys.argv[1]); import build; build.find_torch(); '
+            'assert "torch" not in sys.modules')
+    assert subprocess.run([sys.executable, '-c', code, str(ROOT / 'csrc')]).returncode == 0
+
+
+@pytest.mark.slow
+def test_cuda_library_builds(build, monkeypatch, tmp_path):
+    if build.find_nvcc() is None:
+        pytest.skip('there is no nvcc')
+    monkeypatch.setenv('MSDA_CUDA_ARCHS', '90')
+    paths = build.build(tmp_path, 'on')
+    assert [path.name for path in paths] == ['libmsda_cpu.so', 'libmsda_cuda.so']
+    check_stable_abi(paths[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['libmsda_cpu.so', 'libmsda_cuda.so']
+
+
+@pytest.mark.slow
+def test_kernels_under_sanitizers(build, tmp_path):
+    """Addresses and undefined behaviour, on sizes that leave rests everywhere."""
+    where = [*build.find_compiler(), '-print-file-name=libasan.so']
+    runtime = subprocess.run(where, capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).exists():
+        pytest.skip('the compiler has no libasan.so')
+    library, = build.build(tmp_path, 'off', sanitize='address,undefined')
+    script = ROOT / 'tests' / 'ops' / 'exercise_kernels.py'
+    environment = {**os.environ, 'LD_PRELOAD': runtime, 'ASAN_OPTIONS': 'detect_leaks=0', 'PYTHONPATH': str(ROOT),
+                   'MSDA_LIBRARY_DIR': str(library.parent)}
+    for isa in ('avx512', 'avx2', 'portable'):
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
+                              env={**environment, 'MSDA_CPU_ISA': isa})
+        assert done.returncode == 0, done.stdout + done.stderr
