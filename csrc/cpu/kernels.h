@@ -64,15 +64,27 @@ int64_t padded_channels(const Problem& p) {
   return ceil_div(p.channels, kLanes<A>) * kLanes<A>;
 }
 
-// The rows of `value` of one image and head, where the gather reads them.
+// What packed rows hold: bfloat16 is widened once, for it takes more work to widen at every visit than to read it.
+template <class T>
+struct PackedOf {
+  using type = T;
+};
+template <>
+struct PackedOf<BFloat16> {
+  using type = float;
+};
+template <class T>
+using Packed = typename PackedOf<T>::type;
+
+// The rows of `value` of one image and head, where the gather reads them: packed, of type Packed<T>, or in place.
 template <class T>
 class Rows {
  public:
   Rows(const Problem& p, bool packed)
-      : p_(p), packed_(packed), padded_(padded_channels<Accumulator<T>>(p)),
-        scratch_(packed ? (p.keys + 1) * padded_ : padded_), stride_((packed ? padded_ : p.heads * p.channels) * sizeof(T)) {
-    T* zeros = packed ? scratch_ + p.keys * padded_ : scratch_;
-    std::memset(zeros, 0, padded_ * sizeof(T));
+      : packed(packed), p_(p), padded_(padded_channels<Accumulator<T>>(p)),
+        scratch_(packed ? (p.keys + 1) * padded_ : padded_),
+        stride_(packed ? padded_ * sizeof(Packed<T>) : p.heads * p.channels * sizeof(T)) {
+    std::memset(packed ? scratch_ + p.keys * padded_ : scratch_, 0, padded_ * sizeof(Packed<T>));
   }
 
   void select(int64_t image, int64_t head) {
@@ -80,40 +92,43 @@ class Rows {
     image_ = image;
     head_ = head;
     const T* rows = static_cast<const T*>(p_.value) + (image * p_.keys * p_.heads + head) * p_.channels;
-    if (packed_) {
-      pack(rows);
-      base_ = reinterpret_cast<const char*>(static_cast<T*>(scratch_));
-      missing_ = p_.keys * stride_;
-    } else {
-      base_ = reinterpret_cast<const char*>(rows);
-      missing_ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(static_cast<T*>(scratch_)) -
-                                      reinterpret_cast<uintptr_t>(rows));
-    }
+    const char* scratch = reinterpret_cast<const char*>(static_cast<Packed<T>*>(scratch_));
+    if (packed) pack(rows);
+    base_ = packed ? scratch : reinterpret_cast<const char*>(rows);
+    missing_ = packed ? p_.keys * stride_
+                      : static_cast<int64_t>(reinterpret_cast<uintptr_t>(scratch) - reinterpret_cast<uintptr_t>(rows));
   }
 
   const char* base() const { return base_; }
   int64_t stride() const { return stride_; }    // bytes from one row to the next
   int64_t missing() const { return missing_; }  // bytes from base to a row of zeros
 
+  const bool packed;
+
  private:
   void pack(const T* rows) {
-    const int64_t step = p_.heads * p_.channels;
-    if (p_.channels == padded_) {
-      for (int64_t key = 0; key < p_.keys; ++key)
-        for (int64_t c = 0; c < padded_; c += kLanes<Accumulator<T>>)
-          std::memcpy(scratch_ + key * padded_ + c, rows + key * step + c, kLanes<Accumulator<T>> * sizeof(T));
-    } else {
-      for (int64_t key = 0; key < p_.keys; ++key) {
-        std::memcpy(scratch_ + key * padded_, rows + key * step, p_.channels * sizeof(T));
-        std::memset(scratch_ + key * padded_ + p_.channels, 0, (padded_ - p_.channels) * sizeof(T));
-      }
+    constexpr int kStep = kLanes<Accumulator<T>>;
+    const int64_t step = p_.heads * p_.channels, rest = padded_ - p_.channels;
+    const int64_t whole = rest == 0 ? padded_ : padded_ - kStep;
+    Packed<T>* target = scratch_;
+    for (int64_t key = 0; key < p_.keys; ++key, rows += step, target += padded_) {
+      for (int64_t c = 0; c < whole; c += kStep) pack_some(rows + c, target + c, kStep);
+      if (rest == 0) continue;
+      pack_some(rows + whole, target + whole, kStep - rest);
+      std::memset(target + p_.channels, 0, rest * sizeof(Packed<T>));
     }
   }
 
+  static void pack_some(const T* source, Packed<T>* target, int64_t count) {
+    if constexpr (std::is_same_v<T, Packed<T>>)
+      std::memcpy(target, source, count * sizeof(T));
+    else
+      widen(source, target, count);
+  }
+
   const Problem& p_;
-  const bool packed_;
   const int64_t padded_;
-  Buffer<T> scratch_;
+  Buffer<Packed<T>> scratch_;
   const int64_t stride_;
   int64_t image_ = -1, head_ = -1, missing_ = 0;
   const char* base_ = nullptr;
@@ -384,7 +399,10 @@ struct Kernels {
         rows.select(image, head);
         tile.plan(image, head, query, count, rows.stride(), rows.missing());
         for (int64_t i = 0; i < count; ++i) {
-          gather<T>(tile, i * tile.samples, rows.base(), padded, sum);
+          if (packed)
+            gather<Packed<T>>(tile, i * tile.samples, rows.base(), padded, sum);
+          else
+            gather<T>(tile, i * tile.samples, rows.base(), padded, sum);
           const int64_t unit = (image * p.queries + query + i) * p.heads + head;
           narrow(sum, static_cast<T*>(output) + unit * p.channels, p.channels);
         }
@@ -431,7 +449,10 @@ struct Kernels {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t first = i * samples;
           load_grad(p, g, image, head, query + i, grad);
-          dot<T>(tile, first, rows.base(), padded, grad, dots);
+          if (packed)
+            dot<Packed<T>>(tile, first, rows.base(), padded, grad, dots);
+          else
+            dot<T>(tile, first, rows.base(), padded, grad, dots);
           sample_gradients(tile, first, dots, grad_weight, grad_pixel);
           chain(p, tile, first, grad_weight, grad_pixel, grad_xy);
           const int64_t unit = (image * p.queries + query + i) * p.heads + head;
