@@ -9,7 +9,7 @@ STACK_OK  := $(VENV)/.stack-installed
 PLUGIN_OK := $(VENV)/.plugin-installed
 NO_DEPS   := $(wildcard requirements/no-deps-$(STACK).txt)
 
-CONFIG   ?= configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4_shapes.py
+CONFIG   := configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py
 DATA     ?= data/shapes
 WORK_DIR ?= work_dirs/shapes$(if $(filter upstream,$(STACK)),-upstream)
 
@@ -41,7 +41,7 @@ $(PLUGIN_OK): $(STACK_OK) setup.py pyproject.toml $(shell find csrc -type f -not
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
 	@touch $@
 
-train: setup
+train: setup  # always the shapes; another config: python -m msda_plugin train CONFIG
 	$(BIN)/python -m msda_plugin shapes --out $(DATA)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mim train $(MMDET) $(CONFIG) --work-dir $(WORK_DIR) \
 	  --cfg-options data_root=$(DATA)/

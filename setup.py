@@ -10,13 +10,10 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools < 70.1
-    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / 'csrc'))
@@ -49,8 +46,6 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         out = ROOT / LIBRARIES if self.inplace else Path(self.build_lib) / LIBRARIES
-        if not self.inplace:
-            shutil.rmtree(out, ignore_errors=True)  # what an earlier build left must not get into this one's wheel
         out.mkdir(parents=True, exist_ok=True)
         try:
             self.built = [str(path) for path in native.build(out, cuda=cuda_mode())]
@@ -72,6 +67,8 @@ class BuildPackage(build_py):
     """Adds `.mim`: copies in a wheel, links to the tools in an editable install."""
 
     def run(self) -> None:
+        if not self.editable_mode:  # what an earlier build left must not get into this one's wheel
+            shutil.rmtree(Path(self.build_lib) / 'msda_plugin', ignore_errors=True)
         super().run()
         if self.editable_mode:
             self.place('.mim', {name: source for name, source in MIM_FILES.items() if name.startswith('tools/')},
@@ -106,6 +103,6 @@ class Wheel(bdist_wheel):
 setup(
     # The sources are named so that the wheel is marked as binary and the sdist carries them.
     ext_modules=[Extension('msda_plugin.ops.lib.msda', sources=sorted(str(p.relative_to(ROOT)) for p in
-                                                                     (ROOT / 'csrc').rglob('*.c*')))],
+                                                                     (ROOT / 'csrc').rglob('*.c[pu]*')))],
     cmdclass={'build_ext': BuildNative, 'build_py': BuildPackage, 'bdist_wheel': Wheel},
 )

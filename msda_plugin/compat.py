@@ -10,7 +10,7 @@ def allow_mmengine_checkpoints() -> None:
 
     MMEngine stores its message hub beside the weights: ``HistoryBuffer`` objects that hold NumPy arrays and name four
     methods of their own. Exactly these are added to torch's allow-list, so that ``--resume`` and ``mim test`` work and
-    nothing else gets through.
+    nothing else gets through (https://github.com/open-mmlab/mmengine/issues/1655).
 
     onedl-mmengine 0.10.12 reads them as well, but by allowing `getattr`, and where a file is refused it loads it again
     with ``weights_only=False``, which runs whatever the file says. Its loader is replaced by the strict one.

@@ -18,7 +18,7 @@ from mmengine.logging import print_log
 
 REQUIRED = dict(  # what MMDetection's CocoDataset reads of each record
     images=('id', 'file_name', 'width', 'height'),
-    annotations=('id', 'image_id', 'category_id', 'bbox'),
+    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
     categories=('id', 'name'))
 
 
@@ -88,8 +88,8 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike,
     if not annotations:
         warnings.append(f"'{ann_file}' holds no box of the classes {_names(classes)}")
     if degenerate:
-        warnings.append(f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high "
-                        'or outside their image, and are left out')
+        warnings.append(f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
+                        'without area or outside their image, and are left out')
     if strays:
         warnings.append(f"{strays} annotations in '{ann_file}' belong to images that it does not list")
     return DataReport(ann_file, classes, len(sizes), len(annotations),
@@ -176,7 +176,8 @@ def _degenerate(ann_file: str, annotations: list[dict], sizes: dict) -> int:
     x, y, w, h = np.array([a['bbox'] for a in annotations], float).T
     width, height = np.array([sizes[a['image_id']] for a in annotations], float).T
     outside = (np.minimum(x + w, width) <= np.maximum(x, 0)) | (np.minimum(y + h, height) <= np.maximum(y, 0))
-    return int((outside | (w < 1) | (h < 1)).sum())
+    area = np.array([a['area'] for a in annotations], float)
+    return int((outside | (w < 1) | (h < 1) | (area <= 0)).sum())
 
 
 def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:

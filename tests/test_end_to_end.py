@@ -12,7 +12,7 @@ import pytest
 from msda_plugin.tools.shapes import generate
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4_shapes.py'
+CONFIG = ROOT / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
 SMALL = ['train_cfg.val_interval=1', 'default_hooks.logger.interval=2', 'train_dataloader.num_workers=0',
          'train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0',
          'val_dataloader.persistent_workers=False', 'test_dataloader.num_workers=0',

@@ -29,6 +29,8 @@ def test_prefixed_names_resolve_without_imports(origin):
         for name, module in {NAMES!r}.items():
             found = MODELS.get('msda_plugin.' + name)
             assert found is not None and found.__module__ == module, (name, found)
+        from mmengine.registry import HOOKS, RUNNERS
+        assert HOOKS.get('msda_plugin.TrainingReportHook') and RUNNERS.get('msda_plugin.DetectionRunner')
         print('resolved')
     ''')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=300)

@@ -34,6 +34,29 @@ def test_data_root_as_written_changes_nothing(cfg):
     assert cfg.to_dict() == before
 
 
+def test_a_config_that_inherits_may_change_the_root(cfg, tmp_path):
+    child = tmp_path / 'child.py'
+    child.write_text("_base_ = './config.py'\ndata_root = 'data/theirs'\nval_dataloader = None\n")
+    cfg = Config.fromfile(str(child))
+    propagate_data_root(cfg)
+    assert cfg.train_dataloader.dataset.dataset.data_root == 'data/theirs/'
+    assert cfg.val_evaluator[0].ann_file == 'data/theirs/val.json'
+
+
+def test_only_whole_folders_are_replaced(cfg):
+    cfg.val_evaluator[0].ann_file = 'data/mine2/val.json'
+    cfg.merge_from_dict({'data_root': '/else/'})
+    propagate_data_root(cfg)
+    assert cfg.val_evaluator[0].ann_file == 'data/mine2/val.json'
+
+
+def test_several_roots_and_none_to_replace(cfg, tmp_path):
+    child = tmp_path / 'child.py'
+    child.write_text("_base_ = './config.py'\ndata_root = 'data/theirs/'\n")
+    with pytest.raises(ValueError, match='several other folders'):
+        propagate_data_root(Config.fromfile(str(child)))
+
+
 @pytest.fixture
 def runner(cfg, tmp_path):
     cfg.merge_from_dict(dict(

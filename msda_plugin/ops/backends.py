@@ -4,6 +4,7 @@ Automatic choice: the compiled kernels of the value's device, else the reference
 ``MSDA_BACKEND`` or :func:`use_backend` chooses one; a chosen backend that cannot run raises, it never falls back.
 ``MSDA_LIBRARY_DIR`` names another directory with compiled libraries, such as a build with sanitizers.
 """
+import ctypes
 import os
 import warnings
 from collections.abc import Iterator
@@ -39,7 +40,16 @@ def _load(name: str) -> str:
     return ''
 
 
+def _describe(name: str) -> str:
+    if name != 'cpu' or _unavailable[name]:
+        return f'compiled kernels for {name}'
+    instruction_set = ctypes.CDLL(str(LIBRARY_DIR / 'libmsda_cpu.so')).msda_cpu_instruction_set
+    instruction_set.restype = ctypes.c_char_p
+    return f'compiled kernels for cpu, {instruction_set().decode()}'
+
+
 _unavailable = {name: _load(name) for name in ('cpu', 'cuda')}  # '' where the kernels can run
+_description = {name: _describe(name) for name in _unavailable}
 _warned: set[str] = set()
 
 
@@ -93,7 +103,7 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> Backend:
         return Backend(_chosen, 'chosen by use_backend or MSDA_BACKEND')
     if unavailable:
         return Backend('reference', unavailable)
-    return Backend(device_type, f'compiled kernels for {device_type}')
+    return Backend(device_type, _description[device_type])
 
 
 def runs_native(device: torch.device, dtype: torch.dtype) -> bool:

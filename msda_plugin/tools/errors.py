@@ -5,8 +5,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
-MISTAKES = (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, SyntaxError)
+from mmengine.config.config import ConfigParsingError
+
+MISTAKES = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, SyntaxError,
+            NameError, ConfigParsingError, UnpicklingError)
 
 
 @contextmanager
@@ -34,17 +38,20 @@ def explain(error: BaseException) -> str:
         near = _near(unknown[1])
         hint = f'did you mean {" or ".join(near)}?' if near else 'a type of this package is written msda_plugin.NAME.'
         return f"there is no type '{unknown[1]}' in the registry {unknown[2]}; {hint}"
-    return message or type(error).__name__
+    # What these say is not written for a user, and needs its kind to be understood.
+    bare = isinstance(error, (TypeError, AttributeError, AssertionError, NameError)) or not message
+    return f'{type(error).__name__}: {message}' if bare else message
 
 
 def _near(name: str) -> list[str]:
-    from mmdet.registry import MODELS as DETECTION
+    from mmdet import registry as detection
 
-    from msda_plugin.registry import HOOKS, MODELS
-    known = []
-    for registry in (MODELS, HOOKS, DETECTION):
-        registry.import_from_location()
-        prefix = f'{registry.scope}.'
-        known += [prefix + key for key in registry.module_dict]
-    by_short = {key.rsplit('.', 1)[-1].lower(): key for key in reversed(known)}
-    return [by_short[key] for key in difflib.get_close_matches(name.rsplit('.', 1)[-1].lower(), by_short, n=2)]
+    from msda_plugin import registry as ours
+    known = {}
+    for module, prefix in ((detection, ''), (ours, 'msda_plugin.')):
+        for kind in ('MODELS', 'HOOKS', 'DATASETS', 'DATA_SAMPLERS', 'TRANSFORMS', 'METRICS', 'OPTIMIZERS', 'RUNNERS'):
+            registry = getattr(module, kind, None)
+            if registry is not None:
+                registry.import_from_location()
+                known |= {key.lower(): prefix + key for key in registry.module_dict}
+    return [known[key] for key in difflib.get_close_matches(name.rsplit('.', 1)[-1].lower(), known, n=2)]

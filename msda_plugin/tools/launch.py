@@ -15,7 +15,7 @@ LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--work-dir', help='folder of logs and checkpoints; work_dirs/CONFIG-NAME when not given')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='entries of the config to replace, e.g. train_cfg.max_epochs=1 data_root=data/mine/')
+                        help='entries of the config to replace, e.g. data_root=data/mine/ train_dataloader.batch_size=2')
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='of the processes, for several GPUs')
     # torch.distributed.launch, which mim calls, passes --local-rank.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -39,9 +39,16 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config, *splits: str) -> Runner:
-    """The runner that the config names, else ours; ours has checked the data of `splits`."""
+    """The runner that the config names, else ours, with all that `splits` ('train', 'val', 'test') need built.
+
+    Building here, and not when the loop starts, lets every mistake in the config end in one sentence.
+    """
     cfg.setdefault('runner_type', 'msda_plugin.DetectionRunner')
     runner = RUNNERS.build(cfg)
     if isinstance(runner, DetectionRunner):
         runner.check_data(*splits)
+    for split in splits:
+        getattr(runner, f'{split}_loop')  # a property: builds data loader and evaluator, once
+    if 'train' in splits:
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     return runner

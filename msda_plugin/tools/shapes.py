@@ -1,6 +1,6 @@
 """``python -m msda_plugin shapes``: a seeded detection data set of drawn shapes, in COCO format.
 
-Six classes (circle, square, triangle, star, ring, cross), rotated, from about 9 to 80 pixels in an image of 128, over
+Six classes (circle, square, triangle, star, ring, cross), rotated, from about 12 to 80 pixels in an image of 128, over
 varied backgrounds, with overlaps; colour and texture never tell the class. One image in twenty holds no object. It is
 made for training a detector from scratch in minutes, and for tests that need real files::
 

@@ -11,7 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin test', description='Evaluate a checkpoint on the test data of its config.',
         epilog='example: python -m msda_plugin test configs/shapes/'
-               'deformable-detr-two-stage_shunted-nano_1xb4_shapes.py work_dirs/shapes/epoch_7.pth')
+               'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py work_dirs/shapes/epoch_8.pth')
     parser.add_argument('config', help='path of a Python config file')
     parser.add_argument('checkpoint', help='path of a .pth file')
     add_arguments(parser)
@@ -26,10 +26,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             if not args.out.endswith(('.pkl', '.pickle')):
                 raise ValueError(f'--out takes a .pkl file, not {args.out}')
+            if not cfg.get('test_evaluator'):
+                raise ValueError(f'--out writes what the evaluator sees, but {args.config} has no test_evaluator')
             evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
             cfg.test_evaluator = [*evaluators, dict(type='mmdet.DumpDetResults', out_file_path=args.out)]
         if args.show_dir:
-            cfg.default_hooks.visualization = dict(
+            cfg.setdefault('default_hooks', {})['visualization'] = dict(
                 type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir)
         runner = build_runner(cfg, 'test')
     runner.test()

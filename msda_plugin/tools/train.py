@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin train', description='Train a detector from a config.',
         epilog='example: python -m msda_plugin train configs/shapes/'
-               'deformable-detr-two-stage_shunted-nano_1xb4_shapes.py --work-dir work_dirs/shapes')
+               'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py --work-dir work_dirs/shapes')
     parser.add_argument('config', help='path of a Python config file')
     add_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
@@ -25,12 +25,14 @@ def main(argv: list[str] | None = None) -> int:
             cfg.optim_wrapper.type = 'AmpOptimWrapper'
             cfg.optim_wrapper.loss_scale = 'dynamic'
         if args.auto_scale_lr:
-            if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
                 raise ValueError('--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=…) in the config, '
                                  'which has none')
             cfg.auto_scale_lr.enable = True
-        cfg.resume = args.resume is not None
-        cfg.load_from = args.resume if args.resume not in (None, 'auto') else cfg.get('load_from')
+        if args.resume is not None:
+            cfg.resume = True
+            # None: the latest checkpoint of the work dir; a pretrained one that the config names is no longer meant.
+            cfg.load_from = None if args.resume == 'auto' else args.resume
         runner = build_runner(cfg, 'train', 'val')
     runner.train()
     return 0

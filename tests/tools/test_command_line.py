@@ -1,5 +1,6 @@
 """A user's mistake ends in one sentence that names it, and with status 2."""
 import logging
+import pickle
 
 import pytest
 
@@ -75,14 +76,14 @@ def test_missing_checkpoint(tmp_path, capsys):
     assert 'checkpoint' in message and 'does not exist' in message
 
 
-def write_with_data(tmp_path, annotations=None):
+def write_with_data(tmp_path, annotations=None, dataset='CocoDataset'):
     config = write(tmp_path, 'msda_plugin.MultiScaleDeformableAttention')
     if annotations is not None:
         (tmp_path / 'train.json').write_text(annotations)
     with open(config, 'a') as file:
         file.write(f'''
 train_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler'), dataset=dict(
-    type='CocoDataset', data_root={str(tmp_path if annotations else tmp_path / 'nowhere')!r},
+    type={dataset!r}, data_root={str(tmp_path if annotations else tmp_path / 'nowhere')!r},
     ann_file='train.json', data_prefix=dict(img='')))
 train_cfg = dict(by_epoch=True, max_epochs=1)
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
@@ -99,3 +100,20 @@ def test_missing_data_root(tmp_path, capsys):
 def test_annotations_that_are_not_coco(annotations, tmp_path, capsys):
     message = sentence(['train', write_with_data(tmp_path, annotations), '--work-dir', str(tmp_path)], capsys)
     assert 'train.json' in message and 'COCO' in message
+
+
+def test_unknown_dataset_type(tmp_path, capsys):
+    config = write_with_data(tmp_path, '{}', dataset='CocoDatset')
+    message = sentence(['train', config, '--work-dir', str(tmp_path)], capsys)
+    assert 'CocoDatset' in message and 'did you mean' in message and 'CocoDataset' in message
+
+
+def test_a_broken_config_file(tmp_path, capsys):
+    (tmp_path / 'config.py').write_text('model = dict(type=undefined_name)\n')
+    assert 'undefined_name' in sentence(['train', str(tmp_path / 'config.py')], capsys)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path, capsys):
+    config = write(tmp_path, 'msda_plugin.MultiScaleDeformableAttention')
+    (tmp_path / 'bad.pth').write_bytes(pickle.dumps({'state_dict': {}, 'meta': print}))
+    sentence(['test', config, str(tmp_path / 'bad.pth'), '--work-dir', str(tmp_path)], capsys)

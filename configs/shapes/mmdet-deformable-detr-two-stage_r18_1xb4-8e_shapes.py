@@ -1,6 +1,6 @@
 # For comparison: MMDetection's own two-stage Deformable DETR with ResNet-18, with nothing of msda_plugin in the model,
 # on the same data. Its two-stage form needs 256 channels; two encoder and two decoder layers keep it quick on a CPU.
-_base_ = './deformable-detr-two-stage_shunted-nano_1xb4_shapes.py'
+_base_ = './deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
 
 model = dict(
     type='DeformableDETR',
