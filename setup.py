@@ -14,7 +14,6 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / 'csrc'))
 import build as native  # noqa: E402  (csrc/build.py)

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('[!_]*/*.py'))
 # Trainable parameters, as built.
 PARAMETERS = {
-    'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes': 3_766_696,
-    'deformable-detr-two-stage_shunted-nano_1xb4-50e_bccd': 3_765_145,
+    'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes': 3_517_086,
+    'deformable-detr-two-stage_shunted-nano_1xb4-50e_bccd': 3_765_148,
     'mmdet-deformable-detr-two-stage_r18_1xb4-8e_shapes': 16_875_870,
 }
 

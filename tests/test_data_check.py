@@ -79,7 +79,7 @@ def test_not_json(tmp_path, text):
     ({**coco(), 'images': [dict(id=1)]}, r'images\[0\] lacks file_name, width, height'),
     ({**coco(), 'categories': ['cat']}, r'categories\[0\] lacks id, name'),
     ({**coco(), 'images': coco()['images'][:1] * 2}, 'the ids of its images are not unique'),
-    ({**coco(), 'annotations': [dict(id=7, image_id=0, category_id=10, bbox=[1, 2])]},
+    ({**coco(), 'annotations': [dict(id=7, image_id=0, category_id=10, bbox=[1, 2], area=2)]},
      r'bbox of the annotation with id 7 must be \[x, y, width, height\], got \[1, 2\]'),
     ({**coco(), 'images': []}, 'lists no images')])
 def test_not_coco(tmp_path, content, message):

@@ -4,6 +4,7 @@ _base_ = './deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
 
 model = dict(
     type='DeformableDETR',
+    num_queries=60,
     backbone=dict(
         _delete_=True,
         type='ResNet',

@@ -15,7 +15,7 @@ LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--work-dir', help='folder of logs and checkpoints; work_dirs/CONFIG-NAME when not given')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='entries of the config to replace, e.g. data_root=data/mine/ train_dataloader.batch_size=2')
+                        help='entries of the config to replace, such as data_root=data/mine/')
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='of the processes, for several GPUs')
     # torch.distributed.launch, which mim calls, passes --local-rank.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             cfg.setdefault('default_hooks', {})['visualization'] = dict(
                 type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir)
         runner = build_runner(cfg, 'test')
+        runner.load_or_resume()
     runner.test()
     return 0
 
