@@ -15,7 +15,7 @@ CONFIGS = sorted((ROOT / 'configs').glob('[!_]*/*.py'))
 PARAMETERS = {
     'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes': 3_517_086,
     'deformable-detr-two-stage_shunted-nano_1xb4-50e_bccd': 3_765_148,
-    'mmdet-deformable-detr-two-stage_r18_1xb4-8e_shapes': 16_875_870,
+    'mmdet-deformable-detr-two-stage_r18_1xb4-4e_shapes': 16_875_870,
 }
 
 

@@ -28,3 +28,11 @@ model = dict(
             ffn_cfg=dict(embed_dims=256, feedforward_channels=1024))),
     positional_encoding=dict(num_feats=128),
     bbox_head=dict(type='DeformableDETRHead', embed_dims=256))
+
+max_epochs = 4  # as many minutes as the main job takes
+train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, T_max=max_epochs, eta_min_ratio=0.02,
+         convert_to_iter_based=True),
+]
