@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .conversion import Conversion, load_checkpoint_file, unwrap
 
-FAMILIES = ('deformable_detr', 'hs_fpn', 'shunted_transformer')
+FAMILIES = ('dat', 'deformable_detr', 'detr', 'hs_fpn', 'shunted_transformer', 'vision_transformer')
 
 __all__ = ['FAMILIES', 'Conversion', 'convert', 'convert_state_dict', 'load_checkpoint_file']
 

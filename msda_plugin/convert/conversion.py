@@ -1,5 +1,6 @@
 """What every family of checkpoints shares: reading a file, unwrapping it, and the account of a conversion."""
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,3 +77,8 @@ def check_keys(family: str, found: set[str], expected: set[str]) -> None:
     if missing or unexpected:
         raise ValueError(f'the state dict does not fit family {family!r}: missing keys {missing}, unexpected keys '
                          f'{unexpected}')
+
+
+def count(keys: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that the pattern finds at the start of a key."""
+    return 1 + max((int(match.group(1)) for key in keys if (match := re.match(pattern, key))), default=-1)

@@ -3,19 +3,15 @@
 The neck they fit is a ``ChannelMapper`` whose convolutions have a bias (``bias=True``) and a group norm. A classifier
 of 91 rows is indexed by COCO's category ids and becomes one of 80.
 """
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .conversion import Conversion, check_keys
+from .coco import COCO_IDS, NUM_COCO_IDS
+from .conversion import Conversion, check_keys, count
 
 FAMILY = 'deformable_detr'
-
-NUM_COCO_IDS = 91
-# COCO's category ids in the order of its 80 classes: 1 to 90, but for those that no object has.
-COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
 _PARAMETERS = ('weight', 'bias')
 _DEFORMABLE = ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
@@ -71,13 +67,8 @@ def _class_rows(key: str, state_dict: Mapping[str, Tensor]) -> list[int]:
                          'the objects by their COCO id and the proposals by row 0, and no 80 rows of it can do both. '
                          'Use a two-stage file with box refinement, or reduce its classes before training')
     # The last classifier scores the encoder's proposals, by row 0, which is no category's id.
-    is_proposal = int(key.split('.')[1]) == _count(state_dict, r'class_embed\.(\d+)\.') - 1
+    is_proposal = int(key.split('.')[1]) == count(state_dict, r'class_embed\.(\d+)\.') - 1
     return [0, *COCO_IDS[1:]] if is_proposal else COCO_IDS
-
-
-def _count(keys: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the pattern finds at the start of a key."""
-    return 1 + max((int(match.group(1)) for key in keys if (match := re.match(pattern, key))), default=-1)
 
 
 def _rename_table(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
@@ -88,7 +79,7 @@ def _rename_table(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
         table.update({f'{upstream}.{name}': f'{ours}.{name}' for name in names})
 
     for part, modules in (('encoder', _ENCODER_LAYER), ('decoder', _DECODER_LAYER)):
-        for i in range(max(1, _count(state_dict, rf'transformer\.{part}\.layers\.(\d+)\.'))):
+        for i in range(max(1, count(state_dict, rf'transformer\.{part}\.layers\.(\d+)\.'))):
             for upstream, ours in modules.items():
                 add(f'transformer.{part}.layers.{i}.{upstream}', f'{part}.layers.{i}.{ours}')
             if part == 'decoder':
@@ -103,14 +94,14 @@ def _rename_table(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 
     # Maps of the backbone are projected by 1x1 convolutions, the coarser levels made from the last by 3x3 ones.
     num_projected = 0
-    for i in range(max(1, _count(state_dict, r'input_proj\.(\d+)\.'))):
+    for i in range(max(1, count(state_dict, r'input_proj\.(\d+)\.'))):
         kernel = state_dict.get(f'input_proj.{i}.0.weight', torch.empty(0, 0, 1, 1)).shape[-1]
         num_projected += kernel == 1
         ours = f'neck.convs.{i}' if kernel == 1 else f'neck.extra_convs.{i - num_projected}'
         add(f'input_proj.{i}.0', f'{ours}.conv')
         add(f'input_proj.{i}.1', f'{ours}.gn')
 
-    for i in range(max(1, _count(state_dict, r'class_embed\.(\d+)\.'), _count(state_dict, r'bbox_embed\.(\d+)\.'))):
+    for i in range(max(1, count(state_dict, r'class_embed\.(\d+)\.'), count(state_dict, r'bbox_embed\.(\d+)\.'))):
         add(f'class_embed.{i}', f'bbox_head.cls_branches.{i}')
         for j in range(3):
             add(f'bbox_embed.{i}.layers.{j}', f'bbox_head.reg_branches.{i}.{2 * j}')

@@ -10,7 +10,7 @@ from mmdet.structures import DetDataSample
 from torch import nn
 
 from msda_plugin.convert import convert, convert_state_dict
-from msda_plugin.convert.deformable_detr import COCO_IDS
+from msda_plugin.convert.coco import COCO_IDS
 from msda_plugin.registry import MODELS
 
 GOLDEN = Path(__file__).parents[1] / 'golden'

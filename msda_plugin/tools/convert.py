@@ -1,0 +1,117 @@
+"""``python -m msda_plugin convert FAMILY IN OUT``: a published checkpoint becomes ours, with an account of each key."""
+import argparse
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from msda_plugin.convert import FAMILIES, Conversion, convert, load_checkpoint_file
+from msda_plugin.tools.errors import user_errors
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m msda_plugin convert',
+        description='Convert a published checkpoint to the keys of our modules, and say where every key went.',
+        epilog='example: python -m msda_plugin convert vision_transformer mae_pretrain_vit_base.pth vit-base.pth. '
+               "A detector takes its file as load_from, a backbone as init_cfg=dict(type='Pretrained', "
+               "checkpoint='vit-base.pth').")
+    parser.add_argument('family', choices=FAMILIES, metavar='FAMILY', help=f'what it is of: {", ".join(FAMILIES)}')
+    parser.add_argument('source', metavar='IN', help='the published file, or its URL; no code in it is run')
+    parser.add_argument('out', metavar='OUT', help='the file to write: {"state_dict": …, "meta": …}, as MMEngine loads')
+    parser.add_argument('--prefix', help='take the keys under this prefix alone, such as backbone')
+    parser.add_argument('--json', metavar='REPORT', help='file for the account: the keys taken, and those dropped and '
+                                                         'why')
+    parser.add_argument('--force', action='store_true', help='replace files that are there')
+    args = parser.parse_args(argv)
+    with user_errors('convert'):
+        targets = [Path(args.out), *([Path(args.json)] if args.json else [])]
+        for target in targets:
+            check_target(target, args.force)
+        if len({target.resolve() for target in targets}) < len(targets):
+            raise ValueError(f'OUT and --json both name {args.out}; the account goes to a file of its own')
+        conversion = convert(read_state_dict(args.source, args.prefix), args.family)
+        meta = dict(family=args.family, source=args.source)
+        write_whole(targets[0], lambda file: torch.save(dict(state_dict=conversion.state_dict, meta=meta), file))
+        if args.json:
+            account = dict(**meta, taken=conversion.taken, dropped=conversion.dropped)
+            write_whole(targets[1], lambda file: file.write(json.dumps(account, indent=1).encode() + b'\n'))
+    print(report(conversion))
+    print(f'wrote {args.out}')
+    return 0
+
+
+def report(conversion: Conversion) -> str:
+    """The account of a conversion, a line a key and a sum; a family refuses a file that lacks a key."""
+    lines = [f'taken    {key} -> {new_key}' for key, new_key in conversion.taken.items()]
+    lines += [f'dropped  {key}: {reason}' for key, reason in conversion.dropped.items()]
+    return '\n'.join([*lines, f'{len(conversion.taken)} keys taken, {len(conversion.dropped)} dropped, none missing; '
+                              f'{len(conversion.state_dict)} entries in the result'])
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Raise OSError where a file cannot, or without ``force`` must not, be written."""
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder; give the path of a file to write')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'the folder {path.parent} of {path.name} does not exist; make it first')
+    if path.exists() and not force:
+        raise FileExistsError(f'{path} exists; pass --force to replace it, or choose another name')
+
+
+def read_state_dict(source: str, prefix: str | None = None) -> Mapping[str, Tensor]:
+    """``load_checkpoint_file``, whose every failure is a sentence.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no whole checkpoint, or names more than tensors and plain containers.
+    """
+    if '://' not in source and not Path(source).is_file():
+        raise FileNotFoundError(f'the checkpoint {source} does not exist; give the path of a .pth file, or a URL')
+    try:
+        # Training scripts keep their command line in the checkpoint; as a class, it does nothing when it is read.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # what it leads to is said below
+            return load_checkpoint_file(source, prefix)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # bytes that are no checkpoint fail in every way there is
+        named = re.search(r'GLOBAL (\S+)', str(error)) if isinstance(error, UnpicklingError) else None
+        if named:
+            raise ValueError(f'{source} holds more than tensors: it names {named[1]}, and reading that could run code; '
+                             'nothing of it was run. Where the file is trusted, save its state dict alone, by '
+                             "torch.save(checkpoint['model'], …), and convert that") from error
+        raise ValueError(f'{source} cannot be read as a checkpoint: it is cut short, or no file of torch.save; '
+                         'download it again, or name another') from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file of this path, which appears when it is whole; else nothing changes.
+
+    Raises:
+        OSError: the disk is full, or does not let us write.
+    """
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        with part.open('xb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the former the latter
+        raise OSError(f'{path} could not be written, and is as it was: {error}') from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
