@@ -1,4 +1,6 @@
 """Hooks for MMEngine's runner."""
+from msda_plugin.hooks.accelerate_hook import AccelerateHook
+from msda_plugin.hooks.attention_visualization import AttentionVisualizationHook
 from msda_plugin.hooks.training_report import TrainingReportHook
 
-__all__ = ['TrainingReportHook']
+__all__ = ['AccelerateHook', 'AttentionVisualizationHook', 'TrainingReportHook']

@@ -3,46 +3,27 @@
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159. Modules and state-dict keys are MMDetection's;
 here the attention comes from the registry, checkpointing is plain torch, and no forward waits for the device.
 """
-import copy
 from collections.abc import Sequence
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
 from mmdet.models.layers import inverse_sigmoid
 from mmdet.models.layers.transformer import deformable_detr_layers as mmdet_layers
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
+from msda_plugin.layers.transformer_parts import (
+    build_attention,
+    build_ffn,
+    build_or_default,
+    check_num_cp,
+    run_layer,
+)
 from msda_plugin.registry import MODELS
 
 Shapes = Tensor | Sequence[tuple[int, int]]
-
-
-def build_or_default(cfg: dict, default: type[nn.Module]) -> nn.Module:
-    """Build ``cfg`` by its ``type``, or as ``default`` where it names none. The config is left as it was."""
-    return MODELS.build({'type': default, **copy.deepcopy(cfg)})
-
-
-def build_ffn(cfg: dict) -> FFN:
-    """mmcv's feed-forward network, whose ReLU does not work in place.
-
-    A linear layer's output of three dimensions is a view, and changing a view in place costs three copies in the
-    backward pass.
-    """
-    ffn = FFN(**cfg)
-    for module in ffn.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-    return ffn
-
-
-def skip_weights(module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Hook: do not form the (queries x queries) attention weights, which mmcv's layer throws away."""
-    return args, kwargs | {'need_weights': False}
 
 
 def pixel_centers(spatial_shapes: Shapes, valid_ratios: Tensor) -> Tensor:
@@ -74,19 +55,6 @@ def as_shape_tensor(spatial_shapes: Shapes, device: torch.device) -> Tensor:
     return torch.tensor(spatial_shapes, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def run_layer(layer: nn.Module, recompute: bool, **inputs: Tensor | None) -> Tensor:
-    """One layer; with ``recompute`` its activations are computed again in the backward pass instead of kept."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, use_reentrant=False, **inputs)
-    return layer(**inputs)
-
-
-def check_num_cp(num_cp: int, num_layers: int) -> None:
-    """Raise ValueError unless ``num_cp`` layers can be checkpointed."""
-    if num_cp > num_layers:
-        raise ValueError(f'num_cp={num_cp} layers are to be checkpointed, but there are only num_layers={num_layers}')
-
-
 @MODELS.register_module()
 class DeformableDetrTransformerEncoderLayer(mmdet_layers.DeformableDetrTransformerEncoderLayer):
     """x = norm(x + attention(x)), x = norm(x + ffn(x)).
@@ -111,9 +79,7 @@ class DeformableDetrTransformerDecoderLayer(mmdet_layers.DeformableDetrTransform
     """
 
     def _init_layers(self) -> None:
-        self.self_attn = build_or_default(self.self_attn_cfg, MultiheadAttention)
-        if type(self.self_attn) is MultiheadAttention:
-            self.self_attn.attn.register_forward_pre_hook(skip_weights, with_kwargs=True)
+        self.self_attn = build_attention(self.self_attn_cfg)
         self.cross_attn = build_or_default(self.cross_attn_cfg, MultiScaleDeformableAttention)
         self.embed_dims = self.self_attn.embed_dims
         self.ffn = build_ffn(self.ffn_cfg)

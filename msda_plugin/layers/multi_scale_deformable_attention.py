@@ -51,8 +51,8 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
             spatial_shapes: (num_levels, 2) int64, (h, w) of each level; or a sequence of pairs (h, w), whose values
                 can be checked on every device.
             level_start_index: (num_levels,) int64, the first key of each level. None: levels one after the other.
-            **kwargs: ignored. Transformer layers hand all their attentions the same keywords (``key_pos``,
-                ``attn_mask``, ``valid_ratios``).
+            **kwargs: ignored, but for ``residual``, the old name of ``identity``. Transformer layers hand all their
+                attentions the same keywords (``key_pos``, ``attn_mask``, ``valid_ratios``).
 
         Returns:
             ``dropout(attention) + identity``, with the query's shape. Under autocast the attention runs in the low
@@ -62,12 +62,12 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
             ValueError, TypeError: An argument is missing or does not fit.
         """
         value = query if value is None else value
-        identity = query if identity is None else identity
+        identity = kwargs.get('residual', query) if identity is None else identity
         if query_pos is not None:
             query = query + query_pos
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)
-        self._check(query, value, key_padding_mask, reference_points, spatial_shapes)
+        _check(self, query, value, key_padding_mask, reference_points, spatial_shapes)
         batch, num_queries, _ = query.shape
 
         value = self.value_proj(value)
@@ -87,26 +87,27 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
             output = output.transpose(0, 1)
         return self.dropout(output) + identity
 
-    def _check(self, query: Tensor, value: Tensor, key_padding_mask: Tensor | None, reference_points: Tensor | None,
-               spatial_shapes: Tensor | Sequence[tuple[int, int]] | None) -> None:
-        """What the operator cannot know: the layer's own sizes, and which of its arguments are missing."""
-        for name, argument in (('reference_points', reference_points), ('spatial_shapes', spatial_shapes)):
-            if argument is None:
-                raise ValueError(f'{name} is None, but deformable attention needs it in every call')
-        layout = f'batch_first={self.batch_first}'
-        if query.dim() != 3 or query.shape[-1] != self.embed_dims or value.dim() != 3:
-            raise ValueError(f'query is {tuple(query.shape)} and value {tuple(value.shape)} (batch first), but '
-                             f'(bs, num_queries, {self.embed_dims}) and (bs, num_keys, {self.embed_dims}) are needed')
-        if query.shape[0] != value.shape[0]:
-            raise ValueError(f'query has batch {query.shape[0]} and value {value.shape[0]} with {layout}: make them '
-                             'equal, or set batch_first to the layout of your tensors')
-        if reference_points.dim() != 4 or reference_points.shape[:2] != query.shape[:2]:
-            raise ValueError(f'reference_points is {tuple(reference_points.shape)}, but (bs, num_queries, num_levels, '
-                             f'2 or 4) with bs, num_queries = {tuple(query.shape[:2])} is needed; the query was read '
-                             f'with {layout}')
-        if len(spatial_shapes) != self.num_levels:
-            raise ValueError(f'spatial_shapes has {len(spatial_shapes)} levels, but the layer was built with '
-                             f'num_levels={self.num_levels}: give the layer num_levels={len(spatial_shapes)}')
-        if key_padding_mask is not None and key_padding_mask.shape != value.shape[:2]:
-            raise ValueError(f'key_padding_mask is {tuple(key_padding_mask.shape)}, but (bs, num_keys) = '
-                             f'{tuple(value.shape[:2])} is needed, True where the value is padding')
+
+def _check(layer: MMCVMultiScaleDeformableAttention, query: Tensor, value: Tensor, key_padding_mask: Tensor | None,
+           reference_points: Tensor | None, spatial_shapes: Tensor | Sequence[tuple[int, int]] | None) -> None:
+    """What the operator cannot know: the layer's own sizes, and which of its arguments are missing."""
+    for name, argument in (('reference_points', reference_points), ('spatial_shapes', spatial_shapes)):
+        if argument is None:
+            raise ValueError(f'{name} is None, but deformable attention needs it in every call')
+    layout = f'batch_first={layer.batch_first}'
+    if query.dim() != 3 or query.shape[-1] != layer.embed_dims or value.dim() != 3:
+        raise ValueError(f'query is {tuple(query.shape)} and value {tuple(value.shape)} (batch first), but '
+                         f'(bs, num_queries, {layer.embed_dims}) and (bs, num_keys, {layer.embed_dims}) are needed')
+    if query.shape[0] != value.shape[0]:
+        raise ValueError(f'query has batch {query.shape[0]} and value {value.shape[0]} with {layout}: make them '
+                         'equal, or set batch_first to the layout of your tensors')
+    if reference_points.dim() != 4 or reference_points.shape[:2] != query.shape[:2]:
+        raise ValueError(f'reference_points is {tuple(reference_points.shape)}, but (bs, num_queries, num_levels, '
+                         f'2 or 4) with bs, num_queries = {tuple(query.shape[:2])} is needed; the query was read '
+                         f'with {layout}')
+    if len(spatial_shapes) != layer.num_levels:
+        raise ValueError(f'spatial_shapes has {len(spatial_shapes)} levels, but the layer was built with '
+                         f'num_levels={layer.num_levels}: give the layer num_levels={len(spatial_shapes)}')
+    if key_padding_mask is not None and key_padding_mask.shape != value.shape[:2]:
+        raise ValueError(f'key_padding_mask is {tuple(key_padding_mask.shape)}, but (bs, num_keys) = '
+                         f'{tuple(value.shape[:2])} is needed, True where the value is padding')

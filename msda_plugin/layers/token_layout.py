@@ -1,5 +1,5 @@
 """Tokens and maps are two views of one memory, as long as maps are channels-last."""
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tokens_to_map(x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -10,3 +10,11 @@ def tokens_to_map(x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
 def map_to_tokens(x: Tensor) -> Tensor:
     """View a map (B, C, H, W) as tokens (B, H * W, C). A channels-last map gives contiguous tokens: nothing moves."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def check_tokens(layer: nn.Module, x: Tensor, hw_shape: tuple[int, int]) -> None:
+    """Raise ValueError unless ``x`` is (B, H * W, C), (H, W) = ``hw_shape`` and C = ``layer.embed_dims``."""
+    height, width = hw_shape
+    if x.dim() != 3 or x.shape[1] != height * width or x.shape[2] != layer.embed_dims:
+        raise ValueError(f'{type(layer).__name__} got tokens of shape {tuple(x.shape)} for a {height}x{width} map; '
+                         f'expected (B, {height * width}, {layer.embed_dims})')

@@ -74,10 +74,10 @@ def _measure_here(implementation, arch, shape, backward, threads, repeats):
                 sum(out.mean() for out in outs).backward()
         seconds.append(time.perf_counter() - start)
         del outs
-    return statistics.median(seconds[1:]), _peak_bytes()
+    return statistics.median(seconds[1:]), peak_bytes()
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The largest resident set of this process so far."""
     status = Path('/proc/self/status')
     if status.exists():

@@ -1,0 +1,272 @@
+"""``benchmark model``: a model of any config before and after :func:`msda_plugin.accelerate`, side by side."""
+import argparse
+import logging
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmcv.ops import MultiScaleDeformableAttention as StockAttention
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from msda_plugin.acceleration import STOCK_FORWARD, accelerate
+from msda_plugin.ops import backend_for
+from msda_plugin.registry import MODELS
+from msda_plugin.tools.benchmarks.backbone import peak_bytes
+from msda_plugin.tools.errors import user_errors
+
+NUM_OBJECTS = 10  # in each image of a training step
+
+
+class Measurement(NamedTuple):
+    """Median seconds of a run, peak bytes, and seconds of an inference in the attention layers."""
+    seconds: float
+    peak: int
+    attention: float | None
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the subcommand ``model``; its namespace goes to `run`."""
+    parser = subparsers.add_parser('model', help='the model of a config before and after msda_plugin.accelerate')
+    parser.add_argument('config', help='path of a config, or PACKAGE::CONFIG, such as '
+                                       'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py')
+    parser.add_argument('--device', default='cpu', help='default: %(default)s')
+    parser.add_argument('--height', type=int, default=800, help='of the images (default: %(default)s)')
+    parser.add_argument('--width', type=int, default=1344, help='of the images (default: %(default)s)')
+    parser.add_argument('--batch', type=int, default=1, help='images (default: %(default)s)')
+    parser.add_argument('--runs', type=int, default=3, help='timed, after one that is not (default: %(default)s)')
+    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
+    parser.add_argument('--skip-training', action='store_true', help='inference alone')
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print seconds, peak memory and ratios of inference and training step, and the largest output difference.
+
+    Weights, images and objects are random, and nothing is downloaded. Each row has a process of its own, so that its
+    peak memory is honest.
+    """
+    with user_errors('benchmark model'):
+        build(args)
+        backend = backend_for(args.device, torch.float32)
+    gpu = torch.device(args.device).type == 'cuda'
+    print(f'{args.config}\n{args.batch}x3x{args.height}x{args.width}, float32, {args.device}, {args.threads} threads, '
+          f'{platform.machine()}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); median of '
+          f'{args.runs} runs; peak {"memory of the GPU" if gpu else "resident memory of the process"}')
+    print(f'{"":<16}{"":<14}{"seconds":>9}{"MB":>8}{"speed":>8}{"memory":>8}{"attention s":>13}')
+    for training in [False] if args.skip_training else [False, True]:
+        stock = None
+        for side in ('stock', 'accelerated'):
+            own = in_a_process(measure, args, side == 'accelerated', training)
+            stock = stock or own
+            print(f'{"training step" if training else "inference":<16}{side:<14}{own.seconds:>9.3f}'
+                  f'{own.peak / 1e6:>8.0f}{stock.seconds / own.seconds:>7.2f}x{own.peak / stock.peak:>8.0%}'
+                  f'{"" if own.attention is None else format(own.attention, "13.3f")}', flush=True)
+    count, difference, choices, otherwise = in_a_process(compare, args)
+    print(f'{count} attention layers take "attention s" of an inference; the rest is stock code.\n'
+          f'Largest difference of the raw outputs: {difference:.1e}')
+    if choices:
+        print(f'(with the proposals of the stock model on both sides: of {choices}, the accelerated model would put '
+              f'{otherwise} elsewhere, near ties)')
+    return 0
+
+
+def in_a_process(function, *arguments):
+    """Call a function of this module in a fresh process."""
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def measure(args: argparse.Namespace, accelerated: bool, training: bool) -> Measurement:
+    """Time one model, and tell the peak memory of this process."""
+    model = build(args)
+    if accelerated:
+        accelerate(model)
+    model.train(training)
+    batch = make_batch(model, args.height, args.width, args.batch, training)
+
+    def step() -> float:
+        model.zero_grad(set_to_none=True)
+        wait(args.device)
+        start = time.perf_counter()
+        with torch.set_grad_enabled(training):
+            outputs = model(**batch, mode='loss' if training else 'predict')
+            if training:
+                model.parse_losses(outputs)[0].backward()
+        wait(args.device)
+        return time.perf_counter() - start
+
+    seconds = [step() for _ in range(args.runs + 1)][1:]
+    gpu = torch.device(args.device).type == 'cuda'
+    peak = torch.cuda.max_memory_allocated(args.device) if gpu else peak_bytes()
+    attention = None
+    if not training:
+        marks = watch_attention(model, args.device)
+        step()
+        attention = sum(marks[1::2]) - sum(marks[::2])
+    return Measurement(statistics.median(seconds), peak, attention)
+
+
+def compare(args: argparse.Namespace) -> tuple[int, float, int, int]:
+    """Run one model before and after; returns layers, largest difference, top-k choices, and those that differ."""
+    model = build(args).eval()
+    batch = make_batch(model, args.height, args.width, args.batch, training=False)
+    choices = SameChoices()
+    with torch.no_grad(), choices:
+        expected = list(tensors_in(model(**batch, mode='tensor')))
+        count = accelerate(model)
+        choices.replay()
+        outputs = list(tensors_in(model(**batch, mode='tensor')))
+    difference = max((a - b).abs().max().item() for a, b in zip(outputs, expected, strict=True))
+    return count, difference, choices.count, choices.otherwise
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    """The model of the config, the same in every process. Sets the threads, and quietens MMEngine.
+
+    What the layers sample depends on the queries only after some training: their weights for it, initially zero, are
+    drawn.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+        ValueError: It has no model, or the model has no mmcv ``MultiScaleDeformableAttention``.
+    """
+    torch.set_num_threads(args.threads)
+    MMLogger.get_instance('msda_plugin').setLevel(logging.WARNING)
+    if '::' not in args.config and not Path(args.config).is_file():
+        raise FileNotFoundError(f'the config {args.config} does not exist; give the path of a Python config file, or '
+                                'one of a package as mmdet::FAMILY/NAME.py')
+    cfg = get_config(args.config) if '::' in args.config else Config.fromfile(args.config)
+    if 'model' not in cfg:
+        raise ValueError(f'the config {args.config} has no model; give the config of a detector')
+    StockAttention.forward = STOCK_FORWARD  # should the config import msda_plugin.auto
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(without_downloads(cfg.model)))
+    model.init_weights()
+    layers = [module for module in model.modules() if isinstance(module, StockAttention)]
+    if not layers:
+        raise ValueError(f'the model of {args.config}, {type(model).__name__}, has no MultiScaleDeformableAttention of '
+                         'mmcv: there is nothing to compare')
+    for layer in layers:
+        nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
+        nn.init.normal_(layer.attention_weights.weight, std=0.05)
+    return model.to(args.device)
+
+
+def without_downloads(node: object) -> object:
+    """A copy of a config without pretrained weights and, so that the size of the images holds, batch augmentations."""
+    if isinstance(node, dict):
+        return type(node)({
+            key: None if key in ('pretrained', 'batch_augments') or _is_pretrained(value) else without_downloads(value)
+            for key, value in node.items()})
+    if isinstance(node, (list, tuple)):
+        return type(node)(without_downloads(value) for value in node)
+    return node
+
+
+def _is_pretrained(value: object) -> bool:
+    return isinstance(value, dict) and value.get('type') == 'Pretrained'
+
+
+def make_batch(model: nn.Module, height: int, width: int, batch: int, training: bool) -> dict:
+    """Seeded images with objects, preprocessed: boxes, masks, and stuff of the first kind where the model knows any."""
+    rng = np.random.default_rng(0)
+    size = (height, width)
+    data = {'inputs': [], 'data_samples': []}
+    for _ in range(batch):
+        corners = rng.uniform(0, 1, (NUM_OBJECTS, 2, 2)).astype(np.float32)
+        corners.sort(axis=1)
+        boxes = corners.reshape(-1, 4) * np.array(size[::-1] * 2, np.float32)
+        masks = np.zeros((NUM_OBJECTS, *size), np.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int), strict=True):
+            mask[y1:y2 + 1, x1:x2 + 1] = 1
+        sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
+        sample.gt_instances = InstanceData(bboxes=torch.from_numpy(boxes), masks=BitmapMasks(masks, *size),
+                                           labels=torch.zeros(NUM_OBJECTS, dtype=torch.int64))
+        stuff = getattr(getattr(model, 'panoptic_head', None), 'num_things_classes', 255)
+        sample.gt_sem_seg = PixelData(sem_seg=torch.full((1, *size), stuff, dtype=torch.int64))
+        data['inputs'].append(torch.from_numpy(rng.integers(0, 256, (3, *size), dtype=np.uint8)))
+        data['data_samples'].append(sample)
+    return model.data_preprocessor(data, training)
+
+
+def watch_attention(model: nn.Module, device: str) -> list[float]:
+    """The clock before and after each call of an attention layer, from now on."""
+    marks = []
+
+    def mark(*_) -> None:
+        wait(device)
+        marks.append(time.perf_counter())
+
+    for module in model.modules():
+        if isinstance(module, StockAttention):
+            module.register_forward_pre_hook(mark)
+            module.register_forward_hook(mark)
+    return marks
+
+
+def wait(device: str) -> None:
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def tensors_in(outputs: object) -> Iterator[Tensor]:
+    """All floating-point tensors in nested tuples, lists and dicts."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, dict):
+        yield from tensors_in(list(outputs.values()))
+    elif isinstance(outputs, (list, tuple)):
+        for output in outputs:
+            yield from tensors_in(output)
+
+
+class SameChoices(TorchFunctionMode):
+    """Lets ``topk`` choose in a second pass what it chose in the first.
+
+    A two-stage model takes its queries from the best of many proposals, in their order: a difference in the last bit of
+    two near scores exchanges two queries, which says nothing of the layers.
+
+    Attributes:
+        count: how many choices were made in the first pass.
+        otherwise: how many the second pass would have made otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.otherwise = 0
+        self._chosen: list[Tensor] = []
+        self._replayed: Iterator[Tensor] | None = None
+
+    def replay(self) -> None:
+        """From now on the choices are those up to now."""
+        self._replayed = iter(self._chosen)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function not in (torch.topk, Tensor.topk):
+            return result
+        if self._replayed is None:
+            self._chosen.append(result.indices)
+            self.count += result.indices.numel()
+            return result
+        indices = next(self._replayed)
+        self.otherwise += int((indices != result.indices).sum())
+        scores, dim = args[0], args[2] if len(args) > 2 else (kwargs or {}).get('dim', -1)
+        return torch.return_types.topk((scores.gather(dim, indices), indices))

@@ -1,0 +1,110 @@
+"""The benchmark compares one model with itself, and prints what it measured."""
+import argparse
+import logging
+import sys
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+
+from msda_plugin.__main__ import main
+from msda_plugin.tools.benchmarks import model as benchmark
+
+
+@pytest.fixture(autouse=True)
+def not_so_quiet_afterwards():
+    yield
+    MMLogger.get_instance('msda_plugin').setLevel(logging.NOTSET)
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    benchmark.add_parser(parser.add_subparsers())
+    return parser.parse_args(['model', *map(str, argv)])
+
+
+@pytest.fixture
+def args(tiny_stock_config):
+    return arguments(tiny_stock_config, '--height', 64, '--width', 96, '--batch', 2, '--runs', 1, '--threads', 1)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_measures(args, training):
+    measured = benchmark.measure(args, accelerated=True, training=training)
+    assert 0 < measured.seconds and measured.peak > 50e6
+    if training:
+        assert measured.attention is None
+    else:
+        assert 0 < measured.attention < 10 * measured.seconds
+
+
+def test_compares_raw_outputs(args):
+    count, difference, choices, otherwise = benchmark.compare(args)
+    assert (count, choices, otherwise) == (4, 0, 0)
+    assert 0 < difference < 1e-4
+
+
+def test_difference_sees_another_result(args, monkeypatch):
+    def worsen(model):
+        with torch.no_grad():
+            model.bbox_head.cls_branches[0].bias += 0.5
+        return 0
+
+    monkeypatch.setattr(benchmark, 'accelerate', worsen)
+    assert benchmark.compare(args)[1] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_both_sides_have_the_same_weights(args):
+    models = [benchmark.build(args) for _ in range(2)]
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_downloaded():
+    cfg = dict(model=dict(pretrained='x', init_cfg=dict(type='Pretrained', checkpoint='http://x'), neck=[
+        dict(init_cfg=dict(type='Xavier'))]), batch_augments=[1])
+    assert benchmark.without_downloads(cfg) == dict(
+        model=dict(pretrained=None, init_cfg=None, neck=[dict(init_cfg=dict(type='Xavier'))]), batch_augments=None)
+
+
+def test_choices_are_those_of_the_first_pass():
+    choices = benchmark.SameChoices()
+    scores = torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.2, 0.3]])
+    with choices:
+        first = torch.topk(scores, 2, dim=1)
+        choices.replay()
+        second = torch.topk(scores.flip(1), 2, dim=1)
+    assert first.indices.tolist() == second.indices.tolist() == [[1, 2], [0, 2]]
+    torch.testing.assert_close(second.values, torch.tensor([[0.5, 0.1], [0.3, 0.9]]))
+    assert (choices.count, choices.otherwise) == (4, 3)
+
+
+def test_table(args, monkeypatch, capsys):
+    def run_here(function, *given):
+        if function is benchmark.compare:
+            return 12, 2e-6, 900, 2
+        _, accelerated, training = given
+        return benchmark.Measurement(1. if accelerated else 3., 5e8 if accelerated else 1e9, None if training else .25)
+
+    monkeypatch.setattr(benchmark, 'in_a_process', run_here)
+    assert benchmark.run(args) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert '2x3x64x96' in lines[1] and 'backend cpu' in lines[1]
+    rows = [line.split() for line in lines[3:7]]
+    assert rows[0] == ['inference', 'stock', '3.000', '1000', '1.00x', '100%', '0.250']
+    assert rows[3] == ['training', 'step', 'accelerated', '1.000', '500', '3.00x', '50%']
+    assert '2.0e-06' in out and 'of 900' in out
+
+
+def test_mistakes_end_in_a_sentence(tmp_path, capsys):
+    empty, other = tmp_path / 'empty.py', tmp_path / 'other.py'
+    empty.write_text('a = 1')
+    other.write_text("_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'")
+    for path, message in ((tmp_path / 'none.py', 'does not exist'), (empty, 'has no model'),
+                          (other, 'RetinaNet, has no MultiScaleDeformableAttention')):
+        with pytest.raises(SystemExit) as stopped:
+            main(['benchmark', 'model', str(path)])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert 'msda_plugin.tools.benchmarks.model' in sys.modules
