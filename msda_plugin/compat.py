@@ -1,5 +1,7 @@
 """Every workaround for a dependency, each with its reason and the version that ends it."""
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -40,3 +42,22 @@ def _history_buffer_method(owner: type, name: str):
         raise pickle.UnpicklingError(
             f'a checkpoint may name HistoryBuffer.min, max, current and mean; this one asks for {name!r} of {owner!r}')
     return getattr(owner, name)
+
+
+@contextmanager
+def pretrained_last(module: torch.nn.Module) -> Iterator[None]:
+    """Around ``init_weights`` of a detector: what ``init_cfg`` wants loaded (``Pretrained``) is loaded at the end.
+
+    The ``init_weights`` of MMDetection's DETRs let MMEngine load a pretrained detector first, and then overwrite its
+    encoder and decoder with random weights.
+
+    Ends with: an mmdet whose DETRs load last; 3.3.0 and onedl-mmdetection 3.5.1 do not.
+    """
+    from mmengine.model import PretrainedInit, initialize
+    init_cfg = module.init_cfg
+    cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+    pretrained = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+    module.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
+    yield
+    module.init_cfg = init_cfg
+    initialize(module, pretrained)

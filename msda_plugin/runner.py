@@ -2,8 +2,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from msda_plugin.data_check import check_config_data
@@ -38,6 +39,47 @@ def propagate_data_root(cfg: Config) -> None:
             cfg[field] = _move(cfg[field], old.rstrip('/'), new.rstrip('/'))
 
 
+def propagate_max_epochs(cfg: Config) -> None:
+    """Make a changed number of epochs reach the training loop and the schedules, in place.
+
+    ``--cfg-options train_cfg.max_epochs=N`` alone leaves the learning rate on the schedule of the old number, and
+    ``max_epochs=N``, where a config has such a field, changes nothing at all. Here both change the loop, and the
+    schedules by epoch are stretched to it; unless those were changed as well.
+    """
+    if not cfg.filename or not Path(cfg.filename).is_file() or not (cfg.get('train_cfg') or {}).get('max_epochs'):
+        return
+    written = Config.fromfile(cfg.filename)
+    if not (written.get('train_cfg') or {}).get('max_epochs'):
+        return
+    old, new = written.train_cfg.max_epochs, cfg.train_cfg.max_epochs
+    if new == old and cfg.get('max_epochs') != written.get('max_epochs'):
+        new = cfg.max_epochs
+    if new == old:
+        return
+    cfg.train_cfg.max_epochs = new
+    if 'max_epochs' in cfg:
+        cfg.max_epochs = new
+    if cfg.get('param_scheduler') == written.get('param_scheduler'):
+        schedulers = cfg.get('param_scheduler') or []
+        for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
+            if scheduler.get('by_epoch', True):
+                _stretch(scheduler, new / old)
+
+
+def _stretch(scheduler: dict, ratio: float) -> None:
+    """Scale the epochs of a schedule; its end stays after its beginning, and a decay has a length."""
+    if scheduler.get('milestones'):
+        scheduler['milestones'] = [max(1, round(ratio * epoch)) for epoch in scheduler['milestones']]
+    begin, end = scheduler.get('begin', 0), scheduler.get('end')
+    if end is not None:
+        scheduler['end'] = max(1, round(ratio * end))
+        scheduler['begin'] = min(round(ratio * begin), scheduler['end'] - 1)
+    elif begin:
+        scheduler['begin'] = int(ratio * begin)
+    if scheduler.get('T_max'):
+        scheduler['T_max'] = max(1, round(ratio * (begin + scheduler['T_max'])) - scheduler.get('begin', 0))
+
+
 def _find(node: object, key: str) -> Iterator[str]:
     """Every value of `key` in nested dicts and lists."""
     if isinstance(node, dict):
@@ -66,14 +108,25 @@ def _move(node: object, old: str, new: str) -> object:
 class DetectionRunner(Runner):
     """The runner of this project's configs: ``runner_type = 'msda_plugin.DetectionRunner'``.
 
-    A changed ``data_root`` reaches every data set and evaluator, and data is checked before it is used: training and
-    validation data when a training starts, test data when a test does.
+    A changed ``data_root`` reaches every data set and evaluator, a changed number of epochs the schedules, and data is
+    checked before it is used: training and validation data when a training starts, test data when a test does. A field
+    ``device`` of the config, such as 'cpu' or 'cuda:1', chooses another device than MMEngine would.
     """
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'DetectionRunner':
         propagate_data_root(cfg)
+        propagate_max_epochs(cfg)
         return super().from_cfg(cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        device = self.cfg.get('device')
+        if device and not self.distributed:
+            if device.startswith('cuda'):
+                torch.cuda.set_device(device)  # what MMEngine then means by 'cuda'
+            else:
+                return model.to(device)
+        return super().wrap_model(model_wrapper_cfg, model)
 
     def check_data(self, *splits: str) -> None:
         """Check the data sets of these splits ('train', 'val', 'test'), each once.
@@ -86,6 +139,20 @@ class DetectionRunner(Runner):
         checked = self.__dict__.setdefault('_checked_splits', set())
         check_config_data(self.cfg, [split for split in splits if split not in checked])
         checked.update(splits)
+
+    def load_or_resume(self) -> None:
+        """Load or resume the checkpoint, as MMEngine does.
+
+        Raises:
+            ValueError: it is for another number of classes, and a training is resumed from it or it is evaluated. Only
+                a new training can start from it (`msda_plugin.heads.set_prediction`).
+        """
+        super().load_or_resume()
+        new = [name for module in self.model.modules() for name in getattr(module, 'new_class_layers', ())]
+        if new and (self._resume or not isinstance(self._train_loop, BaseLoop)):
+            raise ValueError(f'the checkpoint is for another number of classes ({", ".join(new)} do not fit), and can '
+                             'neither be resumed nor evaluated: fine-tune from it with load_from and resume=False, or '
+                             'set num_classes to what it was trained with')
 
     def train(self) -> nn.Module:
         self.check_data('train', 'val')

@@ -1,7 +1,7 @@
 import pytest
 from mmengine.config import Config
 
-from msda_plugin.runner import DetectionRunner, propagate_data_root
+from msda_plugin.runner import DetectionRunner, propagate_data_root, propagate_max_epochs
 
 CONFIG = '''
 data_root = 'data/mine/'
@@ -57,6 +57,49 @@ def test_several_roots_and_none_to_replace(cfg, tmp_path):
         propagate_data_root(Config.fromfile(str(child)))
 
 
+SCHEDULE = '''
+max_epochs = 8
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=4, end=max_epochs, T_max=4),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, T_max=max_epochs),
+    dict(type='MultiStepLR', milestones=[4, 6], by_epoch=True)]
+'''
+
+
+@pytest.mark.parametrize('field', ['max_epochs', 'train_cfg.max_epochs'])
+@pytest.mark.parametrize('epochs, cosine, milestones', [
+    (16, dict(begin=8, end=16, T_max=8), [8, 12]), (2, dict(begin=1, end=2, T_max=1), [1, 2]),
+    (1, dict(begin=0, end=1, T_max=1), [1, 1])])
+def test_epochs_reach_the_schedules(field, epochs, cosine, milestones, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(SCHEDULE)
+    cfg = Config.fromfile(str(path))
+    cfg.merge_from_dict({field: epochs})
+    propagate_max_epochs(cfg)
+    assert cfg.max_epochs == cfg.train_cfg.max_epochs == epochs
+    warm_up, late, whole, steps = cfg.param_scheduler
+    assert warm_up.end == 150 and {key: late[key] for key in cosine} == cosine
+    assert whole.T_max == epochs and steps.milestones == milestones
+
+
+def test_schedules_that_were_changed_as_well_stay(tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(SCHEDULE)
+    cfg = Config.fromfile(str(path))
+    cfg.merge_from_dict({'train_cfg.max_epochs': 16, 'param_scheduler.1.T_max': 5})
+    before = cfg.param_scheduler.copy()
+    propagate_max_epochs(cfg)
+    assert cfg.param_scheduler == before and cfg.max_epochs == 16
+    for text in (SCHEDULE, ''):  # nothing to do
+        path.write_text(text)
+        cfg = Config.fromfile(str(path))
+        before = cfg.to_dict()
+        propagate_max_epochs(cfg)
+        assert cfg.to_dict() == before
+
+
 @pytest.fixture
 def runner(cfg, tmp_path):
     cfg.merge_from_dict(dict(
@@ -72,3 +115,12 @@ def test_missing_data_is_said_before_any_is_loaded(runner, method):
     runner.model.train_step = runner.model.val_step = runner.model.test_step = None
     with pytest.raises(FileNotFoundError, match='data/mine'):
         getattr(runner, method)()
+
+
+def test_the_device_of_the_config_is_taken(runner, monkeypatch):
+    from mmengine.runner import Runner
+    monkeypatch.setattr(Runner, 'wrap_model', lambda self, wrapper, model: 'where MMEngine puts it')
+    model = runner.model
+    assert runner.wrap_model(None, model) == 'where MMEngine puts it'
+    runner.cfg.device = 'cpu'
+    assert runner.wrap_model(None, model) is model

@@ -10,17 +10,18 @@ import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
 from mmdet.models.detectors.deformable_detr import DeformableDETR as MMDetDeformableDETR
 from mmdet.models.layers import SinePositionalEncoding
-from mmdet.models.necks import ChannelMapper
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from msda_plugin.compat import pretrained_last
+from msda_plugin.detectors.build_checks import check_given, check_parts
+from msda_plugin.detectors.padding import is_padded, padding_masks
 from msda_plugin.layers.deformable_detr_layers import (
     DeformableDetrTransformerDecoder,
     DeformableDetrTransformerEncoder,
-    build_or_default,
     pixel_centers,
 )
+from msda_plugin.layers.transformer_parts import build_or_default
 from msda_plugin.registry import MODELS
 
 Pairs = tuple[tuple[int, int], ...]
@@ -54,8 +55,7 @@ class DeformableDETR(MMDetDeformableDETR):
                  data_preprocessor: dict | None = None, init_cfg: dict | None = None) -> None:
         parts = {'encoder': encoder, 'decoder': decoder, 'bbox_head': bbox_head,
                  'positional_encoding': positional_encoding}
-        if missing := [name for name, cfg in parts.items() if cfg is None]:
-            raise ValueError(f'DeformableDETR needs a config for each of {list(parts)}; missing: {missing}')
+        check_given('DeformableDETR', parts)
         # Copies: building fills in fields, and a config may be built again.
         parts = copy.deepcopy(parts)
         for part, name in (('encoder', 'self_attn_cfg'), ('decoder', 'cross_attn_cfg')):
@@ -65,7 +65,8 @@ class DeformableDETR(MMDetDeformableDETR):
         super().__init__(backbone=backbone, neck=neck, num_queries=num_queries, with_box_refine=with_box_refine,
                          as_two_stage=as_two_stage, num_feature_levels=num_feature_levels, train_cfg=train_cfg,
                          test_cfg=test_cfg or {}, data_preprocessor=data_preprocessor, init_cfg=init_cfg, **parts)
-        self._check_parts(neck)
+        check_parts(self, neck, num_feature_levels, f'num_feature_levels={num_feature_levels}')
+        self._check_levels()
 
     def _init_layers(self) -> None:
         self.positional_encoding = build_or_default(self.positional_encoding, SinePositionalEncoding)
@@ -84,32 +85,18 @@ class DeformableDETR(MMDetDeformableDETR):
         else:
             self.reference_points_fc = nn.Linear(embed_dims, 2)
 
-    def _check_parts(self, neck_cfg: dict | None) -> None:
-        """Raise ValueError where the parts do not fit one another."""
-        widths = {'encoder': self.embed_dims, 'decoder': self.decoder.embed_dims,
-                  'bbox_head': self.bbox_head.embed_dims,
-                  'positional_encoding (2 * num_feats)': 2 * self.positional_encoding.num_feats}
-        if neck_cfg and 'out_channels' in neck_cfg:
-            widths['neck (out_channels)'] = neck_cfg['out_channels']
-        if len(set(widths.values())) > 1:
-            raise ValueError(f'all parts need the same number of channels, but embed_dims are {widths}')
-        num_outs = (neck_cfg or {}).get('num_outs')
-        if num_outs is None and self.with_neck and isinstance(self.neck, ChannelMapper):
-            num_outs = len(self.neck.convs)
-        if num_outs not in (None, self.num_feature_levels):
-            raise ValueError(f'the neck gives num_outs={num_outs} maps, but num_feature_levels='
-                             f'{self.num_feature_levels}: make them equal')
+    def init_weights(self) -> None:
+        """Initialise the weights; what ``init_cfg`` wants loaded (``Pretrained``) stays as loaded."""
+        with pretrained_last(self):
+            super().init_weights()
+
+    def _check_levels(self) -> None:
+        """Raise ValueError where an attention is built for another number of maps."""
         for part in ('encoder', 'decoder'):
             for name, module in getattr(self, part).named_modules():
                 if isinstance(module, MultiScaleDeformableAttention) and module.num_levels != self.num_feature_levels:
                     raise ValueError(f'{part}.{name} has num_levels={module.num_levels}, but num_feature_levels='
                                      f'{self.num_feature_levels}: set num_levels in its config')
-        num_classes = self.bbox_head.num_classes if self.bbox_head.loss_cls.use_sigmoid else 1
-        max_per_img = self.test_cfg.get('max_per_img', self.num_queries)
-        if max_per_img > self.num_queries * num_classes:
-            raise ValueError(f'test_cfg.max_per_img={max_per_img} asks for more boxes than there are: num_queries='
-                             f'{self.num_queries} x {num_classes} classes = {self.num_queries * num_classes}; lower '
-                             'max_per_img, or raise num_queries')
 
     def pre_transformer(self, mlvl_feats: tuple[Tensor, ...],
                         batch_data_samples: list[DetDataSample] | None = None) -> tuple[dict, dict]:
@@ -138,8 +125,8 @@ class DeformableDETR(MMDetDeformableDETR):
         starts = [0, *accumulate(height * width for height, width in spatial_shapes[:-1])]
         level_start_index = torch.tensor(starts).to(device, non_blocking=True)
 
-        if self._is_padded(batch_data_samples):
-            masks, valid_ratios = self._padding(spatial_shapes, batch_data_samples, device)
+        if is_padded(batch_data_samples):
+            masks, valid_ratios = padding_masks(spatial_shapes, batch_data_samples, device)
             positions = [self.positional_encoding(mask) for mask in masks]
             feat_mask = torch.cat([mask.flatten(1) for mask in masks], 1)
         else:
@@ -154,28 +141,6 @@ class DeformableDETR(MMDetDeformableDETR):
 
         shared = dict(spatial_shapes=spatial_shapes, level_start_index=level_start_index, valid_ratios=valid_ratios)
         return dict(feat=feat, feat_mask=feat_mask, feat_pos=feat_pos, **shared), dict(memory_mask=feat_mask, **shared)
-
-    @staticmethod
-    def _is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
-        if batch_data_samples is None or torch.onnx.is_in_onnx_export():
-            return False
-        return any(tuple(sample.img_shape[:2]) != tuple(batch_data_samples[0].batch_input_shape)
-                   for sample in batch_data_samples)
-
-    @staticmethod
-    def _padding(spatial_shapes: Pairs, batch_data_samples: list[DetDataSample],
-                 device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """Masks (bs, h, w) of each level, True on padding, and valid ratios (bs, num_levels, 2)."""
-        extents = torch.tensor([sample.img_shape[:2] for sample in batch_data_samples]).to(device, non_blocking=True)
-        # Images fill the top left corner, so that rows and columns can be resized apart, by nearest neighbour.
-        beyond = [(torch.arange(size, device=device) >= extent[:, None]).float()[None]
-                  for size, extent in zip(batch_data_samples[0].batch_input_shape, extents.unbind(1), strict=True)]
-        masks, ratios = [], []
-        for shape in spatial_shapes:
-            rows, columns = (F.interpolate(mask, size=size)[0].bool() for mask, size in zip(beyond, shape, strict=True))
-            masks.append(rows[:, :, None] | columns[:, None, :])
-            ratios.append(torch.stack([1 - columns.float().mean(1), 1 - rows.float().mean(1)], -1))
-        return masks, torch.stack(ratios, 1)
 
     def forward_encoder(self, feat: Tensor, feat_mask: Tensor | None, feat_pos: Tensor, spatial_shapes: Pairs,
                         level_start_index: Tensor, valid_ratios: Tensor) -> dict:

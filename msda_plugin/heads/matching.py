@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from mmdet.models.task_modules.assigners import HungarianAssigner
-from mmdet.models.task_modules.assigners.match_cost import BBoxL1Cost, FocalLossCost, IoUCost
+from mmdet.models.task_modules.assigners.match_cost import BBoxL1Cost, ClassificationCost, FocalLossCost, IoUCost
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+Cost = FocalLossCost | ClassificationCost | BBoxL1Cost | IoUCost
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,18 @@ class HungarianMatcher:
     """What MMDetection's ``HungarianAssigner`` does for one image and layer, for all of them together.
 
     Args:
-        match_costs: built costs, each one of ``FocalLossCost``, ``BBoxL1Cost`` and ``IoUCost`` with ``giou``.
+        match_costs: built costs, each one of ``FocalLossCost``, ``ClassificationCost``, ``BBoxL1Cost`` and ``IoUCost``
+            with ``giou``.
+        num_classes: labels are 0 to num_classes - 1; logits may have one class more, for no object.
+
+    Attributes:
+        uses_softmax: whether a class's cost depends on the logits of the other classes.
     """
 
-    def __init__(self, match_costs: Sequence[FocalLossCost | BBoxL1Cost | IoUCost]) -> None:
+    def __init__(self, match_costs: Sequence[Cost], num_classes: int) -> None:
         self.match_costs = match_costs
+        self.num_classes = num_classes
+        self.uses_softmax = any(isinstance(cost, ClassificationCost) for cost in match_costs)
 
     @staticmethod
     def why_not(assigner: object) -> str:
@@ -71,7 +80,7 @@ class HungarianMatcher:
         if type(assigner) is not HungarianAssigner:
             return f'the assigner is {type(assigner).__name__}'
         for cost in assigner.match_costs:
-            if type(cost) not in (FocalLossCost, BBoxL1Cost, IoUCost):
+            if type(cost) not in (FocalLossCost, ClassificationCost, BBoxL1Cost, IoUCost):
                 return f'a matching cost is {type(cost).__name__}'
             if getattr(cost, 'binary_input', False) or getattr(cost, 'iou_mode', 'giou') != 'giou':
                 return f'a {type(cost).__name__} has other settings than binary_input=False or iou_mode="giou"'
@@ -93,7 +102,7 @@ class HungarianMatcher:
         # The one transfer to the host.
         on_host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
         if not np.isfinite(on_host).all():
-            _explain(groups)
+            self._explain(groups)
         splits = np.split(on_host, np.cumsum([cost.numel() for cost in costs])[:-1])
         return [assign(split.reshape(cost.shape), targets.counts, cost.device)
                 for split, cost, (_, _, targets) in zip(splits, costs, groups, strict=True)]
@@ -104,6 +113,8 @@ class HungarianMatcher:
         for cost in self.match_costs:
             if isinstance(cost, FocalLossCost):
                 total = total + cost.weight * focal_cost(logits, targets.labels, cost.alpha, cost.gamma, cost.eps)
+            elif isinstance(cost, ClassificationCost):
+                total = total - cost.weight * pick_classes(logits.softmax(-1).transpose(-1, -2), targets.labels)
             elif isinstance(cost, BBoxL1Cost):
                 expected, predicted = targets.boxes, boxes
                 if cost.box_format == 'xyxy':
@@ -114,22 +125,21 @@ class HungarianMatcher:
                 overlap = generalized_iou(corners(targets.boxes * targets.sizes)[:, :, None],
                                           corners(boxes * targets.sizes)[:, :, None])
                 total = total - cost.weight * overlap
-        return total
+        unknown = (targets.labels < 0) | (targets.labels >= self.num_classes)
+        return total.masked_fill(unknown[..., None], float('nan'))
 
-
-def _explain(groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> None:
-    """Raise the error that tells why costs are not finite."""
-    for logits, _, targets in groups:
-        num_classes = logits.shape[-1]
-        if targets.labels.min() < 0 or targets.labels.max() >= num_classes:
-            raise ValueError(f'the ground truth has labels from {targets.labels.min()} to {targets.labels.max()}, but '
-                             f'with num_classes={num_classes} they must be 0 to {num_classes - 1}: check num_classes '
-                             "and the dataset's metainfo")
-        if not targets.boxes.isfinite().all():
-            raise ValueError('the ground truth has boxes that are NaN or infinite, or an img_shape of 0: check the '
-                             'annotations and the pipeline')
-    raise FloatingPointError('the predictions are NaN or infinite, so that nothing can be matched: training has '
-                             'diverged; lower the learning rate or clip the gradients')
+    def _explain(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> None:
+        """Raise the error that tells why costs are not finite."""
+        for _, _, targets in groups:
+            if targets.labels.min() < 0 or targets.labels.max() >= self.num_classes:
+                raise ValueError(f'the ground truth has labels from {targets.labels.min()} to {targets.labels.max()}, '
+                                 f'but with num_classes={self.num_classes} they must be 0 to {self.num_classes - 1}: '
+                                 "check num_classes and the dataset's metainfo")
+            if not targets.boxes.isfinite().all():
+                raise ValueError('the ground truth has boxes that are NaN or infinite, or an img_shape of 0: check the '
+                                 'annotations and the pipeline')
+        raise FloatingPointError('the predictions are NaN or infinite, so that nothing can be matched: training has '
+                                 'diverged; lower the learning rate or clip the gradients')
 
 
 def assign(costs: np.ndarray, counts: Sequence[int], device: torch.device) -> Matches:
@@ -144,28 +154,30 @@ def assign(costs: np.ndarray, counts: Sequence[int], device: torch.device) -> Ma
     return Matches(*both.to(device, non_blocking=True).unbind())
 
 
+def pick_classes(scores: Tensor, labels: Tensor) -> Tensor:
+    """The scores of each target's class: (L, B, C, Q), and labels (B, T) clamped to 0 .. C - 1 -> (L, B, T, Q)."""
+    index = labels.clamp(0, scores.shape[2] - 1)[None, :, :, None].expand(len(scores), -1, -1, scores.shape[3])
+    return scores.gather(2, index)
+
+
 def focal_cost(logits: Tensor, labels: Tensor, alpha: float, gamma: float, eps: float) -> Tensor:
     """What the focal loss would gain by calling a query its target's class.
 
     Args:
         logits: (L, B, Q, C).
-        labels: (B, T) int64.
+        labels: (B, T) int64, clamped to 0 .. C - 1.
 
     Returns:
-        (L, B, T, Q); NaN where a label is not in 0 .. C - 1.
+        (L, B, T, Q)
     """
-    num_classes = logits.shape[-1]
-    index = labels.clamp(0, num_classes - 1)[None, :, :, None].expand(len(logits), -1, -1, logits.shape[2])
     logits = logits.transpose(-1, -2)
     # Work on the smaller of classes and targets.
-    few_targets = labels.shape[1] < num_classes
+    few_targets = labels.shape[1] < logits.shape[2]
     if few_targets:
-        logits = logits.gather(2, index)
+        logits = pick_classes(logits, labels)
     p = logits.sigmoid()
     cost = -(p + eps).log() * alpha * (1 - p).pow(gamma) + (1 - p + eps).log() * (1 - alpha) * p.pow(gamma)
-    if not few_targets:
-        cost = cost.gather(2, index)
-    return cost.masked_fill(((labels < 0) | (labels >= num_classes))[:, :, None], float('nan'))
+    return cost if few_targets else pick_classes(cost, labels)
 
 
 def corners(boxes: Tensor) -> Tensor:

@@ -1,22 +1,18 @@
 """Our Deformable DETR is MMDetection's in weights, numbers and training, and takes what theirs refuses."""
 import copy
 
+import detector_cases
 import pytest
 import torch
+from detector_cases import PADDED, WHOLE, assert_same, losses_and_gradients, make_images, make_samples, share_weights
+from detector_cases import deformable_detr_config as make_config
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MMCVLayer
-from mmdet.structures import DetDataSample
-from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
-from mmengine.structures import InstanceData
-from torch import nn
 
 from msda_plugin.layers import MultiScaleDeformableAttention, deformable_detr_layers
 from msda_plugin.layers import multi_scale_deformable_attention as attention_module
 from msda_plugin.registry import MODELS
 
-BATCH_SHAPE = (64, 96)
-WHOLE = [BATCH_SHAPE, BATCH_SHAPE]
-PADDED = [(64, 80), (45, 96)]
 FORMS = {
     'base': {},
     'refine': dict(with_box_refine=True),
@@ -26,121 +22,21 @@ FORMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_log_of_every_parameter():
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('ERROR')
-    yield
-    logger.setLevel(level)
-
-
-class Pyramid(nn.Module):
-    """The smallest backbone: strides 8, 16 and 32, or the last alone."""
-
-    def __init__(self, num_outs=3):
-        super().__init__()
-        self.num_outs = num_outs
-        self.convs = nn.ModuleList([nn.Conv2d(3, 8, 9, 8, 4), nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)])
-
-    def forward(self, x):
-        maps = [x := conv(x).tanh() for conv in self.convs]
-        return tuple(maps[-self.num_outs:])
-
-
-def make_config(scope='msda_plugin', dims=32, num_feature_levels=4, dropout=0.0, **changes):
-    in_channels = [8, 16, 32] if num_feature_levels > 1 else [32]
-    attention = dict(embed_dims=dims, num_heads=4, dropout=dropout, batch_first=True)
-    deformable = dict(attention, num_levels=num_feature_levels)
-    ffn = dict(embed_dims=dims, feedforward_channels=2 * dims, ffn_drop=dropout)
-    return dict(
-        type=f'{scope}.DeformableDETR', num_queries=9, num_feature_levels=num_feature_levels,
-        backbone=dict(type=Pyramid, num_outs=len(in_channels)),
-        neck=dict(type='mmdet.ChannelMapper', in_channels=in_channels, kernel_size=1, out_channels=dims, act_cfg=None,
-                  norm_cfg=dict(type='GN', num_groups=8), num_outs=num_feature_levels),
-        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict(deformable), ffn_cfg=dict(ffn))),
-        decoder=dict(num_layers=2, return_intermediate=True, post_norm_cfg=None, layer_cfg=dict(
-            self_attn_cfg=attention, cross_attn_cfg=deformable, ffn_cfg=ffn)),
-        positional_encoding=dict(num_feats=dims // 2, normalize=True, offset=-0.5),
-        bbox_head=dict(type=f'{scope}.DeformableDETRHead', num_classes=3, embed_dims=dims, sync_cls_avg_factor=True,
-                       loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, loss_weight=2.0),
-                       loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
-                       loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0)),
-        train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-            dict(type='mmdet.FocalLossCost', weight=2.0),
-            dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
-            dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)])),
-        test_cfg=dict(max_per_img=20)) | changes
-
-
 def build(**fields):
-    torch.manual_seed(0)
-    model = MODELS.build(make_config(**fields))
-    model.init_weights()
-    return model
-
-
-def make_samples(shapes=WHOLE, counts=(3, 2)):
-    generator = torch.Generator().manual_seed(sum(counts))
-    samples = []
-    for (height, width), count in zip(shapes, counts, strict=True):
-        low = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.6
-        high = low + 4 + torch.rand(count, 2, generator=generator) * 20
-        sample = DetDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width),
-                                             scale_factor=(1.0, 1.0), batch_input_shape=BATCH_SHAPE))
-        sample.gt_instances = InstanceData(bboxes=torch.cat([low, high], 1),
-                                           labels=torch.randint(3, (count,), generator=generator))
-        samples.append(sample)
-    return samples
-
-
-def make_images():
-    return torch.randn(2, 3, *BATCH_SHAPE, generator=torch.Generator().manual_seed(7))
+    return detector_cases.build(make_config(**fields))
 
 
 def build_pair(form):
-    """Ours and MMDetection's with the same weights, moved away from the initial ones, which are mostly zero."""
+    """Ours and MMDetection's with the same weights."""
     ours, theirs = build(**FORMS[form]), build(scope='mmdet', **FORMS[form])
-    generator = torch.Generator().manual_seed(2)
-    weights = {name: value + 0.05 * torch.randn(value.shape, generator=generator)
-               for name, value in theirs.state_dict().items()}
-    theirs.load_state_dict(weights)
-    ours.load_state_dict(theirs.state_dict())
+    share_weights(ours, theirs)
     return ours, theirs
-
-
-def losses_and_gradients(model, samples):
-    losses = {name: loss.squeeze() for name, loss in model.train().loss(make_images(), samples).items()}
-    used = dict(model.named_parameters())
-    gradients = torch.autograd.grad(sum(losses.values()), list(used.values()), allow_unused=True)
-    return losses, dict(zip(used, gradients, strict=True))
 
 
 @pytest.mark.parametrize('shapes', [WHOLE, PADDED], ids=['whole', 'padded'])
 @pytest.mark.parametrize('form', FORMS)
 def test_equals_mmdetection(form, shapes):
-    ours, theirs = build_pair(form)
-    samples = make_samples(shapes)
-    losses, gradients = losses_and_gradients(ours, samples)
-    expected, expected_gradients = losses_and_gradients(theirs, samples)
-    assert list(losses) == list(expected)
-    for name, loss in expected.items():
-        torch.testing.assert_close(losses[name], loss, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f'{name}: {m}')
-    for name, gradient in expected_gradients.items():
-        assert (gradient is None) == (gradients[name] is None), name
-        if gradient is not None:
-            # By norm: where rounding moves a ReLU over its kink, single entries differ.
-            assert (gradients[name] - gradient).norm() <= 1e-2 * gradient.norm() + 1e-6, name
-    with torch.no_grad():
-        outputs = ours.eval()(make_images(), samples, mode='tensor')
-        expected_outputs = theirs.eval()(make_images(), samples, mode='tensor')
-        for output, expected_output in zip(outputs, expected_outputs, strict=True):
-            torch.testing.assert_close(output, expected_output, rtol=1e-5, atol=1e-5)
-        for sample, expected_sample in zip(ours(make_images(), copy.deepcopy(samples), mode='predict'),
-                                           theirs(make_images(), copy.deepcopy(samples), mode='predict'), strict=True):
-            found, expected_found = sample.pred_instances, expected_sample.pred_instances
-            assert torch.equal(found.labels, expected_found.labels)
-            torch.testing.assert_close(found.bboxes, expected_found.bboxes, rtol=1e-4, atol=1e-3)
+    assert_same(*build_pair(form), make_samples(shapes))
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -149,26 +45,6 @@ def test_starts_from_mmdetections_weights(form):
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
-
-
-@pytest.mark.parametrize('form', ['base', 'two_stage'])
-def test_follows_mmdetections_loss_curve(form):
-    curves = []
-    for scope in ('msda_plugin', 'mmdet'):
-        model = build(scope=scope, **FORMS[form]).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-        curve = []
-        for step in range(6):
-            losses = model.loss(make_images(), make_samples(PADDED if step % 2 else WHOLE))
-            loss = sum(loss.sum() for loss in losses.values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            curve.append(loss.item())
-        curves.append(torch.tensor(curve))
-    ours, theirs = curves
-    assert theirs[-1] < theirs[0]
-    assert ((ours - theirs).abs() / theirs).max() < 1e-3
 
 
 def test_dropout_draws_the_same_numbers():
@@ -206,6 +82,26 @@ def test_trains_and_predicts_with_and_without_objects(form, counts):
         assert boxes.min() >= 0 and boxes[:, 0::2].max() <= width and boxes[:, 1::2].max() <= height
 
 
+@pytest.mark.parametrize('dilated', [False, True], ids=['stride 32', 'DC5'])
+def test_single_scale_on_a_resnet(dilated):
+    """DC5: the last stage is dilated instead of strided, so that its map is twice as large."""
+    strides = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)) if dilated else {}
+    config = make_config(num_feature_levels=1, backbone=dict(
+        type='mmdet.ResNet', depth=50, stem_channels=4, base_channels=2, out_indices=(3, ), **strides))
+    config['neck']['in_channels'] = [64]
+    model = detector_cases.build(config).train()
+    assert [tuple(feat.shape[2:]) for feat in model.extract_feat(make_images())] == [(4, 6) if dilated else (2, 3)]
+    optimizer = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    losses = []
+    for _ in range(8):
+        loss = sum(model.loss(make_images(), make_samples(PADDED)).values())
+        optimizer.update_params(loss)
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert [len(sample.pred_instances) for sample in model.eval()(make_images(), make_samples(PADDED), 'predict')] == [
+        20, 20]
+
+
 def test_two_stages_of_any_width():
     model = build(with_box_refine=True, as_two_stage=True, dims=64)
     sum(model.train().loss(make_images(), make_samples()).values()).backward()
@@ -240,24 +136,25 @@ def test_checkpointing_recomputes_and_changes_nothing(monkeypatch):
     torch.testing.assert_close(checkpointed_gradients, gradients)
 
 
-class CountingAttention(MultiScaleDeformableAttention):
+@MODELS.register_module()
+class CountingDeformableAttention(MultiScaleDeformableAttention):
     calls = 0
 
     def forward(self, *args, **kwargs):
-        CountingAttention.calls += 1
+        CountingDeformableAttention.calls += 1
         return super().forward(*args, **kwargs)
 
 
 def test_a_config_chooses_the_attention():
     config = make_config()
-    config['encoder']['layer_cfg']['self_attn_cfg']['type'] = CountingAttention
+    config['encoder']['layer_cfg']['self_attn_cfg']['type'] = 'msda_plugin.CountingDeformableAttention'
     config['decoder']['layer_cfg']['cross_attn_cfg']['type'] = MMCVLayer  # takes shapes as tensors alone
     chosen, default = MODELS.build(config), build()
     chosen.load_state_dict(default.state_dict())
     with torch.no_grad():
         outputs = chosen.eval()(make_images(), make_samples(PADDED), mode='tensor')
         expected = default.eval()(make_images(), make_samples(PADDED), mode='tensor')
-    assert CountingAttention.calls == 2
+    assert CountingDeformableAttention.calls == 2
     torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
     kinds = {type(module) for module in default.modules() if isinstance(module, MMCVLayer)}
     assert kinds == {MultiScaleDeformableAttention}
@@ -312,6 +209,8 @@ def test_bad_configs_are_refused(changes, message):
     ('neck.num_outs', 3, 'num_outs=3 maps, but num_feature_levels=4'),
     ('neck.num_outs', None, 'num_outs=3 maps, but num_feature_levels=4'),
     ('neck.out_channels', 64, r"'neck \(out_channels\)': 64"),
+    ('neck.in_channels', [8, 16, 64], r'the backbone gives maps of \[8, 16, 32\] channels, but neck.in_channels is'),
+    ('backbone.num_outs', 2, r'the backbone gives maps of \[16, 32\] channels, but neck.in_channels is \[8, 16, 32\]'),
     ('bbox_head.embed_dims', 64, "'bbox_head': 64"),
     ('encoder.layer_cfg.self_attn_cfg.num_levels', 3, 'encoder.layers.0.self_attn has num_levels=3'),
     ('encoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),

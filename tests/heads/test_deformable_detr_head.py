@@ -5,13 +5,13 @@ import logging
 import mmdet.models.dense_heads.detr_head as mmdet_detr_head
 import pytest
 import torch
+from head_cases import KEYS, LAYERS, QUERIES, assert_same, losses_and_gradients, make_objects, make_predictions
+from mmdet.models.task_modules.assigners.match_cost import BBoxL1Cost
 from mmengine.structures import InstanceData
 
-from msda_plugin.heads import deformable_detr_head, matching
+from msda_plugin.heads import losses, matching, set_prediction
 from msda_plugin.registry import MODELS
 
-LAYERS, QUERIES, KEYS = 3, 12, 40
-IMAGE_SHAPES = [(64, 96), (50, 80), (64, 70)]
 ASSIGNER = dict(type='mmdet.HungarianAssigner', match_costs=[
     dict(type='mmdet.FocalLossCost', weight=2.0),
     dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
@@ -23,46 +23,21 @@ FIELDS = dict(num_classes=5, embed_dims=16, num_pred_layer=LAYERS, sync_cls_avg_
               train_cfg=dict(assigner=ASSIGNER), test_cfg=dict(max_per_img=10))
 
 
+def make_inputs(counts, num_classes=5, two_stage=True):
+    """Predictions (leaves) and ground truth of three images, as ``loss_by_feat`` takes them."""
+    proposals = make_predictions(num_classes, 3, KEYS, seed=1) if two_stage else [None, None]
+    return [*make_predictions(num_classes, LAYERS, 3, QUERIES), *proposals, *make_objects(counts, num_classes)]
+
+
+class SquaredCost(BBoxL1Cost):
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)**2
+
+
 def build(scope, **changes):
     torch.manual_seed(0)
     return MODELS.build(dict(type=f'{scope}.DeformableDETRHead', **copy.deepcopy(FIELDS | changes)))
-
-
-def make_inputs(counts, num_classes=5, two_stage=True):
-    """Predictions (leaves) and ground truth of three images, as ``loss_by_feat`` takes them."""
-    generator = torch.Generator().manual_seed(sum(counts))
-
-    def predictions(*shape):
-        logits = torch.randn(*shape, num_classes, generator=generator) - 2
-        boxes = torch.rand(*shape, 4, generator=generator) * torch.tensor([0.8, 0.8, 0.4, 0.4]) + 0.05
-        return [logits.requires_grad_(), boxes.requires_grad_()]
-
-    instances = []
-    for count, (height, width) in zip(counts, IMAGE_SHAPES, strict=True):
-        low = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.6
-        high = low + torch.rand(count, 2, generator=generator) * 20 + 2
-        instances.append(InstanceData(bboxes=torch.cat([low, high], 1),
-                                      labels=torch.randint(num_classes, (count,), generator=generator)))
-    leaves = predictions(LAYERS, 3, QUERIES) + (predictions(3, KEYS) if two_stage else [None, None])
-    return [*leaves, instances, [dict(img_shape=shape) for shape in IMAGE_SHAPES]]
-
-
-def losses_and_gradients(head, inputs):
-    # MMDetection's classification loss is a vector of one where it is averaged over processes.
-    losses = {name: loss.squeeze() for name, loss in head.loss_by_feat(*inputs).items()}
-    # Another weight for each, so that no two losses can be exchanged.
-    total = sum((i + 1) * loss for i, loss in enumerate(losses.values()))
-    return losses, torch.autograd.grad(total, [leaf for leaf in inputs[:4] if leaf is not None])
-
-
-def assert_same(ours, theirs, inputs):
-    losses, gradients = losses_and_gradients(ours, inputs)
-    expected, expected_gradients = losses_and_gradients(theirs, inputs)
-    assert list(losses) == list(expected)
-    for name, loss in expected.items():
-        torch.testing.assert_close(losses[name], loss, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f'{name}: {m}')
-    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('two_stage', [False, True])
@@ -97,6 +72,17 @@ def test_settings_are_honoured(changes):
     assert_same(ours, build('mmdet', **changes), make_inputs((3, 7, 1), changes.get('num_classes', 5)))
 
 
+@pytest.mark.parametrize('cost', ['FocalLossCost', 'ClassificationCost'])
+def test_softmax_over_one_class_more(cost):
+    changes = dict(loss_cls=dict(type='mmdet.CrossEntropyLoss', loss_weight=2.0, class_weight=[1.0] * 5 + [0.1]),
+                   train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
+                       dict(type=f'mmdet.{cost}', weight=1.0), dict(type='mmdet.BBoxL1Cost', box_format='xywh')])))
+    ours = build('msda_plugin', **changes)
+    assert ours.matcher is not None
+    inputs = [*make_predictions(6, LAYERS, 3, QUERIES), *make_predictions(6, 3, KEYS), *make_objects((3, 7, 1))]
+    assert_same(ours, build('mmdet', **changes), inputs)
+
+
 def test_confident_and_degenerate_predictions():
     inputs = make_inputs((3, 7, 1))
     with torch.no_grad():
@@ -108,7 +94,7 @@ def test_confident_and_degenerate_predictions():
 
 @pytest.mark.parametrize('sync', [False, True])
 def test_normalises_by_the_mean_over_processes(sync, monkeypatch):
-    for module in (mmdet_detr_head, deformable_detr_head):
+    for module in (mmdet_detr_head, set_prediction):
         monkeypatch.setattr(module, 'reduce_mean', lambda tensor: tensor * 2.5)
     fields = dict(sync_cls_avg_factor=sync)
     assert_same(build('msda_plugin', **fields), build('mmdet', **fields), make_inputs((3, 7, 1)))
@@ -146,11 +132,11 @@ def test_low_precision_predictions_are_costed_in_float32():
     (dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
         dict(type='mmdet.FocalLossCost'), dict(type='mmdet.IoUCost', iou_mode='iou')]))), 'IoUCost'),
     (dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-        dict(type='mmdet.ClassificationCost'), dict(type='mmdet.BBoxL1Cost')]))), 'ClassificationCost'),
+        dict(type='mmdet.FocalLossCost'), dict(type=SquaredCost)]))), 'SquaredCost'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_what_is_not_covered_runs_mmdetections_code_and_says_so(changes, reason, monkeypatch):
     said = []
-    monkeypatch.setattr(deformable_detr_head, 'print_log', lambda message, **how: said.append((message, how['level'])))
+    monkeypatch.setattr(set_prediction, 'print_log', lambda message, **how: said.append((message, how['level'])))
     ours = build('msda_plugin', **changes)
     inputs = make_inputs((3, 7, 1))
     assert_same(ours, build('mmdet', **changes), inputs)
@@ -219,4 +205,4 @@ def test_focal_loss_by_its_definition():
     p = torch.where(targets == 1, logits.sigmoid(), 1 - logits.sigmoid())
     alpha = torch.where(targets == 1, 0.3, 0.7).double()
     expected = (-alpha * (1 - p)**1.5 * p.log()).sum(1)
-    torch.testing.assert_close(deformable_detr_head.focal_loss(logits, positives, 0.3, 1.5), expected)
+    torch.testing.assert_close(losses.focal_loss(logits, positives, 0.3, 1.5), expected)

@@ -1,0 +1,158 @@
+"""What the heads of DETR and Deformable DETR share: losses over all layers at once, and how they load checkpoints."""
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from mmdet.models.losses import CrossEntropyLoss, FocalLoss, GIoULoss, L1Loss
+from mmdet.utils import reduce_mean
+from mmengine.logging import print_log
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from msda_plugin.heads.losses import cross_entropy, focal_loss
+from msda_plugin.heads.matching import HungarianMatcher, Matches, Targets, corners, generalized_iou
+
+EPS = torch.finfo(torch.float32).eps  # what MMDetection's losses add to the number they divide by
+
+
+class SetPrediction:
+    """Mixin of heads that descend from MMDetection's ``DETRHead``; stands before it among the bases.
+
+    Losses: matching costs of all layers and images are one batch and one transfer to the host; losses are computed for
+    all layers together. This covers ``HungarianAssigner`` with ``FocalLossCost`` or ``ClassificationCost``,
+    ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss`` or softmax ``CrossEntropyLoss``, ``L1Loss`` and
+    ``GIoULoss`` with ``reduction='mean'``. For anything else MMDetection's own code runs, and the log says so once,
+    when the head is built.
+
+    Checkpoints: a class layer for another number of classes is not loaded but keeps the weights it has, which are the
+    initial ones when a training starts; the log names it. All other parameters are loaded as usual.
+
+    Attributes:
+        matcher: None where MMDetection's code computes the losses.
+        new_class_layers: full names of class layers that the last checkpoint did not fit.
+    """
+
+    matcher: HungarianMatcher | None
+    new_class_layers: tuple[str, ...]
+
+    def init_set_prediction(self) -> None:
+        """Choose how the losses are computed; to be called at the end of ``__init__``."""
+        self.new_class_layers = ()
+        self.matcher = None
+        if self.train_cfg:
+            why_not = HungarianMatcher.why_not(self.assigner) or self._why_not_batched()
+            if why_not:
+                print_log(f'{type(self).__name__} computes its losses layer by layer with MMDetection\'s code, because '
+                          f'{why_not}', logger='current', level=logging.WARNING)
+            else:
+                self.matcher = HungarianMatcher(self.assigner.match_costs, self.num_classes)
+        if isinstance(self.loss_cls, CrossEntropyLoss):
+            weight = self.loss_cls.class_weight
+            weight = torch.ones(self.cls_out_channels) if weight is None else torch.as_tensor(weight).float()
+            self.register_buffer('class_weight', weight, persistent=False)
+
+    def _why_not_batched(self) -> str:
+        """An empty string, or which loss the batched code does not cover."""
+        for loss, covered in ((self.loss_cls, (FocalLoss, CrossEntropyLoss)), (self.loss_bbox, (L1Loss, )),
+                              (self.loss_iou, (GIoULoss, ))):
+            if type(loss) not in covered or loss.reduction != 'mean' or getattr(loss, 'activated', False):
+                names = ' or '.join(kind.__name__ for kind in covered)
+                return f'a loss is {loss}, not a {names} of logits with reduction="mean"'
+        if isinstance(self.loss_cls, CrossEntropyLoss) and (
+                self.loss_cls.use_sigmoid or self.loss_cls.use_mask or self.loss_cls.ignore_index is not None):
+            return 'a CrossEntropyLoss has other settings than use_sigmoid=False and ignore_index=None'
+        return ''
+
+    @staticmethod
+    def check_nothing_ignored(instances_ignore: object) -> None:
+        """Raise ValueError unless this is None."""
+        if instances_ignore is not None:
+            raise ValueError('batch_gt_instances_ignore must be None: DETR heads have no regions to ignore')
+
+    # ---- losses ------------------------------------------------------------------------------------------------------
+    def batched_losses(self, logits: Tensor, boxes: Tensor, instances: Sequence[InstanceData], metas: Sequence[dict],
+                       proposals: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+        """Losses of every decoder layer and, in a two-stage model, of the encoder's proposals.
+
+        Args:
+            logits: (num_layers, bs, num_queries, cls_out_channels).
+            boxes: (num_layers, bs, num_queries, 4) as (cx, cy, w, h), 0 to 1 over the image.
+            instances: per image ``bboxes`` (n, 4) as (x1, y1, x2, y2) in pixels and ``labels`` (n,); n may be 0.
+            metas: per image ``img_shape`` (h, w).
+            proposals: logits (bs, num_keys, cls_out_channels) and boxes (bs, num_keys, 4); every object counts as
+                class 0.
+
+        Returns:
+            Scalars ``loss_cls``, ``loss_bbox``, ``loss_iou`` of the last layer, ``d0.loss_cls`` ... of the earlier
+            ones, ``enc_loss_cls`` ... of the proposals.
+        """
+        targets = Targets.from_instances(instances, metas, logits.device)
+        decoded = (logits.float(), boxes.float(), targets)
+        groups = [decoded]
+        if proposals is not None:
+            proposed = (*(prediction.float()[None] for prediction in proposals),
+                        replace(targets, labels=torch.zeros_like(targets.labels)))
+            # Unless they are normalised over the classes, costs need no other class than 0.
+            groups.append(proposed if self.matcher.uses_softmax else (proposed[0][..., :1], *proposed[1:]))
+        matches = self.matcher.match(groups)
+
+        losses = self._losses(*decoded, matches[0])
+        loss_dict = {f'loss_{name}': loss[-1] for name, loss in losses.items()}
+        for i in range(len(logits) - 1):
+            loss_dict |= {f'd{i}.loss_{name}': loss[i] for name, loss in losses.items()}
+        if proposals is not None:
+            losses = self._losses(*proposed, matches[1])
+            loss_dict |= {f'enc_loss_{name}': loss[0] for name, loss in losses.items()}
+        return loss_dict
+
+    def _losses(self, logits: Tensor, boxes: Tensor, targets: Targets,
+                matches: Matches) -> dict[str, tuple[Tensor, ...]]:
+        """``cls``, ``bbox`` and ``iou`` loss of each layer, from (L, B, Q, C), (L, B, Q, 4) and N pairs a layer."""
+        num_matches = matches.predictions.shape[1]
+        num_unmatched = logits.shape[1] * logits.shape[2] - num_matches
+        # The class of no object counts by its weight.
+        totals = torch.stack([boxes.new_full((), num_matches),
+                              boxes.new_full((), num_matches + num_unmatched * self.bg_cls_weight)])
+        if self.sync_cls_avg_factor:
+            num_boxes, num_classified = reduce_mean(totals).clamp(min=1)
+        else:
+            num_boxes, num_classified = reduce_mean(totals[0]).clamp(min=1), totals[1].clamp(min=1)
+
+        labels = targets.labels.flatten()[matches.targets]  # (L, N)
+        if self.loss_cls.use_sigmoid:
+            index = matches.predictions * logits.shape[-1] + labels
+            loss_cls = focal_loss(logits.flatten(1), index, self.loss_cls.alpha, self.loss_cls.gamma)
+        else:
+            loss_cls = cross_entropy(logits.flatten(1, 2), matches.predictions, labels, self.class_weight.float())
+
+        # (L, N, 4)
+        predicted = boxes.flatten(1, 2).gather(1, matches.predictions[..., None].expand(-1, -1, 4))
+        expected = targets.boxes.flatten(0, 1)[matches.targets]
+        sizes = targets.sizes.expand_as(targets.boxes).flatten(0, 1)[matches.targets]
+        loss_bbox = (predicted - expected).abs().sum((1, 2))
+        # In pixels: the overlap's guard against division by zero is absolute.
+        overlap = generalized_iou(corners(predicted * sizes), corners(expected * sizes), self.loss_iou.eps)
+        loss_iou = (1 - overlap).sum(1)
+        return {'cls': (self.loss_cls.loss_weight / (num_classified + EPS) * loss_cls).unbind(),
+                'bbox': (self.loss_bbox.loss_weight / (num_boxes + EPS) * loss_bbox).unbind(),
+                'iou': (self.loss_iou.loss_weight / (num_boxes + EPS) * loss_iou).unbind()}
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """What every loader of checkpoints calls; here, class layers of another size are first replaced by our own."""
+        different = {}
+        for name, layer in self.named_modules(remove_duplicate=False):
+            if name.split('.')[0] not in ('cls_branches', 'fc_cls') or not isinstance(layer, nn.Linear):
+                continue
+            stored = state_dict.get(f'{prefix}{name}.weight')
+            if stored is not None and stored.shape[1:] == layer.weight.shape[1:] and len(stored) != len(layer.weight):
+                different[prefix + name] = len(stored)
+                state_dict |= {f'{prefix}{name}.{key}': value.detach() for key, value in layer.named_parameters()}
+        self.new_class_layers = tuple(different)
+        if different:
+            print_log(f'the checkpoint is for another number of classes: {", ".join(different)} have '
+                      f'{" or ".join(map(str, sorted(set(different.values()))))} outputs there and '
+                      f'{self.cls_out_channels} here, and keep their initial weights; everything else is loaded',
+                      logger='current', level=logging.WARNING)
+        super()._load_from_state_dict(state_dict, prefix, *args)
