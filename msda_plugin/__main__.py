@@ -3,9 +3,14 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
+    'env': 'say what is installed, which backend runs for what, and what is wrong',
     'shapes': 'write the generated COCO-format data set',
-    'train': 'train a detector from a config',
+    'train': 'train a detector from a config, or on own data in COCO format',
     'test': 'evaluate a checkpoint',
+    'demo': 'draw the detected boxes on images, folders and videos',
+    'visualize': 'show what the attention of a detector looks at, as pictures and as a page',
+    'convert': 'turn a published checkpoint into ours, with an account of every key',
+    'complexity': 'say what attention costs: by formula, for a config, and by the clock',
     'benchmark': 'time the operator and the models against the stock ones, side by side',
 }
 
@@ -25,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f'msda_plugin: there is no command {command!r}; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
-    return import_module(f'msda_plugin.tools.{command}').main(rest)
+    try:
+        return import_module(f'msda_plugin.tools.{command}').main(rest)
+    except KeyboardInterrupt:
+        print(f'\nmsda_plugin {command}: stopped by Ctrl-C', file=sys.stderr)
+        return 130
 
 
 if __name__ == '__main__':

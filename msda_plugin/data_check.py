@@ -5,6 +5,7 @@ of 0 (classes that the annotation file does not name are dropped without a word)
 """
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ REQUIRED = dict(  # what MMDetection's CocoDataset reads of each record
     images=('id', 'file_name', 'width', 'height'),
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
     categories=('id', 'name'))
+EVALUATED = ('iscrowd',)  # what pycocotools reads of each annotation besides, when it evaluates
 
 
 @dataclass(frozen=True)
@@ -48,23 +50,26 @@ class DataReport:
                 f'boxes of {len(self.classes)} classes')
 
 
-def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike,
-               classes: Sequence[str] | None = None) -> DataReport:
+def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes: Sequence[str] | None = None, *,
+               evaluated: bool = False, annotated: bool = True) -> DataReport:
     """Check an annotation file in COCO format and that its images are there. Images are not opened.
 
     Args:
         ann_file: JSON file.
         img_root: Folder that the file names in it start from.
         classes: Classes to use; None: all of the file.
+        evaluated: Whether predictions are compared with its boxes, which takes ``iscrowd`` of each of them.
+        annotated: False: the list of annotations may be missing, as in the files of a test server.
 
     Raises:
         FileNotFoundError: The annotation file, the image folder or some images do not exist.
         ValueError: The file is not JSON, not COCO, holds no image, or lacks some of the classes.
     """
     ann_file, img_root = str(ann_file), str(img_root)
-    content = _load(ann_file)
+    content = read_coco(ann_file, annotated=annotated)
     for field, keys in REQUIRED.items():
-        _check_records(ann_file, field, content[field], keys)
+        check_records(ann_file, field, content[field],
+                      (*keys, *EVALUATED) if evaluated and field == 'annotations' else keys)
     if not content['images']:
         raise ValueError(f"the annotation file '{ann_file}' lists no images; is it the file of another split?")
 
@@ -75,7 +80,8 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike,
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     strays = sum(a['image_id'] not in sizes for a in annotations)
     annotations = [a for a in annotations if a['image_id'] in sizes]
-    degenerate = _degenerate(ann_file, annotations, sizes)
+    check_boxes(ann_file, annotations)
+    degenerate = count_degenerate(annotations, sizes)
     _check_images(ann_file, img_root, content['images'])
 
     warnings = []
@@ -85,7 +91,7 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike,
         warnings.append(f"'{ann_file}' has the classes in the order {_names(in_file_order)}, the config in the order "
                         f'{_names(classes)}; MMDetection goes by the file, so write them in that order, or names will '
                         'be swapped')
-    if not annotations:
+    if annotated and not annotations:
         warnings.append(f"'{ann_file}' holds no box of the classes {_names(classes)}")
     if degenerate:
         warnings.append(f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
@@ -115,7 +121,11 @@ def check_config_data(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> 
             if _is_remote(dataset):
                 continue
             ann_file, img_root = _paths(where, dataset)
-            reports.append(check_coco(ann_file, img_root, classes))
+            metrics = _metrics(cfg.get(f'{split}_evaluator'))
+            compared = [metric for metric in metrics if not metric.get('format_only')]
+            reports.append(check_coco(ann_file, img_root, classes, annotated=bool(compared) or split != 'test',
+                                      evaluated=any(str(metric.get('type')).endswith('CocoMetric')
+                                                    for metric in compared)))
         _check_evaluator(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
     for report in reports:
         for warning in report.warnings:
@@ -124,7 +134,17 @@ def check_config_data(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> 
 
 
 # ---- an annotation file ---------------------------------------------------------------------------------------------
-def _load(ann_file: str) -> dict:
+def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
+    """The content of an annotation file: a dict with the lists ``images``, ``annotations`` and ``categories``.
+
+    Args:
+        ann_file: JSON file.
+        annotated: False: ``annotations`` may be missing, and is then empty.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        ValueError: It is not JSON, or not COCO.
+    """
     if not Path(ann_file).is_file():
         raise FileNotFoundError(f"the annotation file '{ann_file}' does not exist; set data_root and ann_file of the "
                                 'data set in the config')
@@ -133,6 +153,8 @@ def _load(ann_file: str) -> dict:
     except ValueError as error:
         raise ValueError(f"the annotation file '{ann_file}' is not JSON ({error}); a file in COCO format is needed"
                          ) from None
+    if isinstance(content, dict) and not annotated:
+        content.setdefault('annotations', [])
     missing = [key for key in REQUIRED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
         found = f'an object with the keys {_names(content)}' if isinstance(content, dict) else f'a {_kind(content)}'
@@ -141,14 +163,18 @@ def _load(ann_file: str) -> dict:
     return content
 
 
-def _check_records(ann_file: str, field: str, records: list, keys: tuple[str, ...]) -> None:
-    """Every record has these keys, and an id of its own."""
+def check_records(ann_file: str | os.PathLike, field: str, records: list, keys: Sequence[str]) -> None:
+    """Check that every record of a list of the file has these keys, and an id of its own if that is one of them.
+
+    Raises:
+        ValueError: One has not.
+    """
     wanted = set(keys)
     for index, record in enumerate(records):
         if not isinstance(record, dict) or not wanted <= record.keys():
             lacking = [key for key in keys if not isinstance(record, dict) or key not in record]
             raise ValueError(f"the annotation file '{ann_file}' is not COCO: {field}[{index}] lacks {_names(lacking)}")
-    if len({record['id'] for record in records}) < len(records):
+    if 'id' in wanted and len({record['id'] for record in records}) < len(records):
         raise ValueError(f"the annotation file '{ann_file}' is not COCO: the ids of its {field} are not unique; number "
                          'them anew')
 
@@ -164,13 +190,22 @@ def _check_classes(ann_file: str, present: list[str], classes: Sequence[str] | N
     return tuple(classes)
 
 
-def _degenerate(ann_file: str, annotations: list[dict], sizes: dict) -> int:
-    """How many boxes MMDetection leaves out."""
+def check_boxes(ann_file: str | os.PathLike, annotations: list[dict]) -> None:
+    """Check that the bbox of every annotation is four finite numbers.
+
+    Raises:
+        ValueError: One is not.
+    """
     for annotation in annotations:
         box = annotation['bbox']
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(
+                isinstance(value, (int, float)) and math.isfinite(value) for value in box):
             raise ValueError(f"the annotation file '{ann_file}' is not COCO: the bbox of the annotation with id "
-                             f'{annotation["id"]} must be [x, y, width, height], got {box}')
+                             f'{annotation.get("id")} must be [x, y, width, height], got {box}')
+
+
+def count_degenerate(annotations: list[dict], sizes: dict[object, tuple[float, float]]) -> int:
+    """How many boxes MMDetection leaves out; ``sizes``: (width, height) in pixels by image id."""
     if not annotations:
         return 0
     x, y, w, h = np.array([a['bbox'] for a in annotations], float).T
@@ -266,20 +301,20 @@ def _configured_classes(where: str, dataset: dict) -> tuple[str, ...]:
     return tuple(name for name in classes if name)
 
 
-def _heads(node: object, where: str = 'model') -> Iterator[tuple[str, dict]]:
+def bbox_heads(node: object, where: str = 'model') -> Iterator[tuple[str, dict]]:
     """(path in the config, head) of every ``bbox_head``, which can be one or a list."""
     if isinstance(node, (list, tuple)):
         for index, child in enumerate(node):
-            yield from _heads(child, f'{where}[{index}]')
+            yield from bbox_heads(child, f'{where}[{index}]')
     elif isinstance(node, dict):
         if re.search(r'\.bbox_head(\[\d+\])?$', where):
             yield where, node
         for key, child in node.items():
-            yield from _heads(child, f'{where}.{key}')
+            yield from bbox_heads(child, f'{where}.{key}')
 
 
 def _check_head(model: object, where: str, classes: tuple[str, ...]) -> None:
-    for path, head in _heads(model):
+    for path, head in bbox_heads(model):
         number = head.get('num_classes')
         if number is not None and number != len(classes):
             raise ValueError(f'{path}.num_classes is {number}, but {where} has {len(classes)} classes '
@@ -287,9 +322,14 @@ def _check_head(model: object, where: str, classes: tuple[str, ...]) -> None:
                              '(…,)) of the data set')
 
 
+def _metrics(evaluator: object) -> list[dict]:
+    return [metric for metric in (evaluator if isinstance(evaluator, (list, tuple)) else [evaluator])
+            if isinstance(metric, dict)]
+
+
 def _check_evaluator(evaluator: object, where: str) -> None:
-    for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]:
-        path = metric.get('ann_file') if isinstance(metric, dict) and not metric.get('backend_args') else None
+    for metric in _metrics(evaluator):
+        path = None if metric.get('backend_args') else metric.get('ann_file')
         if path and '://' not in path and not Path(path).is_file():
             raise FileNotFoundError(f"the annotation file '{path}' of {where} does not exist; it is usually that of "
                                     'the data set')

@@ -112,6 +112,32 @@ def test_warnings(tmp_path):
     assert 'holds no box of the classes cat, dog' in check_coco(*write(tmp_path, content)).warnings[0]
 
 
+def test_a_test_file_may_be_without_annotations(tmp_path):
+    content = coco()
+    del content['annotations']
+    paths = write(tmp_path, content)
+    report = check_coco(*paths, annotated=False)
+    assert (report.num_images, report.num_boxes, report.warnings) == (3, 0, ())
+    with pytest.raises(ValueError, match='needs the lists annotations'):
+        check_coco(*paths)
+
+
+def test_evaluation_needs_iscrowd(tmp_path):
+    content = coco()
+    del content['annotations'][0]['iscrowd']
+    paths = write(tmp_path, content)
+    assert check_coco(*paths).num_boxes == 4
+    with pytest.raises(ValueError, match=r'annotations\[0\] lacks iscrowd'):
+        check_coco(*paths, evaluated=True)
+
+
+def test_a_box_of_nan_is_no_box(tmp_path):
+    content = coco()
+    content['annotations'][2]['bbox'][0] = float('nan')
+    with pytest.raises(ValueError, match='with id 2 must be .* got .*nan'):
+        check_coco(*write(tmp_path, content))
+
+
 def test_folders_are_listed_once_each(tmp_path, monkeypatch):
     content = coco(num_images=300)
     for index, image in enumerate(content['images']):
@@ -138,6 +164,30 @@ def test_config(tmp_path):
     reports = check_config_data(config(tmp_path))
     assert [report.num_images for report in reports] == [3, 3]
     assert len(check_config_data(config(tmp_path), splits=['val'])) == 1
+
+
+def test_config_of_a_test_server(tmp_path):
+    """Its file has no annotations, and its evaluator only writes results; a validation file must have them."""
+    content = coco()
+    del content['annotations']
+    write(tmp_path, content)
+    cfg = config(tmp_path)
+    cfg.test_dataloader = cfg.val_dataloader.copy()
+    cfg.test_evaluator = dict(type='CocoMetric', format_only=True)
+    assert [report.num_images for report in check_config_data(cfg, splits=['test'])] == [3]
+    cfg.test_evaluator = cfg.val_evaluator
+    for split in ('test', 'val'):
+        with pytest.raises(ValueError, match='needs the lists annotations'):
+            check_config_data(cfg, splits=[split])
+
+
+def test_config_evaluation_needs_iscrowd(tmp_path):
+    content = coco()
+    del content['annotations'][0]['iscrowd']
+    write(tmp_path, content)
+    assert check_config_data(config(tmp_path), splits=['train'])
+    with pytest.raises(ValueError, match='lacks iscrowd'):
+        check_config_data(config(tmp_path), splits=['val'])
 
 
 def test_config_with_wrapped_data_sets(tmp_path):

@@ -21,10 +21,8 @@ from msda_plugin.visualization import draw_curves, draw_sheet, write_png
 NEXT_STEPS = (
     'test it:             python -m msda_plugin test {config} {checkpoint}',
     'see all test images: python -m msda_plugin test {config} {checkpoint} --show-dir pictures',
-    'on your own image:   python -c "import msda_plugin.registry; from mmdet.apis import DetInferencer; '
-    "DetInferencer('{config}', '{checkpoint}')('IMAGE.jpg', out_dir='pictures')\"",
-    'on your own data:    copy {config}, set data_root, ann_file, data_prefix, metainfo and num_classes in the copy, '
-    'then python -m msda_plugin train COPY',
+    'on your own image:   python -m msda_plugin demo IMAGE --config {config} --checkpoint {checkpoint}',
+    'on your own data:    python -m msda_plugin train --data DIR',
 )
 
 

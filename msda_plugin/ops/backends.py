@@ -106,6 +106,11 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> Backend:
     return Backend(device_type, _description[device_type])
 
 
+def why_unavailable(name: str) -> str:
+    """Why the compiled kernels of a device type ('cpu', 'cuda') cannot run; empty where they can."""
+    return _unavailable[name]
+
+
 def runs_native(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether compiled kernels run, after the one warning if they ought to and cannot."""
     backend = backend_for(device, dtype)

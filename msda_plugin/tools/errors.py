@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from mmengine.config.config import ConfigParsingError
 
 MISTAKES = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, SyntaxError,
-            NameError, ConfigParsingError, UnpicklingError)
+            NameError, ConfigParsingError, UnpicklingError, EOFError, RuntimeError)
 
 
 @contextmanager

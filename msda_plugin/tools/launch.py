@@ -1,8 +1,11 @@
 """What `train` and `test` share: the arguments of MMDetection's tools, and the config they make."""
 import argparse
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -21,16 +24,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def check_device(name: str) -> None:
+    """Check that torch has this device: 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises:
+        ValueError: It is none of these, or torch does not see it.
+    """
+    match = re.fullmatch(r'cpu|cuda(?::(\d+))?', name)
+    if not match:
+        raise ValueError(f"--device is '{name}', but cpu, cuda or cuda:N is needed")
+    count = torch.cuda.device_count()
+    if name != 'cpu' and int(match[1] or 0) >= count:
+        raise ValueError(f'--device is {name}, but torch {torch.__version__} sees {count or "no"} GPU'
+                         f'{"s" if count > 1 else ""}; take another one or cpu, or see python -m msda_plugin env')
+
+
+def read_config(path: str) -> Config:
+    """The config in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'the config {path} does not exist; give the path of a Python config file')
+    return Config.fromfile(path)
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """The config named by ``args.config``, with the command line's choices in it.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(f'the config {args.config} does not exist; give the path of a Python config file')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
@@ -44,6 +71,7 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     Building here, and not when the loop starts, lets every mistake in the config end in one sentence.
     """
     cfg.setdefault('runner_type', 'msda_plugin.DetectionRunner')
+    _check_weights(cfg)
     runner = RUNNERS.build(cfg)
     if isinstance(runner, DetectionRunner):
         runner.check_data(*splits)
@@ -52,3 +80,23 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     if 'train' in splits:
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     return runner
+
+
+def _check_weights(cfg: Config) -> None:
+    """Weights to start from, which are otherwise missed when everything else is set up."""
+    for where, path in [('load_from', cfg.get('load_from')), *_pretrained(cfg.get('model'), 'model')]:
+        if path and '://' not in path and not Path(path).is_file():
+            raise FileNotFoundError(f'the checkpoint {path} of {where} does not exist; put it there, or name its file '
+                                    f'with --cfg-options {where}=FILE')
+
+
+def _pretrained(node: object, where: str) -> Iterator[tuple[str, str]]:
+    """(place in the config, checkpoint) of each ``init_cfg`` that loads one."""
+    if isinstance(node, dict):
+        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
+            yield f'{where}.checkpoint', node['checkpoint']
+        for key, child in node.items():
+            yield from _pretrained(child, f'{where}.{key}')
+    elif isinstance(node, (list, tuple)):
+        for index, child in enumerate(node):
+            yield from _pretrained(child, f'{where}.{index}')

@@ -63,6 +63,21 @@ print(sum('libmsda_cpu.so was not built' in str(warning.message) for warning in 
     assert done.stdout.strip() == '1'
 
 
+def test_a_wheel_brings_the_models_of_own_trainings(without_compiler, tmp_path):
+    folder, _ = without_compiler
+    [wheel] = folder.glob('*.whl')
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    program = """
+import sys; sys.path.insert(0, sys.argv[1])
+from msda_plugin.tools import own_config
+files = own_config.model_files()
+assert own_config.config_folder().is_relative_to(sys.argv[1]) and own_config.DEFAULT_MODEL in files
+"""
+    done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(Path('/usr/local/cuda/bin/nvcc').exists(), reason='nvcc is in its usual place, not to be hidden')
 def test_a_demanded_cuda_library_fails_without_nvcc(tmp_path):
     done = build(tmp_path, hook='build_wheel', MSDA_BUILD_CUDA='1', CUDA_HOME='', CUDA_PATH='', NVCC='',

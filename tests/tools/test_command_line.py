@@ -76,6 +76,17 @@ def test_missing_checkpoint(tmp_path, capsys):
     assert 'checkpoint' in message and 'does not exist' in message
 
 
+@pytest.mark.parametrize('where, lines', [
+    ('load_from', "load_from = 'none.pth'"),
+    ('model.init_cfg.checkpoint', "model['init_cfg'] = dict(type='Pretrained', checkpoint='none.pth')")])
+def test_missing_weights_are_said_before_anything_is_built(where, lines, tmp_path, capsys):
+    config = write(tmp_path, 'msda_plugin.ShuntedTransformer', arch='tiny')
+    with open(config, 'a') as file:
+        file.write(lines + '\n')
+    message = sentence(['train', config, '--work-dir', str(tmp_path)], capsys)
+    assert f'none.pth of {where} does not exist' in message
+
+
 def write_with_data(tmp_path, annotations=None, dataset='CocoDataset'):
     config = write(tmp_path, 'msda_plugin.MultiScaleDeformableAttention')
     if annotations is not None:

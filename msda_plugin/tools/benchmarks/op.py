@@ -1,11 +1,11 @@
 """``benchmark op``: the operator against mmcv's path on the same device, same inputs, in one run."""
 import argparse
-import math
 import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     for shape in SHAPES:
         inputs = make_inputs(shape, device)
         for what, backward in (('forward', False), ('forward + backward', True)):
-            stock, ours = (timer(partial(call, form, shape, inputs, backward)) for form in (mmcv_path(device), plain))
-            print(f'{shape.name:<14}{what:<20}{stock * 1e3:>10.2f}{ours * 1e3:>10.2f}{stock / ours:>7.1f}x', flush=True)
+            stock, ours = timer(*(partial(call, form, shape, inputs, backward) for form in (mmcv_path(device), plain)))
+            _print_row(shape.name, what, stock, ours)
     if not args.quick:
         compare_forms(timer, device)
         growth(timer, device)
@@ -76,14 +76,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_row(name: str, what: str, other: float, ours: float) -> None:
+    print(f'{name:<14}{what:<20}{other * 1e3:>10.2f}{ours * 1e3:>10.2f}{other / ours:>7.2f}x', flush=True)
+
+
 class Timer:
-    """Median seconds of a call."""
+    """Median seconds of calls, each repeated on its own: caches and allocator are as in a loop of that call."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device = device
         self.repeats = repeats
 
-    def __call__(self, function: Callable[[], object]) -> float:
+    def __call__(self, *functions: Callable[[], object]) -> list[float]:
+        return [self.median(function) for function in functions]
+
+    def median(self, function: Callable[[], object]) -> float:
         function()
         seconds = []
         for _ in range(self.repeats):
@@ -147,59 +154,91 @@ def mmcv_path(device: torch.device) -> Form:
 
 
 def compare_forms(timer: Timer, device: torch.device) -> None:
-    """The fused form against its parts, and 16 bits against 32, at the encoder shape."""
-    shape = SHAPES[0]
-    inputs = make_inputs(shape, device)
-    levels = torch.tensor(shape.levels, device=device)
+    """The fused form against its parts, and a bfloat16 value against float32."""
+    print(f'{"":<14}{"":<20}{"parts ms":>10}{"fused ms":>10}{"ratio":>8}')
+    for shape in SHAPES:
+        inputs = make_inputs(shape, device)
+        for what, backward in (('forward', False), ('forward + backward', True)):
+            parts, fused = timer(*(partial(_call_fused, form, shape, inputs, backward) for form in (_parts, _fused)))
+            _print_row(shape.name, what, parts, fused)
+    print(f'{"":<14}{"":<20}{"float32":>10}{"bfloat16":>10}{"ratio":>8}')
+    for shape in SHAPES:
+        wide, low = timer(*(partial(call, plain, shape, make_inputs(shape, device, dtype), False)
+                            for dtype in (torch.float32, torch.bfloat16)))
+        _print_row(shape.name, 'forward', wide, low)
 
-    def parts(value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        weights = logits.flatten(-2).softmax(-1).view_as(logits)
-        locations = points[:, :, None, :, None] + offsets / levels.flip(1)[:, None]
-        return ms_deform_attn(value, levels, None, locations, weights)
 
-    def fused(*tensors: Tensor) -> Tensor:
-        return ms_deform_attn_fused(tensors[0], levels, None, *tensors[1:])
+def _parts(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    weights = logits.flatten(-2).softmax(-1).view_as(logits)
+    locations = points[:, :, None, :, None] + offsets / levels.flip(1)[:, None]
+    return ms_deform_attn(value, levels, None, locations, weights)
 
-    def forward_backward(form: Callable[..., Tensor]) -> None:
-        tensors = [inputs[name].detach().requires_grad_() for name in ('value', 'points', 'offsets', 'logits')]
-        torch.autograd.grad(form(*tensors), tensors, inputs['grad'])
 
-    seconds = [timer(partial(forward_backward, form)) for form in (parts, fused)]
-    print(f'fused, forward + backward at the encoder shape: {seconds[1] * 1e3:.2f} ms; softmax + locations + plain: '
-          f'{seconds[0] * 1e3:.2f} ms, {seconds[0] / seconds[1]:.2f}x')
-    low = make_inputs(shape, device, torch.bfloat16)
-    seconds = [timer(partial(call, plain, shape, x, False)) for x in (inputs, low)]
-    print(f'bfloat16 value, forward at the encoder shape: {seconds[1] * 1e3:.2f} ms; float32: '
-          f'{seconds[0] * 1e3:.2f} ms, {seconds[0] / seconds[1]:.2f}x')
+def _fused(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    return ms_deform_attn_fused(value, levels, None, points, offsets, logits)
+
+
+def _call_fused(form: Callable[..., Tensor], shape: Shape, inputs: dict[str, Tensor], backward: bool) -> None:
+    levels = torch.tensor(shape.levels, device=inputs['value'].device)
+    names = ('value', 'points', 'offsets', 'logits')
+    tensors = [inputs[name].detach().requires_grad_(backward) for name in names]
+    with torch.set_grad_enabled(backward):
+        output = form(levels, *tensors)
+    if backward:
+        torch.autograd.grad(output, tensors, inputs['grad'])
 
 
 def growth(timer: Timer, device: torch.device) -> None:
-    """Fit time ~ size ** exponent over queries and over points."""
+    """Fit seconds ~ size ** exponent and seconds = fixed + slope * size, over queries and over points per level.
+
+    The sizes begin where the cost that does not grow (the value is packed once per image and head, the output is
+    written once per query) counts for little; the line says how much it is. All outputs over queries are large enough
+    for fresh memory from the system at every call, which costs in proportion too.
+    """
     for what, shapes in (
-            ('queries', [Shape('', PYRAMID, 1, n) for n in (8911, 17821, 35642, 71284)]),
-            ('samples', [Shape('', PYRAMID, 1, 17821, points=n) for n in (4, 8, 16)])):
+            ('queries', [Shape('', PYRAMID, 1, n) for n in (35642, 71284, 142568)]),
+            ('samples', [Shape('', PYRAMID, 1, 17821, points=n) for n in (32, 64, 128)])):
         sizes, seconds = [], []
         for shape in shapes:
             inputs = make_inputs(shape, device)
-            sizes.append(math.log(shape.corner_bytes))
-            seconds.append(math.log(timer(partial(call, plain, shape, inputs, False))))
-        print(f'growth of the forward pass with {what}: exponent {np.polyfit(sizes, seconds, 1)[0]:.3f}')
+            per_query = shape.heads * len(shape.levels) * shape.points if what == 'samples' else 1
+            sizes.append(shape.queries * per_query)
+            seconds.append(timer.median(partial(call, plain, shape, inputs, False)))
+        exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+        slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))  # relative errors count alike
+        print(f'growth of the forward pass with {what}, {sizes[0]} to {sizes[-1]}: exponent {exponent:.3f}; '
+              f'{slope * 1e9:.1f} ns each, {fixed * 1e3:.2f} ms fixed', flush=True)
 
 
 def cache_bound(timer: Timer, threads: int) -> None:
-    """The encoder's forward pass against the time to move its corner rows at the speed of copies within the L2."""
-    source, target = np.ones((2, 192 * 1024 // 8))
-    best = math.inf
-    for _ in range(200):
-        start = time.perf_counter()
-        for _ in range(20):
-            np.copyto(target, source)
-        best = min(best, (time.perf_counter() - start) / 20)
-    speed = 2 * source.nbytes / best * threads
+    """The encoder's forward pass against the time to move its corner rows at the speed of copies within the L2.
+
+    A copy brings each byte that it reads, and each line that it writes, from the L2 into the L1: both count, which
+    gives the speed of a loop of reads. All threads copy at once, each within 310 KiB of its own.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        speed = max(sum(pool.map(_copy_speed, range(threads))) for _ in range(20))
     bound = SHAPES[0].corner_bytes / speed
-    seconds = timer(partial(call, plain, SHAPES[0], make_inputs(SHAPES[0], timer.device), False))
-    print(f'L2 copy: {speed / 1e9:.0f} GB/s on {threads} threads, read and written; bound of the encoder forward '
-          f'{bound * 1e3:.2f} ms; ours {seconds * 1e3:.2f} ms, {seconds / bound:.2f}x the bound')
+    seconds = timer.median(partial(call, plain, SHAPES[0], make_inputs(SHAPES[0], timer.device), False))
+    print(f'L2 copy: {speed / 1e9:.0f} GB/s on {threads} threads; bound of the encoder forward, '
+          f'{SHAPES[0].corner_bytes / 1e9:.2f} GB of corner rows: {bound * 1e3:.2f} ms; ours {seconds * 1e3:.2f} ms, '
+          f'{seconds / bound:.2f}x the bound')
+
+
+def _copy_speed(_: int) -> float:
+    """Bytes per second that one thread moves from its L2 into its L1."""
+    line, passes, length = 64, 400, 128 * 1024
+
+    def buffer() -> np.ndarray:
+        memory = np.ones((length + (passes + 1) * line) // 8)
+        aligned = memory[-memory.ctypes.data % line // 8:]
+        # One row per pass, a line further on than the row before: one call copies them all and holds no lock.
+        return np.lib.stride_tricks.as_strided(aligned, (passes, length // 8), (line, 8))
+
+    source, target = buffer(), buffer()
+    start = time.perf_counter()
+    np.copyto(target, source)
+    return 2 * source.size * source.itemsize / (time.perf_counter() - start)
 
 
 def memory(threads: int) -> None:

@@ -1,0 +1,268 @@
+"""``python -m msda_plugin demo``: detected boxes drawn on images, folders of images, and videos.
+
+What it leaves in the output folder: a picture of each image, a video of each video, and
+
+- ``results.json``: the detections in all images, in COCO's results format
+  (``[{"image_id": 1, "category_id": 3, "bbox": [x, y, width, height], "score": 0.9}, …]``, pixels of the image);
+- ``images.json``: which image and category these numbers are, as in a COCO annotation file; also the videos;
+- ``VIDEO.json`` beside the video: its detections in the same format, ``image_id`` the number of the frame from 0.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from msda_plugin.tools.errors import user_errors
+
+IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
+KNOWN = IMAGES + VIDEOS
+READABLE = 640  # pictures are drawn with a longer side of at least so many pixels, for the letters
+
+
+def find_sources(inputs: Sequence[str | os.PathLike], out: str | os.PathLike) -> dict[Path, Path]:
+    """The files to read, and for each the file in ``out`` to write; no two of them are the same.
+
+    A folder is searched with its subfolders, whose structure the output keeps; what lies in ``out`` is passed over. A
+    JPEG or PNG file keeps its name, other images add ``.png`` to it, videos ``.mp4``.
+
+    Args:
+        inputs: Image files, video files and folders.
+        out: Folder for the output.
+
+    Raises:
+        FileNotFoundError: An input does not exist, or a folder holds no image and no video.
+        ValueError: The output would replace an input.
+    """
+    out = Path(out)
+    targets: dict[Path, Path] = {}
+    for given in map(Path, inputs):
+        if given.is_dir():
+            files = sorted(path for path in given.rglob('*') if path.is_file() and path.suffix.lower() in KNOWN
+                           and not any(part.startswith('.') for part in path.relative_to(given).parts)
+                           and not path.resolve().is_relative_to(out.resolve()))
+            if not files:
+                raise FileNotFoundError(f'the folder {given} holds no image and no video ({", ".join(KNOWN)})')
+        elif given.is_file():
+            files = [given]
+        else:
+            raise FileNotFoundError(f'{given} does not exist; give an image, a video or a folder of them')
+        for path in files:
+            name = path.relative_to(given) if given.is_dir() else Path(path.name)
+            if is_video(path):
+                name = name if path.suffix == '.mp4' else name.with_name(f'{name.name}.mp4')
+            elif path.suffix.lower() not in ('.jpg', '.jpeg', '.png'):
+                name = name.with_name(f'{name.name}.png')
+            if path not in targets:
+                targets[path] = _free(out / name, targets.values())
+    inside = [path for path, target in targets.items() if target.resolve() == path.resolve()]
+    if inside:
+        raise ValueError(f'--out {out} is the folder of {inside[0].name}, which would be replaced; name another folder')
+    return targets
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEOS
+
+
+def _free(target: Path, taken: Sequence[Path]) -> Path:
+    number, free = 2, target
+    while free in taken:
+        free = target.with_name(f'{target.stem}_{number}{target.suffix}')
+        number += 1
+    return free
+
+
+class Demo:
+    """Draws what a model detects, and gathers it in COCO's results format.
+
+    Args:
+        model: From `msda_plugin.tools.inference.load_detector`.
+        out: Folder for the output.
+        score_thr: Least score of a box, 0-1, for pictures and results alike.
+    """
+
+    def __init__(self, model, out: str | os.PathLike, score_thr: float) -> None:
+        self.model, self.out, self.score_thr = model, Path(out), score_thr
+        self.classes = tuple(model.dataset_meta['classes'])
+        self.results: list[dict] = []  # of the images
+        self.images: list[dict] = []
+        self.videos: list[dict] = []
+        self.counts: Counter = Counter()  # boxes by class name
+
+    def run_image(self, path: Path, target: Path) -> None:
+        """Detect in an image file and write its picture.
+
+        Raises:
+            OSError, ValueError: The file is not an image that can be read.
+        """
+        from PIL import Image
+
+        from msda_plugin.tools.inference import read_image
+        from msda_plugin.visualization import write_png
+        image = read_image(path)
+        picture, found = self.detect(image, len(self.images) + 1)
+        self.images.append(dict(id=len(self.images) + 1, file_name=str(path), width=image.shape[1],
+                                height=image.shape[0], picture=str(target.relative_to(self.out))))
+        self.results += found
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix.lower() == '.png':
+            write_png(target, picture)
+        else:
+            Image.fromarray(picture).save(target, quality=92)
+
+    def run_video(self, path: Path, target: Path) -> Iterator[None]:
+        """Detect in each frame of a video file, and write the video and its results; yields after each frame.
+
+        Raises:
+            ValueError: The file is not a video that can be read, or OpenCV cannot write one.
+        """
+        import cv2
+        reader, writer, results, number = cv2.VideoCapture(str(path)), None, [], 0
+        rate = reader.get(cv2.CAP_PROP_FPS)
+        rate = rate if math.isfinite(rate) and rate > 0 else 25.0
+        try:
+            while True:
+                read, frame = reader.read()
+                if not read:
+                    break
+                picture, found = self.detect(np.ascontiguousarray(frame[..., ::-1]), number)
+                picture = picture[:picture.shape[0] // 2 * 2, :picture.shape[1] // 2 * 2]  # the codec takes even sides
+                if writer is None:
+                    height, width = frame.shape[:2]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
+                                             (picture.shape[1], picture.shape[0]))
+                    if not writer.isOpened():
+                        raise ValueError(f'OpenCV cannot write the video {target}; install an opencv-python wheel, '
+                                         'which can')
+                writer.write(np.ascontiguousarray(picture[..., ::-1]))
+                results += found
+                number += 1
+                yield
+        finally:  # also when Ctrl-C ends it: what was drawn so far can be played
+            reader.release()
+            if writer is not None:
+                writer.release()
+                _write_json(target.with_name(f'{target.name}.json'), results)
+                self.videos.append(dict(file_name=str(path), num_frames=number, frames_per_second=rate,
+                                        width=width, height=height,
+                                        video=str(target.relative_to(self.out))))
+        if not number:
+            raise ValueError(f'{path} is not a video that can be read; convert it to MP4 (H.264)')
+
+    def detect(self, image: np.ndarray, image_id: int) -> tuple[np.ndarray, list[dict]]:
+        """The picture, (H', W', 3) uint8 RGB, and the detections of an image, (H, W, 3) uint8 RGB."""
+        from msda_plugin.tools.inference import predict
+        from msda_plugin.visualization import draw_boxes
+        found = predict(self.model, image).pred_instances.cpu().numpy()
+        sure = found.scores >= self.score_thr
+        boxes, labels, scores = found.bboxes[sure], found.labels[sure], found.scores[sure]
+        self.counts.update(self.classes[label] for label in labels)
+        small = max(image.shape[:2]) < READABLE
+        picture = draw_boxes(image, boxes, labels, self.classes, scores, longer_side=READABLE if small else None)
+        return picture, [
+            dict(image_id=image_id, category_id=int(label) + 1, score=round(float(score), 4),
+                 bbox=[round(float(value), 2) for value in (x1, y1, x2 - x1, y2 - y1)])
+            for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores, strict=True)]
+
+    def write(self) -> None:
+        """Write ``results.json`` and ``images.json``."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        _write_json(self.out / 'results.json', self.results)
+        _write_json(self.out / 'images.json', dict(
+            images=self.images, videos=self.videos,
+            categories=[dict(id=index, name=name) for index, name in enumerate(self.classes, 1)]))
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + '\n')
+
+
+def _number(count: int, what: str) -> str:
+    return f'{count} {what}{"" if count == 1 else "s"}'
+
+
+def _frames(path: Path) -> int:
+    """Number of frames that a video says it has; 0 where it does not."""
+    import cv2
+    reader = cv2.VideoCapture(str(path))
+    number = reader.get(cv2.CAP_PROP_FRAME_COUNT)
+    reader.release()
+    return int(number) if math.isfinite(number) and number > 0 else 0
+
+
+def _run(demo: Demo, targets: dict[Path, Path]) -> list[str]:
+    """Go through all files with a live bar where someone watches; returns why each unread one was not read."""
+    from mmengine.utils import ProgressBar
+    total = sum(_frames(path) if is_video(path) else 1 for path in targets)
+    bar = ProgressBar(total, file=sys.stderr) if total > 1 and sys.stderr.isatty() else None
+    unread = []
+    try:
+        for path, target in targets.items():
+            try:
+                for _ in demo.run_video(path, target) if is_video(path) else [demo.run_image(path, target)]:
+                    if bar and bar.completed < total:
+                        bar.update()
+            except (OSError, ValueError) as error:
+                unread.append(str(error))
+    finally:
+        if bar:
+            print(file=sys.stderr)
+        demo.write()
+    return unread
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status: 0, or 1 if files could not be read."""
+    parser = argparse.ArgumentParser(
+        prog='python -m msda_plugin demo', formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Draw the detected boxes on images, folders of images and videos.\n'
+                    'Leaves pictures, results.json (COCO results format) and images.json (what its numbers mean).',
+        epilog='examples:\n'
+               '  python -m msda_plugin demo photo.jpg\n'
+               '  python -m msda_plugin demo folder clip.mp4 --checkpoint work_dirs/mine/epoch_12.pth --out pictures')
+    parser.add_argument('inputs', nargs='+', metavar='IMAGE|FOLDER|VIDEO', help='what to look at')
+    parser.add_argument('--config', help='Python config file (default: the one beside the checkpoint)')
+    parser.add_argument('--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of '
+                                             '--config)')
+    parser.add_argument('--out', default='pictures', metavar='DIR', help='folder for the output (default: %(default)s)')
+    parser.add_argument('--score-thr', type=float, default=0.3, metavar='P',
+                        help='least score of a box, 0-1 (default: %(default)s)')
+    parser.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
+    args = parser.parse_args(argv)
+    with user_errors('demo'):
+        from msda_plugin.tools.inference import find_checkpoint, load_detector
+        from msda_plugin.tools.launch import check_device
+        if not 0 <= args.score_thr <= 1:
+            raise ValueError(f'--score-thr is {args.score_thr}, but a number from 0 to 1 is needed')
+        if args.device:
+            check_device(args.device)
+        targets = find_sources(args.inputs, args.out)
+        config, checkpoint = find_checkpoint(args.config, args.checkpoint)
+        demo = Demo(load_detector(config, checkpoint, args.device), args.out, args.score_thr)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    print(f'{checkpoint}: {len(demo.classes)} classes, {", ".join(demo.classes[:20])}'
+          f'{", …" if len(demo.classes) > 20 else ""}', flush=True)
+    unread = _run(demo, targets)
+
+    frames = sum(video['num_frames'] for video in demo.videos)
+    done = [_number(len(demo.images), 'image')] if demo.images else []
+    done += [f'{_number(frames, "frame")} of {_number(len(demo.videos), "video")}'] if demo.videos else []
+    counts = ', '.join(f'{number} {name}' for name, number in demo.counts.most_common())
+    print(f'{" and ".join(done) or "nothing"} drawn in {args.out}; boxes: '
+          + (counts or f'none with a score of {args.score_thr} or more; try a lower --score-thr'))
+    print(f'results: {Path(args.out, "results.json")}')
+    for reason in unread:
+        print(f'msda_plugin demo: skipped: {reason}', file=sys.stderr)
+    return 1 if unread else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,316 @@
+"""``python -m msda_plugin env``: what is installed, which backend runs for what and why, and what is wrong.
+
+It runs where packages are missing or broken, and says so: nothing but the standard library is imported unguarded.
+"""
+import argparse
+import json
+import os
+import platform
+import shutil
+import struct
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib import import_module, metadata
+from pathlib import Path
+
+from msda_plugin.version import __version__
+
+PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'pycocotools', 'scipy', 'matplotlib')
+STACKS = dict(forks=dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv', mmdet='onedl-mmdetection'),
+              upstream=dict(mmengine='mmengine', mmcv='mmcv', mmdet='mmdet'))
+COMPILED = dict(mmcv='mmcv.ops')  # what a package imports only when it is needed, and is broken first
+DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
+TORCH_MINIMUM = (2, 10)
+INSTALL_TORCH = 'install torch >= 2.10 for this machine, see https://pytorch.org'
+INSTALL_STACK = 'in a clone: pip install --no-build-isolation -r requirements/forks.txt'
+REINSTALL = 'pip install --no-build-isolation --force-reinstall --no-deps .'
+REBUILD = f'in a clone: python csrc/build.py; or reinstall: {REINSTALL}'
+
+FATBIN_MAGIC, PTX, MACHINE_CODE = 0xBA55ED50, 1, 2
+
+
+class Problems(list):
+    """What is wrong, each a dict with ``what`` and ``remedy``."""
+
+    def add(self, what: str, remedy: str) -> None:
+        self.append(dict(what=what, remedy=remedy))
+
+
+def collect() -> dict:
+    """Everything the command says, as a dict of plain values; ``healthy`` is whether ``problems`` is empty."""
+    problems = Problems()
+    packages = {name: _package(name) for name in PACKAGES}
+    stack = _stack(packages, problems)
+    report = dict(msda_plugin=__version__, python=platform.python_version(), executable=sys.executable,
+                  platform=platform.platform(), packages=packages, stack=stack,
+                  environment={name: value for name, value in os.environ.items() if name.startswith('MSDA_')},
+                  libraries={}, backends=[], gpus=[])
+    if _check_torch(packages['torch'], problems):
+        try:
+            from msda_plugin.ops import backends
+        except Exception as error:
+            problems.add(f'msda_plugin.ops cannot be imported: {_said(error)}',
+                         'correct what it names' if 'MSDA_' in str(error) else REBUILD)
+        else:
+            report['libraries'] = {name: _library(backends, name) for name in ('cpu', 'cuda')}
+            report['gpus'] = _gpus(report['libraries']['cuda'])
+            devices = ('cpu', 'cuda')
+            report['backends'] = [_backend(device, dtype) for device in devices for dtype in DTYPES]
+            _check_cpu(report, problems)
+            _check_gpu(report, problems)
+            _check_chosen(report, problems)
+    return dict(report, problems=list(problems), healthy=not problems)
+
+
+# ---- packages -------------------------------------------------------------------------------------------------------
+def _package(name: str) -> dict:
+    """Version, and the error that importing it gives; both None where they do not apply."""
+    try:
+        with redirect_stdout(sys.stderr):  # standard output is the report's
+            module = import_module(name)
+            if name in COMPILED:
+                import_module(COMPILED[name])
+    except ModuleNotFoundError as error:
+        missing = error.name == name
+        return dict(version=None, error=None if missing else _said(error))
+    except Exception as error:  # a broken package can raise anything
+        return dict(version=_installed_version(name), error=_said(error))
+    return dict(version=getattr(module, '__version__', None) or _installed_version(name), error=None)
+
+
+def _installed_version(name: str) -> str | None:
+    for distribution in (name, *(names[name] for names in STACKS.values() if name in names)):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _stack(packages: dict, problems: Problems) -> dict:
+    """Which distributions bring mmengine, mmcv and mmdet; reports what is missing, broken or mixed."""
+    installed = {}
+    for name, names in STACKS.items():
+        installed[name] = {}
+        for package, distribution in names.items():
+            try:
+                installed[name][package] = f'{distribution} {metadata.version(distribution)}'
+            except metadata.PackageNotFoundError:
+                continue
+    present = [name for name, found in installed.items() if found]
+    kind = 'none' if not present else present[0] if len(present) == 1 else 'mixed'
+    if kind == 'mixed':
+        found = [label for name in present for label in installed[name].values()]
+        problems.add(f'two stacks that overwrite each other are installed: {", ".join(found)}',
+                     'pip uninstall all of these, then install one set: requirements/forks.txt or '
+                     'requirements/upstream.txt')
+    for name, package in packages.items():
+        if package['error']:
+            problems.add(f'{name} cannot be imported: {package["error"]}',
+                         INSTALL_TORCH if name == 'torch' else 'reinstall the packages for this torch, compiled anew, '
+                         f'{INSTALL_STACK} --force-reinstall --no-deps --no-cache-dir' if name in STACKS['forks'] else
+                         f'pip install --force-reinstall {name}')
+        elif package['version'] is None:
+            problems.add(f'{name} is not installed', INSTALL_TORCH if name == 'torch' else INSTALL_STACK
+                         if name in STACKS['forks'] else f'pip install {name}')
+    return dict(kind=kind, distributions=[label for name in present for label in installed[name].values()])
+
+
+def _check_torch(package: dict, problems: Problems) -> bool:
+    """Whether torch can be used at all; says so if it is too old."""
+    if package['error'] or package['version'] is None:
+        return False
+    numbers = tuple(int(part) for part in package['version'].split('.')[:2])
+    if numbers < TORCH_MINIMUM:
+        problems.add(f'torch is {package["version"]}, but torch >= 2.10 is needed for its stable ABI', INSTALL_TORCH)
+    return True
+
+
+# ---- the operator ---------------------------------------------------------------------------------------------------
+def _library(backends, name: str) -> dict:
+    """A compiled library: its file, whether it was loaded or why not, and for CUDA the architectures in it."""
+    path = backends.LIBRARY_DIR / f'libmsda_{name}.so'
+    why_not = backends.why_unavailable(name)
+    library = dict(path=str(path), found=path.is_file(), usable=not why_not, reason=why_not or None)
+    if name == 'cuda' and path.is_file():
+        library.update(cuda_architectures(path.read_bytes()))
+    return library
+
+
+def cuda_architectures(library: bytes) -> dict[str, list[int]]:
+    """The GPU code in a compiled library, read from its fat binaries.
+
+    Args:
+        library: Content of a shared library that nvcc made.
+
+    Returns:
+        ``machine_code`` and ``ptx``: compute capabilities such as 80 and 120, ascending. Machine code runs on GPUs of
+        the same major number and at least the same minor one, PTX on all that are not older.
+    """
+    found: dict[int, set[int]] = {PTX: set(), MACHINE_CODE: set()}
+    start = library.find(struct.pack('<I', FATBIN_MAGIC))
+    while start >= 0:
+        _, _, header, size = struct.unpack_from('<IHHQ', library, start)
+        at, end = start + header, min(start + header + size, len(library) - 32)
+        while at < end:
+            kind, _, entry_header, entry_size = struct.unpack_from('<HHIQ', library, at)
+            if kind in found:
+                found[kind].add(struct.unpack_from('<I', library, at + 28)[0])
+            at += max(1, entry_header + entry_size)
+        start = library.find(struct.pack('<I', FATBIN_MAGIC), start + 4)
+    return dict(machine_code=sorted(found[MACHINE_CODE]), ptx=sorted(found[PTX]))
+
+
+def has_code(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -> bool:
+    """Whether a GPU of this compute capability (90, 120, …) can run the code of `cuda_architectures`."""
+    return any(arch // 10 == capability // 10 and arch <= capability for arch in machine_code) or any(
+        arch <= capability for arch in ptx)
+
+
+def _gpus(library: dict) -> list[dict]:
+    import torch
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = 10 * properties.major + properties.minor
+        gpus.append(dict(
+            name=properties.name, arch=f'sm_{capability}', memory_gib=round(properties.total_memory / 2 ** 30, 1),
+            has_code=library['found'] and has_code(capability, library['machine_code'], library['ptx'])))
+    return gpus
+
+
+def _backend(device: str, dtype: str) -> dict:
+    """What would run there, and why; ``backend`` is None where a chosen one cannot."""
+    import torch
+
+    from msda_plugin.ops import backend_for
+    try:
+        backend = backend_for(device, getattr(torch, dtype))
+    except RuntimeError as error:
+        return dict(device=device, dtype=dtype, backend=None, reason=str(error))
+    return dict(device=device, dtype=dtype, backend=backend.name, reason=backend.reason)
+
+
+def _try(device: str) -> str | None:
+    """Run the operator once on a device and compare it with the reference; None, or what went wrong."""
+    import torch
+
+    from msda_plugin.ops import ms_deform_attn, ms_deform_attn_reference
+    generator = torch.Generator().manual_seed(0)
+    levels = [(4, 6), (2, 3)]
+    value, locations, weights = (torch.rand(shape, generator=generator) for shape in (
+        (1, 30, 2, 8), (1, 5, 2, 2, 3, 2), (1, 5, 2, 2, 3)))
+    expected = ms_deform_attn_reference(value, levels, None, locations, weights)
+    try:
+        out = ms_deform_attn(value.to(device), levels, None, locations.to(device), weights.to(device)).cpu()
+    except RuntimeError as error:
+        return _said(error)
+    difference = float((out - expected).abs().max())
+    return None if difference < 1e-4 else f'its result is {difference:.1e} away from the reference'
+
+
+def _check_cpu(report: dict, problems: Problems) -> None:
+    library = report['libraries']['cpu']
+    if not library['usable']:
+        problems.add(f'the operator runs in plain PyTorch on the CPU: {library["reason"]}',
+                     'install a C++20 compiler (gcc >= 11), then ' + REBUILD if not library['found'] else REBUILD)
+    elif report['environment'].get('MSDA_BACKEND', '') in ('', 'cpu'):
+        failure = _try('cpu')
+        if failure:
+            problems.add(f'the compiled operator fails on the CPU: {failure}', REBUILD)
+
+
+def _check_gpu(report: dict, problems: Problems) -> None:
+    import torch
+    library, gpus = report['libraries']['cuda'], report['gpus']
+    if not gpus:
+        # A computer without a GPU is in order; one whose GPU torch cannot use is not.
+        if not (Path('/proc/driver/nvidia/version').is_file() or shutil.which('nvidia-smi')):
+            return
+        if torch.version.cuda is None:
+            problems.add(f'there is an NVIDIA driver, but torch {torch.__version__} is built without CUDA',
+                         'if a GPU is to be used, ' + INSTALL_TORCH)
+        elif os.environ.get('CUDA_VISIBLE_DEVICES') is None:
+            problems.add(f'there is an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees '
+                         'no GPU', 'look at nvidia-smi: update the driver, or install a torch for the CUDA it supports')
+        return
+    rebuild = f'MSDA_BUILD_CUDA=1 {REINSTALL} (in a clone, with nvcc)'
+    if not library['usable']:
+        problems.add(f'there is a GPU, but the operator runs in plain PyTorch on it: {library["reason"]}', rebuild)
+        return
+    for index, gpu in enumerate(gpus):
+        if not gpu['has_code']:
+            problems.add(f'{library["path"]} has no code for {gpu["name"]} ({gpu["arch"]}); it has '
+                         f'{_architectures(library)}',
+                         f'MSDA_CUDA_ARCHS={gpu["arch"].removeprefix("sm_")} {rebuild}')
+        elif report['environment'].get('MSDA_BACKEND', '') in ('', 'cuda'):
+            failure = _try(f'cuda:{index}')
+            if failure:
+                problems.add(f'the compiled operator fails on {gpu["name"]}: {failure}', rebuild)
+
+
+def _check_chosen(report: dict, problems: Problems) -> None:
+    chosen = report['environment'].get('MSDA_BACKEND')
+    if chosen in report['libraries'] and not report['libraries'][chosen]['usable']:
+        problems.add(f'MSDA_BACKEND={chosen} chooses a backend that cannot run: '
+                     f'{report["libraries"][chosen]["reason"]}', 'unset MSDA_BACKEND, or ' + REBUILD)
+
+
+def _said(error: BaseException) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+def page(report: dict) -> str:
+    """The report as text for people."""
+    lines = [f'msda_plugin {report["msda_plugin"]}, Python {report["python"]}, {report["platform"]}', '', 'packages']
+    for name, package in report['packages'].items():
+        lines.append(f'  {name:<12} {package["version"] or "not installed"}'
+                     + (f', broken: {package["error"]}' if package['error'] else ''))
+    stack = report['stack']
+    lines += [f'  stack        {stack["kind"]}' + (f' ({", ".join(stack["distributions"])})'
+                                                   if stack['distributions'] else '')]
+    if report['libraries']:
+        lines += ['', 'compiled libraries']
+        for name, library in report['libraries'].items():
+            state = 'in use' if library['usable'] else library['reason']
+            code = f'; code for {_architectures(library)}' if library.get('machine_code') else ''
+            lines.append(f'  {name:<12} {state}{code}')
+    lines += [''] + [f'GPU {index}: {gpu["name"]}, {gpu["arch"]}, {gpu["memory_gib"]} GiB; the CUDA library has '
+                     f'{"" if gpu["has_code"] else "NO "}code for it' for index, gpu in enumerate(report['gpus'])]
+    lines += [] if report['gpus'] else ['GPU: none that torch sees']
+    if report['backends']:
+        lines += ['', 'what runs']
+        for entry in report['backends']:
+            lines.append(f'  {entry["device"]:<5} {entry["dtype"]:<9} {entry["backend"] or "error":<10} '
+                         f'{entry["reason"]}')
+    lines += ['', *(f'environment: {name}={value}' for name, value in report['environment'].items())]
+    if report['healthy']:
+        lines.append('Nothing is wrong.')
+    for problem in report['problems']:
+        lines += [f'WRONG: {problem["what"]}', f'  remedy: {problem["remedy"]}']
+    return '\n'.join(lines)
+
+
+def _architectures(library: dict) -> str:
+    return ', '.join([*(f'sm_{arch}' for arch in library['machine_code']),
+                      *(f'compute_{arch} (PTX)' for arch in library['ptx'])])
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status: 0 if nothing is wrong, else 1."""
+    parser = argparse.ArgumentParser(
+        prog='python -m msda_plugin env',
+        description='Say what is installed, which backend of the operator runs for each device and dtype and why, and '
+                    'what is wrong and how to put it right. Exit status: 0 if nothing is wrong, else 1.',
+        epilog='example: python -m msda_plugin env --json')
+    parser.add_argument('--json', action='store_true', help='for programs')
+    args = parser.parse_args(argv)
+    report = collect()
+    print(json.dumps(report, indent=1) if args.json else page(report))
+    return 0 if report['healthy'] else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""``python -m msda_plugin visualize IMAGE``: what the attention of a detector looks at, as pictures and as a page.
+
+What it leaves in the output folder:
+
+- ``IMAGE.html``: all chosen queries and layers, with selectors; works in a browser as it is, without a server;
+- ``IMAGE_QUERY.png``: a picture of all layers for each query;
+- ``IMAGE_QUERY_LAYER.png``: head by head, for each layer that ``--layer`` names.
+"""
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from msda_plugin.tools.errors import user_errors
+
+DETECTIONS = 3  # how many are shown where the command line names no query
+
+
+def point(text: str) -> tuple[float, float]:
+    """'64,32' → (64.0, 32.0)"""
+    found = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*', text)
+    if not found:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a point; write X,Y in pixels of the image, such as 64,32')
+    return float(found[1]), float(found[2])
+
+
+def choose_detections(recording, sample, score_thr: float) -> list[int]:
+    """The surest detections, each of another query of the decoder; a query can be detected as several classes."""
+    if recording.boxes is None:
+        return []
+    chosen = {}
+    for number, score in enumerate(sample.pred_instances.scores.tolist()):
+        if score >= score_thr and len(chosen) < DETECTIONS:
+            chosen.setdefault(recording.query_of(number, sample), number)
+    return list(chosen.values())
+
+
+def slug(label: str) -> str:
+    """'detection 0: ring 0.66' → 'detection-0', 'point (64, 32)' → 'point-64-32'"""
+    return re.sub(r'[^\w.]+', '-', label.split(':')[0]).strip('-')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m msda_plugin visualize', formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Show what the attention of a detector looks at: the sampling points of each layer, head and\n'
+                    'level, the cells of Shunted attention, the moved points of DAT, and how boxes are refined.\n'
+                    'Leaves pictures (PNG) and a page with selectors (HTML) that works without a server.',
+        epilog='examples:\n'
+               '  python -m msda_plugin visualize photo.jpg\n'
+               '  python -m msda_plugin visualize photo.jpg --detection 0 2 --query 64,32 --layer decoder.layers.1\n'
+               '  python -m msda_plugin visualize photo.jpg --checkpoint work_dirs/mine/epoch_12.pth --layer all')
+    parser.add_argument('image', help='image file')
+    parser.add_argument('--query', nargs='+', type=point, default=[], metavar='X,Y',
+                        help='places in the image, in its pixels: backbone and encoder look from there')
+    parser.add_argument('--detection', nargs='+', type=int, default=[], metavar='N',
+                        help='detections, 0 the surest: the decoder looks for them, backbone and encoder from their '
+                             f'centre (default, if no place is named: the {DETECTIONS} surest, else the centre)')
+    parser.add_argument('--layer', nargs='+', metavar='NAME',
+                        help='layers to show, and to draw head by head: parts of their names, patterns with *, or all '
+                             '(default: all but the earlier blocks of each stage of the backbone)')
+    parser.add_argument('--config', help='Python config file (default: the one beside the checkpoint)')
+    parser.add_argument('--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of '
+                                             '--config)')
+    parser.add_argument('--out', default='attention', metavar='DIR',
+                        help='folder for the output (default: %(default)s)')
+    parser.add_argument('--score-thr', type=float, default=0.3, metavar='P',
+                        help='least score of a detection that is chosen by itself, 0-1 (default: %(default)s)')
+    parser.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
+    args = parser.parse_args(argv)
+    with user_errors('visualize'):
+        from msda_plugin.tools.inference import find_checkpoint, load_detector, predict, read_image
+        from msda_plugin.tools.launch import check_device
+        from msda_plugin.visualization import draw_heads, draw_query, record_attention, write_attention_page, write_png
+        if not 0 <= args.score_thr <= 1:
+            raise ValueError(f'--score-thr is {args.score_thr}, but a number from 0 to 1 is needed')
+        if args.device:
+            check_device(args.device)
+        image = read_image(args.image)
+        config, checkpoint = find_checkpoint(args.config, args.checkpoint)
+        model = load_detector(config, checkpoint, args.device)
+        with record_attention(model) as recording:
+            sample = predict(model, image)
+        points, detections = args.query, args.detection
+        if not points and not detections:
+            detections = choose_detections(recording, sample, args.score_thr)
+            points = [] if detections else [(image.shape[1] / 2, image.shape[0] / 2)]
+        classes = model.dataset_meta['classes']
+        queries = [recording.at_detection(number, sample, classes, args.layer) for number in detections]
+        queries += [recording.at_point(at, sample, args.layer) for at in points]
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+
+    name = Path(args.image).stem
+    print(f'{checkpoint}: {len(queries)} queries, {len(recording.records)} layers with attention')
+    written = []
+    for query in queries:
+        pictures = {'': draw_query(image, query, title=name)}
+        if args.layer:
+            pictures |= {f'_{view.name}': draw_heads(image, query, view, title=name) for view in query.layers}
+        for suffix, picture in pictures.items():
+            written.append(out / f'{name}_{slug(query.label)}{suffix}.png')
+            write_png(written[-1], picture)
+    written.append(out / f'{name}.html')
+    write_attention_page(written[-1], image, queries, title=f'{name}: what the attention looks at')
+    for path in written:
+        print(path)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""What the machine has, told whatever is missing or broken."""
+import json
+import os
+import struct
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+
+from msda_plugin.ops import backend_for, use_backend
+from msda_plugin.tools import env
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Makes the import of some packages raise."""
+    def break_packages(**errors):
+        real = env.import_module
+
+        def import_module(name):
+            if name in errors:
+                raise errors[name]
+            return real(name)
+        monkeypatch.setattr(env, 'import_module', import_module)
+    return break_packages
+
+
+def test_json_and_page_say_the_same(capsys):
+    status = env.main(['--json'])
+    report = json.loads(capsys.readouterr().out)
+    assert status == (0 if report['healthy'] else 1)
+    assert report['packages']['torch'] == dict(version=torch.__version__, error=None)
+    assert report['stack']['kind'] in ('forks', 'upstream')
+    assert env.main([]) == status
+    page = capsys.readouterr().out
+    for name, package in report['packages'].items():
+        assert f'{name:<12} {package["version"]}' in page
+    assert ('Nothing is wrong.' in page) == report['healthy']
+
+
+def test_backends_are_those_that_run():
+    report = env.collect()
+    table = {(entry['device'], entry['dtype']): entry for entry in report['backends']}
+    assert len(table) == 8
+    for device, dtype in (('cpu', 'float32'), ('cpu', 'bfloat16'), ('cuda', 'float16')):
+        backend = backend_for(device, getattr(torch, dtype))
+        assert (table[device, dtype]['backend'], table[device, dtype]['reason']) == tuple(backend)
+
+
+def test_a_chosen_backend_is_in_the_table():
+    with use_backend('reference'):
+        assert {entry['backend'] for entry in env.collect()['backends']} == {'reference'}
+    with use_backend('cpu'):
+        entries = [entry for entry in env.collect()['backends'] if entry['device'] == 'cuda']
+    assert all(entry['backend'] is None and 'cannot run' in entry['reason'] for entry in entries)
+
+
+def test_missing_and_broken_packages_are_reported(broken, capsys):
+    broken(mmcv=ModuleNotFoundError("No module named 'mmcv'", name='mmcv'),
+           mmdet=AssertionError('MMCV==2.3.6 is used but incompatible. Please install mmcv>=2.0.0rc4, <2.2.0.'),
+           pycocotools=ImportError('numpy.dtype size changed'))
+    assert env.main([]) == 1
+    page = capsys.readouterr().out
+    assert 'WRONG: mmcv is not installed\n  remedy: in a clone: pip install --no-build-isolation -r requ' in page
+    assert 'WRONG: mmdet cannot be imported: AssertionError: MMCV==2.3.6 is used but incompatible' in page
+    assert 'WRONG: pycocotools cannot be imported' in page and 'pip install --force-reinstall pycocotools' in page
+
+
+def test_mmcv_without_its_compiled_operators_is_broken(broken):
+    broken(**{'mmcv.ops': ModuleNotFoundError("No module named 'mmcv._ext'", name='mmcv._ext')})
+    report = env.collect()
+    assert 'mmcv._ext' in report['packages']['mmcv']['error'] and not report['healthy']
+
+
+def test_without_torch_the_rest_is_told(broken):
+    broken(torch=ModuleNotFoundError("No module named 'torch'", name='torch'))
+    report = env.collect()
+    assert report['libraries'] == {} and report['backends'] == []
+    assert 'torch is not installed' in [problem['what'] for problem in report['problems']]
+    assert 'WRONG: torch is not installed' in env.page(report)
+
+
+def test_an_old_torch_is_too_old():
+    problems = env.Problems()
+    assert env._check_torch(dict(version='2.9.1+cpu', error=None), problems)
+    assert 'torch is 2.9.1+cpu, but torch >= 2.10 is needed' in problems[0]['what']
+    problems.clear()
+    assert env._check_torch(dict(version='2.13.0+cu130', error=None), problems) and not problems
+
+
+def test_two_stacks_at_once(monkeypatch):
+    versions = {'mmcv': '2.1.0', 'onedl-mmcv': '2.3.6'}
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+    monkeypatch.setattr(env.metadata, 'version', version)
+    problems = env.Problems()
+    stack = env._stack({}, problems)
+    assert stack['kind'] == 'mixed' and 'onedl-mmcv 2.3.6, mmcv 2.1.0' in problems[0]['what']
+    assert 'uninstall' in problems[0]['remedy']
+
+
+# ---- GPU code -------------------------------------------------------------------------------------------------------
+def fatbin(*entries):
+    """Bytes of a fat binary with (kind, architecture, payload size) entries."""
+    body = b''.join(struct.pack('<HHIQIIHHI', kind, 0, 64, size, 0, 0, 0, 0, arch).ljust(64, b'\0') + bytes(size)
+                    for kind, arch, size in entries)
+    return struct.pack('<IHHQ', env.FATBIN_MAGIC, 1, 16, len(body)) + body
+
+
+def test_architectures_of_a_library():
+    library = b'\x7fELF' + bytes(60) + fatbin((2, 75, 8)) + bytes(5) + fatbin((2, 90, 24), (2, 75, 8), (1, 120, 40))
+    assert env.cuda_architectures(library) == dict(machine_code=[75, 90], ptx=[120])
+    assert env.cuda_architectures(b'\x7fELF' + bytes(100)) == dict(machine_code=[], ptx=[])
+    assert env.cuda_architectures(fatbin((2, 80, 8))[:40]) == dict(machine_code=[], ptx=[])  # cut off
+
+
+@pytest.mark.parametrize('capability, runs', [(75, True), (86, True), (89, True), (80, False), (87, True), (90, False),
+                                              (100, False), (120, True), (121, True)])
+def test_which_gpus_the_code_runs_on(capability, runs):
+    assert env.has_code(capability, machine_code=[75, 86], ptx=[120]) is runs
+
+
+def report_with_gpu(has_code, usable):
+    library = dict(path='lib.so', usable=usable, reason=None if usable else 'libmsda_cuda.so was not built',
+                   machine_code=[75], ptx=[])
+    return dict(libraries=dict(cuda=library), environment={},
+                gpus=[dict(name='Tesla', arch='sm_60', memory_gib=16.0, has_code=has_code)])
+
+
+def test_a_gpu_that_the_library_has_no_code_for():
+    problems = env.Problems()
+    env._check_gpu(report_with_gpu(has_code=False, usable=True), problems)
+    assert 'no code for Tesla (sm_60); it has sm_75' in problems[0]['what']
+    assert problems[0]['remedy'].startswith('MSDA_CUDA_ARCHS=60 MSDA_BUILD_CUDA=1 pip install')
+
+
+def test_a_gpu_without_the_library():
+    problems = env.Problems()
+    env._check_gpu(report_with_gpu(has_code=False, usable=False), problems)
+    assert 'plain PyTorch on it: libmsda_cuda.so was not built' in problems[0]['what']
+
+
+def test_an_operator_that_fails_or_errs(monkeypatch):
+    from msda_plugin import ops
+    assert env._try('cpu') is None
+    monkeypatch.setattr(ops, 'ms_deform_attn', lambda *args: ops.ms_deform_attn_reference(*args) + 1)
+    assert 'away from the reference' in env._try('cpu')
+
+    def fail(*args):
+        raise RuntimeError('no kernel image is available')
+    monkeypatch.setattr(ops, 'ms_deform_attn', fail)
+    assert 'no kernel image' in env._try('cpu')
+
+
+@pytest.mark.slow
+def test_as_a_process_with_a_broken_mmcv_and_a_wrong_choice(tmp_path):
+    (tmp_path / 'mmcv.py').write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
+    done = subprocess.run([sys.executable, '-m', 'msda_plugin', 'env'], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'PYTHONPATH': str(tmp_path), 'MSDA_BACKEND': 'gpu'})
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert 'mmcv cannot be imported: ImportError: libcudart.so.12' in done.stdout
+    assert "msda_plugin.ops cannot be imported: ValueError: MSDA_BACKEND is 'gpu'" in done.stdout

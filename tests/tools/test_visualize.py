@@ -1,0 +1,115 @@
+"""The command leaves pictures and a page that show what was asked for; mistakes end in a sentence."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from PIL import Image
+
+from msda_plugin.__main__ import main
+from msda_plugin.registry import MODELS
+from msda_plugin.tools.visualize import slug
+
+CONFIG = Path(__file__).parents[2] / 'configs' / 'shapes' / 'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with a checkpoint, its config beside it, and an image."""
+    folder = tmp_path_factory.mktemp('trained')
+    cfg = Config.fromfile(CONFIG)
+    init_default_scope('mmdet')
+    torch.manual_seed(1)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    for parameter in model.parameters():  # scores and boxes that differ
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    cfg.dump(folder / 'config.py')
+    torch.save(dict(state_dict=model.state_dict(), meta={}), folder / 'last.pth')
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / 'image.png')
+    return folder
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    for name in ('draw_query', 'draw_heads'):
+        monkeypatch.setattr(f'msda_plugin.visualization.{name}', lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
+
+
+def visualize(trained, out, *options):
+    return main(['visualize', str(trained / 'image.png'), '--checkpoint', str(trained / 'last.pth'), '--out', str(out),
+                 '--device', 'cpu', *options])
+
+
+def page_data(path):
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
+
+
+def test_leaves_pictures_and_a_page(trained, tmp_path, capsys):
+    assert visualize(trained, tmp_path, '--detection', '0', '--query', '20,30.5') == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {'image.html', 'image_detection-0.png', 'image_point-20-30.5.png'}
+    out = capsys.readouterr().out
+    assert all(str(tmp_path / name) in out for name in names)
+    data = page_data(tmp_path / 'image.html')
+    assert (data['width'], data['height']) == (160, 96)
+    detection, place = data['queries']
+    assert place['label'] == 'point (20, 30.5)' and place['at'] == [20, 30.5]
+    assert [layer['kind'] for layer in detection['layers']] == ['shunted'] * 4 + ['encoder'] * 2 + ['decoder'] * 2
+    assert [layer['kind'] for layer in place['layers']] == ['shunted'] * 4 + ['encoder'] * 2
+    with Image.open(tmp_path / 'image_detection-0.png') as picture:
+        assert min(picture.size) > 300
+
+
+def test_shows_the_surest_detections_of_different_queries_where_none_is_named(trained, tmp_path, quick_pictures):
+    assert visualize(trained, tmp_path, '--score-thr', '0') == 0
+    labels = [query['label'] for query in page_data(tmp_path / 'image.html')['queries']]
+    assert len(labels) == 3 and labels[0].startswith('detection 0: ')
+    boxes = {tuple(query['box']) for query in page_data(tmp_path / 'image.html')['queries']}
+    assert len(boxes) == 3
+
+
+def test_shows_the_centre_where_nothing_is_detected(trained, tmp_path, quick_pictures):
+    assert visualize(trained, tmp_path, '--score-thr', '1') == 0
+    query, = page_data(tmp_path / 'image.html')['queries']
+    assert query['at'] == [80, 48] and query['box'] is None
+
+
+def test_draws_chosen_layers_head_by_head(trained, tmp_path, quick_pictures):
+    assert visualize(trained, tmp_path, '--detection', '2', '--layer', 'decoder.layers.1', 'stages.0.blocks.0') == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'image.html', 'image_detection-2.png', 'image_detection-2_decoder.layers.1.cross_attn.png',
+        'image_detection-2_backbone.stages.0.blocks.0.attn.png'}
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--query', '160,3'], 'the point 160,3 is not in the image, which is 160 wide and 96 high'),
+    (['--detection', '100'], 'there is no detection 100; they are numbered from 0'),
+    (['--layer', 'decoder.layers.9'], 'no layer is called decoder.layers.9; there are backbone.stages.0.blocks.0.attn'),
+    (['--score-thr', '2'], '--score-thr is 2.0, but a number from 0 to 1 is needed'),
+    (['--config', 'none.py'], 'the config none.py does not exist'),
+    (['--device', 'tpu'], "--device is 'tpu'"),
+    (['--query', 'a,b'], "'a,b' is not a point; write X,Y in pixels"),
+])
+def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        visualize(trained, tmp_path / 'out', *options)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and 'Traceback' not in error
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_missing_image(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(['visualize', str(tmp_path / 'none.png'), '--checkpoint', str(trained / 'last.pth')])
+    assert 'none.png does not exist; give the path of an image file' in capsys.readouterr().err
+
+
+def test_file_names():
+    assert slug('detection 0: a/b 0.66') == 'detection-0'
+    assert slug('point (64, 32.5)') == 'point-64-32.5'
