@@ -1,0 +1,1 @@
+"""A package that uses msda_plugin by registry lookup alone."""

@@ -1,0 +1,134 @@
+"""The page holds everything it needs, nothing can escape from its data, and a browser draws what the data says."""
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from msda_plugin.visualization import attention_page, write_attention_page
+from msda_plugin.visualization.attention import LayerView, QueryView
+
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+EVIL = '</script><script>document.title="broken"</script><!-- & "quoted" \u2028'
+IMAGE = np.full((80, 100, 3), 200, np.uint8)
+
+
+def sampled(name, kind, heads=2, seed=0):
+    """Two levels and three points a head, at places that are easily told apart."""
+    random = np.random.default_rng(seed)
+    head, level, point = (part.ravel() for part in np.indices((heads, 2, 3)))
+    weight = random.random(len(head))
+    return LayerView(name=name, kind=kind, query=f'{kind} query 3', at=np.array([50., 40]),
+                     box=np.array([30., 20, 70, 60]) if kind == 'decoder' else None, head=head, level=level,
+                     xy=np.column_stack([10 + 20 * head + 5 * point, 10 + 30 * level + 0.25 * point]),
+                     weight=weight / weight.sum() * heads, level_names=('level 0, 10×12', 'level 1, 5×6'))
+
+
+def cells():
+    """Two heads on a coarse grid of two cells, one head on a fine one of four."""
+    return LayerView(name='backbone.attn', kind='shunted', query='token 3', at=np.array([50., 40]), box=None,
+                     head=np.array([0, 0, 1, 1, 2, 2, 2, 2]), level=np.array([0, 0, 0, 0, 1, 1, 1, 1]),
+                     xy=np.array([(25., 40), (75, 40)] * 2 + [(12.5, 40), (37.5, 40), (62.5, 40), (87.5, 40)]),
+                     weight=np.array([1, 0, 0.5, 0.5, 0.1, 0.2, 0.3, 0.4]), level_names=('coarse', 'fine'),
+                     cells=np.array([(50., 80), (25, 80)]))
+
+
+def make_queries():
+    layers = (cells(), sampled('encoder.0', 'encoder'), sampled('decoder.0', 'decoder', seed=1))
+    return [QueryView(f'detection 0: {EVIL}', np.array([50., 40]), np.array([32., 22, 68, 58]), layers),
+            QueryView('point (3, 4)', np.array([3., 4]), None, layers[:2])]
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def test_the_page_holds_everything_it_needs():
+    page = attention_page(IMAGE, make_queries(), title='a title')
+    addresses = [found for found in re.findall(r'https?://[^\s"\'<>]+', page) if found != 'http://www.w3.org/2000/svg']
+    assert addresses == []
+    assert not re.search(r'<(link|iframe|object|embed|img)\b|\bsrc=|@import|url\(|fetch\(|XMLHttpRequest|import ', page)
+    assert not re.search(r'innerHTML|outerHTML|document\.write|eval\(', page)
+    assert data_of(page)['image'].startswith('data:image/png;base64,')
+    large = attention_page(np.zeros((700, 900, 3), np.uint8), make_queries(), title='a title')
+    assert data_of(large)['image'].startswith('data:image/jpeg;base64,') and data_of(large)['width'] == 900
+
+
+def test_data_survives_and_cannot_end_its_element():
+    page = attention_page(IMAGE, make_queries(), title=EVIL)
+    data = data_of(page)
+    assert data['queries'][0]['label'] == f'detection 0: {EVIL}'
+    assert page.count('</script>') == 2 and '<!--' not in page and '\u2028' not in page.split('id="data"')[1]
+    assert '<title>&lt;/script&gt;' in page
+    layer = data['queries'][0]['layers'][2]
+    assert (layer['x'], layer['level'], layer['head']) == (
+        [10, 15, 20] * 2 + [30, 35, 40] * 2, [0, 0, 0, 1, 1, 1] * 2, [0] * 6 + [1] * 6)
+
+
+def test_a_page_needs_a_query():
+    with pytest.raises(ValueError, match='at least one query'):
+        attention_page(IMAGE, [], title='')
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason='needs a Chromium: apt-get install chromium')
+
+
+def browse(tmp_path, state='', script=''):
+    """The document after a browser has run the page from a file, in this state, and then a script."""
+    path = tmp_path / 'page.html'
+    write_attention_page(path, IMAGE, make_queries(), title=EVIL)
+    if script:
+        path.write_text(path.read_text().replace('</body>', f'<script>{script}</script></body>'))
+    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
+             '--disable-background-networking', '--disable-component-update', '--virtual-time-budget=2000',
+             f'--user-data-dir={tmp_path / "profile"}', '--window-size=1200,900', '--dump-dom']
+    result = subprocess.run([CHROMIUM, *flags, f'{path.as_uri()}#{state}'], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def samples_in(document):
+    """(x, y) of each drawn point by its transform, with its head and level."""
+    pattern = (r'<path class="sample"[^>]*data-head="(\d+)" data-level="(\d+)"'
+               r'[^>]*transform="translate\(([\d.-]+) ([\d.-]+)\)"')
+    return sorted((float(x), float(y), int(head), int(level)) for head, level, x, y in re.findall(pattern, document))
+
+
+@needs_browser
+def test_a_browser_draws_the_last_layer_at_first(tmp_path):
+    document = browse(tmp_path)
+    view = sampled('decoder.0', 'decoder')
+    expected = sorted((x, y, head, level) for (x, y), head, level in zip(
+        view.xy.tolist(), view.head.tolist(), view.level.tolist(), strict=True))
+    assert samples_in(document) == expected
+    assert 'decoder.0 · decoder query 3 · 12 points' in document
+    assert '<rect x="32" y="22" width="36" height="36"' in document  # the detection, in pixels of the image
+    assert '<rect x="30" y="20" width="40" height="40"' in document  # the box that the layer starts from
+    assert '<title>broken' not in document and '&lt;/script&gt;' in document
+
+
+@needs_browser
+def test_a_browser_draws_what_the_address_says(tmp_path):
+    document = browse(tmp_path, 'query=1&layer=encoder.0&head=1&level=0&zoom=0')
+    assert samples_in(document) == [(30, 10, 1, 0), (35, 10.25, 1, 0), (40, 10.5, 1, 0)]
+    assert 'viewBox="0 0 100 80"' in document
+    assert 'point (3, 4) · encoder.0 · encoder query 3 · 3 points' in document
+
+
+@needs_browser
+def test_selectors_work_and_cells_are_means_over_heads(tmp_path):
+    choose = '''
+        const layer = document.getElementById('layer');
+        layer.value = 'backbone.attn';
+        layer.dispatchEvent(new Event('change'));'''
+    document = browse(tmp_path, script=choose)
+    drawn = re.findall(r'<rect class="sample" data-x="([\d.]+)"[^>]*x="([\d.]+)" y="0" width="50" height="80" '
+                       r'fill-opacity="([\d.]+)"', document)
+    # Mean weights of 0.75 and 0.25 on the coarse grid; the largest is drawn deepest.
+    assert sorted((float(x), float(left), round(float(depth), 3)) for x, left, depth in drawn) == [
+        (25, 0, 0.75), (75, 50, 0.25)]
+    assert '2 cells' in document
+    options = re.search(r'<select id="level">(.*?)</select>', document)[1]
+    assert re.findall(r'>(\w+)<', options) == ['coarse', 'fine']
