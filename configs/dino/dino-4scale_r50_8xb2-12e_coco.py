@@ -1,0 +1,6 @@
+# MMDetection's DINO with this project's operator inside: one hook, the same checkpoints.
+_base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+custom_hooks = [dict(type='msda_plugin.AccelerateHook')]
+
+runner_type = 'msda_plugin.DetectionRunner'
+auto_scale_lr = dict(enable=True)
