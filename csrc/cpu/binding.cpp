@@ -13,13 +13,16 @@ Pool torch_pool() {
 }
 
 void check_levels(const Problem& p) {
-  int64_t start = 0;
+  int64_t start = 0, packed = 2;  // rows of the packed levels, with their borders
   for (int64_t level = 0; level < p.levels; ++level) {
     const int64_t height = p.spatial_shapes[2 * level], width = p.spatial_shapes[2 * level + 1];
     STD_TORCH_CHECK(height > 0 && width > 0 && height <= p.keys && width <= p.keys && p.level_start_index[level] == start,
                     "spatial_shapes must be positive and level_start_index the running sum of the areas");
     start += height * width;
+    packed += (height + 2) * (width + 1);
   }
+  STD_TORCH_CHECK(packed < (int64_t{1} << 31), "the levels in spatial_shapes, with their borders, have ", packed,
+                  " pixels, but fewer than 2^31 are needed");
   STD_TORCH_CHECK(start == p.keys, "the areas in spatial_shapes add up to ", start, ", but num_keys is ", p.keys);
 }
 

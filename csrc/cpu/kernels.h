@@ -2,8 +2,9 @@
 //
 // Samples are handled in tiles: some queries of one image and head. A tile is planned first (addresses and weights of
 // the four corners of every sample, in loops that vectorise over samples) and then gathered (vectors over channels).
-// Where the rows of an image and head are visited often, they are packed one after another into a scratch of the size of
-// these rows: in `value` they lie heads * channels apart, and would share few sets of the caches.
+// Where the rows of an image and head are visited often, they are packed into a scratch of the size of these rows: in
+// `value` they lie heads * channels apart, and would share few sets of the caches. Packed levels have a border of zeros,
+// so that the four corners of a sample always exist and are found from one address.
 //
 // Backward: coordinates and weights in one pass over tiles, like forward; the value in a second pass, in which a task
 // owns the rows of its image, head and levels, and visits all queries in order. So nothing is atomic, and the sums do
@@ -13,6 +14,9 @@
 #include <cstddef>
 #include <cstdlib>
 #include <new>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "../ms_deform_attn.h"
 #include "ms_deform_attn.h"
@@ -21,32 +25,41 @@
 namespace msda::MSDA_ISA {
 namespace {
 
-constexpr int64_t kTileSamples = 64;
+constexpr int64_t kTileSamples = 128;
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kHugePage = int64_t{1} << 21;
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Uninitialized memory. A large one asks for huge pages: it is read at random, and takes few page faults.
 template <class E>
 class Buffer {
  public:
   explicit Buffer(int64_t count) {
-    const size_t bytes = static_cast<size_t>(ceil_div(max_of(count, 1) * sizeof(E), kAlignment) * kAlignment);
-    data_ = static_cast<E*>(std::aligned_alloc(kAlignment, bytes));
+    const int64_t needed = max_of(count, 1) * static_cast<int64_t>(sizeof(E));
+    const int64_t alignment = needed < kHugePage / 2 ? kAlignment : kHugePage;
+    const int64_t bytes = ceil_div(needed, alignment) * alignment;
+    data_ = static_cast<E*>(std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(bytes)));
     if (data_ == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+    if (alignment == kHugePage) madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a wish: it may fail
+#endif
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator E*() const { return data_; }
+  E* get() const { return data_; }
 
  private:
   E* data_;
 };
 
+template <bool kForWriting = false>
 inline void prefetch(const void* address, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(address) + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(address) + i, kForWriting);
 }
 
 // Runs body(begin, end) over `count` tasks of some number of multiplications each; small work stays on one thread.
@@ -64,6 +77,40 @@ int64_t padded_channels(const Problem& p) {
   return ceil_div(p.channels, kLanes<A>) * kLanes<A>;
 }
 
+// Where the pixels of the levels lie, counted in rows of channels: as in `value`, or packed. A packed level has a row of
+// zeros above and below, and in each of its rows a zero in front of the first pixel, which also ends the row before. One
+// more zero precedes the first level and one follows the last.
+struct Level {
+  int64_t key;                           // of the first pixel, in `value`
+  int32_t height, width, origin, pitch;  // origin: of the first pixel; pitch: from a pixel to the one below
+};
+
+class Layout {
+ public:
+  Layout(const Problem& p, bool packed) : packed(packed), levels(p.levels) {
+    int64_t rows = 1;
+    for (int64_t i = 0; i < p.levels; ++i) {
+      const int64_t height = p.spatial_shapes[2 * i], width = p.spatial_shapes[2 * i + 1], key = p.level_start_index[i];
+      const int64_t pitch = packed ? width + 1 : width, origin = packed ? rows + pitch + 1 : key;
+      levels[i] = {key, static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(origin),
+                   static_cast<int32_t>(pitch)};
+      rows += (height + 2) * pitch;
+    }
+    this->rows = rows + 1;
+  }
+
+  // Calls f(key, row) for the first pixel of each line of pixels of the level.
+  template <class F>
+  void for_lines(int64_t level, const F& f) const {
+    const Level& l = levels[level];
+    for (int64_t y = 0; y < l.height; ++y) f(l.key + y * l.width, l.origin + y * l.pitch);
+  }
+
+  const bool packed;
+  int64_t rows;  // when packed
+  Buffer<Level> levels;
+};
+
 // What packed rows hold: bfloat16 is widened once, for it takes more work to widen at every visit than to read it.
 template <class T>
 struct PackedOf {
@@ -80,11 +127,11 @@ using Packed = typename PackedOf<T>::type;
 template <class T>
 class Rows {
  public:
-  Rows(const Problem& p, bool packed)
-      : packed(packed), p_(p), padded_(padded_channels<Accumulator<T>>(p)),
-        scratch_(packed ? (p.keys + 1) * padded_ : padded_),
-        stride_(packed ? padded_ * sizeof(Packed<T>) : p.heads * p.channels * sizeof(T)) {
-    std::memset(packed ? scratch_ + p.keys * padded_ : scratch_, 0, padded_ * sizeof(Packed<T>));
+  Rows(const Problem& p, const Layout& layout)
+      : p_(p), layout_(layout), padded_(padded_channels<Accumulator<T>>(p)),
+        size_((layout.packed ? layout.rows : 1) * padded_), scratch_(size_),
+        stride_(layout.packed ? padded_ * sizeof(Packed<T>) : p.heads * p.channels * sizeof(T)) {
+    std::memset(scratch_, 0, size_ * sizeof(Packed<T>));
   }
 
   void select(int64_t image, int64_t head) {
@@ -93,30 +140,31 @@ class Rows {
     head_ = head;
     const T* rows = static_cast<const T*>(p_.value) + (image * p_.keys * p_.heads + head) * p_.channels;
     const char* scratch = reinterpret_cast<const char*>(static_cast<Packed<T>*>(scratch_));
-    if (packed) pack(rows);
-    base_ = packed ? scratch : reinterpret_cast<const char*>(rows);
-    missing_ = packed ? p_.keys * stride_
-                      : static_cast<int64_t>(reinterpret_cast<uintptr_t>(scratch) - reinterpret_cast<uintptr_t>(rows));
+    if (layout_.packed) {
+      for (int64_t level = 0; level < p_.levels; ++level) pack(rows, level);
+      base_ = scratch;
+    } else {
+      base_ = reinterpret_cast<const char*>(rows);
+      missing_ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(scratch) - reinterpret_cast<uintptr_t>(rows));
+    }
   }
 
   const char* base() const { return base_; }
   int64_t stride() const { return stride_; }    // bytes from one row to the next
-  int64_t missing() const { return missing_; }  // bytes from base to a row of zeros
-
-  const bool packed;
+  int64_t missing() const { return missing_; }  // in place: bytes from base to a row of zeros
 
  private:
-  void pack(const T* rows) {
+  void pack(const T* rows, int64_t level) {
     constexpr int kStep = kLanes<Accumulator<T>>;
-    const int64_t step = p_.heads * p_.channels, rest = padded_ - p_.channels;
-    const int64_t whole = rest == 0 ? padded_ : padded_ - kStep;
-    Packed<T>* target = scratch_;
-    for (int64_t key = 0; key < p_.keys; ++key, rows += step, target += padded_) {
-      for (int64_t c = 0; c < whole; c += kStep) pack_some(rows + c, target + c, kStep);
-      if (rest == 0) continue;
-      pack_some(rows + whole, target + whole, kStep - rest);
-      std::memset(target + p_.channels, 0, rest * sizeof(Packed<T>));
-    }
+    const int64_t step = p_.heads * p_.channels, whole = p_.channels / kStep * kStep;
+    layout_.for_lines(level, [&](int64_t key, int64_t row) {
+      const T* source = rows + key * step;
+      Packed<T>* target = scratch_ + row * padded_;
+      for (int64_t x = 0; x < layout_.levels[level].width; ++x, source += step, target += padded_) {
+        for (int64_t c = 0; c < whole; c += kStep) pack_some(source + c, target + c, kStep);
+        if (whole < p_.channels) pack_some(source + whole, target + whole, p_.channels - whole);
+      }
+    });
   }
 
   static void pack_some(const T* source, Packed<T>* target, int64_t count) {
@@ -127,7 +175,8 @@ class Rows {
   }
 
   const Problem& p_;
-  const int64_t padded_;
+  const Layout& layout_;
+  const int64_t padded_, size_;
   Buffer<Packed<T>> scratch_;
   const int64_t stride_;
   int64_t image_ = -1, head_ = -1, missing_ = 0;
@@ -138,24 +187,25 @@ class Rows {
 template <class A, class C>
 class Tile {
  public:
-  using Sum = A;
-
-  Tile(const Problem& p, int64_t level_begin, int64_t level_end)
+  Tile(const Problem& p, const Layout& layout, int64_t level_begin, int64_t level_end)
       : samples((level_end - level_begin) * p.points), capacity(max_of(1, kTileSamples / samples)),
-        size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), offset(4 * size), corner(4 * size), weight(size), down(size), right(size), inside(size),
-        width(size), height(size), raw(2 * size), origin(p.reference_size * size), p_(p), first_(level_begin * p.points),
-        x_(size), y_(size), start_(size), key_(4 * size), logits_(p.samples() + kLanes<A>) {
+        size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), offset(4 * size), corner(4 * size), weight(size),
+        down(size), right(size), inside(size), width(size), height(size), raw(2 * size), origin(p.reference_size * size),
+        p_(p), packed_(layout.packed), first_(level_begin * p.points), x_(size), y_(size), start_(size), pitch_(size),
+        row_(4 * size), logits_(p.samples() + kLanes<A>) {
     for (int64_t s = 0; s < size; ++s) {
-      const int64_t level = level_begin + s % samples / p.points;
-      height[s] = static_cast<int32_t>(p.spatial_shapes[2 * level]);
-      width[s] = static_cast<int32_t>(p.spatial_shapes[2 * level + 1]);
-      start_[s] = static_cast<int32_t>(p.level_start_index[level]);
+      const Level& level = layout.levels[level_begin + s % samples / p.points];
+      height[s] = level.height;
+      width[s] = level.width;
+      start_[s] = level.origin;
+      pitch_[s] = level.pitch;
       x_[s] = y_[s] = weight[s] = 0;  // the last ones may belong to no query
     }
-    std::memset(key_, 0, 4 * size * sizeof(int32_t));
+    std::memset(row_, 0, 4 * size * sizeof(int32_t));
   }
 
-  // Corner addresses are key * stride from the base of the rows, or `missing`.
+  // Corner addresses are row * stride from the base of the rows; in place, `missing` where there is no corner. Packed,
+  // the right corners follow the left ones, and only the left ones have offsets: [0] and [2].
   void plan(int64_t image, int64_t head, int64_t query, int64_t count, int64_t stride, int64_t missing) {
     const int64_t all = p_.samples(), total = count * samples;
     for (int64_t i = 0; i < count; ++i) {
@@ -248,30 +298,44 @@ class Tile {
   void neighbours(int64_t total, int64_t stride, int64_t missing) {
     using I = Integers<A>;
     for (int64_t s = 0; s < total; s += kLanes<A>) {
-      const I h = load_integers<A>(height + s), w = load_integers<A>(width + s), start = load_integers<A>(start_ + s);
+      const I h = load_integers<A>(height + s), w = load_integers<A>(width + s);
+      const I start = load_integers<A>(start_ + s), pitch = load_integers<A>(pitch_ + s);
       const Vector<A> attention = load(weight + s);
-      const auto cell = locate(load(x_ + s), load(y_ + s), h, w);
+      auto cell = locate(load(x_ + s), load(y_ + s), h, w);
       store<A>(down + s, cell.down);
       store<A>(right + s, cell.right);
       store_integers<A>(inside + s, cell.row >= -1);
-      for (int i = 0; i < 4; ++i) {
-        store<A>(corner + i * size + s, corner_weight(cell.down, cell.right, i) * attention);
-        store_integers<A>(key_ + i * size + s, corner_exists(cell, i, h, w) ? corner_key(cell, i, start, w) : I{} - 1);
+      for (int i = 0; i < 4; ++i) store<A>(corner + i * size + s, corner_weight(cell.down, cell.right, i) * attention);
+      if (packed_) {
+        cell.row = cell.row < -1 ? I{} - 1 : cell.row;  // an excluded sample lies in the border
+        for (int i = 0; i < 4; i += 2) store_integers<A>(row_ + i * size + s, corner_key(cell, i, start, pitch));
+      } else {
+        for (int i = 0; i < 4; ++i)
+          store_integers<A>(row_ + i * size + s,
+                            corner_exists(cell, i, h, w) ? corner_key(cell, i, start, pitch) : I{} - 1);
       }
     }
-    for (int64_t i = 0; i < 4 * size; i += kLanes<int64_t>) {
-      const auto key = load_integers<int64_t>(key_ + i);
-      const Vector<int64_t> address = key < 0 ? Vector<int64_t>{} + missing : key * stride;
-      std::memcpy(offset + i, &address, sizeof(address));
-    }
+    for (int i = 0; i < 4; i += packed_ ? 2 : 1)
+      for (int64_t s = i * size; s < i * size + total; s += kLanes<int64_t>) {
+        const auto row = load_integers<int64_t>(row_ + s);
+        const Vector<int64_t> address = row < 0 ? Vector<int64_t>{} + missing : row * stride;
+        std::memcpy(offset + s, &address, sizeof(address));
+      }
   }
 
   const Problem& p_;
+  const bool packed_;
   const int64_t first_;  // sample of the query at which the range of levels begins
   Buffer<A> x_, y_;
-  Buffer<int32_t> start_, key_;
+  Buffer<int32_t> start_, pitch_, row_;
   Buffer<A> logits_;
 };
+
+// The offset of corner i of sample s; `stride` as in Rows.
+template <bool kPacked, class A, class C>
+inline int64_t corner_offset(const Tile<A, C>& tile, int64_t s, int i, int64_t stride) {
+  return kPacked ? tile.offset[(i & 2) * tile.size + s] + (i & 1) * stride : tile.offset[i * tile.size + s];
+}
 
 // Calls f with the number of vectors at a time that suits: f(Count<V>, first channel), V from 1 to 4.
 template <int V>
@@ -290,18 +354,16 @@ inline void for_channels(int64_t padded, const F& f) {
 }
 
 // output[c] = sum over samples and corners of corner weight * row[c].
-template <class T, class A, class C>
-inline void gather(const Tile<A, C>& tile, int64_t first, const char* base, int64_t padded,
-                   Accumulator<T>* output) {
+template <class T, bool kPacked, class A, class C>
+inline void gather(const Tile<A, C>& tile, int64_t first, const char* base, int64_t stride, int64_t padded, A* output) {
   for_channels<A>(padded, [&](auto vectors, int64_t c) {
     constexpr int V = decltype(vectors)::value;
     constexpr int kChains = V <= 2 ? 4 : 2;  // independent sums, to hide the latency of the additions
     Vector<A> sum[kChains][V] = {};
-    const int64_t* offset = tile.offset + first;
-    const A* corner = tile.corner + first;
-    for (int64_t s = 0; s < tile.samples; ++s)
+    const A* corner = tile.corner;
+    for (int64_t s = first; s < first + tile.samples; ++s)
       for (int i = 0; i < 4; ++i) {
-        const T* row = reinterpret_cast<const T*>(base + offset[i * tile.size + s]) + c;
+        const T* row = reinterpret_cast<const T*>(base + corner_offset<kPacked>(tile, s, i, stride)) + c;
         const A weight = corner[i * tile.size + s];
         for (int v = 0; v < V; ++v) sum[i % kChains][v] += weight * load(row + v * kLanes<A>);
       }
@@ -313,19 +375,18 @@ inline void gather(const Tile<A, C>& tile, int64_t first, const char* base, int6
   });
 }
 
-// dots[s][i] = grad . row of corner i of sample s.
-template <class T, class A, class C>
-inline void dot(const Tile<A, C>& tile, int64_t first, const char* base, int64_t padded,
-                const Accumulator<T>* grad, Accumulator<T>* dots) {
+// dots[s][i] = grad . row of corner i of sample first + s.
+template <class T, bool kPacked, class A, class C>
+inline void dot(const Tile<A, C>& tile, int64_t first, const char* base, int64_t stride, int64_t padded, const A* grad,
+                A* dots) {
   for_channels<A>(padded, [&](auto vectors, int64_t c) {
     constexpr int V = decltype(vectors)::value;
     Vector<A> g[V];
     for (int v = 0; v < V; ++v) g[v] = load(grad + c + v * kLanes<A>);
-    const int64_t* offset = tile.offset + first;
     for (int64_t s = 0; s < tile.samples; ++s) {
       Vector<A> product[4];
       for (int i = 0; i < 4; ++i) {
-        const T* row = reinterpret_cast<const T*>(base + offset[i * tile.size + s]) + c;
+        const T* row = reinterpret_cast<const T*>(base + corner_offset<kPacked>(tile, first + s, i, stride)) + c;
         product[i] = g[0] * load(row);
         for (int v = 1; v < V; ++v) product[i] += g[v] * load(row + v * kLanes<A>);
       }
@@ -336,19 +397,17 @@ inline void dot(const Tile<A, C>& tile, int64_t first, const char* base, int64_t
   });
 }
 
-// row of corner i of sample s += corner weight * grad, in the order of the samples.
+// row of corner i of sample s += corner weight * grad, in the order of the samples. The rows are packed.
 template <class A, class C>
-inline void scatter(const Tile<A, C>& tile, int64_t first, char* base, int64_t padded,
-                    const typename Tile<A, C>::Sum* grad) {
+inline void scatter(const Tile<A, C>& tile, int64_t first, char* base, int64_t stride, int64_t padded, const A* grad) {
   for_channels<A>(padded, [&](auto vectors, int64_t c) {
     constexpr int V = decltype(vectors)::value;
     Vector<A> g[V];
     for (int v = 0; v < V; ++v) g[v] = load(grad + c + v * kLanes<A>);
-    const int64_t* offset = tile.offset + first;
-    const A* corner = tile.corner + first;
-    for (int64_t s = 0; s < tile.samples; ++s)
+    const A* corner = tile.corner;
+    for (int64_t s = first; s < first + tile.samples; ++s)
       for (int i = 0; i < 4; ++i) {
-        A* row = reinterpret_cast<A*>(base + offset[i * tile.size + s]) + c;
+        A* row = reinterpret_cast<A*>(base + corner_offset<true>(tile, s, i, stride)) + c;
         const A weight = corner[i * tile.size + s];
         for (int v = 0; v < V; ++v)
           store<A>(row + v * kLanes<A>, load(row + v * kLanes<A>) + weight * g[v]);
@@ -388,23 +447,25 @@ struct Kernels {
   static int64_t work(const Problem& p, int64_t queries) { return queries * p.samples() * 4 * p.channels; }
 
   static void forward(const Problem& p, void* output, const cpu::Pool& pool) {
-    const bool packed = packs(p);
+    const Layout layout(p, packs(p));
     run(pool, tiles(p, p.queries), work(p, tile_capacity(p)), [&](int64_t begin, int64_t end) {
       const int64_t padded = padded_channels<A>(p);
-      Rows<T> rows(p, packed);
-      Tile<A, C> tile(p, 0, p.levels);
+      Rows<T> rows(p, layout);
+      Tile<A, C> tile(p, layout, 0, p.levels);
       Buffer<A> sum(padded);
-      for_tiles(p, tile.capacity, packed, 0, p.queries, begin, end,
+      for_tiles(p, tile.capacity, layout.packed, 0, p.queries, begin, end,
                 [&](int64_t image, int64_t head, int64_t query, int64_t count) {
+        const int64_t step = p.heads * p.channels;
+        T* target = static_cast<T*>(output) + (image * p.queries + query) * step + head * p.channels;
+        for (int64_t i = 0; i < count; ++i) prefetch<true>(target + i * step, p.channels * sizeof(T));
         rows.select(image, head);
         tile.plan(image, head, query, count, rows.stride(), rows.missing());
-        for (int64_t i = 0; i < count; ++i) {
-          if (packed)
-            gather<Packed<T>>(tile, i * tile.samples, rows.base(), padded, sum);
+        for (int64_t i = 0; i < count; ++i, target += step) {
+          if (layout.packed)
+            gather<Packed<T>, true>(tile, i * tile.samples, rows.base(), rows.stride(), padded, sum.get());
           else
-            gather<T>(tile, i * tile.samples, rows.base(), padded, sum);
-          const int64_t unit = (image * p.queries + query + i) * p.heads + head;
-          narrow(sum, static_cast<T*>(output) + unit * p.channels, p.channels);
+            gather<T, false>(tile, i * tile.samples, rows.base(), rows.stride(), padded, sum.get());
+          narrow(sum, target, p.channels);
         }
       });
     });
@@ -435,24 +496,24 @@ struct Kernels {
 
   static void coordinate_gradients(const Problem& p, const Gradients& g, int64_t query_begin, int64_t query_end, A* parts,
                                    const cpu::Pool& pool) {
-    const bool packed = packs(p);
+    const Layout layout(p, packs(p));
     run(pool, tiles(p, query_end - query_begin), work(p, tile_capacity(p)), [&](int64_t begin, int64_t end) {
       const int64_t padded = padded_channels<A>(p), samples = p.samples();
-      Rows<T> rows(p, packed);
-      Tile<A, C> tile(p, 0, p.levels);
+      Rows<T> rows(p, layout);
+      Tile<A, C> tile(p, layout, 0, p.levels);
       Buffer<A> grad(padded), dots(4 * samples), grad_weight(samples), grad_xy(2 * samples), grad_pixel(2 * samples);
       std::memset(grad, 0, padded * sizeof(A));
-      for_tiles(p, tile.capacity, packed, query_begin, query_end, begin, end,
+      for_tiles(p, tile.capacity, layout.packed, query_begin, query_end, begin, end,
                 [&](int64_t image, int64_t head, int64_t query, int64_t count) {
         rows.select(image, head);
         tile.plan(image, head, query, count, rows.stride(), rows.missing());
         for (int64_t i = 0; i < count; ++i) {
           const int64_t first = i * samples;
           load_grad(p, g, image, head, query + i, grad);
-          if (packed)
-            dot<Packed<T>>(tile, first, rows.base(), padded, grad, dots);
+          if (layout.packed)
+            dot<Packed<T>, true>(tile, first, rows.base(), rows.stride(), padded, grad.get(), dots.get());
           else
-            dot<T>(tile, first, rows.base(), padded, grad, dots);
+            dot<T, false>(tile, first, rows.base(), rows.stride(), padded, grad.get(), dots.get());
           sample_gradients(tile, first, dots, grad_weight, grad_pixel);
           chain(p, tile, first, grad_weight, grad_pixel, grad_xy);
           const int64_t unit = (image * p.queries + query + i) * p.heads + head;
@@ -548,30 +609,33 @@ struct Kernels {
     // One level per task where whole heads would leave threads idle.
     const bool by_level = p.batch * p.heads < pool.threads;
     const int64_t ranges = by_level ? p.levels : 1;
-    run(pool, p.batch * p.heads * ranges, (work(p, p.queries) + p.keys * p.channels) / ranges, [&](int64_t begin, int64_t end) {
+    const Layout layout(p, true);
+    const int64_t cost = (work(p, p.queries) + p.keys * p.channels) / ranges;
+    run(pool, p.batch * p.heads * ranges, cost, [&](int64_t begin, int64_t end) {
       const int64_t padded = padded_channels<A>(p), stride = padded * sizeof(A);
-      Buffer<A> rows((p.keys + 1) * padded);  // the last stands for corners that do not exist
+      Buffer<A> rows(layout.rows * padded);
       Buffer<A> grad(padded);
       std::memset(grad, 0, padded * sizeof(A));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / (p.heads * ranges), head = i / ranges % p.heads;
         const int64_t level_begin = by_level ? i % ranges : 0, level_end = by_level ? level_begin + 1 : p.levels;
-        const int64_t key_begin = p.level_start_index[level_begin];
-        const int64_t key_end = level_end < p.levels ? p.level_start_index[level_end] : p.keys;
-        std::memset(rows + key_begin * padded, 0, (key_end - key_begin) * stride);
-        std::memset(rows + p.keys * padded, 0, stride);
-        Tile<A, C> tile(p, level_begin, level_end);
+        std::memset(rows, 0, layout.rows * stride);
+        Tile<A, C> tile(p, layout, level_begin, level_end);
         for (int64_t query = 0; query < p.queries; query += tile.capacity) {
           const int64_t count = min_of(tile.capacity, p.queries - query);
-          tile.plan(image, head, query, count, stride, p.keys * stride);
+          tile.plan(image, head, query, count, stride, 0);
           for (int64_t j = 0; j < count; ++j) {
             load_grad(p, g, image, head, query + j, grad);
-            scatter(tile, j * tile.samples, reinterpret_cast<char*>(static_cast<A*>(rows)), padded, grad);
+            scatter(tile, j * tile.samples, reinterpret_cast<char*>(rows.get()), stride, padded, grad.get());
           }
         }
-        for (int64_t key = key_begin; key < key_end; ++key)
-          narrow(rows + key * padded, static_cast<T*>(g.value) + ((image * p.keys + key) * p.heads + head) * p.channels,
-                 p.channels);
+        for (int64_t level = level_begin; level < level_end; ++level)
+          layout.for_lines(level, [&](int64_t key, int64_t row) {
+            const A* source = rows + row * padded;
+            T* target = static_cast<T*>(g.value) + ((image * p.keys + key) * p.heads + head) * p.channels;
+            for (int64_t x = 0; x < layout.levels[level].width; ++x, source += padded, target += p.heads * p.channels)
+              narrow(source, target, p.channels);
+          });
       }
     });
   }

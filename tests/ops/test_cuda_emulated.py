@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from operator_cases import grid_sample_attention, locations_and_weights, make_case, value_and_grads
@@ -104,3 +105,19 @@ def test_excluded_samples(emulator, deterministic):
     assert all(t.isfinite().all() for t in actual)
     assert (actual[3][0, 3, 1, 0, 1] == 0).all() and (actual[3][1, 5, :, 1] == 0).all()
     assert (actual[2][1, 5, 1] == 0).all()
+
+
+def test_more_than_2_to_the_31_elements(emulator):
+    """Behind 2^31 elements too, a row is found. Untouched zeros of numpy's take no memory."""
+    keys = 2**17 + 1
+    value = torch.from_numpy(np.zeros((1, keys, 128, 128), np.float16))
+    value[0, -1, -1, -1] = 3
+    levels, starts = torch.tensor([[1, keys]]), torch.tensor([0])
+    location = torch.tensor([(keys - 0.5) / keys, 0.5]).expand(1, 1, 128, 1, 1, 2).contiguous()
+    weights = torch.ones(1, 1, 128, 1, 1)
+    output = value.new_full((1, 1, 128 * 128), float('nan'))
+    sizes = (ctypes.c_int64 * 10)(1, keys, 128, 128, 1, 1, 1, 0, DTYPES[value.dtype], DTYPES[location.dtype])
+    inputs = pointers(value, levels, starts, None, location, weights)
+    assert emulator.emulate_forward(sizes, inputs, ctypes.c_void_p(output.data_ptr())) == 0
+    assert value.numel() > 2**31
+    assert abs(output[0, 0, -1].item() - 3) < 0.1 and output.abs().sum() < 3.1

@@ -1,4 +1,7 @@
 """The operator against definitions in float64, over its semantics, on every backend and instruction set there is."""
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,6 +198,18 @@ def test_empty(backend, size):
     assert plain_pair(case)[0][1].abs().sum() == 0
 
 
+@needs_cpu
+def test_more_than_2_to_the_31_elements():
+    """Behind 2^31 elements too, a row is found. Untouched zeros of numpy's take no memory."""
+    keys = 2**17 + 1
+    value = torch.from_numpy(np.zeros((1, keys, 128, 128), np.float16))
+    value[0, -1, -1, -1] = 3
+    location = torch.tensor([(keys - 0.5) / keys, 0.5]).expand(1, 1, 128, 1, 1, 2)
+    output = ms_deform_attn(value, [(1, keys)], None, location, torch.ones(1, 1, 128, 1, 1))
+    assert value.numel() > 2**31
+    assert abs(output[0, 0, -1].item() - 3) < 0.1 and output.abs().sum() < 3.1
+
+
 def test_level_forms(backend):
     """Pairs, a tensor of int64 or int32, with and without the start of each level."""
     case = make_case()
@@ -256,6 +271,37 @@ def test_reference_form():
     expected = grid_sample_attention(case.value, case.shapes, case.locations, case.weights)
     actual = ms_deform_attn_reference(case.value, case.shapes, None, case.locations, case.weights, deterministic=True)
     torch.testing.assert_close(actual, expected)
+
+
+@needs_cpu
+def test_scratch_memory_does_not_grow_with_the_samples():
+    """Forward and backward take no more memory beside their results for 64 times the samples."""
+    status = Path('/proc/self/status')
+    if not status.exists():
+        pytest.skip('there is no /proc/self/status to read the peak memory from')
+
+    def bytes_of(key):
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key)) * 1024
+
+    extra = []
+    for queries, points in ((500, 1), (4000, 8)):
+        case = make_case(shapes=[(20, 30), (10, 15)], batch=1, queries=queries, heads=8, head_dim=16, points=points,
+                         dtype=torch.float32)
+        levels = (torch.tensor(case.shapes), torch.tensor([0, 600]))
+        inputs = (case.value, *levels, *case.fused()[1:])
+        results = []
+        for _ in range(2):  # what is loaded on first use is no part of it
+            del results[:]
+            try:
+                Path('/proc/self/clear_refs').write_text('5')  # resets the peak
+            except OSError as error:
+                pytest.skip(f'the peak memory cannot be reset: {error}')
+            before = bytes_of('VmRSS')
+            results.append(torch.ops.msda.ms_deform_attn_fused(*inputs, False))
+            results += torch.ops.msda.ms_deform_attn_fused_backward(results[0], *inputs, False)
+            used = bytes_of('VmHWM') - before
+        extra.append(used - sum(t.nbytes for t in results))
+    assert extra[1] < max(extra[0], 0) + 4 * 2**20
 
 
 @needs_cpu
