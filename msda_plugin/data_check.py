@@ -77,6 +77,8 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes
     classes = _check_classes(ann_file, present, classes)
     used = {category['id'] for category in content['categories'] if category['name'] in set(classes)}
     annotations = [a for a in content['annotations'] if a['category_id'] in used]
+    listed = {category['id'] for category in content['categories']}
+    unknown = [a['category_id'] for a in content['annotations'] if a['category_id'] not in listed]
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     strays = sum(a['image_id'] not in sizes for a in annotations)
     annotations = [a for a in annotations if a['image_id'] in sizes]
@@ -96,6 +98,9 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes
     if degenerate:
         warnings.append(f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
                         'without area or outside their image, and are left out')
+    if unknown:
+        warnings.append(f"{len(unknown)} of the {len(content['annotations'])} annotations in '{ann_file}' have a category "
+                        f'that it does not list (id {_names(sorted(set(unknown), key=str), limit=5)}), and are left out')
     if strays:
         warnings.append(f"{strays} annotations in '{ann_file}' belong to images that it does not list")
     return DataReport(ann_file, classes, len(sizes), len(annotations),

@@ -112,6 +112,16 @@ def test_warnings(tmp_path):
     assert 'holds no box of the classes cat, dog' in check_coco(*write(tmp_path, content)).warnings[0]
 
 
+def test_annotations_of_unlisted_categories_are_counted(tmp_path):
+    content = coco()
+    for annotation, category in zip(content['annotations'], (9, 7, 9), strict=False):
+        annotation['category_id'] = category
+    report = check_coco(*write(tmp_path, content))
+    assert report.num_boxes == 1
+    assert any('3 of the 4 annotations' in warning and '(id 7, 9), and are left out' in warning
+               for warning in report.warnings)
+
+
 def test_a_test_file_may_be_without_annotations(tmp_path):
     content = coco()
     del content['annotations']

@@ -1,8 +1,11 @@
 """What every family of checkpoints shares: reading a file, unwrapping it, and the account of a conversion."""
+import argparse
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -55,13 +58,11 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
         prefix: keep the keys under this prefix alone, without it ('backbone' for the backbone of a detector).
 
     Raises:
-        ValueError: if the file holds no state dict, or no key has the prefix.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no whole checkpoint, names more than tensors and plain containers, holds no state dict,
+            or no key has the prefix.
     """
-    if str(path).startswith(('http://', 'https://')):
-        checkpoint = torch.hub.load_state_dict_from_url(str(path), map_location='cpu', weights_only=True)
-    else:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    state_dict = unwrap(checkpoint)
+    state_dict = unwrap(_read(str(path)))
     if prefix:
         prefix = prefix.rstrip('.') + '.'
         found = list(state_dict)[:8]
@@ -69,6 +70,30 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
         if not state_dict:
             raise ValueError(f'no key of {path} starts with {prefix!r}; it holds {found} ...')
     return state_dict
+
+
+def _read(path: str) -> object:
+    """What a checkpoint file holds; every failure is a sentence."""
+    is_url = path.startswith(('http://', 'https://'))
+    if not is_url and not Path(path).is_file():
+        raise FileNotFoundError(f'the checkpoint {path} does not exist; give the path of a .pth file, or a URL')
+    try:
+        # Training scripts keep their command line in the checkpoint; as a class, it does nothing when it is read.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # what it leads to is said below
+            if is_url:
+                return torch.hub.load_state_dict_from_url(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no checkpoint fail in every way there is
+        named = re.search(r'GLOBAL (\S+)', str(error)) if isinstance(error, UnpicklingError) else None
+        if named:
+            raise ValueError(f'{path} holds more than tensors: it names {named[1]}, and reading that could run code; '
+                             'nothing of it was run. Where the file is trusted, save its state dict alone, by '
+                             "torch.save(checkpoint['model'], …), and take that") from error
+        raise ValueError(f'{path} cannot be read as a checkpoint: it is cut short, or no file of torch.save; '
+                         'download it again, or name another') from error
 
 
 def check_keys(family: str, found: set[str], expected: set[str]) -> None:

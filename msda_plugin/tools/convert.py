@@ -2,16 +2,12 @@
 import argparse
 import json
 import os
-import re
 import sys
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
 
 from msda_plugin.convert import FAMILIES, Conversion, convert, load_checkpoint_file
 from msda_plugin.tools.errors import user_errors
@@ -39,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             check_target(target, args.force)
         if len({target.resolve() for target in targets}) < len(targets):
             raise ValueError(f'OUT and --json both name {args.out}; the account goes to a file of its own')
-        conversion = convert(read_state_dict(args.source, args.prefix), args.family)
+        conversion = convert(load_checkpoint_file(args.source, args.prefix), args.family)
         meta = dict(family=args.family, source=args.source)
         write_whole(targets[0], lambda file: torch.save(dict(state_dict=conversion.state_dict, meta=meta), file))
         if args.json:
@@ -66,32 +62,6 @@ def check_target(path: Path, force: bool) -> None:
         raise FileNotFoundError(f'the folder {path.parent} of {path.name} does not exist; make it first')
     if path.exists() and not force:
         raise FileExistsError(f'{path} exists; pass --force to replace it, or choose another name')
-
-
-def read_state_dict(source: str, prefix: str | None = None) -> Mapping[str, Tensor]:
-    """``load_checkpoint_file``, whose every failure is a sentence.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no whole checkpoint, or names more than tensors and plain containers.
-    """
-    if '://' not in source and not Path(source).is_file():
-        raise FileNotFoundError(f'the checkpoint {source} does not exist; give the path of a .pth file, or a URL')
-    try:
-        # Training scripts keep their command line in the checkpoint; as a class, it does nothing when it is read.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # what it leads to is said below
-            return load_checkpoint_file(source, prefix)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # bytes that are no checkpoint fail in every way there is
-        named = re.search(r'GLOBAL (\S+)', str(error)) if isinstance(error, UnpicklingError) else None
-        if named:
-            raise ValueError(f'{source} holds more than tensors: it names {named[1]}, and reading that could run code; '
-                             'nothing of it was run. Where the file is trusted, save its state dict alone, by '
-                             "torch.save(checkpoint['model'], …), and convert that") from error
-        raise ValueError(f'{source} cannot be read as a checkpoint: it is cut short, or no file of torch.save; '
-                         'download it again, or name another') from error
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
