@@ -99,8 +99,9 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes
         warnings.append(f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
                         'without area or outside their image, and are left out')
     if unknown:
-        warnings.append(f"{len(unknown)} of the {len(content['annotations'])} annotations in '{ann_file}' have a category "
-                        f'that it does not list (id {_names(sorted(set(unknown), key=str), limit=5)}), and are left out')
+        ids = _names(sorted(set(unknown), key=str), limit=5)
+        warnings.append(f"{len(unknown)} of the {len(content['annotations'])} annotations in '{ann_file}' have a "
+                        f'category that it does not list (id {ids}), and are left out')
     if strays:
         warnings.append(f"{strays} annotations in '{ann_file}' belong to images that it does not list")
     return DataReport(ann_file, classes, len(sizes), len(annotations),

@@ -1,9 +1,13 @@
 """MMEngine's runner, with what a config says checked before anything is built from it."""
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import is_distributed
+from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
@@ -110,7 +114,8 @@ class DetectionRunner(Runner):
 
     A changed ``data_root`` reaches every data set and evaluator, a changed number of epochs the schedules, and data is
     checked before it is used: training and validation data when a training starts, test data when a test does. A field
-    ``device`` of the config, such as 'cpu' or 'cuda:1', chooses another device than MMEngine would.
+    ``device`` of the config, such as 'cpu' or 'cuda:1', chooses another device than MMEngine would. With
+    ``launcher='pytorch'`` and no GPU the processes meet over gloo.
     """
 
     @classmethod
@@ -119,7 +124,20 @@ class DetectionRunner(Runner):
         propagate_max_epochs(cfg)
         return super().from_cfg(cfg)
 
+    def setup_env(self, env_cfg: dict) -> None:
+        """Set up processes and their group; MMEngine's launcher presumes a GPU for each process."""
+        if self._launcher == 'pytorch' and get_device() == 'cpu' and not is_distributed():
+            options = {key: value for key, value in env_cfg.get('dist_cfg', {}).items() if key != 'backend'}
+            if 'timeout' in options:
+                options['timeout'] = timedelta(seconds=options['timeout'])
+            torch.distributed.init_process_group('gloo', **options)
+        super().setup_env(env_cfg)
+
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        if self.distributed and model_wrapper_cfg is None and get_device() == 'cpu':
+            return MMDistributedDataParallel(
+                model, broadcast_buffers=False,
+                find_unused_parameters=self.cfg.get('find_unused_parameters', False))
         device = self.cfg.get('device')
         if device and not self.distributed:
             if device.startswith('cuda'):

@@ -38,6 +38,7 @@ PARAMETERS = {
     'dino-4scale_r50_8xb2-12e_coco': 47_557_964,
     'dino-4scale_shunted-s_8xb2-12e_coco': 41_986_636,
     'mfds-detr_r50_8xb2-100e_leukocytes': 67_165_707,
+    'deformable-detr_pvt-s-pvt-neck_16xb2-50e_coco': 40_088_278,
     'deformable-detr_pvtv2-b2-pvt-neck_16xb2-50e_coco': 40_965_398,
     'deformable-detr-refine_shunted-nano_1xb4-8e_shapes': 3_410_198,
     'deformable-detr-single-scale_shunted-nano_1xb4-8e_shapes': 1_791_500,

@@ -1,0 +1,10 @@
+# The same on PVT-Small, the first version, which does not normalise its maps: the neck does.
+_base_ = './deformable-detr_pvtv2-b2-pvt-neck_16xb2-50e_coco.py'
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='PyramidVisionTransformer',
+        num_layers=[3, 4, 6, 3],
+        out_indices=(1, 2, 3),
+        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth')),
+    neck=dict(input_norm=True))

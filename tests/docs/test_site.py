@@ -1,0 +1,30 @@
+"""The documentation builds without a warning, and its reference has every public name."""
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ('ops', 'layers', 'backbones', 'necks', 'heads', 'detectors', 'convert', 'hooks', 'visualization', 'costs')
+
+
+@pytest.mark.slow
+def test_builds_and_has_every_public_name(tmp_path):
+    for package in ('mkdocs', 'material', 'mkdocstrings'):
+        pytest.importorskip(package, reason=f'{package} is not installed; pip install -e ".[docs]"')
+    shutil.copytree(ROOT / 'docs', tmp_path / 'docs')
+    shutil.copy(ROOT / 'mkdocs.yml', tmp_path)
+    (tmp_path / 'msda_plugin').symlink_to(ROOT / 'msda_plugin')
+    done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict'], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for package in PACKAGES:
+        page = (tmp_path / 'build/site/api' / package / 'index.html').read_text()
+        module = importlib.import_module(f'msda_plugin.{package}')
+        public = [name for name in module.__all__ if callable(getattr(module, name))]
+        missing = [name for name in public if not re.search(rf'id="msda_plugin\.{package}(\.\w+)?\.{name}"', page)]
+        assert public and not missing, f'docs/api/{package}.md lacks {missing}'

@@ -1,0 +1,115 @@
+"""The tutorials do what they say. A page is one story in one folder and one namespace; in its fences
+
+- ``python`` is executed, ``python title="FILE"`` is written to FILE, for the blocks that follow;
+- ``bash`` (commands of msda_plugin) is executed, in this process;
+- ``sh`` is checked: the command exists and takes these arguments.
+"""
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.visualization import DetLocalVisualizer
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+from msda_plugin.__main__ import main
+
+sybil = pytest.importorskip('sybil', reason='sybil is not installed; pip install -e ".[test]"')
+from sybil.evaluators.python import PythonEvaluator  # noqa: E402
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / 'docs' / 'tutorials').glob('*.md'))
+NEEDS = {'tensorboard': 'tensorboard'}  # page -> package that is not installed everywhere
+FENCE = RawFencedCodeBlockLexer(re.compile(r'(?P<language>python|bash|sh)(?: title="(?P<file>[^"]+)")?$\n', re.M))
+OWN = ('python', '-m', 'msda_plugin')
+
+
+class Parsed(Exception):
+    """The arguments of a command were understood."""
+
+
+def commands(block: str) -> Iterator[list[str]]:
+    for line in block.replace('\\\n', ' ').splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r'\w+=\S*', words[0]):  # VARIABLE=value before a command
+            del words[0]
+        if words:
+            yield words
+
+
+def run(example) -> None:
+    for words in commands(example.parsed):
+        assert tuple(words[:3]) == OWN, f'{words} is not a command of msda_plugin: fence it as sh'
+        DetLocalVisualizer._instance_dict.clear()  # MMEngine keeps one a process, with the folder of the last training
+        assert main(words[3:]) == 0, words
+
+
+def check(example) -> None:
+    for words in commands(example.parsed):
+        understand(words)
+
+
+def understand(words: list[str]) -> None:
+    """Raise AssertionError unless the command exists and takes its arguments."""
+    if words[0] == 'srun':
+        words = words[next(i for i, word in enumerate(words) if i and not word.startswith('-')):]
+    if words[0] == 'torchrun':
+        launch, unknown = torchrun_parser().parse_known_args(words[1:])
+        assert launch.module and not unknown, words
+        words = ['python', '-m', launch.training_script, *launch.training_script_args]
+    if words[0] == 'mim':
+        command = pytest.importorskip(f'mim.commands.{words[1]}', reason='mim is not installed').cli
+        context = command.make_context(words[1], words[2:])  # what mim does not know goes on to our parser
+        words = [*OWN, words[1], context.params['config'], *context.params['other_args']]
+    if words[0] in ('make', 'pip', 'git', 'tensorboard', 'sbatch'):
+        return
+    assert tuple(words[:3]) == OWN, f'nobody knows how to check {words}'
+    with pytest.raises(Parsed):
+        main(words[3:])
+
+
+@pytest.fixture
+def only_parse(monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, *args, **kwargs):
+        parse(parser, *args, **kwargs)
+        raise Parsed
+
+    def understand_unrun(example):
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+            check(example)
+
+    return understand_unrun
+
+
+def write(example) -> None:
+    Path(example.region.lexemes['file']).write_text(example.parsed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_tutorial(page, tmp_path, monkeypatch, only_parse):
+    if page.stem in NEEDS:
+        pytest.importorskip(NEEDS[page.stem], reason=f'{NEEDS[page.stem]} is not installed')
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    evaluators = dict(python=PythonEvaluator(), bash=run, sh=only_parse)
+
+    def parse(document):
+        for region in FENCE(document):
+            region.parsed = region.lexemes['source']
+            region.evaluator = write if region.lexemes['file'] else evaluators[region.lexemes['language']]
+            yield region
+
+    examples = list(sybil.Document.parse(str(page), parse).examples())
+    assert examples, 'a tutorial shows how something is done'
+    for example in examples:
+        example.evaluate()
