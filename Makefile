@@ -1,4 +1,4 @@
-# make setup | train | test | bench | lint          STACK=forks (default) or upstream: see README.md, "Two stacks"
+# make setup | train | test | bench | lint | docs   STACK=forks (default) or upstream: see README.md, "Two stacks"
 STACK  ?= forks
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -21,7 +21,7 @@ else
   $(error STACK=$(STACK) is not known: use STACK=forks or STACK=upstream)
 endif
 
-.PHONY: setup train test bench lint clean
+.PHONY: setup train test bench lint docs clean
 setup: $(PLUGIN_OK)
 
 # torch comes first and alone, and nothing is built in isolation: a build environment of pip's own would fetch another torch.
@@ -54,6 +54,10 @@ bench: setup
 
 lint: setup
 	$(BIN)/ruff check .
+
+docs: setup  # the pages, in build/site
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info msda_plugin/ops/lib $(PLUGIN_OK)
