@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from msda_plugin.backbones.arguments import check_frozen_stages, check_image, check_indices, choose_arch
 from msda_plugin.convert import convert_state_dict, load_checkpoint_file
 from msda_plugin.layers.deformable_multi_head_attention import DeformableMultiHeadAttention, check_groups
 from msda_plugin.layers.deformable_position_bias import RelativePositionTable
@@ -142,18 +143,11 @@ class DAT(BaseModule):
         super().__init__(init_cfg)
         arch = resolve_arch(arch)
         dims, blocks = arch['embed_dims'], arch['blocks']
-        out_indices = range(len(dims)) if out_indices is None else out_indices
-        if not out_indices or any(not 0 <= i < len(dims) for i in out_indices) or (
-                sorted(set(out_indices)) != list(out_indices)):
-            raise ValueError(f'out_indices={tuple(out_indices)} does not fit; expected increasing indices of stages, '
-                             f'0 to {len(dims) - 1}')
-        if not -1 <= frozen_stages <= len(dims):
-            raise ValueError(f'frozen_stages={frozen_stages} is out of range; expected -1 (none), 0 (stem), or up to '
-                             f'{len(dims)} stages')
         self.in_channels = in_channels
         self.embed_dims = dims
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
+        self.out_indices = check_indices(
+            'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages')
+        self.frozen_stages = check_frozen_stages(frozen_stages, len(dims), 'stem', 'stages')
 
         drop_path_rate = arch['drop_path_rate'] if drop_path_rate is None else drop_path_rate
         depth = sum(map(len, blocks))
@@ -206,9 +200,7 @@ class DAT(BaseModule):
             module.eval().requires_grad_(False)
 
     def _check_image(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'DAT got an image of shape {tuple(x.shape)}; expected (B, {self.in_channels}, H, W); set '
-                             'in_channels if the images have another number')
+        check_image('DAT', x, self.in_channels)
         if min(x.shape[2:]) < self.min_image_side:
             raise ValueError(f'an image of {x.shape[2]}x{x.shape[3]} is smaller than the stride of stage '
                              f'{self.out_indices[-1]}; give images of at least {self.min_image_side} pixels a side')
@@ -242,15 +234,7 @@ class DAT(BaseModule):
 
 def resolve_arch(arch: str | dict) -> dict:
     """The arch dict of a published name, or the given dict after checking it; ValueError says what does not fit."""
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f'unknown arch {arch!r}; known: {sorted(ARCHS)}, or give a dict with the keys '
-                             f'{list(ARCHS["tiny"])}')
-        return ARCHS[arch]
-    missing, unknown = ARCHS['tiny'].keys() - arch.keys(), arch.keys() - ARCHS['tiny'].keys()
-    if missing or unknown:
-        raise ValueError(f'arch dict does not fit: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
-                         f'expected exactly {list(ARCHS["tiny"])}')
+    arch = choose_arch(arch, ARCHS)
     per_stage = {key: arch[key] for key in ('embed_dims', 'blocks', 'num_heads', 'num_groups', 'kernel_sizes')}
     for key, value in per_stage.items():
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(arch['blocks']):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from msda_plugin.backbones.arguments import check_frozen_stages, check_image, check_indices, choose_arch
 from msda_plugin.convert import convert_state_dict, load_checkpoint_file
 from msda_plugin.layers.detail_feed_forward import DetailFeedForward
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention, check_attention_sizes
@@ -165,18 +166,11 @@ class ShuntedTransformer(BaseModule):
         super().__init__(init_cfg)
         arch = resolve_arch(arch)
         depths, dims = arch['depths'], arch['embed_dims']
-        out_indices = range(len(dims)) if out_indices is None else out_indices
-        if not out_indices or any(not 0 <= i < len(dims) for i in out_indices) or (
-                sorted(set(out_indices)) != list(out_indices)):
-            raise ValueError(f'out_indices={tuple(out_indices)} does not fit; expected increasing indices of stages, '
-                             f'0 to {len(dims) - 1}')
-        if not -1 <= frozen_stages <= len(dims):
-            raise ValueError(f'frozen_stages={frozen_stages} is out of range; expected -1 (none), 0 (stem), or up to '
-                             f'{len(dims)} stages')
         self.in_channels = in_channels
         self.embed_dims = dims
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
+        self.out_indices = check_indices(
+            'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages')
+        self.frozen_stages = check_frozen_stages(frozen_stages, len(dims), 'stem', 'stages')
         self.norm_eval = norm_eval
 
         last = max(sum(depths) - 1, 1)
@@ -229,9 +223,7 @@ class ShuntedTransformer(BaseModule):
             module.eval().requires_grad_(False)
 
     def _check_image(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'ShuntedTransformer got an image of shape {tuple(x.shape)}; expected '
-                             f'(B, {self.in_channels}, H, W); set in_channels if the images have another number')
+        check_image('ShuntedTransformer', x, self.in_channels)
         height, width = x.shape[2:]
         for i, stage in enumerate(self.stages[:self.out_indices[-1] + 1]):
             height, width = stage.patch_embed.output_side(height), stage.patch_embed.output_side(width)
@@ -250,15 +242,7 @@ class ShuntedTransformer(BaseModule):
 
 def resolve_arch(arch: str | dict) -> dict:
     """The arch dict of a published name, or the given dict after checking it; ValueError says what does not fit."""
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f'unknown arch {arch!r}; known: {sorted(ARCHS)}, or give a dict with the keys '
-                             f'{list(ARCHS["tiny"])}')
-        return ARCHS[arch]
-    missing, unknown = ARCHS['tiny'].keys() - arch.keys(), arch.keys() - ARCHS['tiny'].keys()
-    if missing or unknown:
-        raise ValueError(f'arch dict does not fit: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
-                         f'expected exactly {list(ARCHS["tiny"])}')
+    arch = choose_arch(arch, ARCHS)
     per_stage = {key: value for key, value in arch.items() if key != 'stem_convs'}
     for key, value in per_stage.items():
         if not isinstance(value, Sequence):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from msda_plugin.backbones.arguments import check_frozen_stages, check_image, check_indices, choose_arch
 from msda_plugin.convert import convert_state_dict, load_checkpoint_file
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
 from msda_plugin.registry import MODELS
@@ -195,16 +196,11 @@ class VisionTransformer(BaseModule):
                              'makes every block global; set window_size, such as 14')
         if global_indices is None:
             global_indices = sorted({math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
-        out_indices = (depth - 1,) if out_indices is None else out_indices
-        for name, indices in (('out_indices', out_indices), ('global_indices', global_indices)):
-            if any(not 0 <= i < depth for i in indices) or sorted(set(indices)) != list(indices):
-                raise ValueError(f'{name}={tuple(indices)} does not fit; expected increasing indices of blocks, 0 to '
-                                 f'{depth - 1}')
-        if not out_indices:
-            raise ValueError('out_indices is empty; name at least one block, or None for the last')
-        if not -1 <= frozen_stages <= depth:
-            raise ValueError(f'frozen_stages={frozen_stages} is out of range; expected -1 (none), 0 (what comes before '
-                             f'the blocks), or up to {depth} blocks')
+        out_indices = check_indices(
+            'out_indices', (depth - 1,) if out_indices is None else out_indices, depth, 'blocks')
+        if global_indices:
+            check_indices('global_indices', global_indices, depth, 'blocks')
+        check_frozen_stages(frozen_stages, depth, 'what comes before the blocks', 'blocks')
         if with_cls_token and (window_size or use_rel_pos):
             raise ValueError('a class token has no place in windows and relative positions: set with_cls_token=False '
                              f'to use window_size={window_size}, use_rel_pos={use_rel_pos}')
@@ -218,7 +214,7 @@ class VisionTransformer(BaseModule):
         self.embed_dims = dims
         self.patch_size = patch_size
         self.grid = tuple(math.ceil(side / patch_size) for side in img_size)
-        self.out_indices = tuple(out_indices)
+        self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
 
@@ -255,9 +251,7 @@ class VisionTransformer(BaseModule):
         Raises:
             ValueError: if the channels differ from ``in_channels``.
         """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'VisionTransformer got an image of shape {tuple(x.shape)}; expected '
-                             f'(B, {self.in_channels}, H, W); set in_channels if the images have another number')
+        check_image('VisionTransformer', x, self.in_channels)
         x = self.patch_embed(F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size)))
         hw_shape = (x.shape[2], x.shape[3])
         x = map_to_tokens(x) + self._positions(hw_shape)
@@ -364,15 +358,7 @@ class VisionTransformer(BaseModule):
 
 def resolve_arch(arch: str | dict) -> dict:
     """The arch dict of a published name, or the given dict after checking it; ValueError says what does not fit."""
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f'unknown arch {arch!r}; known: {sorted(ARCHS)}, or give a dict with the keys '
-                             f'{list(ARCHS["tiny"])}')
-        return ARCHS[arch]
-    missing, unknown = ARCHS['tiny'].keys() - arch.keys(), arch.keys() - ARCHS['tiny'].keys()
-    if missing or unknown:
-        raise ValueError(f'arch dict does not fit: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
-                         f'expected exactly {list(ARCHS["tiny"])}')
+    arch = choose_arch(arch, ARCHS)
     if min(arch.values()) <= 0 or arch['embed_dims'] % arch['num_heads']:
         raise ValueError(f'arch dict does not fit: got {dict(arch)}; expected positive numbers, and embed_dims a '
                          'multiple of num_heads')

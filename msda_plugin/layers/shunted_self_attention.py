@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from msda_plugin.registry import MODELS
 
-from .token_layout import map_to_tokens, tokens_to_map
+from .token_layout import check_tokens, map_to_tokens, tokens_to_map
 
 
 class TokenAggregation(BaseModule):
@@ -92,9 +92,7 @@ class ShuntedSelfAttention(BaseModule):
             ValueError: if the tokens do not match ``hw_shape`` or ``embed_dims``, or the map is too small.
         """
         height, width = hw_shape
-        if x.dim() != 3 or x.shape[1] != height * width or x.shape[2] != self.embed_dims:
-            raise ValueError(f'ShuntedSelfAttention got tokens of shape {tuple(x.shape)} for a {height}x{width} map; '
-                             f'expected (B, {height * width}, {self.embed_dims})')
+        check_tokens(self, x, hw_shape)
         if min(height, width) < self.sr_ratio:
             raise ValueError(f'ShuntedSelfAttention got a {height}x{width} map, but sr_ratio={self.sr_ratio} needs at '
                              f'least {self.sr_ratio} rows and columns; give a larger image or a smaller sr_ratio')
