@@ -26,7 +26,7 @@ def batches(tmp_path_factory):
         type='mmdet.CocoDataset', data_root=str(folder), ann_file='annotations/train.json',
         data_prefix=dict(img='train/'), metainfo=dict(classes=CLASSES), filter_cfg=dict(filter_empty_gt=False),
         pipeline=[dict(type='LoadImageFromFile'), dict(type='mmdet.LoadAnnotations', with_bbox=True),
-                  dict(type='mmdet.RandomChoiceResize', resize_type='mmdet.Resize', scales=[SIZE, (48, 64)],
+                  dict(type='RandomChoiceResize', resize_type='mmdet.Resize', scales=[SIZE, (48, 64)],
                        keep_ratio=False),
                   dict(type='mmdet.PackDetInputs')]))
     np.random.seed(0)
