@@ -56,7 +56,7 @@ lint: setup
 	$(BIN)/ruff check .
 
 docs: setup  # the pages, in build/site
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[docs]'
+	$(BIN)/python -m pip install -q -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

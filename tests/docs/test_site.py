@@ -15,7 +15,7 @@ PACKAGES = ('ops', 'layers', 'backbones', 'necks', 'heads', 'detectors', 'conver
 @pytest.mark.slow
 def test_builds_and_has_every_public_name(tmp_path):
     for package in ('mkdocs', 'material', 'mkdocstrings'):
-        pytest.importorskip(package, reason=f'{package} is not installed; pip install -e ".[docs]"')
+        pytest.importorskip(package, reason=f'{package} is not installed; pip install -r requirements/docs.txt')
     shutil.copytree(ROOT / 'docs', tmp_path / 'docs')
     shutil.copy(ROOT / 'mkdocs.yml', tmp_path)
     (tmp_path / 'msda_plugin').symlink_to(ROOT / 'msda_plugin')
