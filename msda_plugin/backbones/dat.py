@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from msda_plugin.backbones.arguments import check_frozen_stages, check_image, check_indices, choose_arch
-from msda_plugin.convert import convert_state_dict, load_checkpoint_file
+from msda_plugin.backbones.published_backbone import (
+    PublishedBackbone,
+    check_frozen_stages,
+    check_image,
+    check_indices,
+    choose_arch,
+)
 from msda_plugin.layers.deformable_multi_head_attention import DeformableMultiHeadAttention, check_groups
 from msda_plugin.layers.deformable_position_bias import RelativePositionTable
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
@@ -102,7 +107,7 @@ class DATStage(BaseModule):
 
 
 @MODELS.register_module()
-class DAT(BaseModule):
+class DAT(PublishedBackbone):
     """DAT in its CVPR 2022 form, as a detection backbone.
 
     Images of any size are taken. The tables of deformable attention belong to the maps of ``image_size``, and are
@@ -137,6 +142,8 @@ class DAT(BaseModule):
         [(1, 96, 16, 24), (1, 192, 8, 12), (1, 384, 4, 6), (1, 768, 2, 3)]
     """
 
+    family = 'dat'
+
     def __init__(self, arch: str | dict = 'tiny', in_channels: int = 3, out_indices: Sequence[int] | None = None,
                  frozen_stages: int = -1, with_cp: bool = False, drop_path_rate: float | None = None,
                  drop_rate: float = 0., attn_drop_rate: float = 0., init_cfg: dict | list | None = None):
@@ -162,15 +169,8 @@ class DAT(BaseModule):
         self.norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i]) for i in self.out_indices})
         self._freeze_stages()
 
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or draw the published initialisation."""
-        if self.init_cfg is None:
-            self.apply(_init_module)
-        elif isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
-            state_dict = load_checkpoint_file(self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
-            self.load_state_dict(convert_state_dict(state_dict, 'dat'))
-        else:
-            super().init_weights()
+    def _draw_weights(self) -> None:
+        self.apply(_init_module)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W) -> one normalised map (B, C_i, H_i, W_i) for each of ``out_indices``.
@@ -185,12 +185,6 @@ class DAT(BaseModule):
             if i in self.out_indices:
                 outs.append(self.norms[str(i)](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return tuple(outs)
-
-    def train(self, mode: bool = True) -> 'DAT':
-        """Set the mode, but keep frozen stages in eval mode."""
-        super().train(mode)
-        self._freeze_stages()
-        return self
 
     def _freeze_stages(self) -> None:
         frozen = [self.stages[0].patch_embed] if self.frozen_stages >= 0 else []

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from msda_plugin.backbones.arguments import check_frozen_stages, check_image, check_indices, choose_arch
-from msda_plugin.convert import convert_state_dict, load_checkpoint_file
+from msda_plugin.backbones.published_backbone import (
+    PublishedBackbone,
+    check_frozen_stages,
+    check_image,
+    check_indices,
+    choose_arch,
+)
 from msda_plugin.layers.detail_feed_forward import DetailFeedForward
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention, check_attention_sizes
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
@@ -130,7 +135,7 @@ class ShuntedStage(BaseModule):
 
 
 @MODELS.register_module()
-class ShuntedTransformer(BaseModule):
+class ShuntedTransformer(PublishedBackbone):
     """Shunted Transformer, as a detection backbone.
 
     Args:
@@ -159,6 +164,8 @@ class ShuntedTransformer(BaseModule):
         [(1, 64, 16, 24), (1, 128, 8, 12), (1, 256, 4, 6), (1, 512, 2, 3)]
     """
 
+    family = 'shunted_transformer'
+
     def __init__(self, arch: str | dict = 'tiny', in_channels: int = 3, out_indices: Sequence[int] | None = None,
                  frozen_stages: int = -1, norm_eval: bool = False, with_cp: bool = False,
                  drop_path_rate: float = 0.1, drop_rate: float = 0., attn_drop_rate: float = 0.,
@@ -183,15 +190,8 @@ class ShuntedTransformer(BaseModule):
             self.stages.append(ShuntedStage(patch_embed, blocks, dim, with_cp))
         self._freeze_stages()
 
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or draw the published initialisation."""
-        if self.init_cfg is None:
-            self.apply(_init_module)
-        elif isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
-            state_dict = load_checkpoint_file(self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
-            self.load_state_dict(convert_state_dict(state_dict, 'shunted_transformer'))
-        else:
-            super().init_weights()
+    def _draw_weights(self) -> None:
+        self.apply(_init_module)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W) -> one normalised map (B, C_i, H_i, W_i) for each of ``out_indices``.
@@ -210,7 +210,6 @@ class ShuntedTransformer(BaseModule):
     def train(self, mode: bool = True) -> 'ShuntedTransformer':
         """Set the mode, but keep frozen stages, and with ``norm_eval`` every BatchNorm, in eval mode."""
         super().train(mode)
-        self._freeze_stages()
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from msda_plugin.backbones.arguments import check_frozen_stages, check_image, check_indices, choose_arch
-from msda_plugin.convert import convert_state_dict, load_checkpoint_file
+from msda_plugin.backbones.published_backbone import (
+    PublishedBackbone,
+    check_frozen_stages,
+    check_image,
+    check_indices,
+    choose_arch,
+)
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
 from msda_plugin.registry import MODELS
 
@@ -138,7 +143,7 @@ def merge_windows(x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
 
 
 @MODELS.register_module()
-class VisionTransformer(BaseModule):
+class VisionTransformer(PublishedBackbone):
     """Vision Transformer, as a detection backbone: maps of stride ``patch_size``.
 
     ViTDet's backbone is ``VisionTransformer('base', with_cls_token=False, window_size=14, use_rel_pos=True,
@@ -181,6 +186,8 @@ class VisionTransformer(BaseModule):
         >>> [tuple(x.shape) for x in backbone(torch.rand(1, 3, 75, 101))]
         [(1, 192, 5, 7)]
     """
+
+    family = 'vision_transformer'
 
     def __init__(self, arch: str | dict = 'base', in_channels: int = 3, patch_size: int = 16,
                  img_size: int | tuple[int, int] = 224, out_indices: Sequence[int] | None = None,
@@ -231,19 +238,6 @@ class VisionTransformer(BaseModule):
         self.norm = nn.LayerNorm(dims, eps=1e-6) if final_norm else None
         self._freeze_stages()
 
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or draw the initialisation.
-
-        Raises:
-            ValueError: if the file is not a ViT's, or of another size or with other parts than this one.
-        """
-        if self.init_cfg is None:
-            self._draw_weights()
-        elif isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
-            self._load_pretrained(self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
-        else:
-            super().init_weights()
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W) -> a map (B, C, ceil(H / patch_size), ceil(W / patch_size)) for each of
         ``out_indices``; the image is padded with zeros to whole patches.
@@ -270,12 +264,6 @@ class VisionTransformer(BaseModule):
                     out = self.norm(out)
                 outs.append(tokens_to_map(out, hw_shape))
         return tuple(outs)
-
-    def train(self, mode: bool = True) -> 'VisionTransformer':
-        """Set the mode, but keep frozen blocks in eval mode."""
-        super().train(mode)
-        self._freeze_stages()
-        return self
 
     def _positions(self, hw_shape: tuple[int, int]) -> Tensor:
         """The positions of a map's patches, (1, H * W, C)."""
@@ -308,8 +296,7 @@ class VisionTransformer(BaseModule):
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
 
-    def _load_pretrained(self, path: str, prefix: str | None) -> None:
-        state_dict = convert_state_dict(load_checkpoint_file(path, prefix), 'vision_transformer')
+    def _load_published(self, state_dict: dict[str, Tensor], path: str) -> None:
         self._fit_state_dict(state_dict)
         own = self.state_dict()
         # The tables of relative positions come with fine-tuning, and start from zero.

@@ -1,7 +1,53 @@
-"""What every backbone asks of its arguments, in the same words."""
+"""What every backbone does alike: start from published weights, keep frozen parts frozen, check its arguments."""
 from collections.abc import Mapping, Sequence
 
+from mmengine.model import BaseModule
 from torch import Tensor
+
+from msda_plugin.convert import convert_state_dict, load_checkpoint_file
+
+
+class PublishedBackbone(BaseModule):
+    """A backbone whose ``init_cfg=dict(type='Pretrained', checkpoint=…)`` takes its authors' file as it is.
+
+    Attributes:
+        family: of its checkpoints, one of `msda_plugin.convert.FAMILIES`.
+    """
+
+    family: str
+
+    def init_weights(self) -> None:
+        """Load the checkpoint of ``init_cfg``, or draw the published initialisation.
+
+        Raises:
+            ValueError: if the file is not of this family, or does not fit this model.
+        """
+        if self.init_cfg is None:
+            self._draw_weights()
+        elif isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
+            path = self.init_cfg['checkpoint']
+            state_dict = load_checkpoint_file(path, self.init_cfg.get('prefix'))
+            self._load_published(convert_state_dict(state_dict, self.family), path)
+        else:
+            super().init_weights()
+
+    def train(self, mode: bool = True) -> 'PublishedBackbone':
+        """Set the mode, but keep frozen stages in eval mode."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _draw_weights(self) -> None:
+        """Draw the published initialisation."""
+        raise NotImplementedError
+
+    def _load_published(self, state_dict: dict[str, Tensor], path: str) -> None:
+        """Load the converted content of the file ``path``."""
+        self.load_state_dict(state_dict)
+
+    def _freeze_stages(self) -> None:
+        """Take gradients and training mode from what ``frozen_stages`` names."""
+        raise NotImplementedError
 
 
 def choose_arch(arch: str | dict, archs: Mapping[str, dict]) -> dict:
