@@ -4,6 +4,19 @@ import torch
 # The tensors of the tests are small: more threads only wait for each other, very long on a machine that is busy.
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        '--long', action='store_true',
+        help='the long form of tests/reliability: more cases, kills and iterations, hours instead of minutes')
+
+
+@pytest.fixture
+def long_run(request):
+    """Whether the long form was asked for; a test has a number for each and prints what it did (see it with -s)."""
+    return request.config.getoption('--long')
+
+
 TINY_STOCK_CONFIG = '''
 _base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 model = dict(

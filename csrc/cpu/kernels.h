@@ -25,9 +25,10 @@
 namespace msda::MSDA_ISA {
 namespace {
 
-constexpr int64_t kTileSamples = 128;
+constexpr int64_t kTileSamples = 64;
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kHugePage = int64_t{1} << 21;
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;  // an output as large as this leaves the caches before it is read
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -57,9 +58,13 @@ class Buffer {
   E* data_;
 };
 
-template <bool kForWriting = false>
-inline void prefetch(const void* address, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(address) + i, kForWriting);
+// kLevel: 2 into the second-level cache, which has more reads under way at a time than the first; 0 past it, for memory
+// that is visited once and should not take the place of the rows of `value` there. Always inlined, like what calls it:
+// GCC takes a function that only prefetches for one without effect, and drops the call.
+template <int kLevel, bool kForWriting = false>
+MSDA_INLINE void prefetch(const void* address, int64_t bytes) {
+  const char* lines = static_cast<const char*>(address);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(lines + i, kForWriting, kLevel);
 }
 
 // Runs body(begin, end) over `count` tasks of some number of multiplications each; small work stays on one thread.
@@ -189,10 +194,10 @@ class Tile {
  public:
   Tile(const Problem& p, const Layout& layout, int64_t level_begin, int64_t level_end)
       : samples((level_end - level_begin) * p.points), capacity(max_of(1, kTileSamples / samples)),
-        size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), offset(4 * size), corner(4 * size), weight(size),
+        size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), corner(4 * size), row(4 * size), weight(size),
         down(size), right(size), inside(size), width(size), height(size), raw(2 * size), origin(p.reference_size * size),
         p_(p), packed_(layout.packed), first_(level_begin * p.points), x_(size), y_(size), start_(size), pitch_(size),
-        row_(4 * size), logits_(p.samples() + kLanes<A>) {
+        logits_(p.samples() + kLanes<A>) {
     for (int64_t s = 0; s < size; ++s) {
       const Level& level = layout.levels[level_begin + s % samples / p.points];
       height[s] = level.height;
@@ -201,32 +206,31 @@ class Tile {
       pitch_[s] = level.pitch;
       x_[s] = y_[s] = weight[s] = 0;  // the last ones may belong to no query
     }
-    std::memset(row_, 0, 4 * size * sizeof(int32_t));
   }
 
-  // Corner addresses are row * stride from the base of the rows; in place, `missing` where there is no corner. Packed,
-  // the right corners follow the left ones, and only the left ones have offsets: [0] and [2].
-  void plan(int64_t image, int64_t head, int64_t query, int64_t count, int64_t stride, int64_t missing) {
+  void plan(int64_t image, int64_t head, int64_t query, int64_t count) {
     const int64_t all = p_.samples(), total = count * samples;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t unit = (image * p_.queries + query + i) * p_.heads + head;
       widen(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + first_), raw + 2 * i * samples, 2 * samples);
       const C* weights = static_cast<const C*>(p_.weights) + unit * all;
       const int64_t ahead = count * p_.heads * all;  // in the next tile: far enough apart that only we see the pattern
-      prefetch(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + ahead + first_), 2 * samples * sizeof(C));
-      prefetch(weights + ahead + first_, samples * sizeof(C));
+      prefetch<0>(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + ahead + first_), 2 * samples * sizeof(C));
+      prefetch<0>(weights + ahead + first_, samples * sizeof(C));
       if (p_.reference_size == 0)
         widen(weights + first_, weight + i * samples, samples);
       else
         softmax(weights, weight + i * samples);
     }
     positions(image * p_.queries + query, count);
-    neighbours(total, stride, missing);
+    neighbours(total);
   }
 
   const int64_t samples, capacity, size;  // per query; queries; in all, rounded up to whole vectors
-  Buffer<int64_t> offset;                 // [4][size]
-  Buffer<A> corner;                       // [4][size], times the attention weight
+  Buffer<A> corner;                       // [size][4]: weights of the corners, times the attention weight
+  // Their rows. Packed, [size][2]: the upper and the lower left one, each followed by the right one. In place,
+  // [size][4], and -1 where there is no corner.
+  Buffer<int32_t> row;
   Buffer<A> weight, down, right;
   Buffer<int32_t> inside, width, height;
   Buffer<A> raw;     // [size][2]: coordinates as they came
@@ -295,7 +299,7 @@ class Tile {
     }
   }
 
-  void neighbours(int64_t total, int64_t stride, int64_t missing) {
+  void neighbours(int64_t total) {
     using I = Integers<A>;
     for (int64_t s = 0; s < total; s += kLanes<A>) {
       const I h = load_integers<A>(height + s), w = load_integers<A>(width + s);
@@ -305,37 +309,38 @@ class Tile {
       store<A>(down + s, cell.down);
       store<A>(right + s, cell.right);
       store_integers<A>(inside + s, cell.row >= -1);
-      for (int i = 0; i < 4; ++i) store<A>(corner + i * size + s, corner_weight(cell.down, cell.right, i) * attention);
+      Vector<A> weights[4];
+      for (int i = 0; i < 4; ++i) weights[i] = corner_weight(cell.down, cell.right, i) * attention;
+      store_interleaved<A>(corner + 4 * s, weights);
       if (packed_) {
         cell.row = cell.row < -1 ? I{} - 1 : cell.row;  // an excluded sample lies in the border
-        for (int i = 0; i < 4; i += 2) store_integers<A>(row_ + i * size + s, corner_key(cell, i, start, pitch));
+        const I rows[2] = {corner_key(cell, 0, start, pitch), corner_key(cell, 2, start, pitch)};
+        store_interleaved<A>(row + 2 * s, rows);
       } else {
+        I rows[4];
         for (int i = 0; i < 4; ++i)
-          store_integers<A>(row_ + i * size + s,
-                            corner_exists(cell, i, h, w) ? corner_key(cell, i, start, pitch) : I{} - 1);
+          rows[i] = corner_exists(cell, i, h, w) ? corner_key(cell, i, start, pitch) : I{} - 1;
+        store_interleaved<A>(row + 4 * s, rows);
       }
     }
-    for (int i = 0; i < 4; i += packed_ ? 2 : 1)
-      for (int64_t s = i * size; s < i * size + total; s += kLanes<int64_t>) {
-        const auto row = load_integers<int64_t>(row_ + s);
-        const Vector<int64_t> address = row < 0 ? Vector<int64_t>{} + missing : row * stride;
-        std::memcpy(offset + s, &address, sizeof(address));
-      }
   }
 
   const Problem& p_;
   const bool packed_;
   const int64_t first_;  // sample of the query at which the range of levels begins
   Buffer<A> x_, y_;
-  Buffer<int32_t> start_, pitch_, row_;
+  Buffer<int32_t> start_, pitch_;
   Buffer<A> logits_;
 };
 
-// The offset of corner i of sample s; `stride` as in Rows.
-template <bool kPacked, class A, class C>
-inline int64_t corner_offset(const Tile<A, C>& tile, int64_t s, int i, int64_t stride) {
-  return kPacked ? tile.offset[(i & 2) * tile.size + s] + (i & 1) * stride : tile.offset[i * tile.size + s];
+// Where the rows of a sample's corners begin: `rows` as in Tile, `stride` and `missing` in bytes as in Rows.
+template <bool kPacked>
+inline int64_t corner_offset(const int32_t* rows, int i, int64_t stride, int64_t missing) {
+  if constexpr (kPacked) return rows[i / 2] * stride + (i % 2) * stride;
+  return rows[i] < 0 ? missing : rows[i] * stride;
 }
+template <bool kPacked>
+constexpr int kRowsPerSample = kPacked ? 2 : 4;
 
 // Calls f with the number of vectors at a time that suits: f(Count<V>, first channel), V from 1 to 4.
 template <int V>
@@ -353,19 +358,31 @@ inline void for_channels(int64_t padded, const F& f) {
   }
 }
 
+// Asks for the corner rows of a tile in place, which lie apart in a memory that is often larger than the caches.
+template <class T, class A, class C>
+MSDA_INLINE void prefetch_rows(const Tile<A, C>& tile, int64_t count, const Rows<T>& rows, int64_t bytes) {
+  for (int64_t i = 0; i < count * tile.samples * kRowsPerSample<false>; ++i)
+    prefetch<2>(rows.base() + corner_offset<false>(tile.row + i, 0, rows.stride(), rows.missing()), bytes);
+}
+
 // output[c] = sum over samples and corners of corner weight * row[c].
 template <class T, bool kPacked, class A, class C>
-inline void gather(const Tile<A, C>& tile, int64_t first, const char* base, int64_t stride, int64_t padded, A* output) {
+inline void gather(const Tile<A, C>& tile, int64_t first, const Rows<T>& rows, int64_t padded, A* output) {
+  using Element = std::conditional_t<kPacked, Packed<T>, T>;
+  const char* base = rows.base();
+  const int64_t stride = rows.stride(), missing = rows.missing();
   for_channels<A>(padded, [&](auto vectors, int64_t c) {
     constexpr int V = decltype(vectors)::value;
     constexpr int kChains = V <= 2 ? 4 : 2;  // independent sums, to hide the latency of the additions
     Vector<A> sum[kChains][V] = {};
-    const A* corner = tile.corner;
-    for (int64_t s = first; s < first + tile.samples; ++s)
+    const A* weight = tile.corner + 4 * first;
+    const int32_t* row = tile.row + kRowsPerSample<kPacked> * first;
+    const char* channel = base + c * sizeof(Element);
+    for (int64_t s = 0; s < tile.samples; ++s, weight += 4, row += kRowsPerSample<kPacked>)
       for (int i = 0; i < 4; ++i) {
-        const T* row = reinterpret_cast<const T*>(base + corner_offset<kPacked>(tile, s, i, stride)) + c;
-        const A weight = corner[i * tile.size + s];
-        for (int v = 0; v < V; ++v) sum[i % kChains][v] += weight * load(row + v * kLanes<A>);
+        const auto* source =
+            reinterpret_cast<const Element*>(channel + corner_offset<kPacked>(row, i, stride, missing));
+        for (int v = 0; v < V; ++v) sum[i % kChains][v] += weight[i] * load(source + v * kLanes<A>);
       }
     for (int v = 0; v < V; ++v) {
       Vector<A> total = sum[0][v] + sum[1][v];
@@ -377,18 +394,23 @@ inline void gather(const Tile<A, C>& tile, int64_t first, const char* base, int6
 
 // dots[s][i] = grad . row of corner i of sample first + s.
 template <class T, bool kPacked, class A, class C>
-inline void dot(const Tile<A, C>& tile, int64_t first, const char* base, int64_t stride, int64_t padded, const A* grad,
-                A* dots) {
+inline void dot(const Tile<A, C>& tile, int64_t first, const Rows<T>& rows, int64_t padded, const A* grad, A* dots) {
+  using Element = std::conditional_t<kPacked, Packed<T>, T>;
+  const char* base = rows.base();
+  const int64_t stride = rows.stride(), missing = rows.missing();
   for_channels<A>(padded, [&](auto vectors, int64_t c) {
     constexpr int V = decltype(vectors)::value;
     Vector<A> g[V];
     for (int v = 0; v < V; ++v) g[v] = load(grad + c + v * kLanes<A>);
-    for (int64_t s = 0; s < tile.samples; ++s) {
+    const int32_t* row = tile.row + kRowsPerSample<kPacked> * first;
+    const char* channel = base + c * sizeof(Element);
+    for (int64_t s = 0; s < tile.samples; ++s, row += kRowsPerSample<kPacked>) {
       Vector<A> product[4];
       for (int i = 0; i < 4; ++i) {
-        const T* row = reinterpret_cast<const T*>(base + corner_offset<kPacked>(tile, first + s, i, stride)) + c;
-        product[i] = g[0] * load(row);
-        for (int v = 1; v < V; ++v) product[i] += g[v] * load(row + v * kLanes<A>);
+        const auto* source =
+            reinterpret_cast<const Element*>(channel + corner_offset<kPacked>(row, i, stride, missing));
+        product[i] = g[0] * load(source);
+        for (int v = 1; v < V; ++v) product[i] += g[v] * load(source + v * kLanes<A>);
       }
       A part[4];
       reduce4<A>(product, part);
@@ -404,13 +426,14 @@ inline void scatter(const Tile<A, C>& tile, int64_t first, char* base, int64_t s
     constexpr int V = decltype(vectors)::value;
     Vector<A> g[V];
     for (int v = 0; v < V; ++v) g[v] = load(grad + c + v * kLanes<A>);
-    const A* corner = tile.corner;
-    for (int64_t s = first; s < first + tile.samples; ++s)
+    const A* weight = tile.corner + 4 * first;
+    const int32_t* row = tile.row + kRowsPerSample<true> * first;
+    char* channel = base + c * sizeof(A);
+    for (int64_t s = 0; s < tile.samples; ++s, weight += 4, row += kRowsPerSample<true>)
       for (int i = 0; i < 4; ++i) {
-        A* row = reinterpret_cast<A*>(base + corner_offset<true>(tile, s, i, stride)) + c;
-        const A weight = corner[i * tile.size + s];
+        A* target = reinterpret_cast<A*>(channel + corner_offset<true>(row, i, stride, 0));
         for (int v = 0; v < V; ++v)
-          store<A>(row + v * kLanes<A>, load(row + v * kLanes<A>) + weight * g[v]);
+          store<A>(target + v * kLanes<A>, load(target + v * kLanes<A>) + weight[i] * g[v]);
       }
   });
 }
@@ -453,21 +476,33 @@ struct Kernels {
       Rows<T> rows(p, layout);
       Tile<A, C> tile(p, layout, 0, p.levels);
       Buffer<A> sum(padded);
+      Buffer<T> narrowed(p.channels);
+      const int64_t bytes = p.channels * sizeof(T);
+      const bool streams = kStreams && p.batch * p.queries * p.heads * bytes >= kStreamedBytes &&
+                           bytes % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(output) % kVectorBytes == 0;
       for_tiles(p, tile.capacity, layout.packed, 0, p.queries, begin, end,
                 [&](int64_t image, int64_t head, int64_t query, int64_t count) {
         const int64_t step = p.heads * p.channels;
         T* target = static_cast<T*>(output) + (image * p.queries + query) * step + head * p.channels;
-        for (int64_t i = 0; i < count; ++i) prefetch<true>(target + i * step, p.channels * sizeof(T));
+        if (!streams)
+          for (int64_t i = 0; i < count; ++i) prefetch<0, true>(target + i * step, bytes);
         rows.select(image, head);
-        tile.plan(image, head, query, count, rows.stride(), rows.missing());
+        tile.plan(image, head, query, count);
+        if (!layout.packed) prefetch_rows(tile, count, rows, bytes);
         for (int64_t i = 0; i < count; ++i, target += step) {
           if (layout.packed)
-            gather<Packed<T>, true>(tile, i * tile.samples, rows.base(), rows.stride(), padded, sum.get());
+            gather<T, true>(tile, i * tile.samples, rows, padded, sum.get());
           else
-            gather<T, false>(tile, i * tile.samples, rows.base(), rows.stride(), padded, sum.get());
-          narrow(sum, target, p.channels);
+            gather<T, false>(tile, i * tile.samples, rows, padded, sum.get());
+          if (streams) {
+            narrow(sum, narrowed, p.channels);
+            stream(narrowed.get(), target, bytes);
+          } else {
+            narrow(sum, target, p.channels);
+          }
         }
       });
+      if (streams) end_of_stream();
     });
   }
 
@@ -506,14 +541,15 @@ struct Kernels {
       for_tiles(p, tile.capacity, layout.packed, query_begin, query_end, begin, end,
                 [&](int64_t image, int64_t head, int64_t query, int64_t count) {
         rows.select(image, head);
-        tile.plan(image, head, query, count, rows.stride(), rows.missing());
+        tile.plan(image, head, query, count);
+        if (!layout.packed) prefetch_rows(tile, count, rows, p.channels * sizeof(T));
         for (int64_t i = 0; i < count; ++i) {
           const int64_t first = i * samples;
           load_grad(p, g, image, head, query + i, grad);
           if (layout.packed)
-            dot<Packed<T>, true>(tile, first, rows.base(), rows.stride(), padded, grad.get(), dots.get());
+            dot<T, true>(tile, first, rows, padded, grad.get(), dots.get());
           else
-            dot<T, false>(tile, first, rows.base(), rows.stride(), padded, grad.get(), dots.get());
+            dot<T, false>(tile, first, rows, padded, grad.get(), dots.get());
           sample_gradients(tile, first, dots, grad_weight, grad_pixel);
           chain(p, tile, first, grad_weight, grad_pixel, grad_xy);
           const int64_t unit = (image * p.queries + query + i) * p.heads + head;
@@ -623,7 +659,7 @@ struct Kernels {
         Tile<A, C> tile(p, layout, level_begin, level_end);
         for (int64_t query = 0; query < p.queries; query += tile.capacity) {
           const int64_t count = min_of(tile.capacity, p.queries - query);
-          tile.plan(image, head, query, count, stride, 0);
+          tile.plan(image, head, query, count);
           for (int64_t j = 0; j < count; ++j) {
             load_grad(p, g, image, head, query + j, grad);
             scatter(tile, j * tile.samples, reinterpret_cast<char*>(rows.get()), stride, padded, grad.get());

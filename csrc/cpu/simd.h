@@ -172,6 +172,47 @@ inline A lane_max(Vector<A> x) {
   return largest;
 }
 
+// The elements of a and b in turn: those of the first halves, then those of the second ones.
+template <class V>
+inline void zip(V a, V b, V* target) {
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  decltype(a < b) low, high;
+  for (int i = 0; i < kCount; ++i) {
+    low[i] = i / 2 + i % 2 * kCount;
+    high[i] = low[i] + kCount / 2;
+  }
+  target[0] = __builtin_shuffle(a, b, low);
+  target[1] = __builtin_shuffle(a, b, high);
+}
+
+// The first elements of all vectors, then the second ones, and so on.
+template <class V, int N>
+inline void interleave(const V (&x)[N], V (&target)[N]) {
+  static_assert(N == 2 || N == 4);
+  if constexpr (N == 2) {
+    zip(x[0], x[1], target);
+  } else {
+    V even[2], odd[2];
+    zip(x[0], x[2], even);
+    zip(x[1], x[3], odd);
+    zip(even[0], odd[0], target);
+    zip(even[1], odd[1], target + 2);
+  }
+}
+
+template <class A, int N>
+inline void store_interleaved(A* target, const Vector<A> (&x)[N]) {
+  Vector<A> result[N];
+  interleave(x, result);
+  for (int i = 0; i < N; ++i) store<A>(target + i * kLanes<A>, result[i]);
+}
+template <class A, int N>
+inline void store_interleaved(int32_t* target, const Integers<A> (&x)[N]) {
+  Integers<A> result[N];
+  interleave(x, result);
+  for (int i = 0; i < N; ++i) store_integers<A>(target + i * kLanes<A>, result[i]);
+}
+
 // The sum of the products of two arrays.
 template <class A>
 inline A dot_product(const A* a, const A* b, int64_t count) {
@@ -239,6 +280,28 @@ inline void narrow(const float* source, Half* target, int64_t count) {
 #endif
   for (; i < count; ++i) target[i] = to_half(source[i]);
 }
+
+// Copies whole vectors between aligned addresses past the caches: the lines of the target are not read first, and push
+// out nothing. Others may read the target after end_of_stream().
+#ifdef __AVX2__
+constexpr bool kStreams = true;
+inline void stream(const void* source, void* target, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kVectorBytes) {
+    const auto* from = reinterpret_cast<const __m256i*>(static_cast<const char*>(source) + i);
+    auto* to = reinterpret_cast<__m256i*>(static_cast<char*>(target) + i);
+#ifdef __AVX512F__
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
+#else
+    _mm256_stream_si256(to, _mm256_load_si256(from));
+#endif
+  }
+}
+inline void end_of_stream() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+inline void stream(const void*, void*, int64_t) {}
+inline void end_of_stream() {}
+#endif
 
 // e^x for x <= 0 (0 below the smallest normal result); not a number stays so. Within 2 units in the last place.
 inline Vector<float> exp_of_nonpositive(Vector<float> x) {

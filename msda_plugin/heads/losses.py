@@ -31,6 +31,29 @@ def _focal_exchange(logits: Tensor, alpha: float, gamma: float) -> Tensor:
     return alpha * (-logits).sigmoid().pow(gamma) * F.softplus(-logits) - _focal_negative(logits, alpha, gamma)
 
 
+def quality_focal_loss(logits: Tensor, positives: Tensor, qualities: Tensor, beta: float) -> Tensor:
+    """Focal loss whose positives are to score as well as their boxes fit, summed per row.
+
+    Source: Li et al., Generalized Focal Loss, https://arxiv.org/abs/2006.04388, equation 3.
+
+    Args:
+        logits: (L, M).
+        positives: (L, N) indices of the entries with an object; the target of all others is 0.
+        qualities: (L, N) targets of these entries, 0 to 1: the overlap of the predicted box with the object's.
+
+    Returns:
+        (L,)
+    """
+    chosen = logits.gather(1, positives)
+    distance = (qualities - chosen.sigmoid()).abs().pow(beta)
+    exchange = distance * (F.softplus(chosen) - qualities * chosen) - _quality_negative(chosen, beta)
+    return _quality_negative(logits, beta).sum(1) + exchange.sum(1)
+
+
+def _quality_negative(logits: Tensor, beta: float) -> Tensor:
+    return logits.sigmoid().pow(beta) * F.softplus(logits)
+
+
 def cross_entropy(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Softmax cross-entropy in which queries without an object belong to the last class, summed per row.
 

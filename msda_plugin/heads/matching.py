@@ -186,6 +186,12 @@ def corners(boxes: Tensor) -> Tensor:
     return torch.cat([center - size / 2, center + size / 2], -1)
 
 
+def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
+    """Intersection over union of corner boxes, 0 to 1; shapes and ``eps`` as in ``generalized_iou``."""
+    intersection, union = _intersection_and_union(a.unbind(-1), b.unbind(-1), eps)
+    return intersection / union
+
+
 def generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     """Generalised IoU (https://arxiv.org/abs/1902.09630, algorithm 1) of corner boxes, -1 to 1.
 
@@ -195,10 +201,18 @@ def generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
         eps: the smallest area to divide by, in the boxes' unit.
     """
     # Coordinate planes: a last dimension of 4 would leave the vector units idle.
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
-    intersection = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0) \
-        * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-    union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection).clamp(min=eps)
+    a, b = a.unbind(-1), b.unbind(-1)
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
+    intersection, union = _intersection_and_union(a, b, eps)
     hull = ((torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)).clamp(min=0)
             * (torch.maximum(ay2, by2) - torch.minimum(ay1, by1)).clamp(min=0)).clamp(min=eps)
     return intersection / union - (hull - union) / hull
+
+
+def _intersection_and_union(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """Areas, from the four coordinate planes of each."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
+    intersection = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0) \
+        * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection).clamp(min=eps)
+    return intersection, union

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from mmdet.models.losses import CrossEntropyLoss, FocalLoss, GIoULoss, L1Loss
+from mmdet.models.losses import CrossEntropyLoss, FocalLoss, GIoULoss, L1Loss, QualityFocalLoss
 from mmdet.utils import reduce_mean
 from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from msda_plugin.heads.losses import cross_entropy, focal_loss
-from msda_plugin.heads.matching import HungarianMatcher, Matches, Targets, corners, generalized_iou
+from msda_plugin.heads.losses import cross_entropy, focal_loss, quality_focal_loss
+from msda_plugin.heads.matching import HungarianMatcher, Matches, Targets, corners, generalized_iou, iou
 
 EPS = torch.finfo(torch.float32).eps  # what MMDetection's losses add to the number they divide by
 
@@ -21,9 +21,9 @@ class SetPrediction:
 
     Losses: matching costs of all layers and images are one batch and one transfer to the host; losses are computed for
     all layers together. This covers ``HungarianAssigner`` with ``FocalLossCost`` or ``ClassificationCost``,
-    ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss`` or softmax ``CrossEntropyLoss``, ``L1Loss`` and
-    ``GIoULoss`` with ``reduction='mean'``. For anything else MMDetection's own code runs, and the log says so once,
-    when the head is built.
+    ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss``, ``QualityFocalLoss`` or softmax ``CrossEntropyLoss``,
+    ``L1Loss`` and ``GIoULoss`` with ``reduction='mean'``. For anything else MMDetection's own code runs, and the log
+    says so once, when the head is built.
 
     Checkpoints: a class layer for another number of classes is not loaded but keeps the weights it has, which are the
     initial ones when a training starts; the log names it. All other parameters are loaded as usual.
@@ -54,8 +54,9 @@ class SetPrediction:
 
     def _why_not_batched(self) -> str:
         """An empty string, or which loss the batched code does not cover."""
-        for loss, covered in ((self.loss_cls, (FocalLoss, CrossEntropyLoss)), (self.loss_bbox, (L1Loss, )),
-                              (self.loss_iou, (GIoULoss, ))):
+        for loss, covered in (
+                (self.loss_cls, (FocalLoss, QualityFocalLoss, CrossEntropyLoss)), (self.loss_bbox, (L1Loss, )),
+                (self.loss_iou, (GIoULoss, ))):
             if type(loss) not in covered or loss.reduction != 'mean' or getattr(loss, 'activated', False):
                 names = ' or '.join(kind.__name__ for kind in covered)
                 return f'a loss is {loss}, not a {names} of logits with reduction="mean"'
@@ -120,16 +121,21 @@ class SetPrediction:
             num_boxes, num_classified = reduce_mean(totals[0]).clamp(min=1), totals[1].clamp(min=1)
 
         labels = targets.labels.flatten()[matches.targets]  # (L, N)
-        if self.loss_cls.use_sigmoid:
-            index = matches.predictions * logits.shape[-1] + labels
-            loss_cls = focal_loss(logits.flatten(1), index, self.loss_cls.alpha, self.loss_cls.gamma)
-        else:
-            loss_cls = cross_entropy(logits.flatten(1, 2), matches.predictions, labels, self.class_weight.float())
-
         # (L, N, 4)
         predicted = boxes.flatten(1, 2).gather(1, matches.predictions[..., None].expand(-1, -1, 4))
         expected = targets.boxes.flatten(0, 1)[matches.targets]
         sizes = targets.sizes.expand_as(targets.boxes).flatten(0, 1)[matches.targets]
+
+        if self.loss_cls.use_sigmoid:
+            index = matches.predictions * logits.shape[-1] + labels
+            if isinstance(self.loss_cls, QualityFocalLoss):
+                fit = iou(corners(predicted.detach()), corners(expected))
+                loss_cls = quality_focal_loss(logits.flatten(1), index, fit, self.loss_cls.beta)
+            else:
+                loss_cls = focal_loss(logits.flatten(1), index, self.loss_cls.alpha, self.loss_cls.gamma)
+        else:
+            loss_cls = cross_entropy(logits.flatten(1, 2), matches.predictions, labels, self.class_weight.float())
+
         loss_bbox = (predicted - expected).abs().sum((1, 2))
         # In pixels: the overlap's guard against division by zero is absolute.
         overlap = generalized_iou(corners(predicted * sizes), corners(expected * sizes), self.loss_iou.eps)

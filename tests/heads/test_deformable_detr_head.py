@@ -6,6 +6,7 @@ import mmdet.models.dense_heads.detr_head as mmdet_detr_head
 import pytest
 import torch
 from head_cases import KEYS, LAYERS, QUERIES, assert_same, losses_and_gradients, make_objects, make_predictions
+from mmdet.models.losses import FocalLoss
 from mmdet.models.task_modules.assigners.match_cost import BBoxL1Cost
 from mmengine.structures import InstanceData
 
@@ -35,6 +36,12 @@ class SquaredCost(BBoxL1Cost):
         return super().__call__(*args, **kwargs)**2
 
 
+class HalvedLoss(FocalLoss):
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) / 2
+
+
 def build(scope, **changes):
     torch.manual_seed(0)
     return MODELS.build(dict(type=f'{scope}.DeformableDETRHead', **copy.deepcopy(FIELDS | changes)))
@@ -59,13 +66,14 @@ def test_losses_equal_mmdetections(counts, two_stage):
     dict(loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.4, loss_weight=0.7),
          loss_bbox=dict(type='mmdet.L1Loss', loss_weight=1.3),
          loss_iou=dict(type='mmdet.GIoULoss', loss_weight=3.0, eps=1e-3)),
+    dict(loss_cls=dict(type='mmdet.QualityFocalLoss', use_sigmoid=True, beta=1.7, loss_weight=0.7)),
     dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
         dict(type='mmdet.FocalLossCost', weight=1.0, alpha=0.4, gamma=1.5, eps=1e-6),
         dict(type='mmdet.BBoxL1Cost', weight=2.0, box_format='xyxy'),
         dict(type='mmdet.IoUCost', iou_mode='giou', weight=3.0)]))),
     dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
         dict(type='mmdet.BBoxL1Cost', weight=1.0, box_format='xywh')]))),
-], ids=['1 class', '40 classes', 'no sync', 'losses', 'costs', 'one cost'])
+], ids=['1 class', '40 classes', 'no sync', 'losses', 'quality', 'costs', 'one cost'])
 def test_settings_are_honoured(changes):
     ours = build('msda_plugin', **changes)
     assert ours.matcher is not None
@@ -126,7 +134,7 @@ def test_low_precision_predictions_are_costed_in_float32():
 
 
 @pytest.mark.parametrize('changes, reason', [
-    (dict(loss_cls=dict(type='mmdet.QualityFocalLoss', use_sigmoid=True, beta=2.0)), 'QualityFocalLoss'),
+    (dict(loss_cls=dict(type=HalvedLoss, use_sigmoid=True)), 'HalvedLoss'),
     (dict(loss_bbox=dict(type='mmdet.SmoothL1Loss')), 'SmoothL1Loss'),
     (dict(loss_iou=dict(type='mmdet.DIoULoss')), 'DIoULoss'),
     (dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[

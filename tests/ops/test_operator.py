@@ -190,6 +190,19 @@ def test_unaligned_memory(backend):
     torch.testing.assert_close(ms_deform_attn(value, case.shapes, None, case.locations, case.weights), expected)
 
 
+@pytest.mark.parametrize('dtype, head_dim', [(torch.float32, 32), (torch.float64, 8), (torch.bfloat16, 32),
+                                            (torch.float16, 24), (torch.float32, 36)], ids=str)
+def test_outputs_larger_than_the_caches(backend, dtype, head_dim):
+    """Large outputs bypass the caches; each query's result is the one that it has in a small output."""
+    queries = 9 * 2**20 // (2 * head_dim * dtype.itemsize)
+    case = make_case([(5, 7), (3, 2)], batch=1, queries=queries, heads=2, head_dim=head_dim, points=1, dtype=dtype)
+    large = ms_deform_attn(case.value, case.shapes, None, case.locations, case.weights)
+    for some in (slice(0, 2), slice(queries // 2, queries // 2 + 61), slice(queries - 7, queries)):
+        small = ms_deform_attn(case.value, case.shapes, None, case.locations[:, some], case.weights[:, some])
+        torch.testing.assert_close(large[:, some], small, rtol=1e-6, atol=1e-6 if dtype.itemsize > 2 else 1e-2)
+    assert large.isfinite().all()
+
+
 @pytest.mark.parametrize('size', [{'batch': 0}, {'queries': 0}, {'batch': 0, 'queries': 0}])
 def test_empty(backend, size):
     case = make_case(**size)
