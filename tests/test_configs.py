@@ -1,4 +1,5 @@
 """Every config builds, agrees with its classes, takes a training step that reaches every parameter, and predicts."""
+import re
 from pathlib import Path
 
 import mmdet
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('[!_]*/*.py'))
 # Trainable parameters, as built.
 PARAMETERS = {
-    'deformable-detr-two-stage_shunted-nano_1xb4-50e_bccd': 3_765_148,
+    'deformable-detr-two-stage_shunted-nano_1xb1-44e_bccd': 3_765_148,
+    'mmdet-deformable-detr-two-stage_r18_1xb2-44e_bccd': 16_873_557,
     'deformable-detr-refine-twostage_dat-b_16xb2-50e_coco': 101_745_924,
     'deformable-detr-refine-twostage_dat-s_16xb2-50e_coco': 63_115_798,
     'deformable-detr-refine-twostage_dat-t_16xb2-50e_coco': 41_734_534,
@@ -124,9 +126,10 @@ def test_builds_trains_and_predicts(path):
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_learning_rate_scales_with_the_batch(path):
-    """The batch that the learning rate is meant for stands in every config; those for COCO scale by it."""
+    """The batch that the learning rate is meant for, which the file's name gives, stands in every config."""
     auto_scale_lr = Config.fromfile(str(path)).auto_scale_lr
-    assert auto_scale_lr.base_batch_size >= 4
+    named = re.search(r'_(\d+)xb(\d+)-', path.stem)
+    assert auto_scale_lr.base_batch_size == (int(named[1]) * int(named[2]) if named else 16)
     assert auto_scale_lr.enable == path.stem.endswith(('_coco', '_leukocytes'))
 
 

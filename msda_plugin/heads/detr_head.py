@@ -33,11 +33,13 @@ class DETRHead(SetPrediction, MMDetDETRHead):
         loss_cls: config; ``class_weight`` is the weight of each class and ``bg_cls_weight`` that of no object.
         loss_bbox, loss_iou: configs.
         train_cfg: ``assigner``, the config of the matching; None: the head is not trained.
-        test_cfg: ``max_per_img``, how many boxes an image gets.
+        test_cfg: ``max_per_img``, how many boxes an image gets; ``nms``, non-maximum suppression of these within each
+            class, as in mmcv's ``batched_nms``.
         init_cfg: as in MMEngine.
 
     Raises:
         TypeError: ``class_weight`` or ``bg_cls_weight`` is not a number.
+        ValueError: ``test_cfg.nms`` has no ``iou_threshold`` over 0 and up to 1.
     """
 
     def __init__(self, num_classes: int, embed_dims: int = 256, num_reg_fcs: int = 2, sync_cls_avg_factor: bool = False,

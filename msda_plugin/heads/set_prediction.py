@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from mmcv.ops import batched_nms
 from mmdet.models.losses import CrossEntropyLoss, FocalLoss, GIoULoss, L1Loss, QualityFocalLoss
 from mmdet.utils import reduce_mean
 from mmengine.logging import print_log
@@ -24,6 +25,9 @@ class SetPrediction:
     ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss``, ``QualityFocalLoss`` or softmax ``CrossEntropyLoss``,
     ``L1Loss`` and ``GIoULoss`` with ``reduction='mean'``. For anything else MMDetection's own code runs, and the log
     says so once, when the head is built.
+
+    Predictions: DETR needs no non-maximum suppression once it has converged; after a short training duplicates are its
+    main error, and ``test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7))`` removes them, class by class.
 
     Checkpoints: a class layer for another number of classes is not loaded but keeps the weights it has, which are the
     initial ones when a training starts; the log names it. All other parameters are loaded as usual.
@@ -47,6 +51,10 @@ class SetPrediction:
                           f'{why_not}', logger='current', level=logging.WARNING)
             else:
                 self.matcher = HungarianMatcher(self.assigner.match_costs, self.num_classes)
+        nms = self.test_cfg.get('nms')
+        if nms is not None and not (isinstance(nms, dict) and 0 < nms.get('iou_threshold', -1) <= 1):
+            raise ValueError(f"test_cfg.nms is {nms}; give dict(type='nms', iou_threshold=…), a threshold above 0 "
+                             'and up to 1, or leave nms out')
         if isinstance(self.loss_cls, CrossEntropyLoss):
             weight = self.loss_cls.class_weight
             weight = torch.ones(self.cls_out_channels) if weight is None else torch.as_tensor(weight).float()
@@ -143,6 +151,17 @@ class SetPrediction:
         return {'cls': (self.loss_cls.loss_weight / (num_classified + EPS) * loss_cls).unbind(),
                 'bbox': (self.loss_bbox.loss_weight / (num_boxes + EPS) * loss_bbox).unbind(),
                 'iou': (self.loss_iou.loss_weight / (num_boxes + EPS) * loss_iou).unbind()}
+
+    # ---- predictions -------------------------------------------------------------------------------------------------
+    def _predict_by_feat_single(self, cls_score: Tensor, bbox_pred: Tensor, img_meta: dict,
+                                rescale: bool = True) -> InstanceData:
+        """MMDetection's, and non-maximum suppression within each class where ``test_cfg`` asks for it."""
+        results = super()._predict_by_feat_single(cls_score, bbox_pred, img_meta, rescale)
+        nms = self.test_cfg.get('nms')
+        if nms is None or len(results) == 0:
+            return results
+        _, kept = batched_nms(results.bboxes, results.scores, results.labels, nms)
+        return results[kept]
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:

@@ -34,7 +34,14 @@ def main(argv: list[str] | None = None) -> int:
             cfg.setdefault('default_hooks', {})['visualization'] = dict(
                 type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir)
         runner = build_runner(cfg, 'test')
-        runner.load_or_resume()
+    # Not loaded before: the hooks that have a part in it, such as EMAHook, are only set up when the test begins.
+    load = runner.load_or_resume
+
+    def load_or_say_why_not() -> None:
+        with user_errors('test'):
+            load()
+
+    runner.load_or_resume = load_or_say_why_not
     runner.test()
     return 0
 

@@ -214,3 +214,23 @@ def test_focal_loss_by_its_definition():
     alpha = torch.where(targets == 1, 0.3, 0.7).double()
     expected = (-alpha * (1 - p)**1.5 * p.log()).sum(1)
     torch.testing.assert_close(losses.focal_loss(logits, positives, 0.3, 1.5), expected)
+
+
+def test_duplicates_are_suppressed_within_a_class_when_asked_for():
+    logits = torch.full((4, 5), -9.0)
+    logits[0, 1], logits[1, 1], logits[2, 3], logits[3, 1] = 3.0, 2.0, 1.0, 0.0
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.51, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]])
+    meta = dict(img_shape=(100, 200), scale_factor=(2.0, 2.0))
+    plain = build('msda_plugin', test_cfg=dict(max_per_img=4))
+    assert plain._predict_by_feat_single(logits, boxes, meta).labels.tolist() == [1, 1, 3, 1]
+    head = build('msda_plugin', test_cfg=dict(max_per_img=4, nms=dict(type='nms', iou_threshold=0.7)))
+    kept = head._predict_by_feat_single(logits, boxes, meta)
+    assert kept.labels.tolist() == [1, 3, 1]
+    torch.testing.assert_close(kept.scores, torch.tensor([3.0, 1.0, 0.0]).sigmoid())
+    torch.testing.assert_close(kept.bboxes[0], torch.tensor([30.0, 15.0, 70.0, 35.0]))
+
+
+@pytest.mark.parametrize('nms', [True, dict(type='nms'), dict(type='nms', iou_threshold=0), 0.7], ids=str)
+def test_a_suppression_without_a_threshold_is_refused(nms):
+    with pytest.raises(ValueError, match='test_cfg.nms is .*iou_threshold'):
+        build('msda_plugin', test_cfg=dict(nms=nms))
