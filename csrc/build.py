@@ -162,7 +162,9 @@ class _Builder:
     def compile_cuda(self, source: str, flags: list[str]) -> tuple[list[str], Path]:
         target = self.work / (source.replace('/', '_') + '.o')
         host = ['-ccbin', self.compiler[0], '-Xcompiler=-fPIC,-fvisibility=hidden']
-        return [self.nvcc, '-O3', *host, *flags, '-c', str(SOURCE_DIR / source), '-o', str(target)], target
+        # --resource-usage: registers and spills of every kernel, which --verbose shows.
+        return [self.nvcc, '-O3', '--resource-usage', *host, *flags, '-c', str(SOURCE_DIR / source), '-o',
+                str(target)], target
 
     def cuda_codes(self) -> list[str]:
         if os.environ.get('MSDA_CUDA_ARCHS'):

@@ -2,20 +2,26 @@
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from msda_plugin import foreign_files
 
-def allow_mmengine_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)``, the default since torch 2.6, read the checkpoints that MMEngine writes.
+
+def load_checkpoints_strictly() -> None:
+    """Let MMEngine read the checkpoints that it writes, and no code from any checkpoint.
 
     MMEngine stores its message hub beside the weights: ``HistoryBuffer`` objects that hold NumPy arrays and name four
-    methods of their own. Exactly these are added to torch's allow-list, so that ``--resume`` and ``mim test`` work and
-    nothing else gets through (https://github.com/open-mmlab/mmengine/issues/1655).
+    methods of their own. Exactly these are added to the allow-list of ``torch.load(weights_only=True)``, the default
+    since torch 2.6, so that ``--resume`` and ``mim test`` work and nothing else gets through
+    (https://github.com/open-mmlab/mmengine/issues/1655).
 
     onedl-mmengine 0.10.12 reads them as well, but by allowing `getattr`, and where a file is refused it loads it again
-    with ``weights_only=False``, which runs whatever the file says. Its loader is replaced by the strict one.
+    with ``weights_only=False``, which runs whatever the file says. Both MMEngines load URLs by a function of torch.hub
+    whose default is ``weights_only=False``, and do not compare a download with the hash in its name. Their loaders are
+    replaced by those of `msda_plugin.foreign_files`.
 
     Ends with: an mmengine that loads its own checkpoints and refuses others; 0.10.7 and onedl-mmengine 0.10.12 do not.
     """
@@ -29,11 +35,30 @@ def allow_mmengine_checkpoints() -> None:
         (_history_buffer_method, 'builtins.getattr'),
     ])
     if hasattr(checkpoint, '_safe_torch_load'):
-        checkpoint._safe_torch_load = _load_weights_only
+        checkpoint._safe_torch_load = foreign_files.load_checkpoint
+    for loader, schemes in ((load_from_local, ''), (load_from_http, ('http://', 'https://'))):
+        checkpoint.CheckpointLoader.register_scheme(schemes, loader, force=True)
+        setattr(checkpoint, loader.__name__, loader)  # which other schemes ('torchvision://', …) end in
 
 
-def _load_weights_only(file, map_location=None, weights_only=True) -> dict:
-    return torch.load(file, map_location=map_location, weights_only=True)
+# Named as in MMEngine, which logs the names.
+def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'the checkpoint {filename} does not exist; give the path of a .pth file, or a URL')
+    return foreign_files.load_checkpoint(path, map_location)
+
+
+def load_from_http(filename: str, map_location: str | torch.device | None = None, model_dir: str | None = None,
+                   progress: bool = False) -> object:
+    """The checkpoint of a URL; of several processes the first one downloads it."""
+    from mmengine.dist import barrier, get_rank
+    try:
+        if get_rank() == 0:
+            foreign_files.fetch(filename, model_dir, progress=progress)
+    finally:  # also where it fails: the others wait here, and then fail alike
+        barrier()
+    return foreign_files.load_checkpoint(foreign_files.fetch(filename, model_dir), map_location)
 
 
 def _history_buffer_method(owner: type, name: str):
@@ -61,3 +86,29 @@ def pretrained_last(module: torch.nn.Module) -> Iterator[None]:
     yield
     module.init_cfg = init_cfg
     initialize(module, pretrained)
+
+
+def accept_sides_of_one_pixel() -> None:
+    """Let mmcv resize and flip pictures that are hundreds of times longer than wide, or a pixel wide from the start.
+
+    Scaled down to fit, their short side is less than half a pixel, which mmcv rounds to 0 and OpenCV refuses; here it
+    is 1. Flipped along a side of one pixel, a picture is a view with a negative stride that NumPy calls contiguous;
+    MMDetection does not copy it then, and torch refuses it. `msda_plugin.DetectionRunner` calls this.
+
+    Ends with: an mmcv whose ``rescale_size`` and ``imflip`` do so; 2.1.0 and onedl-mmcv 2.3.6 do not.
+    """
+    import mmcv
+    mmcv.image.geometric._scale_size = _scale_size
+    mmcv.imflip = _imflip
+
+
+def _imflip(img: np.ndarray, direction: str = 'horizontal') -> np.ndarray:
+    from mmcv.image.geometric import imflip
+    flipped = imflip(img, direction)
+    return flipped.copy() if flipped.flags.c_contiguous else flipped
+
+
+def _scale_size(size: tuple[int, int], scale: float | tuple[float, float]) -> tuple[int, int]:
+    factors = scale if isinstance(scale, tuple) else (scale, scale)
+    width, height = (max(1, int(side * float(factor) + 0.5)) for side, factor in zip(size, factors, strict=True))
+    return width, height

@@ -3,7 +3,6 @@
 What MMDetection makes of such data otherwise: an error from deep inside a worker process, or no error at all and an AP
 of 0 (classes that the annotation file does not name are dropped without a word).
 """
-import json
 import logging
 import math
 import os
@@ -17,11 +16,33 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import join_path
 from mmengine.logging import print_log
 
+from msda_plugin.foreign_files import load_json
+
 REQUIRED = dict(  # what MMDetection's CocoDataset reads of each record
     images=('id', 'file_name', 'width', 'height'),
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
     categories=('id', 'name'))
 EVALUATED = ('iscrowd',)  # what pycocotools reads of each annotation besides, when it evaluates
+MOST_PIXELS = 1e9  # of a side or a coordinate; more is no image, and overflows in what is computed from it
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _is_pixels(value: object) -> bool:
+    return _is_number(value) and abs(value) <= MOST_PIXELS
+
+
+_ID = (lambda value: isinstance(value, str) or _is_number(value), 'a number or a string')
+_PIXELS = (_is_pixels, 'a number of pixels')
+KINDS = dict(  # of what records may hold, and how to call it
+    id=_ID, image_id=_ID, category_id=_ID, name=_ID, width=_PIXELS, height=_PIXELS,
+    area=(_is_number, 'a finite number'), iscrowd=(lambda value: value in (0, 1), '0 or 1'),
+    file_name=(lambda value: isinstance(value, str) and '\0' not in value, 'a string'))
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,7 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     strays = sum(a['image_id'] not in sizes for a in annotations)
     annotations = [a for a in annotations if a['image_id'] in sizes]
-    check_boxes(ann_file, annotations)
+    check_boxes(ann_file, content['annotations'])  # MMDetection reads those of other classes as well
     degenerate = count_degenerate(annotations, sizes)
     _check_images(ann_file, img_root, content['images'])
 
@@ -149,16 +170,15 @@ def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
 
     Raises:
         FileNotFoundError: It does not exist.
-        ValueError: It is not JSON, or not COCO.
+        ValueError: It is not JSON, not COCO, or too large for the memory that is free.
     """
     if not Path(ann_file).is_file():
         raise FileNotFoundError(f"the annotation file '{ann_file}' does not exist; set data_root and ann_file of the "
                                 'data set in the config')
     try:
-        content = json.loads(Path(ann_file).read_bytes())
+        content = load_json(ann_file, 'COCO')
     except ValueError as error:
-        raise ValueError(f"the annotation file '{ann_file}' is not JSON ({error}); a file in COCO format is needed"
-                         ) from None
+        raise ValueError(f'the annotation file {error}') from None
     if isinstance(content, dict) and not annotated:
         content.setdefault('annotations', [])
     missing = [key for key in REQUIRED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
@@ -172,6 +192,8 @@ def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
 def check_records(ann_file: str | os.PathLike, field: str, records: list, keys: Sequence[str]) -> None:
     """Check that every record of a list of the file has these keys, and an id of its own if that is one of them.
 
+    What a record holds besides must be of its kind as well.
+
     Raises:
         ValueError: One has not.
     """
@@ -180,6 +202,10 @@ def check_records(ann_file: str | os.PathLike, field: str, records: list, keys: 
         if not isinstance(record, dict) or not wanted <= record.keys():
             lacking = [key for key in keys if not isinstance(record, dict) or key not in record]
             raise ValueError(f"the annotation file '{ann_file}' is not COCO: {field}[{index}] lacks {_names(lacking)}")
+        for key, (fits, kind) in KINDS.items():
+            if key in record and not fits(record[key]):
+                raise ValueError(f"the annotation file '{ann_file}' is not COCO: {key} of {field}[{index}] must be "
+                                 f'{kind}, got {_shortened(record[key])}')
     if 'id' in wanted and len({record['id'] for record in records}) < len(records):
         raise ValueError(f"the annotation file '{ann_file}' is not COCO: the ids of its {field} are not unique; number "
                          'them anew')
@@ -197,17 +223,16 @@ def _check_classes(ann_file: str, present: list[str], classes: Sequence[str] | N
 
 
 def check_boxes(ann_file: str | os.PathLike, annotations: list[dict]) -> None:
-    """Check that the bbox of every annotation is four finite numbers.
+    """Check that the bbox of every annotation is four numbers of pixels.
 
     Raises:
         ValueError: One is not.
     """
     for annotation in annotations:
         box = annotation['bbox']
-        if not isinstance(box, list) or len(box) != 4 or not all(
-                isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_pixels, box)):
             raise ValueError(f"the annotation file '{ann_file}' is not COCO: the bbox of the annotation with id "
-                             f'{annotation.get("id")} must be [x, y, width, height], got {box}')
+                             f'{annotation.get("id")} must be [x, y, width, height], got {_shortened(box)}')
 
 
 def count_degenerate(annotations: list[dict], sizes: dict[object, tuple[float, float]]) -> int:
@@ -242,6 +267,11 @@ def _names(names: Iterable[str], limit: int = 20) -> str:
     names = [str(name) for name in names]
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return (', '.join(names[:limit]) or 'nothing') + more
+
+
+def _shortened(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f'{text[:limit]}…'
 
 
 def _kind(content: object) -> str:
@@ -301,6 +331,10 @@ def _configured_classes(where: str, dataset: dict) -> tuple[str, ...]:
     classes = (dataset.get('metainfo') or {}).get('classes', default)
     if isinstance(classes, str):
         if not Path(classes).is_file():
+            if os.path.splitext(classes)[1] or os.sep in classes:
+                raise FileNotFoundError(f"the class list '{classes}' of {where}.metainfo does not exist (seen from "
+                                        f'{Path.cwd()}); put it there, a name a line, or write the names: '
+                                        'metainfo=dict(classes=(…,))')
             raise ValueError(f"{where}.metainfo.classes is the string '{classes}'; a tuple of one class needs a comma: "
                              f"('{classes}',)")
         classes = Path(classes).read_text().split('\n')

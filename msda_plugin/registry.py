@@ -21,4 +21,4 @@ RUNNERS = Registry('runner', parent=ROOT_RUNNERS, scope=SCOPE, locations=[f'{SCO
 
 # A config that names one of our types reaches this module before the runner opens a checkpoint, whichever tool runs
 # it; this is therefore the one place from which `--resume` and `mim test` can be made to work on the original stack.
-compat.allow_mmengine_checkpoints()
+compat.load_checkpoints_strictly()

@@ -1,17 +1,26 @@
-"""Run in each process of a group: the gradients of one step on this process's images, written by the first process.
+"""Run in each process of a group, or in one process: the gradients of one step on this process's images.
 
-    torchrun --nproc_per_node N distributed_step.py CONFIG IMAGES OUT
+    torchrun --nproc_per_node N distributed_step.py CONFIG IMAGES OUT [WRAPPER …]
+
+The first process writes {wrapper: {parameter: gradient}}. Wrappers: ``ddp`` and ``fsdp``, MMEngine's, and
+``fully_shard``, torch's second FSDP; without a group: ``alone``.
 """
+import os
 import sys
+from functools import partial
 
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dist import get_dist_info
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, MMFullyShardedDataParallel
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 # The boxes of each image: the second has none.
 BOXES = [[[8., 12., 40., 60.], [30., 5., 90., 50.]], [], [[1., 1., 60., 30.]], [[50., 20., 80., 62.]]]
@@ -26,24 +35,53 @@ def batch_of(indices):
     return dict(inputs=[images[i] for i in indices], data_samples=[samples[i] for i in indices])
 
 
-def main(config, num_images, out):
+def build(config):
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    init_default_scope('mmdet')
     model = MODELS.build(Config.fromfile(config).model)
     model.init_weights()
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):
             module.eval()  # batch statistics are of a process, not of the batch
-    torch.distributed.init_process_group('gloo')
-    rank, world = get_dist_info()
-    wrapped = MMDistributedDataParallel(model, broadcast_buffers=False)
-    batch = wrapped.module.data_preprocessor(batch_of(range(int(num_images))[rank::world]), training=True)
-    loss, _ = model.parse_losses(wrapped(**batch, mode='loss'))
+    return model
+
+
+def gradients(model, wrapper, indices):
+    """The gradients of all processes together, by name; whole also where the parameters are sharded."""
+    layers = [*model.encoder.layers, *model.decoder.layers]
+    forward = model
+    if wrapper == 'ddp':
+        forward = MMDistributedDataParallel(model, broadcast_buffers=False)
+    elif wrapper == 'fsdp':
+        forward = MMFullyShardedDataParallel(
+            model, device_id=torch.device('cpu'),
+            auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in layers))
+    elif wrapper == 'fully_shard':
+        mesh = init_device_mesh('cpu', (torch.distributed.get_world_size(),))
+        for module in [*layers, model]:
+            fully_shard(module, mesh=mesh)
+    batch = model.data_preprocessor(batch_of(indices), training=True)
+    loss, _ = model.parse_losses(forward(**batch, mode='loss'))
     loss.backward()
+    if wrapper == 'fsdp':
+        with FullyShardedDataParallel.summon_full_params(forward, with_grads=True):
+            return {name.replace('_fsdp_wrapped_module.', ''): p.grad.clone()
+                    for name, p in forward.named_parameters() if p.requires_grad}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: grad.full_tensor() for name, grad in grads.items()} if wrapper == 'fully_shard' else grads
+
+
+def main(config, num_images, out, *wrappers):
+    torch.set_num_threads(1)
+    init_default_scope('mmdet')
+    if 'RANK' in os.environ:
+        torch.distributed.init_process_group('gloo')
+    rank, world = get_dist_info()
+    indices = range(int(num_images))[rank::world]
+    results = {wrapper: gradients(build(config), wrapper, indices) for wrapper in wrappers or ['alone']}
     if rank == 0:
-        torch.save({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, out)
-    torch.distributed.destroy_process_group()
+        torch.save(results, out)
+    if 'RANK' in os.environ:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -35,9 +35,10 @@ class Attribute:
 def test_nothing_else_is_let_through(meta, tmp_path, capsys):
     path = str(tmp_path / 'bad.pth')
     torch.save({'state_dict': {}, 'meta': meta}, path)
-    for load in (lambda: torch.load(path, weights_only=True), lambda: load_checkpoint(torch.nn.Linear(1, 1), path)):
-        with pytest.raises(pickle.UnpicklingError):
-            load()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match='holds more than tensors|cannot be read'):
+        load_checkpoint(torch.nn.Linear(1, 1), path)
     assert 'executed' not in capsys.readouterr().out
 
 

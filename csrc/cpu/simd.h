@@ -176,6 +176,12 @@ inline A lane_max(Vector<A> x) {
 template <class V>
 inline void zip(V a, V b, V* target) {
   constexpr int kCount = sizeof(V) / sizeof(a[0]);
+#ifdef __clang__  // which has no __builtin_shuffle, and makes shuffles of this
+  for (int i = 0; i < kCount; ++i) {
+    target[0][i] = i % 2 ? b[i / 2] : a[i / 2];
+    target[1][i] = i % 2 ? b[(kCount + i) / 2] : a[(kCount + i) / 2];
+  }
+#else
   decltype(a < b) low, high;
   for (int i = 0; i < kCount; ++i) {
     low[i] = i / 2 + i % 2 * kCount;
@@ -183,6 +189,7 @@ inline void zip(V a, V b, V* target) {
   }
   target[0] = __builtin_shuffle(a, b, low);
   target[1] = __builtin_shuffle(a, b, high);
+#endif
 }
 
 // The first elements of all vectors, then the second ones, and so on.

@@ -15,7 +15,18 @@ cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
+void check_limits(const Problem& p, bool sorts) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  STD_TORCH_CHECK(p.queries < kLimit && p.samples() < kLimit && p.heads * p.channels < kLimit / 8,
+                  "the CUDA kernels need num_queries and num_levels * num_points below 2^31, num_heads * head_dim "
+                  "below 2^28");
+  STD_TORCH_CHECK(!sorts || p.queries * p.samples() < kLimit / 2,
+                  "the deterministic backward pass needs num_queries * num_levels * num_points below 2^30: pass the "
+                  "queries in parts");
+}
+
 Tensor run_forward(const Arguments& a) {
+  check_limits(a.problem, false);
   const torch::stable::accelerator::DeviceGuard guard(a.value.get_device_index());
   Tensor output = make_output(a);
   STD_CUDA_CHECK(cuda::forward(a.problem, output.mutable_data_ptr(), current_stream(a.value)));
@@ -42,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Arguments& a, cons
   using torch::stable::new_empty;
   const torch::stable::accelerator::DeviceGuard guard(a.value.get_device_index());
   const Problem& p = a.problem;
+  check_limits(p, deterministic);
   const ScalarType sum_type = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
   const bool narrow = a.value.scalar_type() != sum_type, fused = p.reference_size != 0;
 
@@ -50,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Arguments& a, cons
   Tensor reference_points = fused ? empty_like(a.reference_points) : weights;
 
   Scratch scratch{};
-  Tensor value_sum = value, parts = value, attention = value;
+  Tensor value_sum = value, parts = value, attention = value, sort = value;
   if (narrow && !deterministic) {
     value_sum = new_empty(a.value, a.value.sizes(), sum_type);
     scratch.value = value_sum.mutable_data_ptr();
@@ -62,6 +74,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Arguments& a, cons
   if (fused && deterministic) {
     attention = new_empty(a.value, a.weights.sizes(), sum_type);
     scratch.attention = attention.mutable_data_ptr();
+  }
+  if (deterministic) {
+    sort = new_empty(a.value, {sort_elements(p)}, ScalarType::Int);
+    scratch.sort = static_cast<int32_t*>(sort.mutable_data_ptr());
   }
   STD_CUDA_CHECK(cuda::backward(p,
                                 {output.const_data_ptr(), value.mutable_data_ptr(), reference_points.mutable_data_ptr(),

@@ -1,4 +1,7 @@
 // CUDA kernels of multi-scale deformable attention. Torch-free. Every call returns the launch's error.
+//
+// Sizes must be below these: queries 2^31, levels * points 2^31, bytes of a key's row (heads * channels) in the
+// accumulation type 2^31; for a deterministic backward pass, queries * levels * points 2^30.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,12 +10,15 @@
 
 namespace msda::cuda {
 
-// Memory that the backward pass works in, of the accumulation type; null where it is not needed.
+// Memory that the backward pass works in, of the accumulation type unless said otherwise; null where it is not needed.
 struct Scratch {
   void* value;             // the sums of the value's gradient, like value: unless deterministic or of that type already
   void* reference_points;  // fused: (batch, heads, queries, levels, reference_size)
   void* attention;         // fused and deterministic: like weights
+  int32_t* sort;           // deterministic: sort_elements(problem) integers
 };
+
+int64_t sort_elements(const Problem& problem);
 
 cudaError_t forward(const Problem& problem, void* output, cudaStream_t stream);
 

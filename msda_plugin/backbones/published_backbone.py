@@ -26,8 +26,12 @@ class PublishedBackbone(BaseModule):
             self._draw_weights()
         elif isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
             path = self.init_cfg['checkpoint']
-            state_dict = load_checkpoint_file(path, self.init_cfg.get('prefix'))
-            self._load_published(convert_state_dict(state_dict, self.family), path)
+            state_dict = convert_state_dict(load_checkpoint_file(path, self.init_cfg.get('prefix')), self.family)
+            try:
+                self._load_published(state_dict, path)
+            except RuntimeError as error:  # of load_state_dict, a line for each key
+                raise ValueError(f'{path} does not fit this {type(self).__name__}: {" ".join(str(error).split())}'
+                                 ) from None
         else:
             super().init_weights()
 

@@ -1,14 +1,14 @@
 """What every family of checkpoints shares: reading a file, unwrapping it, and the account of a conversion."""
 import argparse
 import re
-import warnings
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
 from torch import Tensor
+
+from msda_plugin import foreign_files
 
 WRAPPERS = ('model', 'state_dict')
 
@@ -59,8 +59,8 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no whole checkpoint, names more than tensors and plain containers, holds no state dict,
-            or no key has the prefix.
+        ValueError: the file is no whole checkpoint, names more than tensors and plain containers, is not the one whose
+            hash is in the name of the URL, holds no state dict, or no key has the prefix.
     """
     state_dict = unwrap(_read(str(path)))
     if prefix:
@@ -74,26 +74,12 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
 
 def _read(path: str) -> object:
     """What a checkpoint file holds; every failure is a sentence."""
-    is_url = path.startswith(('http://', 'https://'))
-    if not is_url and not Path(path).is_file():
+    if path.startswith(('http://', 'https://')):
+        path = str(foreign_files.fetch(path, progress=sys.stderr.isatty()))
+    elif not Path(path).is_file():
         raise FileNotFoundError(f'the checkpoint {path} does not exist; give the path of a .pth file, or a URL')
-    try:
-        # Training scripts keep their command line in the checkpoint; as a class, it does nothing when it is read.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # what it leads to is said below
-            if is_url:
-                return torch.hub.load_state_dict_from_url(path, map_location='cpu', weights_only=True)
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are no checkpoint fail in every way there is
-        named = re.search(r'GLOBAL (\S+)', str(error)) if isinstance(error, UnpicklingError) else None
-        if named:
-            raise ValueError(f'{path} holds more than tensors: it names {named[1]}, and reading that could run code; '
-                             'nothing of it was run. Where the file is trusted, save its state dict alone, by '
-                             "torch.save(checkpoint['model'], …), and take that") from error
-        raise ValueError(f'{path} cannot be read as a checkpoint: it is cut short, or no file of torch.save; '
-                         'download it again, or name another') from error
+    # Training scripts keep their command line in the checkpoint; as a class, it does nothing when it is read.
+    return foreign_files.load_checkpoint(path, 'cpu', allow=[argparse.Namespace])
 
 
 def check_keys(family: str, found: set[str], expected: set[str]) -> None:

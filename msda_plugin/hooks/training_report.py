@@ -15,7 +15,9 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from msda_plugin.checkpoint_files import FULL, atomic_write
 from msda_plugin.registry import HOOKS
+from msda_plugin.runner import VALIDATED
 from msda_plugin.visualization import draw_curves, draw_sheet, write_png
 
 NEXT_STEPS = (
@@ -72,11 +74,16 @@ class TrainingReportHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self._history = self._earlier(runner) if runner.iter > 0 else []
+        if runner.iter > 0 and all(entry['iter'] != runner.iter for entry in self._history):
+            # The training was killed between checkpoint and report: a validation that was due is run once more.
+            runner.message_hub.pop_info(VALIDATED, None)
         self._start = time.monotonic() - (self._history[-1]['seconds'] if self._history else 0.0)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if self._start is None:
             return
+        # A validation that a training makes up for when it is resumed may be in the report already.
+        self._history = [entry for entry in self._history if entry['iter'] != runner.iter]
         self._history.append(dict(
             epoch=runner.epoch, iter=runner.iter, seconds=self._seconds(), **_plain(metrics or {})))
         if is_main_process():
@@ -128,9 +135,8 @@ class TrainingReportHook(Hook):
             num_trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
             train_seconds=self._seconds(), config=_config(runner), last_checkpoint=last, best_checkpoint=best,
             history=self._history)
-        unfinished = metrics_path.with_name('.metrics.json.tmp')
-        unfinished.write_text(json.dumps(report, indent=1) + '\n')
-        unfinished.replace(metrics_path)
+        with atomic_write(metrics_path) as unfinished:
+            unfinished.write_text(json.dumps(report, indent=1) + '\n')
 
         losses = _losses(runner)
         names = {f'{self.monitor}{suffix}': f'{_short(self.monitor)}{suffix[1:]}' for suffix in ('', '_50', '_75')}
@@ -193,7 +199,8 @@ def _survive(runner: Runner, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        runner.logger.error(f'The training report lacks {what}: {type(error).__name__}: {error}', exc_info=True)
+        known = isinstance(error, OSError) and error.errno in FULL  # a full disk needs no traceback
+        runner.logger.error(f'The training report lacks {what}: {type(error).__name__}: {error}', exc_info=not known)
 
 
 @contextmanager

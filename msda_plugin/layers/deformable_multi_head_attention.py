@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from msda_plugin.registry import MODELS
 
 from .deformable_position_bias import FixedPositionTable, LogSpacedPositionBias, RelativePositionTable
-from .token_layout import map_to_tokens, tokens_to_map
+from .token_layout import check_heads, map_to_tokens, tokens_to_map
 
 VERSIONS = ('v1', 'v2')
 POSITIONAL_MODES = ('rpe_table', 'dwc_pe', 'fixed_pe', 'log_cpb', 'none')
@@ -162,10 +162,10 @@ class DeformableMultiHeadAttention(BaseModule):
 
     def _deform(self, query: Tensor) -> DeformedPoints:
         """Queries as a map (B, C, H, W) -> the points, in float32 at least: halves cannot tell near pixels apart."""
-        batch, _, *hw_shape = query.shape
-        offsets = self.offset_conv(query.reshape(batch * self.num_groups, -1, *hw_shape)).permute(0, 2, 3, 1)
+        offsets = self.offset_conv(self._split_groups(query)).permute(0, 2, 3, 1)
         offsets = self.offset_proj(F.gelu(self.offset_norm(offsets)))
-        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32)).unflatten(0, (batch, -1))
+        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+        offsets = offsets.unflatten(0, (query.shape[0], self.num_groups))
         hk_wk = offsets.shape[2:4]
         if self.offset_range_factor > 0 or (self.offset_range_factor == 0 and self.version == 'v2'):
             units = [self.offset_range_factor / self._cells(side) for side in hk_wk]
@@ -178,9 +178,13 @@ class DeformableMultiHeadAttention(BaseModule):
 
     def _sample(self, x: Tensor, positions: Tensor) -> Tensor:
         """Map (B, C, H, W) and points (B, num_groups, Hk, Wk, 2) -> tokens (B, Hk * Wk, C)."""
-        groups = x.reshape(x.shape[0] * self.num_groups, -1, *x.shape[2:]).to(positions.dtype)
+        groups = self._split_groups(x).to(positions.dtype)
         sampled = F.grid_sample(groups, positions.flatten(0, 1).flip(-1), align_corners=True)
-        return sampled.reshape(x.shape[0], self.embed_dims, -1).transpose(1, 2).to(x.dtype)
+        return sampled.reshape(x.shape[0], self.embed_dims, *sampled.shape[2:]).flatten(2).transpose(1, 2).to(x.dtype)
+
+    def _split_groups(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) -> (B * num_groups, C / num_groups, H, W)."""
+        return x.reshape(x.shape[0] * self.num_groups, self.embed_dims // self.num_groups, *x.shape[2:])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, hw_shape: torch.Size) -> Tensor:
         """Queries (B, H * W, C), keys and values (B, n, C) at n points -> (B, H * W, C), heads side by side in C."""
@@ -206,7 +210,7 @@ class DeformableMultiHeadAttention(BaseModule):
         """Slices of the queries whose biases take at most ``CHUNK_BYTES``."""
         batch, _, hk, wk, _ = positions.shape
         bytes_per_query = batch * hk * wk * self.position_bias.values_per_pair * positions.element_size()
-        size = max(CHUNK_BYTES // bytes_per_query, 1)
+        size = max(CHUNK_BYTES // max(bytes_per_query, 1), 1)  # an empty batch has none
         return (slice(start, start + size) for start in range(0, num_queries, size))
 
     def _grid(self, size: torch.Size, first: float, like: Tensor) -> Tensor:
@@ -232,8 +236,7 @@ class DeformableMultiHeadAttention(BaseModule):
 
 def check_groups(embed_dims: int, num_heads: int, num_groups: int) -> None:
     """Raise ValueError where channels, heads and groups of a deformable layer do not fit one another."""
-    if num_heads < 1 or embed_dims % num_heads:
-        raise ValueError(f'embed_dims={embed_dims} is not a multiple of num_heads={num_heads}; change one of them')
+    check_heads(embed_dims, num_heads)
     if num_groups < 1 or num_heads % num_groups:
         raise ValueError(f'num_heads={num_heads} is not a multiple of num_groups={num_groups}, and the points of a '
                          'group are shared by whole heads; change one of them')

@@ -52,7 +52,7 @@ class RelativePositionTable(BaseModule):
 
         def bias(part: slice) -> Tensor:
             bias = F.grid_sample(table, queries[part] - points, align_corners=True)
-            return bias.unflatten(0, (-1, self.num_groups)).flatten(1, 2)
+            return bias.unflatten(0, (positions.shape[0], self.num_groups)).flatten(1, 2)
 
         return bias
 

@@ -25,6 +25,16 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
         torch.Size([1, 60, 32])
     """
 
+    def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 4, num_points: int = 4,
+                 im2col_step: int = 64, dropout: float = 0.1, batch_first: bool = False, norm_cfg: dict | None = None,
+                 init_cfg: dict | list | None = None, value_proj_ratio: float = 1.0):
+        sizes = dict(embed_dims=embed_dims, num_heads=num_heads, num_levels=num_levels, num_points=num_points)
+        if min(sizes.values()) < 1:
+            raise ValueError(f'{", ".join(f"{name}={size}" for name, size in sizes.items())} do not fit; expected 1 or '
+                             'more of each')
+        super().__init__(embed_dims, num_heads, num_levels, num_points, im2col_step, dropout, batch_first, norm_cfg,
+                         init_cfg, value_proj_ratio)
+
     def forward(self,
                 query: Tensor,
                 key: Tensor | None = None,
@@ -75,7 +85,7 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
             # In place only without gradients: of a view, which a projection's output is, autograd would copy it.
             fill = value.masked_fill if value.requires_grad else value.masked_fill_
             value = fill(key_padding_mask.bool()[..., None], 0)
-        value = value.view(batch, -1, self.num_heads, value.shape[-1] // self.num_heads)
+        value = value.view(batch, value.shape[1], self.num_heads, value.shape[-1] // self.num_heads)
         # (bs, num_queries, num_heads, num_levels, num_points[, 2])
         points = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(*points, 2)
@@ -95,7 +105,8 @@ def _check(layer: MMCVMultiScaleDeformableAttention, query: Tensor, value: Tenso
         if argument is None:
             raise ValueError(f'{name} is None, but deformable attention needs it in every call')
     layout = f'batch_first={layer.batch_first}'
-    if query.dim() != 3 or query.shape[-1] != layer.embed_dims or value.dim() != 3:
+    if (query.dim() != 3 or value.dim() != 3 or query.shape[-1] != layer.embed_dims
+            or value.shape[-1] != layer.embed_dims):
         raise ValueError(f'query is {tuple(query.shape)} and value {tuple(value.shape)} (batch first), but '
                          f'(bs, num_queries, {layer.embed_dims}) and (bs, num_keys, {layer.embed_dims}) are needed')
     if query.shape[0] != value.shape[0]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from msda_plugin.registry import MODELS
 
-from .token_layout import check_tokens
+from .token_layout import check_heads, check_tokens
 
 # What is added to the score of two pixels that the shift brought into one window from different sides of the map.
 OTHER_REGION = -100.
@@ -49,8 +49,7 @@ class ShiftedWindowAttention(ShiftWindowMSA):
     def __init__(self, embed_dims: int, num_heads: int, window_size: int = 7, shift_size: int = 0,
                  qkv_bias: bool = True, qk_scale: float | None = None, attn_drop_rate: float = 0.,
                  proj_drop_rate: float = 0., dropout_layer: dict | None = None, init_cfg: dict | list | None = None):
-        if num_heads < 1 or embed_dims % num_heads:
-            raise ValueError(f'embed_dims={embed_dims} is not a multiple of num_heads={num_heads}: change one of them')
+        check_heads(embed_dims, num_heads)
         if window_size < 1 or not 0 <= shift_size < window_size:
             raise ValueError(f'shift_size={shift_size} does not fit window_size={window_size}; expected a window of at '
                              'least 1 and a shift of 0 to window_size - 1, usually 0 or window_size // 2')

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from msda_plugin.registry import MODELS
 
-from .token_layout import check_tokens, map_to_tokens, tokens_to_map
+from .token_layout import check_heads, check_tokens, map_to_tokens, tokens_to_map
 
 
 class TokenAggregation(BaseModule):
@@ -117,8 +117,7 @@ class ShuntedSelfAttention(BaseModule):
 
 def check_attention_sizes(embed_dims: int, num_heads: int, sr_ratio: int) -> None:
     """Raise ValueError where channels, heads and reduction ratio of a shunted layer do not fit one another."""
-    if num_heads < 1 or embed_dims % num_heads:
-        raise ValueError(f'embed_dims={embed_dims} is not a multiple of num_heads={num_heads}')
+    check_heads(embed_dims, num_heads)
     if sr_ratio < 1 or (sr_ratio > 1 and sr_ratio % 2):
         raise ValueError(f'sr_ratio={sr_ratio} does not fit; expected 1 or an even number, since the second scale is '
                          'sr_ratio / 2')

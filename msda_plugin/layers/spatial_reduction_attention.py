@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from msda_plugin.registry import MODELS
 
-from .token_layout import check_tokens, map_to_tokens, tokens_to_map
+from .token_layout import check_heads, check_tokens, map_to_tokens, tokens_to_map
 
 # Side of the map that linear SRA pools to.
 POOL_SIZE = 7
@@ -51,8 +51,7 @@ class SpatialReductionAttention(MMDetSpatialReductionAttention):
                  dropout_layer: dict | None = None, qkv_bias: bool = True, norm_cfg: dict | None = None,
                  sr_ratio: int = 1, linear: bool = False, add_identity: bool = True,
                  init_cfg: dict | list | None = None):
-        if num_heads < 1 or embed_dims % num_heads:
-            raise ValueError(f'embed_dims={embed_dims} is not a multiple of num_heads={num_heads}: change one of them')
+        check_heads(embed_dims, num_heads)
         if sr_ratio < 1:
             raise ValueError(f'sr_ratio={sr_ratio} does not fit; expected 1 (no reduction) or more')
         norm_cfg = norm_cfg or dict(type='LN')

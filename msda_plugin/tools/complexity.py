@@ -131,36 +131,23 @@ def _print_growth(args: argparse.Namespace) -> None:
 
     from msda_plugin.costs.growth import exponent, measure_growth
     from msda_plugin.tools.launch import check_device
+    from msda_plugin.visualization.measurements import draw_growth
     check_device(args.device)
     if args.plot and not Path(args.plot).absolute().parent.is_dir():
         raise FileNotFoundError(f'--plot is {args.plot}, but its folder does not exist; create it first')
     sides = sorted(set(args.measure))
     seconds = measure_growth(sides, args.channels, args.heads, torch.device(args.device))
     pixels = [side ** 2 for side in sides]
-    rows = [(name, *(f'{second * 1e3:.2f}' for second in values), f'{exponent(pixels, values):.2f}')
+    exponents = {name: exponent(pixels, values) for name, values in seconds.items()}
+    rows = [(name, *(f'{second * 1e3:.2f}' for second in values), f'{exponents[name]:.2f}')
             for name, values in seconds.items()]
     print(f'Milliseconds of one layer, batch 1, float32, C = {args.channels}, {args.device}, '
           f'{torch.get_num_threads()} threads, torch {torch.__version__}; medians. Growth: b of time = a pixels^b, '
           'over the three largest maps.\n')
     _print_table(('layer', *(f'{side} x {side}' for side in sides), 'growth'), rows)
     if args.plot:
-        _plot(args.plot, pixels, seconds)
+        draw_growth(pixels, seconds, exponents).savefig(args.plot)
         print(f'\ndrawn in {args.plot}')
-
-
-def _plot(path: str, pixels: list[int], seconds: dict[str, list[float]]) -> None:
-    from matplotlib.figure import Figure
-
-    from msda_plugin.costs.growth import exponent
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout='constrained')
-    axis = figure.subplots()
-    for name, values in seconds.items():
-        axis.loglog(pixels, [second * 1e3 for second in values], marker='o', markersize=4,
-                    label=f'{name}: pixels^{exponent(pixels, values):.2f}')
-    axis.set(xlabel='pixels of the map', ylabel='milliseconds', title='Time of one attention layer')
-    axis.grid(which='both', alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path)
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -5,12 +5,11 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
 
 from mmengine.config.config import ConfigParsingError
 
-MISTAKES = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, SyntaxError,
-            NameError, ConfigParsingError, UnpicklingError, EOFError, RuntimeError)
+# Errors whose message is written to be read alone; others need their kind to be understood.
+SPEAKING = (OSError, ValueError, LookupError, ImportError, SyntaxError, RuntimeError, ConfigParsingError)
 
 
 @contextmanager
@@ -22,7 +21,7 @@ def user_errors(command: str) -> Iterator[None]:
     """
     try:
         yield
-    except MISTAKES as error:
+    except Exception as error:  # configs and files go wrong in every way there is
         if os.environ.get('MSDA_TRACEBACK') == '1':
             raise
         print(f'msda_plugin {command}: {explain(error)}\n(MSDA_TRACEBACK=1 shows where it was raised.)',
@@ -33,14 +32,14 @@ def user_errors(command: str) -> Iterator[None]:
 def explain(error: BaseException) -> str:
     """The message of `error` in one line; for an unknown registry name, with the names that come near."""
     message = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    unknown = re.search(r"'?([\w.]+)'? is not in the (\S+) registry", message)
+    # From the beginning of a word on: from each of its letters, a very long one would take very long.
+    unknown = re.search(r"(?<![\w.])([\w.]+)'? is not in the (\S+) registry", message)
     if unknown:
         near = _near(unknown[1])
         hint = f'did you mean {" or ".join(near)}?' if near else 'a type of this package is written msda_plugin.NAME.'
         return f"there is no type '{unknown[1]}' in the registry {unknown[2]}; {hint}"
-    # What these say is not written for a user, and needs its kind to be understood.
-    bare = isinstance(error, (TypeError, AttributeError, AssertionError, NameError)) or not message
-    return f'{type(error).__name__}: {message}' if bare else message
+    speaks = isinstance(error, SPEAKING) and ' ' in message  # a key alone does not
+    return message if speaks else f'{type(error).__name__}: {message}'
 
 
 def _near(name: str) -> list[str]:

@@ -2,7 +2,6 @@
 import copy
 import os
 from pathlib import Path
-from pickle import UnpicklingError
 
 import cv2
 import mmcv
@@ -86,14 +85,12 @@ def load_detector(config: str | os.PathLike | Config, checkpoint: str | os.PathL
         checkpoint has them, else the data set of the config).
 
     Raises:
-        ValueError: The checkpoint's weights are not those of the model.
+        OSError: The checkpoint cannot be read, or downloaded.
+        ValueError: It is no whole checkpoint, holds more than weights, or its weights are not those of the model.
     """
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    try:
-        loaded = CheckpointLoader.load_checkpoint(str(checkpoint), map_location='cpu', logger='silent')
-    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-        raise ValueError(f'{checkpoint} is not a checkpoint that can be read ({error}); is it complete?') from None
+    loaded = CheckpointLoader.load_checkpoint(str(checkpoint), map_location='cpu', logger='silent')
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     state_dict = {name.removeprefix('module.'): value for name, value in unwrap(loaded).items()}
     _check_fit(model, state_dict, checkpoint)

@@ -2,7 +2,6 @@
 import argparse
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from msda_plugin.config_check import check_weights
 from msda_plugin.runner import DetectionRunner
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -71,7 +71,7 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     Building here, and not when the loop starts, lets every mistake in the config end in one sentence.
     """
     cfg.setdefault('runner_type', 'msda_plugin.DetectionRunner')
-    _check_weights(cfg)
+    check_weights(cfg)
     runner = RUNNERS.build(cfg)
     if isinstance(runner, DetectionRunner):
         runner.check_data(*splits)
@@ -80,23 +80,3 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     if 'train' in splits:
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     return runner
-
-
-def _check_weights(cfg: Config) -> None:
-    """Weights to start from, which are otherwise missed when everything else is set up."""
-    for where, path in [('load_from', cfg.get('load_from')), *_pretrained(cfg.get('model'), 'model')]:
-        if path and '://' not in path and not Path(path).is_file():
-            raise FileNotFoundError(f'the checkpoint {path} of {where} does not exist; put it there, or name its file '
-                                    f'with --cfg-options {where}=FILE')
-
-
-def _pretrained(node: object, where: str) -> Iterator[tuple[str, str]]:
-    """(place in the config, checkpoint) of each ``init_cfg`` that loads one."""
-    if isinstance(node, dict):
-        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
-            yield f'{where}.checkpoint', node['checkpoint']
-        for key, child in node.items():
-            yield from _pretrained(child, f'{where}.{key}')
-    elif isinstance(node, (list, tuple)):
-        for index, child in enumerate(node):
-            yield from _pretrained(child, f'{where}.{index}')

@@ -145,7 +145,8 @@ def find_images(ann_file: Path, content: dict, root: Path) -> Path:
     # Folders of the same split first: other splits can use the same file names.
     split = _split_of(ann_file) or _split_of(ann_file.parent)
     folders.sort(key=lambda folder: _split_of(folder) != split)
-    found = {folder: sum((folder / name).is_file() for name in sample) for folder in dict.fromkeys(folders)}
+    # os.path answers where pathlib raises: for a name that is too long.
+    found = {folder: sum(os.path.isfile(folder / name) for name in sample) for folder in dict.fromkeys(folders)}
     best = max(found, key=found.get)
     if not found[best]:
         raise FileNotFoundError(f'none of the images of {ann_file} (such as {names[0]}) was found in {root} and its '

@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args)
         if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
             raise FileNotFoundError(f'the checkpoint {args.checkpoint} does not exist; give the path of a .pth file')
+        if not cfg.get('test_dataloader'):
+            raise ValueError(f'{args.config} names no data to test on; give it test_dataloader, test_evaluator and '
+                             'test_cfg')
         cfg.load_from = args.checkpoint
         if args.out:
             if not args.out.endswith(('.pkl', '.pickle')):

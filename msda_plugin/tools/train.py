@@ -10,6 +10,8 @@ OWN_DATA = ('val', 'val_part', 'images', 'classes', 'skip_bad_images', 'model', 
 
 
 def main(argv: list[str] | None = None) -> int:
+    from msda_plugin.checkpoint_files import DiskFullError
+    from msda_plugin.runner import DetectionRunner
     from msda_plugin.tools import interrupt
     from msda_plugin.tools.launch import build_runner, load_config
     args = _parser().parse_args(argv)
@@ -41,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
             # None: the latest checkpoint of the work dir; a pretrained one that the config names is no longer meant.
             cfg.load_from = None if args.resume == 'auto' else args.resume
         runner = build_runner(cfg, 'train', 'val')
-    return interrupt.train(runner)
+        if isinstance(runner, DetectionRunner):
+            runner.find_resumed()
+    try:
+        return interrupt.train(runner)
+    except DiskFullError as error:
+        print(f'msda_plugin train: {error}', file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate by batch size, from auto_scale_lr.base_batch_size of the config')
     parser.add_argument('--resume', nargs='?', const='auto',
-                        help='go on from a checkpoint; without a name, from the latest one in the work dir')
+                        help='go on from a checkpoint; without a name, from the last whole one in the work dir')
 
     own = parser.add_argument_group('own data', 'The classes follow from the data. The data is checked first; the '
                                                 'config that is used is written to the work dir.')

@@ -279,7 +279,7 @@ function draw() {
       continue;
     }
     if (sample.origin) nodes.push(svg('line', {x1: sample.origin[0], y1: sample.origin[1], x2: sample.x, y2: sample.y,
-                                               stroke: '#fff', 'stroke-opacity': 0.6, 'stroke-width': 0.8 * unit}));
+                                               stroke: style.ink, 'stroke-opacity': 0.5, 'stroke-width': 0.8 * unit}));
     const outline = {d: shapes[sample.level % shapes.length](radius(strength, layer, samples.length) * unit),
                      transform: `translate(${sample.x} ${sample.y})`};
     nodes.push(svg('path', {...outline, fill: '#fff', 'fill-opacity': 0.4, stroke: '#fff', 'stroke-opacity': 0.5,
@@ -332,6 +332,7 @@ function drawLegend(layer, samples, largest, query) {
   item(cross([0, 0], 8, style.paper), 'the query');
   if (layer.box) item(rectangle([-10, -7, 10, 7], '#555', 1.8, '5 3', {}), 'box that the layer starts from');
   if (query.box) item(rectangle([-10, -7, 10, 7], style.detection, 2.5, 'none', {}), 'detection');
+  if (layer.origin) item(svg('path', {d: 'M-11 5L11 -5', stroke: style.ink}), 'how a point was moved');
   const total = samples.reduce((sum, sample) => sum + sample.weight * sample.heads, 0) || 1;
   const byHead = element('colour').value === 'head';
   for (const index of unique(samples.map(sample => byHead ? sample.head : sample.level))) {
@@ -353,7 +354,7 @@ function changed(id) {
   if (id === 'query') { fillLayer(element('layer').value); fillHeads(element('head').value, element('level').value); }
   if (id === 'layer') fillHeads(element('head').value, element('level').value);
   if (id === 'head') fillLevels(element('level').value);
-  if (id === 'query' || id === 'layer') element('pale').checked = Boolean(currentLayer().cells);
+  if (id === 'query' || id === 'layer') element('pale').checked = !currentLayer().local;
   draw();
 }
 
@@ -363,7 +364,7 @@ function restore() {  // the address tells the state, so that a picture can be s
   fillLayer(state.get('layer'));
   fillHeads(state.get('head') ?? 'all', state.get('level') ?? 'all');
   if (['level', 'head'].includes(state.get('colour'))) element('colour').value = state.get('colour');
-  element('pale').checked = Boolean(currentLayer().cells);
+  element('pale').checked = !currentLayer().local;
   for (const id of switches) if (state.has(id)) element(id).checked = state.get(id) === '1';
   draw();
 }

@@ -28,7 +28,8 @@ def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.nd
     Points are larger and clearer the more they weigh. Multi-scale deformable attention has one scale for all layers,
     and its panels show the part of the image that encoder or decoder look at; other layers look at the whole image, and
     have a scale each. Heads that look at the same places are drawn as their mean; Shunted attention gets a panel for
-    each of its granularities.
+    each of its granularities, and DAT's for each group of heads that shares its points, with lines from where they were
+    before they moved.
 
     Args:
         image: (H, W, 3) uint8, RGB: the original image.
@@ -49,11 +50,11 @@ def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.nd
     panels = [overview]
     for view in query.layers:
         window, name = layer_window(query, view, image.shape), f'{view.name}\n'
-        if view.cells is None:
+        if view.is_local:
             panels.append(_panel(image, view, window, largest, name + view.query))
         else:
             panels += [_panel(image, view, window, largest, name + view.level_names[level], view.level == level)
-                       for level in range(len(view.cells))]
+                       for level in range(len(view.level_names))]
     return _draw_panels(panels, image, _join(title, query.label), query.layers, largest)
 
 
@@ -63,8 +64,8 @@ def draw_heads(image: np.ndarray, query: QueryView, view: LayerView, *, title: s
     panels = [_panel(image, view, window, largest, 'all heads')] if view.cells is None else []
     for head in np.unique(view.head):
         keep = view.head == head
-        scale = f', {view.level_names[view.level[keep][0]]}' if view.cells is not None else ''
-        panels.append(_panel(image, view, window, largest, f'head {head}{scale}', keep))
+        looks_at = '' if view.is_local else f', {view.level_names[view.level[keep][0]]}'
+        panels.append(_panel(image, view, window, largest, f'head {head}{looks_at}', keep))
     return _draw_panels(panels, image, _join(title, f'{query.label} · {view.name}'), [view], largest)
 
 
@@ -120,7 +121,7 @@ def _panel(image: np.ndarray, view: LayerView, window: np.ndarray, largest: floa
 
     def draw(axis: Axes) -> None:
         shown = view.merged(keep)
-        _show(axis, image, window if view.is_local else whole(image.shape), pale=view.cells is not None)
+        _show(axis, image, window if view.is_local else whole(image.shape), pale=not view.is_local)
         scale = largest if view.is_local else shown.weight.max()
         (_draw_cells if view.cells is not None else _draw_points)(axis, shown, scale)
         if view.box is not None:
@@ -142,7 +143,7 @@ def _show(axis: Axes, image: np.ndarray, window: np.ndarray, pale: bool = False)
 def _draw_points(axis: Axes, view: LayerView, largest: float) -> None:
     if view.origin is not None:
         axis.add_collection(
-            LineCollection(np.stack([view.origin, view.xy], 1), colors=PAPER, linewidths=0.3, alpha=0.5))
+            LineCollection(np.stack([view.origin, view.xy], 1), colors=INK, linewidths=0.5, alpha=0.5))
     for level in np.unique(view.level):
         of_level = np.flatnonzero(view.level == level)
         of_level = of_level[view.weight[of_level].argsort()]  # what weighs most comes on top
@@ -234,12 +235,16 @@ def _legend(views: Sequence[LayerView], largest: float) -> list:
     if any(view.box is not None for view in views):
         handles.append(Line2D([], [], color='#777777', linestyle='--', label='reference box'))
     points = [view for view in views if view.cells is None]
-    for level, name in enumerate(max((view.level_names for view in points), key=len, default=())):
+    # The groups of DAT have titles where levels need the colours.
+    of_colours = [view for view in points if view.is_local] or points
+    for level, name in enumerate(max((view.level_names for view in of_colours), key=len, default=())):
         handles.append(Line2D([], [], marker=LEVEL_SHAPES[level % len(LEVEL_SHAPES)], markersize=7, label=name,
                               markerfacecolor=LEVEL_COLOURS[level % len(LEVEL_COLOURS)], **marker))
     for share in (1, 0.3, 0.05) if largest else ():
         handles.append(Line2D([], [], marker='o', markersize=_area(share) ** 0.5, markerfacecolor='#777777',
                               alpha=_opacity(share), label=f'weight {share * largest:.2g}', **marker))
+    if any(view.origin is not None for view in views):
+        handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.7, label='how a point was moved'))
     if len(points) < len(views):
         handles.append(Patch(facecolor=LEVEL_COLOURS[0], edgecolor='#777777', label='cells: the deeper, the heavier'))
     return handles

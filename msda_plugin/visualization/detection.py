@@ -57,7 +57,8 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_n
     scale = longer_side / max(image.shape[:2]) if longer_side else 1.0
     picture = Image.fromarray(image)
     if scale != 1.0:
-        picture = picture.resize((round(image.shape[1] * scale), round(image.shape[0] * scale)), Image.BICUBIC)
+        sides = (max(1, round(image.shape[axis] * scale)) for axis in (1, 0))
+        picture = picture.resize(tuple(sides), Image.BICUBIC)
     draw = ImageDraw.Draw(picture)
     width = max(1, round(max(picture.size) / 200))
     font = _font(max(11, round(max(picture.size) / 30)))

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -85,12 +86,21 @@ void run_block() {
   }
 }
 
-void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
+constexpr size_t kSharedBytes = 1 << 18, kGuardBytes = 4096;
+unsigned char* shared();  // memory of kSharedBytes
+
+// A block finds its shared memory full of NaNs (negative numbers), and must leave alone what comes after it.
+void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
   body = std::move(kernel);
   block_size = block;
+  if (shared_bytes > 48 * 1024 || block.x * block.y > 1024) std::abort();  // no device would run it
+  unsigned char* const guard = shared() + shared_bytes;
   for (unsigned i = 0; i < grid.x; ++i) {
     block_index = {i, 0, 0};
+    std::memset(shared(), 0xff, shared_bytes + kGuardBytes);
     run_block();
+    for (size_t byte = 0; byte < kGuardBytes; ++byte)
+      if (guard[byte] != 0xff) std::abort();
   }
 }
 
@@ -115,12 +125,16 @@ template <class V>
 V __shfl_xor_sync(unsigned, V value, int mask) {
   return emulator::exchange(value, emulator::current->lane ^ mask);
 }
-inline unsigned __ballot_sync(unsigned, bool vote) {
+template <class V>
+V __shfl_sync(unsigned, V value, int lane) {
+  return emulator::exchange(value, lane);
+}
+inline unsigned __match_any_sync(unsigned, int value) {
   unsigned result = 0;
-  emulator::current->slots[emulator::current->lane] = vote;
+  emulator::current->slots[emulator::current->lane] = static_cast<unsigned>(value);
   __syncwarp();
   for (int lane = 0; lane < emulator::current->warp->size; ++lane)
-    result |= static_cast<unsigned>(emulator::current->slots[lane]) << lane;
+    result |= static_cast<unsigned>(emulator::current->slots[lane] == static_cast<unsigned>(value)) << lane;
   __syncwarp();
   return result;
 }
@@ -130,27 +144,33 @@ void atomicAdd(A* target, A x) {
   *target += x;
 }
 
+static int launches_until_failure = -1;  // -1: never
+
 extern "C" {
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+__attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
+// As on a device, the error of a launch is told once.
+cudaError_t cudaGetLastError() {
+  return launches_until_failure >= 0 && launches_until_failure-- == 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) {
   std::memset(target, byte, count);
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 }
 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #define MSDA_EMULATED
 #define MSDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(shared_bytes), emulator::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
+  emulator::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
 #include "../../csrc/cuda/ms_deform_attn.cu"
 
 namespace msda::cuda {
 namespace {
-alignas(16) unsigned char shared_memory[1 << 18];
+alignas(16) unsigned char shared_memory[emulator::kSharedBytes];
 }
 }  // namespace msda::cuda
+unsigned char* emulator::shared() { return msda::cuda::shared_memory; }
 
 // sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype;
 // inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
@@ -160,16 +180,21 @@ static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
           static_cast<const int64_t*>(inputs[1]), static_cast<const int64_t*>(inputs[2]), inputs[3], inputs[4], inputs[5]};
 }
 
+extern "C" __attribute__((visibility("default"))) int64_t emulate_sort_elements(const int64_t* sizes) {
+  void* const inputs[6] = {};
+  return msda::cuda::sort_elements(problem_of(sizes, inputs));
+}
+
 extern "C" __attribute__((visibility("default"))) int emulate_forward(const int64_t* sizes, void* const* inputs,
                                                                       void* output) {
   return msda::cuda::forward(problem_of(sizes, inputs), output, nullptr);
 }
 
-// gradients: output, value, reference_points, coordinates, weights; scratch: value, reference_points, attention.
+// gradients: output, value, reference_points, coordinates, weights; scratch: value, reference_points, attention, sort.
 extern "C" __attribute__((visibility("default"))) int emulate_backward(const int64_t* sizes, void* const* inputs,
                                                                        void* const* gradients, void* const* scratch,
                                                                        int deterministic) {
   return msda::cuda::backward(problem_of(sizes, inputs),
                               {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]},
-                              {scratch[0], scratch[1], scratch[2]}, deterministic != 0, nullptr);
+                              {scratch[0], scratch[1], scratch[2], static_cast<int32_t*>(scratch[3])}, deterministic != 0, nullptr);
 }

@@ -1,7 +1,10 @@
 """The CUDA kernels, run on the host by an emulator, against definitions in float64."""
 import ctypes
 import importlib.util
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +14,53 @@ from operator_cases import grid_sample_attention, locations_and_weights, make_ca
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 @pytest.fixture(scope='module')
-def emulator(tmp_path_factory):
+def build():
     spec = importlib.util.spec_from_file_location('csrc_build', ROOT / 'csrc' / 'build.py')
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    if build.find_nvcc() is None:
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.find_nvcc() is None:
         pytest.skip('there is no nvcc, whose headers the kernels include')
-    library = tmp_path_factory.mktemp('emulator') / 'libemulator.so'
-    subprocess.run([build.find_nvcc(), '-x', 'c++', '-std=c++20', '-O1', '-shared', '-Xcompiler=-fPIC,-w',
-                    '-cudart=none',
-                    str(ROOT / 'tests' / 'ops' / 'cuda_emulator.cpp'), '-o', str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return module
+
+
+def compile_host(build, *arguments):
+    """Run nvcc as a compiler of C++ for the host."""
+    subprocess.run([build.find_nvcc(), '-x', 'c++', '-std=c++20', '-O1', '-Xcompiler=-fPIC,-w', '-cudart=none',
+                    *map(str, arguments)], check=True)
+
+
+@pytest.fixture(scope='module')
+def emulator_object(build, tmp_path_factory):
+    target = tmp_path_factory.mktemp('emulator') / 'emulator.o'
+    compile_host(build, '-c', HERE / 'cuda_emulator.cpp', '-o', target)
+    return target
+
+
+@pytest.fixture(scope='module')
+def emulator(build, emulator_object):
+    path = emulator_object.with_name('libemulator.so')
+    subprocess.run([*build.find_compiler(), '-shared', str(emulator_object), '-o', str(path)], check=True)
+    library = ctypes.CDLL(str(path))
+    library.emulate_sort_elements.restype = ctypes.c_int64
+    return library
+
+
+@pytest.fixture(scope='module')
+def binding(build, emulator_object):
+    """A folder with the CUDA binding as the library of the CPU."""
+    torch_dir, folder = build.find_torch(), emulator_object.parent / 'binding'
+    folder.mkdir()
+    compile_host(build, '-DUSE_CUDA', *build.STABLE_ABI_FLAGS, '-isystem', torch_dir / 'include', '-c',
+                 HERE / 'cuda_binding.cpp', '-o', folder / 'binding.o')
+    subprocess.run([*build.find_compiler(), '-shared', str(folder / 'binding.o'), str(emulator_object), '-o',
+                    str(folder / 'libmsda_cpu.so'), '-Wl,-Bsymbolic', '-Wl,--no-as-needed',
+                    f'-L{torch_dir / "lib"}', '-ltorch_cpu'], check=True)
+    return folder
 
 
 def pointers(*tensors):
@@ -55,6 +90,8 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
                 torch.full_like(weights, float('nan'), dtype=accumulation)] if reference_size else [None, None]
     if not deterministic:
         scratch[2] = None
+    elements = library.emulate_sort_elements(sizes)
+    scratch.append(torch.full((elements,), -1, dtype=torch.int32) if deterministic else None)
     grad = grad.to(value.dtype)
     assert library.emulate_backward(sizes, inputs, pointers(grad, *grads), pointers(*scratch), int(deterministic)) == 0
     if scratch[0] is not None:
@@ -67,6 +104,8 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
 @pytest.mark.parametrize('sizes', [
     {}, {'head_dim': 1, 'points': 1}, {'head_dim': 32, 'queries': 9}, {'head_dim': 3, 'points': 37, 'queries': 2},
     {'head_dim': 71, 'heads': 1}, {'shapes': [(12, 13), (1, 1)], 'head_dim': 16, 'queries': 70, 'batch': 1},
+    {'shapes': [(11, 9), (3, 2), (1, 1)], 'queries': 106, 'head_dim': 8, 'batch': 1},  # an encoder's: in bands
+    {'shapes': [(20, 15), (1, 1)], 'queries': 301, 'points': 4, 'head_dim': 8, 'heads': 1, 'batch': 1},  # sort in parts
     {'queries': 0}], ids=str)
 @pytest.mark.parametrize('dtypes', [(torch.float64, torch.float64), (torch.float32, torch.float32),
                                     (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
@@ -121,3 +160,48 @@ def test_more_than_2_to_the_31_elements(emulator):
     assert emulator.emulate_forward(sizes, inputs, ctypes.c_void_p(output.data_ptr())) == 0
     assert value.numel() > 2**31
     assert abs(output[0, 0, -1].item() - 3) < 0.1 and output.abs().sum() < 3.1
+
+
+def run_with(binding, *arguments):
+    environment = {**os.environ, 'MSDA_LIBRARY_DIR': str(binding), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_failed_launch_raises(binding):
+    """Whichever launch it is, of the forward pass and of both backward passes, plain and fused."""
+    done = run_with(binding, '-c', FAILURES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r'(\w+ (True|False) [1-9]\d*\n){4}', done.stdout), done.stdout
+
+
+FAILURES = f"""
+import ctypes, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch
+from operator_cases import make_case
+from msda_plugin.ops import backend_for, backends, ms_deform_attn, ms_deform_attn_fused
+assert 'emulated' in backend_for('cpu', torch.float32).reason
+fail = ctypes.CDLL(str(backends.LIBRARY_DIR / 'libmsda_cpu.so')).emulate_failure
+case = make_case(dtype=torch.float32).requires_grad()
+for function, inputs in (ms_deform_attn, case.plain()), (ms_deform_attn_fused, case.fused()):
+    for deterministic in False, True:
+        launches = 0
+        while True:
+            fail(launches)
+            try:
+                function(inputs[0], case.shapes, None, *inputs[1:], deterministic=deterministic).sum().backward()
+                break
+            except RuntimeError as error:
+                assert 'CUDA error 9' in str(error), error
+            launches += 1
+        print(function.__name__, deterministic, launches)
+"""
+
+
+def test_binding(binding):
+    """The operator's own tests, with the CUDA binding and kernels in the place of the CPU's."""
+    chosen = ('portable and (dtypes or non_contiguous or unaligned or empty or level_forms or excluded or extreme or '
+              'never_read or nan_reaches)')
+    done = run_with(binding, '-m', 'pytest', '-p', 'no:cacheprovider', 'tests/ops/test_operator.py', '-k', chosen)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert int(re.search(r'(\d+) passed', done.stdout)[1]) > 15

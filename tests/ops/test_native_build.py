@@ -44,6 +44,13 @@ def test_only_the_stable_abi_is_used(library):
     check_stable_abi(library)
 
 
+def ptxas_report(log):
+    """(kernel, (bytes of stack, of spill stores, of spill loads)) of each kernel."""
+    found = re.findall(r"entry function '\w*?([a-z]+)_kernel\w*' for .*\n.*\n\s+(\d+) bytes stack frame, "
+                       r'(\d+) bytes spill stores, (\d+) bytes spill loads', log)
+    return [(name, tuple(map(int, sizes))) for name, *sizes in found]
+
+
 def test_no_code_of_a_larger_instruction_set_is_shared():
     """The files of an instruction set must not define what the linker could choose for all of them."""
     kernels = [(ROOT / 'csrc' / name).read_text() for name in ('cpu/kernels.h', 'cpu/simd.h', 'ms_deform_attn.h')]
@@ -75,19 +82,24 @@ def test_torch_is_found_without_importing_it():
 
 
 @pytest.mark.slow
-def test_cuda_library_builds(build, monkeypatch, tmp_path):
+def test_cuda_library_builds(build, monkeypatch, tmp_path, capfd):
     if build.find_nvcc() is None:
         pytest.skip('there is no nvcc')
     monkeypatch.setenv('MSDA_CUDA_ARCHS', '90')
-    paths = build.build(tmp_path, 'on')
+    paths = build.build(tmp_path, 'on', verbose=True)
+    kernels = ptxas_report(capfd.readouterr().out)
+    assert len(kernels) > 40 and {'forward', 'backward', 'gather', 'scatter'} <= {name for name, _ in kernels}
+    assert not [kernel for kernel in kernels if kernel[1] != (0, 0, 0)]
     assert [path.name for path in paths] == ['libmsda_cpu.so', 'libmsda_cuda.so']
     check_stable_abi(paths[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ['libmsda_cpu.so', 'libmsda_cuda.so']
 
 
 @pytest.mark.slow
-def test_kernels_under_sanitizers(build, tmp_path):
-    """Addresses and undefined behaviour, on sizes that leave rests everywhere."""
+def test_kernels_under_sanitizers(build, tmp_path, long_run):
+    """Addresses and undefined behaviour, on sizes that leave rests everywhere, as the library is compiled for use."""
+    if not long_run:
+        pytest.skip('the long form alone, of 3 minutes; the short one is tests/reliability/test_native_sanitizers.py')
     where = [*build.find_compiler(), '-print-file-name=libasan.so']
     runtime = subprocess.run(where, capture_output=True, text=True).stdout.strip()
     if not Path(runtime).exists():

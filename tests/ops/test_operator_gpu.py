@@ -47,6 +47,18 @@ def test_dtypes(deterministic, dtype, coordinate_dtype, tolerance):
             assert (a.double() - e).abs().max() <= tolerance * e.abs().max()
 
 
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize('size', [
+    {'shapes': [(21, 13), (4, 5), (1, 1)], 'queries': 294},            # an encoder's queries: taken in bands
+    {'shapes': [(1, 1)], 'queries': 5000},                             # all samples on one pixel
+    {'shapes': [(300, 250), (3, 2)], 'queries': 900, 'batch': 1}])     # keys of three digits
+def test_sizes(deterministic, size):
+    case = make_case(head_dim=16, points=4, **size).to('cuda')
+    for actual, expected in pairs(case, deterministic):
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), 1e30])
 def test_excluded_samples(bad):
     case = make_case(queries=20, reference_size=4).to('cuda')

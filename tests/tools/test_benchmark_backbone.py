@@ -6,6 +6,7 @@ import torch
 
 from msda_plugin.backbones.shunted_transformer import ShuntedTransformer
 from msda_plugin.tools.benchmarks import backbone
+from msda_plugin.tools.comparison import Measurement
 
 ARCH = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(2, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1), stem_convs=1)
 
@@ -20,14 +21,14 @@ def test_plain_forward_computes_the_same(training):
 
 
 def test_measures_in_a_fresh_process():
-    seconds, peak = backbone.measure('msda_plugin', ARCH, (1, 3, 32, 32), backward=True, threads=1, repeats=1)
-    assert seconds > 0
-    assert peak > 50e6
+    measured = backbone.measure('msda_plugin', ARCH, (1, 3, 32, 32), backward=True, threads=1, repeats=1)
+    assert measured.seconds > 0
+    assert measured.peak > 50e6
 
 
 def test_prints_both_implementations(monkeypatch, capsys):
-    monkeypatch.setattr(backbone, 'measure', lambda implementation, *_: (2., 1e9) if implementation == 'plain' else (
-        .5, 25e7))
+    monkeypatch.setattr(backbone, 'measure', lambda implementation, *_: (
+        Measurement(2., 10**9) if implementation == 'plain' else Measurement(.5, 25 * 10**7)))
     parser = argparse.ArgumentParser()
     backbone.add_parser(parser.add_subparsers())
     assert backbone.run(parser.parse_args(['backbone', '--size', '64', '96'])) == 0

@@ -94,7 +94,7 @@ def test_table(args, monkeypatch, capsys):
     rows = [line.split() for line in lines[3:7]]
     assert rows[0] == ['inference', 'stock', '3.000', '1000', '1.00x', '100%', '0.250']
     assert rows[3] == ['training', 'step', 'accelerated', '1.000', '500', '3.00x', '50%']
-    assert '2.0e-06' in out and 'of 900' in out
+    assert '2.0e-06' in out and 'of 900' in out and 'take 0.250 s of the stock inference' in out
 
 
 def test_mistakes_end_in_a_sentence(tmp_path, capsys):

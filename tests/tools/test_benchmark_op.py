@@ -1,4 +1,6 @@
 """The benchmark of the operator compares like with like."""
+import argparse
+
 import pytest
 import torch
 
@@ -36,3 +38,21 @@ def test_the_first_of_the_calls_is_not_counted():
 def test_corner_bytes():
     # 2 images, 7 queries, 2 heads, 2 levels, 4 points, 4 corners, 8 channels of 4 bytes
     assert SHAPE.corner_bytes == 2 * 7 * 2 * 2 * 4 * 4 * 8 * 4
+
+
+def test_prints_the_tables(monkeypatch, capsys):
+    monkeypatch.setattr(op, 'SHAPES', (SHAPE, ))
+    monkeypatch.setattr(op, 'growth', lambda *_: ['growth'])
+    monkeypatch.setattr(op, 'cache_bound', lambda *_: 'bound')
+    monkeypatch.setattr(op, 'memory', lambda *_: 'memory')
+    parser = argparse.ArgumentParser()
+    op.add_parser(parser.add_subparsers())
+    assert op.run(parser.parse_args(['op', '--repeats', '1', '--threads', '1'])) == 0
+    conditions, *lines = capsys.readouterr().out.splitlines()
+    assert 'backend cpu' in conditions and 'median of 1 runs' in conditions
+    heads = [line.split() for line in lines if 'ratio' in line]
+    assert heads == [['shape', 'mmcv', 'ms', 'ours', 'ms', 'ratio'], ['parts', 'ms', 'fused', 'ms', 'ratio'],
+                     ['float32', 'bfloat16', 'ratio']]
+    rows = [line for line in lines if line.endswith('x')]
+    assert len(rows) == 5 and sum('forward + backward' in row for row in rows) == 2
+    assert lines[-3:] == ['growth', 'bound', 'memory']

@@ -51,6 +51,13 @@ def test_the_surest_box_is_on_top_and_keeps_its_tag():
     assert tuple(two[100, 40]) == tuple(class_colours(2)[0])
 
 
+@pytest.mark.parametrize('height, width', [(1, 8000), (8000, 1), (1, 1)])
+def test_a_picture_of_one_row_or_column(height, width):
+    image = np.full((height, width, 3), 128, np.uint8)
+    picture = draw_boxes(image, np.array([[0, 0, width, height]]), np.array([0]), NAMES, longer_side=384)
+    assert picture.shape[:2] == (384 if height >= width else 1, 384 if width >= height else 1)
+
+
 @pytest.mark.parametrize('box', [[-50, -50, 500, 500], [59.9, 39.9, 60, 40], [70, 50, 90, 60], [10, 10, 10, 10],
                                  [np.nan, 0, 5, 5]])
 def test_odd_boxes_are_drawn_somewhere_inside(box):

@@ -1,6 +1,7 @@
 """``benchmark head``: the losses of our heads against MMDetection's ``loss_by_feat``, on the same predictions."""
 import argparse
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.benchmarks.op import PYRAMID, Timer
+from msda_plugin.tools.comparison import Comparison, Measurement
 
 NUM_CLASSES = 80
 LAYERS = 6
@@ -60,22 +62,34 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     return parser
 
 
+def conditions(args: argparse.Namespace) -> str:
+    """Under what the figures are measured."""
+    return (f'{args.queries} queries, {LAYERS} layers, batch {args.batch}, {args.objects} objects an image, '
+            f'{NUM_CLASSES} classes; float32, {args.device}, {args.threads} threads, {platform.machine()}, torch '
+            f'{torch.__version__}; median of {args.repeats} runs')
+
+
 def run(args: argparse.Namespace) -> int:
     """Time the losses and their gradients in every case, and print one line each."""
+    print(f'loss_by_feat and its gradients: {conditions(args)}')
+    print(f'{"head":<18}{"mmdet ms":>10}{"ours ms":>10}{"ratio":>8}{"largest difference of a loss":>30}')
+    for row in comparisons(args):
+        print(f'{row.case:<18}{row.stock.seconds * 1e3:>10.2f}{row.ours.seconds * 1e3:>10.2f}{row.speed:>7.1f}x'
+              f'{row.difference:>30.1e}', flush=True)
+    return 0
+
+
+def comparisons(args: argparse.Namespace) -> Iterator[Comparison]:
+    """Time the losses and their gradients in every case."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     timer = Timer(device, args.repeats)
-    print(f'loss_by_feat and its gradients: {args.queries} queries, {LAYERS} layers, batch {args.batch}, '
-          f'{args.objects} objects an image, {NUM_CLASSES} classes; float32, {device}, {args.threads} threads, '
-          f'{platform.machine()}, torch {torch.__version__}; median of {args.repeats} runs')
-    print(f'{"head":<18}{"mmdet ms":>10}{"ours ms":>10}{"ratio":>8}{"largest difference of a loss":>30}')
     for case in CASES:
         heads = [case.build(scope).to(device) for scope in ('mmdet', 'msda_plugin')]
         inputs = make_inputs(case, args.batch, args.queries, args.objects, device)
-        stock, ours = timer(*(partial(step, head, inputs) for head in heads))
-        print(f'{case.name:<18}{stock * 1e3:>10.2f}{ours * 1e3:>10.2f}{stock / ours:>7.1f}x'
-              f'{largest_difference(*heads, inputs):>30.1e}', flush=True)
-    return 0
+        stock, ours = map(Measurement, timer(*(partial(step, head, inputs) for head in heads)))
+        yield Comparison(case.name, 'losses and gradients', ('mmdet', 'ours'), stock, ours,
+                         largest_difference(*heads, inputs))
 
 
 def make_inputs(case: Case, batch: int, queries: int, objects: int, device: torch.device) -> list:
@@ -110,4 +124,4 @@ def step(head: nn.Module, inputs: list) -> dict[str, Tensor]:
 def largest_difference(stock: nn.Module, ours: nn.Module, inputs: list) -> float:
     """The largest difference of a loss, as a part of it."""
     expected, losses = step(stock, inputs), step(ours, inputs)
-    return max(float((losses[name] - loss).abs() / loss.abs()) for name, loss in expected.items())
+    return max(float(((losses[name] - loss) / loss).detach().abs()) for name, loss in expected.items())

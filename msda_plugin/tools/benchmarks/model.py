@@ -1,13 +1,11 @@
 """``benchmark model``: a model of any config before and after :func:`msda_plugin.accelerate`, side by side."""
 import argparse
 import logging
-import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +24,11 @@ from torch.overrides import TorchFunctionMode
 from msda_plugin.acceleration import STOCK_FORWARD, accelerate
 from msda_plugin.ops import backend_for
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.benchmarks.backbone import peak_bytes
+from msda_plugin.tools.comparison import Comparison, Measurement
 from msda_plugin.tools.errors import user_errors
+from msda_plugin.tools.fresh_process import in_a_process, peak_bytes
 
 NUM_OBJECTS = 10  # in each image of a training step
-
-
-class Measurement(NamedTuple):
-    """Median seconds of a run, peak bytes, and seconds of an inference in the attention layers."""
-    seconds: float
-    peak: int
-    attention: float | None
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -54,6 +46,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     return parser
 
 
+def conditions(args: argparse.Namespace) -> str:
+    """Under what the figures are measured."""
+    backend = backend_for(args.device, torch.float32)
+    where = 'memory of the GPU' if torch.device(args.device).type == 'cuda' else 'resident memory of the process'
+    return (f'{args.batch}x3x{args.height}x{args.width}, float32, {args.device}, {args.threads} threads, '
+            f'{platform.machine()}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); median of '
+            f'{args.runs} runs; peak {where}')
+
+
 def run(args: argparse.Namespace) -> int:
     """Print seconds, peak memory and ratios of inference and training step, and the largest output difference.
 
@@ -62,33 +63,35 @@ def run(args: argparse.Namespace) -> int:
     """
     with user_errors('benchmark model'):
         build(args)
-        backend = backend_for(args.device, torch.float32)
-    gpu = torch.device(args.device).type == 'cuda'
-    print(f'{args.config}\n{args.batch}x3x{args.height}x{args.width}, float32, {args.device}, {args.threads} threads, '
-          f'{platform.machine()}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); median of '
-          f'{args.runs} runs; peak {"memory of the GPU" if gpu else "resident memory of the process"}')
+        head = f'{args.config}\n{conditions(args)}'
+    print(head)
     print(f'{"":<16}{"":<14}{"seconds":>9}{"MB":>8}{"speed":>8}{"memory":>8}{"attention s":>13}')
-    for training in [False] if args.skip_training else [False, True]:
-        stock = None
-        for side in ('stock', 'accelerated'):
-            own = in_a_process(measure, args, side == 'accelerated', training)
-            stock = stock or own
-            print(f'{"training step" if training else "inference":<16}{side:<14}{own.seconds:>9.3f}'
-                  f'{own.peak / 1e6:>8.0f}{stock.seconds / own.seconds:>7.2f}x{own.peak / stock.peak:>8.0%}'
+    for item in comparisons(args):
+        if isinstance(item, str):
+            print(item)
+            continue
+        for side, own, speed, memory in ((item.sides[0], item.stock, 1., 1.),
+                                         (item.sides[1], item.ours, item.speed, item.memory)):
+            print(f'{item.run:<16}{side:<14}{own.seconds:>9.3f}{own.peak / 1e6:>8.0f}{speed:>7.2f}x{memory:>8.0%}'
                   f'{"" if own.attention is None else format(own.attention, "13.3f")}', flush=True)
-    count, difference, choices, otherwise = in_a_process(compare, args)
-    print(f'{count} attention layers take "attention s" of an inference; the rest is stock code.\n'
-          f'Largest difference of the raw outputs: {difference:.1e}')
-    if choices:
-        print(f'(with the proposals of the stock model on both sides: of {choices}, the accelerated model would put '
-              f'{otherwise} elsewhere, near ties)')
     return 0
 
 
-def in_a_process(function, *arguments):
-    """Call a function of this module in a fresh process."""
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        return pool.apply(function, arguments)
+def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
+    """Inference and training step, each side in a process of its own, and sentences about the attention layers."""
+    name = Path(args.config.split('::')[-1]).stem
+    inference = None
+    for training in [False] if args.skip_training else [False, True]:
+        sides = [in_a_process(measure, args, accelerated, training) for accelerated in (False, True)]
+        inference = inference or sides
+        yield Comparison(name, 'training step' if training else 'inference', ('stock', 'accelerated'), *sides)
+    count, difference, choices, otherwise = in_a_process(compare, args)
+    yield (f'{count} attention layers take {inference[0].attention:.3f} s of the stock inference, and '
+           f'{inference[1].attention:.3f} s of the accelerated one; the rest is stock code.')
+    yield f'Largest difference of the raw outputs: {difference:.1e}'
+    if choices:
+        yield (f'(with the proposals of the stock model on both sides: of {choices}, the accelerated model would put '
+               f'{otherwise} elsewhere, near ties)')
 
 
 def measure(args: argparse.Namespace, accelerated: bool, training: bool) -> Measurement:

@@ -1,10 +1,9 @@
 """``benchmark op``: the operator against mmcv's path on the same device, same inputs, in one run."""
 import argparse
-import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
+from msda_plugin.tools.comparison import Comparison, Measurement
+from msda_plugin.tools.fresh_process import in_a_process
 
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
 
@@ -53,31 +54,51 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     return parser
 
 
+def conditions(args: argparse.Namespace) -> str:
+    """Under what the figures are measured."""
+    backend = backend_for(args.device, torch.float32)
+    return (f'float32, {args.device}, {args.threads} threads, {platform.machine()}, torch {torch.__version__}; backend '
+            f'{backend.name} ({backend.reason}); median of {args.repeats} runs')
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the table and, without ``--quick``, what else is claimed of the operator."""
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    backend = backend_for(device, torch.float32)
-    print(f'float32, {device}, {args.threads} threads, {platform.machine()}, torch {torch.__version__}; backend '
-          f'{backend.name} ({backend.reason}); median of {args.repeats} runs')
-    print(f'{"shape":<14}{"":<20}{"mmcv ms":>10}{"ours ms":>10}{"ratio":>8}')
-    timer = Timer(device, args.repeats)
-    for shape in SHAPES:
-        inputs = make_inputs(shape, device)
-        for what, backward in (('forward', False), ('forward + backward', True)):
-            stock, ours = timer(*(partial(call, form, shape, inputs, backward) for form in (mmcv_path(device), plain)))
-            _print_row(shape.name, what, stock, ours)
-    if not args.quick:
-        compare_forms(timer, device)
-        growth(timer, device)
-        if device.type == 'cpu':
-            cache_bound(timer, args.threads)
-            memory(args.threads)
+    print(conditions(args))
+    sides = None
+    for item in comparisons(args):
+        if isinstance(item, str):
+            print(item, flush=True)
+            continue
+        if item.sides != sides:
+            sides = item.sides
+            print(f'{"shape" if sides[0] == "mmcv" else "":<14}{"":<20}'
+                  + ''.join(f'{_column(side):>10}' for side in sides) + f'{"ratio":>8}')
+        print(f'{item.case:<14}{item.run:<20}{item.stock.seconds * 1e3:>10.2f}{item.ours.seconds * 1e3:>10.2f}'
+              f'{item.speed:>7.2f}x', flush=True)
     return 0
 
 
-def _print_row(name: str, what: str, other: float, ours: float) -> None:
-    print(f'{name:<14}{what:<20}{other * 1e3:>10.2f}{ours * 1e3:>10.2f}{other / ours:>7.2f}x', flush=True)
+def _column(side: str) -> str:
+    return side if side.endswith(('32', '16')) else f'{side} ms'
+
+
+def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
+    """What `run` prints, one after the other: comparisons, and sentences."""
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    timer = Timer(device, args.repeats)
+    yield from compare_with_mmcv(timer, device)
+    if not args.quick:
+        yield from compare_forms(timer, device)
+        yield from growth(timer, device)
+        if device.type == 'cpu':
+            yield cache_bound(timer, args.threads)
+            yield memory(args.threads)
+
+
+def _compare(timer: 'Timer', sides: tuple[str, str], shape: Shape, what: str,
+             functions: tuple[Callable, Callable]) -> Comparison:
+    return Comparison(shape.name, what, sides, *map(Measurement, timer(*functions)))
 
 
 class Timer:
@@ -153,19 +174,26 @@ def mmcv_path(device: torch.device) -> Form:
     return form
 
 
-def compare_forms(timer: Timer, device: torch.device) -> None:
-    """The fused form against its parts, and a bfloat16 value against float32."""
-    print(f'{"":<14}{"":<20}{"parts ms":>10}{"fused ms":>10}{"ratio":>8}')
+def compare_with_mmcv(timer: Timer, device: torch.device) -> Iterator[Comparison]:
+    """The operator against mmcv's path, forward and with the gradients."""
     for shape in SHAPES:
         inputs = make_inputs(shape, device)
         for what, backward in (('forward', False), ('forward + backward', True)):
-            parts, fused = timer(*(partial(_call_fused, form, shape, inputs, backward) for form in (_parts, _fused)))
-            _print_row(shape.name, what, parts, fused)
-    print(f'{"":<14}{"":<20}{"float32":>10}{"bfloat16":>10}{"ratio":>8}')
+            yield _compare(timer, ('mmcv', 'ours'), shape, what, tuple(
+                partial(call, form, shape, inputs, backward) for form in (mmcv_path(device), plain)))
+
+
+def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
+    """The fused form against its parts, and a bfloat16 value against float32."""
     for shape in SHAPES:
-        wide, low = timer(*(partial(call, plain, shape, make_inputs(shape, device, dtype), False)
-                            for dtype in (torch.float32, torch.bfloat16)))
-        _print_row(shape.name, 'forward', wide, low)
+        inputs = make_inputs(shape, device)
+        for what, backward in (('forward', False), ('forward + backward', True)):
+            yield _compare(timer, ('parts', 'fused'), shape, what, tuple(
+                partial(_call_fused, form, shape, inputs, backward) for form in (_parts, _fused)))
+    for shape in SHAPES:
+        yield _compare(timer, ('float32', 'bfloat16'), shape, 'forward', tuple(
+            partial(call, plain, shape, make_inputs(shape, device, dtype), False)
+            for dtype in (torch.float32, torch.bfloat16)))
 
 
 def _parts(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -188,7 +216,7 @@ def _call_fused(form: Callable[..., Tensor], shape: Shape, inputs: dict[str, Ten
         torch.autograd.grad(output, tensors, inputs['grad'])
 
 
-def growth(timer: Timer, device: torch.device) -> None:
+def growth(timer: Timer, device: torch.device) -> Iterator[str]:
     """Fit seconds ~ size ** exponent and seconds = fixed + slope * size, over queries and over points per level.
 
     The sizes begin where the cost that does not grow (the value is packed once per image and head, the output is
@@ -206,11 +234,11 @@ def growth(timer: Timer, device: torch.device) -> None:
             seconds.append(timer.median(partial(call, plain, shape, inputs, False)))
         exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
         slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))  # relative errors count alike
-        print(f'growth of the forward pass with {what}, {sizes[0]} to {sizes[-1]}: exponent {exponent:.3f}; '
-              f'{slope * 1e9:.1f} ns each, {fixed * 1e3:.2f} ms fixed', flush=True)
+        yield (f'growth of the forward pass with {what}, {sizes[0]} to {sizes[-1]}: exponent {exponent:.3f}; '
+               f'{slope * 1e9:.1f} ns each, {fixed * 1e3:.2f} ms fixed')
 
 
-def cache_bound(timer: Timer, threads: int) -> None:
+def cache_bound(timer: Timer, threads: int) -> str:
     """The encoder's forward pass against the time to move its corner rows at the speed of copies within the L2.
 
     A copy brings each byte that it reads, and each line that it writes, from the L2 into the L1: both count, which
@@ -220,9 +248,9 @@ def cache_bound(timer: Timer, threads: int) -> None:
         speed = max(sum(pool.map(_copy_speed, range(threads))) for _ in range(20))
     bound = SHAPES[0].corner_bytes / speed
     seconds = timer.median(partial(call, plain, SHAPES[0], make_inputs(SHAPES[0], timer.device), False))
-    print(f'L2 copy: {speed / 1e9:.0f} GB/s on {threads} threads; bound of the encoder forward, '
-          f'{SHAPES[0].corner_bytes / 1e9:.2f} GB of corner rows: {bound * 1e3:.2f} ms; ours {seconds * 1e3:.2f} ms, '
-          f'{seconds / bound:.2f}x the bound')
+    return (f'L2 copy: {speed / 1e9:.0f} GB/s on {threads} threads; bound of the encoder forward, '
+            f'{SHAPES[0].corner_bytes / 1e9:.2f} GB of corner rows: {bound * 1e3:.2f} ms; ours {seconds * 1e3:.2f} ms, '
+            f'{seconds / bound:.2f}x the bound')
 
 
 def _copy_speed(_: int) -> float:
@@ -241,21 +269,14 @@ def _copy_speed(_: int) -> float:
     return 2 * source.size * source.itemsize / (time.perf_counter() - start)
 
 
-def memory(threads: int) -> None:
+def memory(threads: int) -> str:
     """Peak memory of forward + backward at the encoder shape beyond inputs, output and gradients, a process each."""
-    context = multiprocessing.get_context('spawn')
-    extra = []
-    for stock in (True, False):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_extra_memory, args=(sender, stock, threads))
-        process.start()
-        extra.append(receiver.recv())
-        process.join()
-    print(f'extra peak memory of forward + backward at the encoder shape: mmcv {extra[0] / 1e6:.0f} MB, ours '
-          f'{extra[1] / 1e6:.0f} MB, {extra[1] / extra[0]:.1%}')
+    stock, ours = (in_a_process(_extra_memory, stock, threads) for stock in (True, False))
+    return (f'extra peak memory of forward + backward at the encoder shape: mmcv {stock / 1e6:.0f} MB, ours '
+            f'{ours / 1e6:.0f} MB, {ours / stock:.1%}')
 
 
-def _extra_memory(sender: 'multiprocessing.connection.Connection', stock: bool, threads: int) -> None:
+def _extra_memory(stock: bool, threads: int) -> int:
     torch.set_num_threads(threads)
     device = torch.device('cpu')
     form = mmcv_path(device) if stock else plain
@@ -266,7 +287,7 @@ def _extra_memory(sender: 'multiprocessing.connection.Connection', stock: bool, 
         file.write('5')  # resets the peak
     before = _status('VmRSS')
     results = call(form, SHAPES[0], inputs, True)
-    sender.send(_status('VmHWM') - before - sum(t.nbytes for t in results))
+    return _status('VmHWM') - before - sum(t.nbytes for t in results)
 
 
 def _status(key: str) -> int:

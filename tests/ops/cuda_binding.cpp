@@ -1,0 +1,29 @@
+// The CUDA binding as an operator of the CPU, where there is no GPU: linked with the kernels in the emulator, and with
+// stand-ins for what torch has of CUDA.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../../csrc/binding.h"
+
+#define CUDA CPU  // the dispatch key that the binding registers for
+#include "../../csrc/cuda/binding.cpp"
+#undef CUDA
+
+#include <cstring>
+
+extern "C" {
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool, char** message) {
+  *message = error == 0 ? nullptr : strdup(("CUDA error " + std::to_string(error)).c_str());
+  return AOTI_TORCH_SUCCESS;
+}
+void torch_c10_cuda_free_error_msg(char* message) { free(message); }
+const char* msda_cpu_instruction_set() { return "CUDA, emulated"; }
+}

@@ -1,0 +1,75 @@
+"""What is read from the machine code of the CUDA kernels: registers, spills, inner loops."""
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / 'msda_plugin' / 'ops' / 'lib' / 'libmsda_cuda.so'
+SASS = """
+\t\tFunction : _ZN4msda12_GLOBAL__N__114forward_kernelIffLi4EEvNS_7ProblemEPT_
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @!P1 LDG.E.128.CONSTANT R16, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 BRA 0x20 ;
+        /*0040*/                   LDG.E.128.CONSTANT R20, desc[UR4][R2.64] ;
+        /*0050*/                   FFMA R5, R16, R20, R5 ;
+        /*0060*/               @P3 BRA 0x40 ;
+        /*0070*/               @P2 BRA 0x10 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x0 ;
+\t\tFunction : plain_function
+        /*0000*/                   EXIT ;
+"""
+RESOURCES = """
+ Function _ZN4msda12_GLOBAL__N__114forward_kernelIffLi4EEvNS_7ProblemEPT_:
+  REG:63 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+@pytest.fixture(scope='module')
+def sass():
+    spec = importlib.util.spec_from_file_location('csrc_sass', ROOT / 'csrc' / 'sass.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_inner_loops_and_resources(sass):
+    loops = sass.inner_loops(SASS)
+    assert set(loops) == {'forward_kernelIffLi4E', 'plain_function'}
+    loop, = loops['forward_kernelIffLi4E']
+    assert loop == {'LDG': 1, 'FFMA': 1, 'BRA': 1}
+    assert sass.resources(RESOURCES) == {'forward_kernelIffLi4E': (63, 8)}
+
+
+def test_the_remedy_is_named(sass, monkeypatch):
+    monkeypatch.setenv('CUOBJDUMP', 'no-such-command')
+    with pytest.raises(FileNotFoundError, match='set CUOBJDUMP'):
+        sass.find_cuobjdump()
+
+
+@pytest.fixture(scope='module')
+def library(sass):
+    if not LIBRARY.exists():
+        pytest.skip('libmsda_cuda.so is not built')
+    try:
+        sass.find_cuobjdump()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return LIBRARY
+
+
+def test_no_kernel_spills(sass, library):
+    found = [(arch, name, stack) for arch in ('sm_75', 'sm_80', 'sm_86', 'sm_89', 'sm_90', 'sm_100', 'sm_120')
+             for name, (_, stack) in sass.resources(sass.dump(library, arch, 'resource-usage')).items()]
+    assert found and not [one for one in found if one[2]]
+
+
+@pytest.mark.slow
+def test_loads_of_the_forward_pass_are_not_branched_around(sass, library):
+    wide = [kernel for kernel in sass.kernels(library, 'sm_90') if re.match('forward_kernelI.*Li[48]E', kernel.name)]
+    assert len(wide) == 5
+    for kernel in wide:
+        assert kernel.loops and all(loop['LDG'] in (4, 8) and loop['BRA'] == 1 for loop in kernel.loops), kernel
