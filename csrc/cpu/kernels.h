@@ -160,12 +160,13 @@ class Rows {
 
  private:
   void pack(const T* rows, int64_t level) {
-    constexpr int kStep = kLanes<Accumulator<T>>;
+    constexpr int kStep = kLanes<Accumulator<T>>, kPixelsAhead = 24;
     const int64_t step = p_.heads * p_.channels, whole = p_.channels / kStep * kStep;
     layout_.for_lines(level, [&](int64_t key, int64_t row) {
       const T* source = rows + key * step;
       Packed<T>* target = scratch_ + row * padded_;
       for (int64_t x = 0; x < layout_.levels[level].width; ++x, source += step, target += padded_) {
+        prefetch<0>(source + kPixelsAhead * step, p_.channels * sizeof(T));
         for (int64_t c = 0; c < whole; c += kStep) pack_some(source + c, target + c, kStep);
         if (whole < p_.channels) pack_some(source + whole, target + whole, p_.channels - whole);
       }
