@@ -76,7 +76,7 @@ def without_pretrained(node):
     """The config with no weights to load: the files are on nobody's machine."""
     if isinstance(node, dict):
         return type(node)({key: without_pretrained(value) for key, value in node.items()
-                           if not (key == 'init_cfg' and 'checkpoint' in value)})
+                           if not (key == 'init_cfg' and 'checkpoint' in (value or {}))})
     return [without_pretrained(value) for value in node] if isinstance(node, list) else node
 
 

@@ -75,6 +75,7 @@ def small(path, folder):
     cfg.data_root = f'{folder}/'
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
     cfg.param_scheduler = None
+    cfg.optim_wrapper.type = 'OptimWrapper'  # MMEngine's AmpOptimWrapper wants a GPU
     cfg.default_hooks.checkpoint = None  # gigabytes
     cfg.default_hooks.logger.interval = 1
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or () if hook['type'] == 'msda_plugin.AccelerateHook']

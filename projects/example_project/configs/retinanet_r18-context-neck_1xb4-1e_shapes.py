@@ -2,6 +2,8 @@
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../../../configs/_base_/datasets/shapes_detection.py',
           '../../../configs/_base_/default_runtime.py']
 
+runner_type = 'msda_plugin.DetectionRunner'  # processes without a GPU find one another by it
+
 model = dict(
     backbone=dict(depth=18, init_cfg=None, frozen_stages=-1, norm_eval=False),
     neck=dict(
