@@ -1,26 +1,8 @@
 # The main job: from scratch on the generated shapes, on two CPU cores in minutes (`make train`).
 _base_ = [
     '../_base_/models/deformable-detr-two-stage_shunted-nano.py', '../_base_/datasets/shapes_detection.py',
-    '../_base_/default_runtime.py'
+    '../_base_/schedules/shapes_8e.py', '../_base_/default_runtime.py'
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 
 model = dict(num_queries=40, decoder=dict(num_layers=2))  # an image has seven objects at most
-
-max_epochs = 8
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=1e-4, fused=True),
-    clip_grad=dict(max_norm=0.1, norm_type=2))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
-    # In a training as short as this, most is learned at the full rate: it falls in the last three epochs alone.
-    dict(type='CosineAnnealingLR', by_epoch=True, begin=max_epochs - 3, end=max_epochs, T_max=3, eta_min_ratio=0.02,
-         convert_to_iter_based=True),
-]
-auto_scale_lr = dict(enable=False, base_batch_size=4)
-custom_hooks = [dict(type='msda_plugin.TrainingReportHook')]
