@@ -495,11 +495,13 @@ struct Kernels {
             gather<T, true>(tile, i * tile.samples, rows, padded, sum.get());
           else
             gather<T, false>(tile, i * tile.samples, rows, padded, sum.get());
-          if (streams) {
+          if (!streams) {
+            narrow(sum, target, p.channels);
+          } else if constexpr (std::is_same_v<T, A>) {
+            stream(sum.get(), target, bytes);
+          } else {
             narrow(sum, narrowed, p.channels);
             stream(narrowed.get(), target, bytes);
-          } else {
-            narrow(sum, target, p.channels);
           }
         }
       });

@@ -112,15 +112,19 @@ class Timer:
         return [self.median(function) for function in functions]
 
     def median(self, function: Callable[[], object]) -> float:
+        return statistics.median([self.once(function) for _ in range(self.repeats + 1)][1:])
+
+    def in_turn(self, *functions: Callable[[], object]) -> list[float]:
+        """Median seconds of calls that take turns: what makes the machine slow for a while makes all of them slow."""
+        rounds = [[self.once(function) for function in functions] for _ in range(self.repeats + 1)]
+        return [statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True)]
+
+    def once(self, function: Callable[[], object]) -> float:
+        self.wait()
+        start = time.perf_counter()
         function()
-        seconds = []
-        for _ in range(self.repeats):
-            self.wait()
-            start = time.perf_counter()
-            function()
-            self.wait()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+        self.wait()
+        return time.perf_counter() - start
 
     def wait(self) -> None:
         if self.device.type == 'cuda':
@@ -221,17 +225,15 @@ def growth(timer: Timer, device: torch.device) -> Iterator[str]:
 
     The sizes begin where the cost that does not grow (the value is packed once per image and head, the output is
     written once per query) counts for little; the line says how much it is. All outputs over queries are large enough
-    for fresh memory from the system at every call, which costs in proportion too.
+    for fresh memory from the system at every call, which costs in proportion too. Samples grow on one level,
+    whose rows fit the L2 cache: of a pyramid's, more points in a row find a coarse level in the L1, and cost less each.
     """
     for what, shapes in (
             ('queries', [Shape('', PYRAMID, 1, n) for n in (35642, 71284, 142568)]),
-            ('samples', [Shape('', PYRAMID, 1, 17821, points=n) for n in (32, 64, 128)])):
-        sizes, seconds = [], []
-        for shape in shapes:
-            inputs = make_inputs(shape, device)
-            per_query = shape.heads * len(shape.levels) * shape.points if what == 'samples' else 1
-            sizes.append(shape.queries * per_query)
-            seconds.append(timer.median(partial(call, plain, shape, inputs, False)))
+            ('samples', [Shape('', PYRAMID[1:2], 1, 17821, points=n) for n in (64, 128, 256)])):
+        sizes = [shape.queries * (shape.heads * len(shape.levels) * shape.points if what == 'samples' else 1)
+                 for shape in shapes]
+        seconds = timer.in_turn(*(partial(call, plain, shape, make_inputs(shape, device), False) for shape in shapes))
         exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
         slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))  # relative errors count alike
         yield (f'growth of the forward pass with {what}, {sizes[0]} to {sizes[-1]}: exponent {exponent:.3f}; '
@@ -242,12 +244,18 @@ def cache_bound(timer: Timer, threads: int) -> str:
     """The encoder's forward pass against the time to move its corner rows at the speed of copies within the L2.
 
     A copy brings each byte that it reads, and each line that it writes, from the L2 into the L1: both count, which
-    gives the speed of a loop of reads. All threads copy at once, each within 310 KiB of its own.
+    gives the speed of a loop of reads. All threads copy at once, each within 310 KiB of its own, in turn with the
+    forward pass; the fastest copy of a round counts.
     """
+    forward = partial(call, plain, SHAPES[0], make_inputs(SHAPES[0], timer.device), False)
+    rounds = []
     with ThreadPoolExecutor(threads) as pool:
-        speed = max(sum(pool.map(_copy_speed, range(threads))) for _ in range(20))
-    bound = SHAPES[0].corner_bytes / speed
-    seconds = timer.median(partial(call, plain, SHAPES[0], make_inputs(SHAPES[0], timer.device), False))
+        for _ in range(2 * timer.repeats):
+            speed = max(sum(pool.map(_copy_speed, range(threads))) for _ in range(3))
+            forward()  # its inputs and its memory come back into the caches
+            rounds.append((SHAPES[0].corner_bytes / speed, timer.once(forward)))
+    bound, seconds = map(statistics.median, zip(*rounds, strict=True))
+    speed = SHAPES[0].corner_bytes / bound
     return (f'L2 copy: {speed / 1e9:.0f} GB/s on {threads} threads; bound of the encoder forward, '
             f'{SHAPES[0].corner_bytes / 1e9:.2f} GB of corner rows: {bound * 1e3:.2f} ms; ours {seconds * 1e3:.2f} ms, '
             f'{seconds / bound:.2f}x the bound')
