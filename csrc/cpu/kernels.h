@@ -198,7 +198,7 @@ class Tile {
         size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), corner(4 * size), row(4 * size), weight(size),
         down(size), right(size), inside(size), width(size), height(size), raw(2 * size), origin(p.reference_size * size),
         p_(p), packed_(layout.packed), first_(level_begin * p.points), x_(size), y_(size), start_(size), pitch_(size),
-        logits_(p.samples() + kLanes<A>) {
+        logits_(capacity * p.samples() + kLanes<A>) {
     for (int64_t s = 0; s < size; ++s) {
       const Level& level = layout.levels[level_begin + s % samples / p.points];
       height[s] = level.height;
@@ -207,6 +207,7 @@ class Tile {
       pitch_[s] = level.pitch;
       x_[s] = y_[s] = weight[s] = 0;  // the last ones may belong to no query
     }
+    std::memset(logits_, 0, (capacity * p.samples() + kLanes<A>) * sizeof(A));
   }
 
   void plan(int64_t image, int64_t head, int64_t query, int64_t count) {
@@ -221,8 +222,9 @@ class Tile {
       if (p_.reference_size == 0)
         widen(weights + first_, weight + i * samples, samples);
       else
-        softmax(weights, weight + i * samples);
+        widen(weights, logits_ + i * all, all);
     }
+    if (p_.reference_size != 0) softmax(count);
     positions(image * p_.queries + query, count);
     neighbours(total);
   }
@@ -238,21 +240,20 @@ class Tile {
   Buffer<A> origin;  // [reference_size][size]: reference point or box of each sample
 
  private:
-  void softmax(const C* source, A* target) {
-    const int64_t all = p_.samples();
-    widen(source, logits_, all);
-    for (int64_t s = all; s < all + kLanes<A>; ++s) logits_[s] = -__builtin_inff();
-    Vector<A> largest = load(logits_);
-    for (int64_t s = kLanes<A>; s < all; s += kLanes<A>)
-      largest = load(logits_ + s) > largest ? load(logits_ + s) : largest;
-    const A shift = lane_max<A>(largest);
-    for (int64_t s = 0; s < all; s += kLanes<A>) store<A>(logits_ + s, exp_of_nonpositive(load(logits_ + s) - shift));
-    for (int64_t s = all; s < all + kLanes<A>; ++s) logits_[s] = 0;
-    Vector<A> sums = {};
-    for (int64_t s = 0; s < all; s += kLanes<A>) sums += load(logits_ + s);
-    const A sum = lane_sum<A>(sums);
-    const A scale = A(1) / sum;
-    for (int64_t s = 0; s < samples; ++s) target[s] = logits_[first_ + s] * scale;
+  // `weight` from logits_, which holds all logits of `count` queries. Exponentials are taken of the whole tile, for a query
+  // may have few.
+  void softmax(int64_t count) {
+    const int64_t all = p_.samples(), total = count * all;
+    for (int64_t i = 0; i < count; ++i) {
+      A* logits = logits_ + i * all;
+      const A shift = largest<A>(logits, all);
+      for (int64_t s = 0; s < all; ++s) logits[s] -= shift;
+    }
+    for (int64_t s = 0; s < total; s += kLanes<A>) store<A>(logits_ + s, exp_of_nonpositive(load(logits_ + s)));
+    for (int64_t i = 0; i < count; ++i) {
+      const A *powers = logits_ + i * all, scale = A(1) / sum<A>(powers, all);
+      for (int64_t s = 0; s < samples; ++s) weight[i * samples + s] = powers[first_ + s] * scale;
+    }
   }
 
   void positions(int64_t row, int64_t count) {

@@ -220,6 +220,31 @@ inline void store_interleaved(int32_t* target, const Integers<A> (&x)[N]) {
   for (int i = 0; i < N; ++i) store_integers<A>(target + i * kLanes<A>, result[i]);
 }
 
+template <class A>
+inline A largest(const A* x, int64_t count) {
+  int64_t i = 0;
+  A result = -__builtin_inff();
+  if (count >= kLanes<A>) {
+    Vector<A> each = load(x);
+    for (i = kLanes<A>; i + kLanes<A> <= count; i += kLanes<A>) each = load(x + i) > each ? load(x + i) : each;
+    result = lane_max<A>(each);
+  }
+  for (; i < count; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+template <class A>
+inline A sum(const A* x, int64_t count) {
+  int64_t i = 0;
+  A result = 0;
+  if (count >= kLanes<A>) {
+    Vector<A> each = load(x);
+    for (i = kLanes<A>; i + kLanes<A> <= count; i += kLanes<A>) each += load(x + i);
+    result = lane_sum<A>(each);
+  }
+  for (; i < count; ++i) result += x[i];
+  return result;
+}
+
 // The sum of the products of two arrays.
 template <class A>
 inline A dot_product(const A* a, const A* b, int64_t count) {
