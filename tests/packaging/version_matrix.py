@@ -59,7 +59,8 @@ class Row:
 ROWS = (
     Row('forks', stack='forks'),
     Row('upstream', stack='upstream'),
-    Row('forks-setuptools-77', stack='forks', setuptools='==77.*'),
+    Row('forks-setuptools-80', stack='forks', setuptools='==80.*'),  # onedl-mim takes no older one
+    Row('upstream-setuptools-77', stack='upstream', setuptools='==77.*'),
     Row('forks-no-pkg_resources', stack='forks', setuptools='>=82'),
     Row('upstream-no-pkg_resources', stack='upstream', setuptools='>=82'),
     Row('forks-numpy-1', stack='forks', numpy='==1.26.*'),
@@ -131,7 +132,9 @@ class Environment:
 
     def pytest(self, *arguments: str) -> str:
         """Run tests against the installed package; the last line of pytest's report."""
-        output = self.run(str(self.folder / 'bin' / 'pytest'), '-q', '-p', 'no:cacheprovider', *arguments)
+        # Without the project's own -q, which with this one would leave out the counts.
+        output = self.run(str(self.folder / 'bin' / 'pytest'), '-o', 'addopts=--import-mode=importlib', '-q', '-p',
+                          'no:cacheprovider', *arguments)
         return output.strip().splitlines()[-1].strip('= ')
 
 
