@@ -27,10 +27,14 @@ def load_checkpoints_strictly() -> None:
     """
     from mmengine.logging import HistoryBuffer
     from mmengine.runner import checkpoint
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    numpy_1 = np.lib.NumpyVersion(np.__version__) < '2.0.0'
+    multiarray = np.core.multiarray if numpy_1 else np._core.multiarray
     dtypes = [type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32', 'uint32', 'bool')]
     torch.serialization.add_safe_globals([
-        HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes,
+        HistoryBuffer, np.ndarray, np.dtype, *dtypes,
+        # By their name in NumPy 1 and in NumPy 2: a checkpoint may come from the other one.
+        *((getattr(multiarray, name), f'numpy.{package}.multiarray.{name}')
+          for package in ('core', '_core') for name in ('_reconstruct', 'scalar')),
         # The pickle names the methods by `getattr`, which must not be allowed as it is.
         (_history_buffer_method, 'builtins.getattr'),
     ])

@@ -1,10 +1,13 @@
 import pickle
+import re
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import _load_checkpoint
 
 from msda_plugin import registry  # noqa: F401  (importing it is what allows the types)
 
@@ -17,6 +20,20 @@ def test_a_message_hub_loads_with_weights_only(tmp_path):
     loaded = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)['message_hub']
     np.testing.assert_array_equal(loaded['log_scalars']['train/loss'].data[0], [1.0, 2.0])
     assert loaded['runtime_info'] == {'best': 0.5, 'epoch': 3}
+
+
+@pytest.mark.parametrize('package', [b'core', b'_core'])
+def test_a_checkpoint_of_the_other_numpy_loads(package, tmp_path):
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save({'loss': buffer, 'best': np.float64(0.5)}, tmp_path / 'here.pth')
+    with zipfile.ZipFile(tmp_path / 'here.pth') as here, zipfile.ZipFile(tmp_path / 'other.pth', 'w') as other:
+        for name in here.namelist():
+            content = re.sub(rb'cnumpy\._?core\.', b'cnumpy.' + package + b'.', here.read(name))
+            assert not name.endswith('data.pkl') or content.count(b'cnumpy.' + package + b'.multiarray') == 2
+            other.writestr(name, content)
+    loaded = _load_checkpoint(str(tmp_path / 'other.pth'))
+    assert loaded['best'] == 0.5
+    np.testing.assert_array_equal(loaded['loss'].data[0], [1.0, 2.0])
 
 
 class Payload:
