@@ -1,5 +1,6 @@
 # For comparison: MMDetection's own two-stage Deformable DETR with ResNet-18 on the same photographs, for as many
-# minutes of a CPU: 14 of its epochs. Batch normalisation and MMDetection's learning rate go with two photographs a step.
+# minutes of a CPU, which are 14 of its epochs. Batch normalisation and MMDetection's learning rate go with two
+# photographs a step.
 _base_ = [
     '../_base_/models/mmdet-deformable-detr-two-stage_r18.py', '../_base_/datasets/bccd_detection.py',
     '../_base_/schedules/bccd_44e.py', '../_base_/default_runtime.py'
