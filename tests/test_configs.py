@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('[!_]*/*.py'))
 # Trainable parameters, as built.
 PARAMETERS = {
+    'deformable-detr-two-stage_shunted-nano_1xb1-36e_bccd': 3_765_148,
     'deformable-detr-two-stage_shunted-nano_1xb1-44e_bccd': 3_765_148,
     'mmdet-deformable-detr-two-stage_r18_1xb2-14e_bccd': 16_873_557,
     'deformable-detr-refine-twostage_dat-b_16xb2-50e_coco': 101_745_924,

@@ -49,6 +49,7 @@ def detector(request, tmp_path_factory):
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
+    model.init_weights()  # until then some parameters are whatever the memory held
     for layer in model.modules():  # points that move visibly
         if isinstance(layer, DeformableMultiHeadAttention):
             torch.nn.init.normal_(layer.offset_proj.weight, std=0.5)

@@ -49,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = subparsers.add_parser('op', help="the operator against mmcv's path on the same device")
     parser.add_argument('--device', default='cpu', help='default: %(default)s')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=7, help='timed runs, after one that is not counted')
+    parser.add_argument('--repeats', type=int, default=15, help='timed runs, after one that is not counted')
     parser.add_argument('--quick', action='store_true', help='the table alone')
     return parser
 
@@ -231,8 +231,8 @@ def growth(timer: Timer, device: torch.device) -> Iterator[str]:
     whose rows fit the L2 cache: of a pyramid's, more points in a row find a coarse level in the L1, and cost less each.
     """
     for what, shapes in (
-            ('queries', [Shape('', PYRAMID, 1, n) for n in (35642, 71284, 142568)]),
-            ('samples', [Shape('', PYRAMID[1:2], 1, 17821, points=n) for n in (64, 128, 256)])):
+            ('queries', [Shape('', PYRAMID, 1, n) for n in (71284, 142568, 285136)]),
+            ('samples', [Shape('', PYRAMID[1:2], 1, 4456, points=n) for n in (128, 256, 512, 1024)])):
         sizes = [shape.queries * (shape.heads * len(shape.levels) * shape.points if what == 'samples' else 1)
                  for shape in shapes]
         seconds = timer.in_turn(*(partial(call, plain, shape, make_inputs(shape, device), False) for shape in shapes))

@@ -1,0 +1,39 @@
+# Real photographs on a CPU: the detector of the main job, on blood cells, from scratch, at 384×288.
+_base_ = [
+    '../_base_/models/deformable-detr-two-stage_shunted-nano.py', '../_base_/datasets/bccd_detection.py',
+    '../_base_/schedules/bccd_44e.py', '../_base_/default_runtime.py'
+]
+runner_type = 'msda_plugin.DetectionRunner'
+
+model = dict(
+    num_queries=100,
+    bbox_head=dict(num_classes=3),
+    # So early in a DETR's training the decoder still repeats itself: without suppression duplicates cost the most.
+    test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7)))
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='RandomResize', scale=(384, 288), ratio_range=(0.8, 1.2), keep_ratio=True),
+    dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(460, 345), keep_ratio=True),  # the largest that training sees: the platelets are small
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PackDetInputs',
+         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+# With 205 photographs the number of steps is what limits learning: one photograph a step.
+train_dataloader = dict(batch_size=1, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+
+max_epochs = 36
+train_cfg = dict(max_epochs=max_epochs, val_interval=6)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=max_epochs - 18, end=max_epochs, T_max=18, eta_min_ratio=0.02,
+         convert_to_iter_based=True),
+]
