@@ -1,15 +1,5 @@
 # Real photographs on a CPU: the detector of the main job, on blood cells, from scratch, at 384×288.
-_base_ = [
-    '../_base_/models/deformable-detr-two-stage_shunted-nano.py', '../_base_/datasets/bccd_detection.py',
-    '../_base_/schedules/bccd_44e.py', '../_base_/default_runtime.py'
-]
-runner_type = 'msda_plugin.DetectionRunner'
-
-model = dict(
-    num_queries=100,
-    bbox_head=dict(num_classes=3),
-    # So early in a DETR's training the decoder still repeats itself: without suppression duplicates cost the most.
-    test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7)))
+_base_ = './deformable-detr-two-stage_shunted-nano_1xb1-44e_bccd.py'
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -25,8 +15,7 @@ test_pipeline = [
     dict(type='PackDetInputs',
          meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-# With 205 photographs the number of steps is what limits learning: one photograph a step.
-train_dataloader = dict(batch_size=1, dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 

@@ -96,11 +96,9 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
             yield memory(args.threads)
 
 
-def _compare(timer: 'Timer', sides: tuple[str, str], shape: Shape, what: str,
+def _compare(measure: Callable[..., list[float]], sides: tuple[str, str], shape: Shape, what: str,
              functions: tuple[Callable, Callable]) -> Comparison:
-    # Against mmcv each in a loop of its own; two forms of ours are so near one another that they take turns.
-    seconds = timer(*functions) if sides[0] == 'mmcv' else timer.in_turn(*functions)
-    return Comparison(shape.name, what, sides, *map(Measurement, seconds))
+    return Comparison(shape.name, what, sides, *map(Measurement, measure(*functions)))
 
 
 class Timer:
@@ -190,14 +188,17 @@ def compare_with_mmcv(timer: Timer, device: torch.device) -> Iterator[Comparison
 
 
 def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
-    """The fused form against its parts, and a bfloat16 value against float32."""
+    """The fused form against its parts, and a bfloat16 value against float32.
+
+    They are so near one another that they take turns.
+    """
     for shape in SHAPES:
         inputs = make_inputs(shape, device)
         for what, backward in (('forward', False), ('forward + backward', True)):
-            yield _compare(timer, ('parts', 'fused'), shape, what, tuple(
+            yield _compare(timer.in_turn, ('parts', 'fused'), shape, what, tuple(
                 partial(_call_fused, form, shape, inputs, backward) for form in (_parts, _fused)))
     for shape in SHAPES:
-        yield _compare(timer, ('float32', 'bfloat16'), shape, 'forward', tuple(
+        yield _compare(timer.in_turn, ('float32', 'bfloat16'), shape, 'forward', tuple(
             partial(call, plain, shape, make_inputs(shape, device, dtype), False)
             for dtype in (torch.float32, torch.bfloat16)))
 
