@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from msda_plugin import foreign_files
+from msda_plugin import safe_loading
 
 
 def load_checkpoints_strictly() -> None:
@@ -21,7 +21,7 @@ def load_checkpoints_strictly() -> None:
     onedl-mmengine 0.10.12 reads them as well, but by allowing `getattr`, and where a file is refused it loads it again
     with ``weights_only=False``, which runs whatever the file says. Both MMEngines load URLs by a function of torch.hub
     whose default is ``weights_only=False``, and do not compare a download with the hash in its name. Their loaders are
-    replaced by those of `msda_plugin.foreign_files`.
+    replaced by those of `msda_plugin.safe_loading`.
 
     Ends with: an mmengine that loads its own checkpoints and refuses others; 0.10.7 and onedl-mmengine 0.10.12 do not.
     """
@@ -39,7 +39,7 @@ def load_checkpoints_strictly() -> None:
         (_history_buffer_method, 'builtins.getattr'),
     ])
     if hasattr(checkpoint, '_safe_torch_load'):
-        checkpoint._safe_torch_load = foreign_files.load_checkpoint
+        checkpoint._safe_torch_load = safe_loading.load_checkpoint
     for loader, schemes in ((load_from_local, ''), (load_from_http, ('http://', 'https://'))):
         checkpoint.CheckpointLoader.register_scheme(schemes, loader, force=True)
         setattr(checkpoint, loader.__name__, loader)  # which other schemes ('torchvision://', …) end in
@@ -50,7 +50,7 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     path = Path(filename).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'the checkpoint {filename} does not exist; give the path of a .pth file, or a URL')
-    return foreign_files.load_checkpoint(path, map_location)
+    return safe_loading.load_checkpoint(path, map_location)
 
 
 def load_from_http(filename: str, map_location: str | torch.device | None = None, model_dir: str | None = None,
@@ -59,10 +59,10 @@ def load_from_http(filename: str, map_location: str | torch.device | None = None
     from mmengine.dist import barrier, get_rank
     try:
         if get_rank() == 0:
-            foreign_files.fetch(filename, model_dir, progress=progress)
+            safe_loading.fetch(filename, model_dir, progress=progress)
     finally:  # also where it fails: the others wait here, and then fail alike
         barrier()
-    return foreign_files.load_checkpoint(foreign_files.fetch(filename, model_dir), map_location)
+    return safe_loading.load_checkpoint(safe_loading.fetch(filename, model_dir), map_location)
 
 
 def _history_buffer_method(owner: type, name: str):

@@ -16,8 +16,8 @@ SCOPE = 'msda_plugin'
 MODELS = Registry(
     'model', parent=ROOT_MODELS, scope=SCOPE,
     locations=[f'{SCOPE}.{package}' for package in ('layers', 'backbones', 'necks', 'heads', 'detectors')])
-HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=[f'{SCOPE}.hooks'])
-RUNNERS = Registry('runner', parent=ROOT_RUNNERS, scope=SCOPE, locations=[f'{SCOPE}.runner'])
+HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=[f'{SCOPE}.engine.hooks'])
+RUNNERS = Registry('runner', parent=ROOT_RUNNERS, scope=SCOPE, locations=[f'{SCOPE}.engine.runner'])
 
 # A config that names one of our types reaches this module before the runner opens a checkpoint, whichever tool runs
 # it; this is therefore the one place from which `--resume` and `mim test` can be made to work on the original stack.

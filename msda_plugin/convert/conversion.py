@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from msda_plugin import foreign_files
+from msda_plugin import safe_loading
 
 WRAPPERS = ('model', 'state_dict')
 
@@ -75,11 +75,11 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
 def _read(path: str) -> object:
     """What a checkpoint file holds; every failure is a sentence."""
     if path.startswith(('http://', 'https://')):
-        path = str(foreign_files.fetch(path, progress=sys.stderr.isatty()))
+        path = str(safe_loading.fetch(path, progress=sys.stderr.isatty()))
     elif not Path(path).is_file():
         raise FileNotFoundError(f'the checkpoint {path} does not exist; give the path of a .pth file, or a URL')
     # Training scripts keep their command line in the checkpoint; as a class, it does nothing when it is read.
-    return foreign_files.load_checkpoint(path, 'cpu', allow=[argparse.Namespace])
+    return safe_loading.load_checkpoint(path, 'cpu', allow=[argparse.Namespace])
 
 
 def check_keys(family: str, found: set[str], expected: set[str]) -> None:

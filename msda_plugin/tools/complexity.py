@@ -3,7 +3,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from msda_plugin.tools.errors import user_errors
+from msda_plugin.tools.common.errors import user_errors
 
 EXAMPLES = '''examples:
   python -m msda_plugin complexity --map 100 134 --channels 256
@@ -104,7 +104,7 @@ def _print_config(args: argparse.Namespace) -> None:
     from mmengine.registry import init_default_scope
 
     from msda_plugin.costs.counting import count_multiply_adds
-    from msda_plugin.tools.launch import read_config
+    from msda_plugin.tools.common.launch import read_config
     cfg = read_config(args.config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     model = MODELS.build(cfg.model).eval()
@@ -129,9 +129,9 @@ def _blank_image(size: Sequence[int]) -> dict:
 def _print_growth(args: argparse.Namespace) -> None:
     import torch
 
-    from msda_plugin.costs.growth import exponent, measure_growth
-    from msda_plugin.tools.launch import check_device
-    from msda_plugin.visualization.measurements import draw_growth
+    from msda_plugin.tools.benchmarks.growth import exponent, measure_growth
+    from msda_plugin.tools.common.launch import check_device
+    from msda_plugin.tools.benchmarks.plots import draw_growth
     check_device(args.device)
     if args.plot and not Path(args.plot).absolute().parent.is_dir():
         raise FileNotFoundError(f'--plot is {args.plot}, but its folder does not exist; create it first')

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import torch
 
 from msda_plugin.convert import FAMILIES, Conversion, convert, load_checkpoint_file
-from msda_plugin.tools.errors import user_errors
+from msda_plugin.tools.common.errors import user_errors
 
 
 def main(argv: list[str] | None = None) -> int:

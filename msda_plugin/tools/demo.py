@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from msda_plugin.tools.errors import user_errors
+from msda_plugin.tools.common.errors import user_errors
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
@@ -83,7 +83,7 @@ class Demo:
     """Draws what a model detects, and gathers it in COCO's results format.
 
     Args:
-        model: From `msda_plugin.tools.inference.load_detector`.
+        model: From `msda_plugin.engine.inference.load_detector`.
         out: Folder for the output.
         score_thr: Least score of a box, 0-1, for pictures and results alike.
     """
@@ -104,7 +104,7 @@ class Demo:
         """
         from PIL import Image
 
-        from msda_plugin.tools.inference import read_image
+        from msda_plugin.engine.inference import read_image
         from msda_plugin.visualization import write_png
         image = read_image(path)
         picture, found = self.detect(image, len(self.images) + 1)
@@ -159,7 +159,7 @@ class Demo:
 
     def detect(self, image: np.ndarray, image_id: int) -> tuple[np.ndarray, list[dict]]:
         """The picture, (H', W', 3) uint8 RGB, and the detections of an image, (H, W, 3) uint8 RGB."""
-        from msda_plugin.tools.inference import predict
+        from msda_plugin.engine.inference import predict
         from msda_plugin.visualization import draw_boxes
         found = predict(self.model, image).pred_instances.cpu().numpy()
         sure = found.scores >= self.score_thr
@@ -238,8 +238,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
     args = parser.parse_args(argv)
     with user_errors('demo'):
-        from msda_plugin.tools.inference import find_checkpoint, load_detector
-        from msda_plugin.tools.launch import check_device
+        from msda_plugin.engine.inference import find_checkpoint, load_detector
+        from msda_plugin.tools.common.launch import check_device
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr is {args.score_thr}, but a number from 0 to 1 is needed')
         if args.device:

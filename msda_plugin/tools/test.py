@@ -3,11 +3,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from msda_plugin.tools.errors import user_errors
+from msda_plugin.tools.common.errors import user_errors
 
 
 def main(argv: list[str] | None = None) -> int:
-    from msda_plugin.tools.launch import add_arguments, build_runner, load_config
+    from msda_plugin.tools.common.launch import add_arguments, build_runner, load_config
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin test', description='Evaluate a checkpoint on the test data of its config.',
         epilog='example: python -m msda_plugin test configs/shapes/'

@@ -2,7 +2,7 @@
 import argparse
 import sys
 
-from msda_plugin.tools.errors import user_errors
+from msda_plugin.tools.common.errors import user_errors
 
 # Arguments for own data alone: without --data they would be ignored, and are refused.
 OWN_DATA = ('val', 'val_part', 'images', 'classes', 'skip_bad_images', 'model', 'epochs', 'batch_size', 'accumulate',
@@ -10,14 +10,14 @@ OWN_DATA = ('val', 'val_part', 'images', 'classes', 'skip_bad_images', 'model', 
 
 
 def main(argv: list[str] | None = None) -> int:
-    from msda_plugin.checkpoint_files import DiskFullError
-    from msda_plugin.runner import DetectionRunner
-    from msda_plugin.tools import interrupt
-    from msda_plugin.tools.launch import build_runner, load_config
+    from msda_plugin.engine.checkpoint_files import DiskFullError
+    from msda_plugin.engine.runner import DetectionRunner
+    from msda_plugin.tools.common import interrupt
+    from msda_plugin.tools.common.launch import build_runner, load_config
     args = _parser().parse_args(argv)
     with user_errors('train'):
         if args.data is not None:
-            from msda_plugin.tools.own_training import prepare
+            from msda_plugin.tools.custom_data.training import prepare
             cfg = prepare(args)
             if args.dry_run:
                 return 0
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from msda_plugin.tools.launch import add_arguments
+    from msda_plugin.tools.common.launch import add_arguments
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin train', formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train a detector from a config, or on own data in COCO format.',

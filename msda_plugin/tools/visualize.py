@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from msda_plugin.tools.errors import user_errors
+from msda_plugin.tools.common.errors import user_errors
 
 DETECTIONS = 3  # how many are shown where the command line names no query
 
@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
     args = parser.parse_args(argv)
     with user_errors('visualize'):
-        from msda_plugin.tools.inference import find_checkpoint, load_detector, predict, read_image
-        from msda_plugin.tools.launch import check_device
+        from msda_plugin.engine.inference import find_checkpoint, load_detector, predict, read_image
+        from msda_plugin.tools.common.launch import check_device
         from msda_plugin.visualization import draw_heads, draw_query, record_attention, write_attention_page, write_png
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr is {args.score_thr}, but a number from 0 to 1 is needed')

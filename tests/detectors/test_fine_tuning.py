@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from msda_plugin.heads import set_prediction
 from msda_plugin.registry import MODELS
-from msda_plugin.runner import DetectionRunner
+from msda_plugin.engine.runner import DetectionRunner
 
 CASES = {
     'detr': (detr_config, {}, ['fc_cls']),

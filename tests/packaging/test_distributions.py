@@ -69,9 +69,9 @@ def test_a_wheel_brings_the_models_of_own_trainings(without_compiler, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     program = """
 import sys; sys.path.insert(0, sys.argv[1])
-from msda_plugin.tools import own_config
-files = own_config.model_files()
-assert own_config.config_folder().is_relative_to(sys.argv[1]) and own_config.DEFAULT_MODEL in files
+from msda_plugin.tools.custom_data import config
+files = config.model_files()
+assert config.config_folder().is_relative_to(sys.argv[1]) and config.DEFAULT_MODEL in files
 """
     done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path,
                           timeout=300)

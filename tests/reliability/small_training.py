@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import msda_plugin.registry  # noqa: F401  lets torch.load read what MMEngine writes
-from msda_plugin.checkpoint_files import is_whole
+from msda_plugin.engine.checkpoint_files import is_whole
 from msda_plugin.tools.shapes import generate
 
 ROOT = Path(__file__).resolve().parents[2]

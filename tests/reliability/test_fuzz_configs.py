@@ -12,10 +12,10 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from msda_plugin.data_check import check_config_data
+from msda_plugin.engine.data_check import check_config_data
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.errors import user_errors
-from msda_plugin.tools.own_config import find_model
+from msda_plugin.tools.common.errors import user_errors
+from msda_plugin.tools.custom_data.config import find_model
 from msda_plugin.tools.shapes import generate
 
 ODD = (None, True, 0, -1, 1, 3, 7, 1.5, 64, 'text', 'msda_plugin.ShuntedTransfomer', 'ReLU', (), (1, 2), [8, 16], {},

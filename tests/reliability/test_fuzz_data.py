@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from mmdet.datasets import CocoDataset
 from pycocotools.coco import COCO
 
-from msda_plugin.data_check import check_coco
-from msda_plugin.tools import own_data
-from msda_plugin.tools.inference import read_image
+from msda_plugin.engine.data_check import check_coco
+from msda_plugin.tools.custom_data import coco
+from msda_plugin.engine.inference import read_image
 
 VALID = dict(
     images=[dict(id=index, file_name=f'{index}.png', width=16, height=12) for index in (1, 2, 3)],
@@ -116,13 +116,13 @@ def test_annotations_of_own_data(images, tmp_path, long_run):
     def check(case):
         path.write_bytes(damage(case))
         try:
-            split = own_data.load_split('train', path, tmp_path, images)
-            classes = own_data.choose_classes(split, case['classes'])
-            own_data.clean(split, classes, skip_bad_images=case['annotated'])
+            split = coco.load_split('train', path, tmp_path, images)
+            classes = coco.choose_classes(split, case['classes'])
+            coco.clean(split, classes, skip_bad_images=case['annotated'])
             if split.bad_images and not case['annotated'] or not split.content['images']:
                 return 'bad images'
-            own_data.describe([split], classes)
-            written = own_data.write(split, tmp_path / 'written')
+            coco.describe([split], classes)
+            written = coco.write(split, tmp_path / 'written')
         except (ValueError, FileNotFoundError) as error:
             return one_sentence(error)
         report = check_coco(written, images, classes, evaluated=True)
@@ -153,7 +153,7 @@ def test_images(tmp_path, long_run):
                 data[at] ^= byte
         path = tmp_path / 'image.png'
         path.write_bytes(data)
-        size = own_data.image_size(path)
+        size = coco.image_size(path)
         try:
             image = read_image(path)
         except ValueError as error:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from msda_plugin.backbones.shunted_transformer import ShuntedTransformer
-from msda_plugin.data_check import check_coco
+from msda_plugin.engine.data_check import check_coco
 from msda_plugin.layers import (
     DeformableMultiHeadAttention,
     MultiScaleDeformableAttention,
@@ -13,8 +13,8 @@ from msda_plugin.layers import (
     ShuntedSelfAttention,
     SpatialReductionAttention,
 )
-from msda_plugin.tools.errors import explain, user_errors
-from msda_plugin.tools.own_data import load_split
+from msda_plugin.tools.common.errors import explain, user_errors
+from msda_plugin.tools.custom_data.coco import load_split
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from msda_plugin.__main__ import main
 from msda_plugin.backbones.vision_transformer import VisionTransformer
 from msda_plugin.convert import FAMILIES, load_checkpoint_file
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.inference import load_detector
+from msda_plugin.engine.inference import load_detector
 from msda_plugin.tools.shapes import generate
 
 CONFIG = Path(__file__).parents[2] / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'

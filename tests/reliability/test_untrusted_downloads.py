@@ -9,10 +9,10 @@ import torch
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from msda_plugin import foreign_files
+from msda_plugin import safe_loading
 from msda_plugin.backbones.vision_transformer import VisionTransformer
 from msda_plugin.convert import load_checkpoint_file
-from msda_plugin.data_check import check_coco
+from msda_plugin.engine.data_check import check_coco
 from msda_plugin.registry import MODELS
 
 ARCH = dict(embed_dims=8, depth=1, num_heads=1, mlp_ratio=1)
@@ -148,11 +148,11 @@ def test_json_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
                                          r'but [\d,]+ MiB of memory are free'):
         check_coco(path, tmp_path)
     path.write_text('[' + '0,' * 1000 + '0]')
-    monkeypatch.setattr(foreign_files, 'free_memory', lambda: path.stat().st_size * 8 - 1)
+    monkeypatch.setattr(safe_loading, 'free_memory', lambda: path.stat().st_size * 8 - 1)
     with pytest.raises(ValueError, match='memory are free'):
-        foreign_files.load_json(path)
-    monkeypatch.setattr(foreign_files, 'free_memory', lambda: path.stat().st_size * 8)
-    assert len(foreign_files.load_json(path)) == 1001
+        safe_loading.load_json(path)
+    monkeypatch.setattr(safe_loading, 'free_memory', lambda: path.stat().st_size * 8)
+    assert len(safe_loading.load_json(path)) == 1001
 
 
 @pytest.mark.parametrize('text', ['[' * 200_000, '{"a":' * 200_000, '[' * 200_000 + ']' * 200_000, '9' * 5000, '',

@@ -32,9 +32,10 @@ from mmengine.fileio import LocalBackend
 from yapf.yapflib import yapf_api
 
 import msda_plugin.detectors  # noqa: F401
-from msda_plugin.hooks import training_report
-from msda_plugin.runner import DetectionRunner
-from msda_plugin.tools import launch, train  # noqa: F401
+from msda_plugin.engine.hooks import training_report
+from msda_plugin.engine.runner import DetectionRunner
+from msda_plugin.tools import train  # noqa: F401
+from msda_plugin.tools.common import launch  # noqa: F401
 
 
 class Faults:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from msda_plugin import costs
-from msda_plugin.costs import growth
+from msda_plugin.tools.benchmarks import growth
 from msda_plugin.tools import complexity
 
 CONFIG = Path(__file__).parents[2] / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'

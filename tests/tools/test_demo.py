@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.demo import find_sources, main
-from msda_plugin.tools.own_config import find_model
+from msda_plugin.tools.custom_data.config import find_model
 from msda_plugin.tools.shapes import CLASSES, draw_image
 
 DATA = '''

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from msda_plugin.costs.growth import measure_growth
+from msda_plugin.tools.benchmarks.growth import measure_growth
 from msda_plugin.tools import env
-from msda_plugin.tools.benchmark_report import Growth, Item, Report, Section, duration, write_report
-from msda_plugin.tools.comparison import Comparison
-from msda_plugin.tools.errors import explain, user_errors
-from msda_plugin.tools.interrupt import INTERRUPTED
-from msda_plugin.tools.launch import check_device
+from msda_plugin.tools.benchmarks.report import Growth, Item, Report, Section, duration, write_report
+from msda_plugin.tools.benchmarks.comparison import Comparison
+from msda_plugin.tools.common.errors import explain, user_errors
+from msda_plugin.tools.common.interrupt import INTERRUPTED
+from msda_plugin.tools.common.launch import check_device
 
 EXAMPLES = '''examples:
   python -m msda_plugin benchmark all --quick

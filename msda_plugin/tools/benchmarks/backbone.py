@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from msda_plugin.backbones.shunted_transformer import ShuntedTransformer
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
 from msda_plugin.tools.benchmarks.op import Timer
-from msda_plugin.tools.comparison import Comparison, Measurement
-from msda_plugin.tools.fresh_process import in_a_process, peak_bytes
+from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
+from msda_plugin.tools.benchmarks.fresh_process import in_a_process, peak_bytes
 
 IMPLEMENTATIONS = ('plain', 'msda_plugin')
 # (what, (batch, 3, H, W), with a backward pass): the cases that are run unless --size asks for one.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
 from msda_plugin.ops.reference import attend, attend_fused
-from msda_plugin.tools import mmcv_kernels
+from msda_plugin.tools.benchmarks import mmcv_kernels
 from msda_plugin.tools.benchmarks.op import PYRAMID, Shape
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}

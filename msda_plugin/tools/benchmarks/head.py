@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.benchmarks.op import PYRAMID, Timer
-from msda_plugin.tools.comparison import Comparison, Measurement
+from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 
 NUM_CLASSES = 80
 LAYERS = 6

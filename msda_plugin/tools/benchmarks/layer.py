@@ -22,7 +22,7 @@ from msda_plugin.layers import (
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
 from msda_plugin.tools.benchmarks.backbone import plain_attention
 from msda_plugin.tools.benchmarks.op import Timer
-from msda_plugin.tools.comparison import Comparison, Measurement
+from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 
 QUERIES = 300
 STRIDES = (8, 16, 32, 64)

@@ -21,12 +21,12 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from msda_plugin.acceleration import STOCK_FORWARD, accelerate
+from msda_plugin.acceleration.convert_model import STOCK_FORWARD, accelerate
 from msda_plugin.ops import backend_for
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.comparison import Comparison, Measurement
-from msda_plugin.tools.errors import user_errors
-from msda_plugin.tools.fresh_process import in_a_process, peak_bytes
+from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
+from msda_plugin.tools.common.errors import user_errors
+from msda_plugin.tools.benchmarks.fresh_process import in_a_process, peak_bytes
 
 NUM_OBJECTS = 10  # in each image of a training step
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
-from msda_plugin.tools.comparison import Comparison, Measurement
-from msda_plugin.tools.fresh_process import in_a_process
+from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
+from msda_plugin.tools.benchmarks.fresh_process import in_a_process
 
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
 

@@ -1,0 +1,4 @@
+"""The operator in models that were built without it."""
+from msda_plugin.acceleration.convert_model import accelerate, restore
+
+__all__ = ['accelerate', 'restore']

@@ -1,0 +1,375 @@
+"""Says what is wrong with the data of a config before training starts, in one sentence and without reading an image.
+
+What MMDetection makes of such data otherwise: an error from deep inside a worker process, or no error at all and an AP
+of 0 (classes that the annotation file does not name are dropped without a word).
+"""
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import Config, ConfigDict
+from mmengine.fileio import join_path
+from mmengine.logging import print_log
+
+from msda_plugin.safe_loading import load_json
+
+REQUIRED = dict(  # what MMDetection's CocoDataset reads of each record
+    images=('id', 'file_name', 'width', 'height'),
+    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
+    categories=('id', 'name'))
+EVALUATED = ('iscrowd',)  # what pycocotools reads of each annotation besides, when it evaluates
+MOST_PIXELS = 1e9  # of a side or a coordinate; more is no image, and overflows in what is computed from it
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _is_pixels(value: object) -> bool:
+    return _is_number(value) and abs(value) <= MOST_PIXELS
+
+
+_ID = (lambda value: isinstance(value, str) or _is_number(value), 'a number or a string')
+_PIXELS = (_is_pixels, 'a number of pixels')
+KINDS = dict(  # of what records may hold, and how to call it
+    id=_ID, image_id=_ID, category_id=_ID, name=_ID, width=_PIXELS, height=_PIXELS,
+    area=(_is_number, 'a finite number'), iscrowd=(lambda value: value in (0, 1), '0 or 1'),
+    file_name=(lambda value: isinstance(value, str) and '\0' not in value, 'a string'))
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What an annotation file holds.
+
+    Attributes:
+        ann_file: The annotation file.
+        classes: Names of the classes that are used, in the order of their labels.
+        num_images: Images.
+        num_boxes: Boxes of these classes, crowds included.
+        num_empty_images: Images without such a box.
+        num_degenerate_boxes: Boxes that MMDetection leaves out: a side under one pixel, or outside their image.
+        warnings: Sentences on what does not stop the training and is hardly meant.
+    """
+    ann_file: str
+    classes: tuple[str, ...]
+    num_images: int
+    num_boxes: int
+    num_empty_images: int
+    num_degenerate_boxes: int
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (f'{self.ann_file}: {self.num_images} images ({self.num_empty_images} of them empty), {self.num_boxes} '
+                f'boxes of {len(self.classes)} classes')
+
+
+def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes: Sequence[str] | None = None, *,
+               evaluated: bool = False, annotated: bool = True) -> DataReport:
+    """Check an annotation file in COCO format and that its images are there. Images are not opened.
+
+    Args:
+        ann_file: JSON file.
+        img_root: Folder that the file names in it start from.
+        classes: Classes to use; None: all of the file.
+        evaluated: Whether predictions are compared with its boxes, which takes ``iscrowd`` of each of them.
+        annotated: False: the list of annotations may be missing, as in the files of a test server.
+
+    Raises:
+        FileNotFoundError: The annotation file, the image folder or some images do not exist.
+        ValueError: The file is not JSON, not COCO, holds no image, or lacks some of the classes.
+    """
+    ann_file, img_root = str(ann_file), str(img_root)
+    content = read_coco(ann_file, annotated=annotated)
+    for field, keys in REQUIRED.items():
+        check_records(ann_file, field, content[field],
+                      (*keys, *EVALUATED) if evaluated and field == 'annotations' else keys)
+    if not content['images']:
+        raise ValueError(f"the annotation file '{ann_file}' lists no images; is it the file of another split?")
+
+    present = [category['name'] for category in content['categories']]
+    classes = _check_classes(ann_file, present, classes)
+    used = {category['id'] for category in content['categories'] if category['name'] in set(classes)}
+    annotations = [a for a in content['annotations'] if a['category_id'] in used]
+    listed = {category['id'] for category in content['categories']}
+    unknown = [a['category_id'] for a in content['annotations'] if a['category_id'] not in listed]
+    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+    strays = sum(a['image_id'] not in sizes for a in annotations)
+    annotations = [a for a in annotations if a['image_id'] in sizes]
+    check_boxes(ann_file, content['annotations'])  # MMDetection reads those of other classes as well
+    degenerate = count_degenerate(annotations, sizes)
+    _check_images(ann_file, img_root, content['images'])
+
+    warnings = []
+    # CocoDataset numbers the classes in the order of the file, and names them in the order of the config.
+    in_file_order = tuple(name for name in present if name in set(classes))
+    if in_file_order != classes:
+        warnings.append(f"'{ann_file}' has the classes in the order {_names(in_file_order)}, the config in the order "
+                        f'{_names(classes)}; MMDetection goes by the file, so write them in that order, or names will '
+                        'be swapped')
+    if annotated and not annotations:
+        warnings.append(f"'{ann_file}' holds no box of the classes {_names(classes)}")
+    if degenerate:
+        warnings.append(f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
+                        'without area or outside their image, and are left out')
+    if unknown:
+        ids = _names(sorted(set(unknown), key=str), limit=5)
+        warnings.append(f"{len(unknown)} of the {len(content['annotations'])} annotations in '{ann_file}' have a "
+                        f'category that it does not list (id {ids}), and are left out')
+    if strays:
+        warnings.append(f"{strays} annotations in '{ann_file}' belong to images that it does not list")
+    return DataReport(ann_file, classes, len(sizes), len(annotations),
+                      len(sizes) - len({a['image_id'] for a in annotations}), degenerate, tuple(warnings))
+
+
+def check_config_data(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> list[DataReport]:
+    """Check the data sets of an MMDetection config, and that the head has their number of classes.
+
+    Every ``CocoDataset`` in ``{split}_dataloader``, also inside wrappers (``RepeatDataset``, ``ConcatDataset``, …), is
+    checked by `check_coco`; other data sets, and those on remote storage, are passed over. Warnings are logged.
+
+    Raises:
+        FileNotFoundError: A data root, an annotation file (also of an evaluator), an image folder or images that do
+            not exist.
+        ValueError: An annotation file that is not COCO, classes that it lacks, or a head for another number of them.
+    """
+    reports = []
+    for split in splits:
+        for where, dataset in _coco_datasets(cfg.get(f'{split}_dataloader'), f'{split}_dataloader'):
+            classes = _configured_classes(where, dataset)
+            _check_head(cfg.get('model'), where, classes)
+            if _is_remote(dataset):
+                continue
+            ann_file, img_root = _paths(where, dataset)
+            metrics = _metrics(cfg.get(f'{split}_evaluator'))
+            compared = [metric for metric in metrics if not metric.get('format_only')]
+            reports.append(check_coco(ann_file, img_root, classes, annotated=bool(compared) or split != 'test',
+                                      evaluated=any(str(metric.get('type')).endswith('CocoMetric')
+                                                    for metric in compared)))
+        _check_evaluator(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
+    for report in reports:
+        for warning in report.warnings:
+            print_log(warning, logger='current', level=logging.WARNING)
+    return reports
+
+
+# ---- an annotation file ---------------------------------------------------------------------------------------------
+def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
+    """The content of an annotation file: a dict with the lists ``images``, ``annotations`` and ``categories``.
+
+    Args:
+        ann_file: JSON file.
+        annotated: False: ``annotations`` may be missing, and is then empty.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        ValueError: It is not JSON, not COCO, or too large for the memory that is free.
+    """
+    if not Path(ann_file).is_file():
+        raise FileNotFoundError(f"the annotation file '{ann_file}' does not exist; set data_root and ann_file of the "
+                                'data set in the config')
+    try:
+        content = load_json(ann_file, 'COCO')
+    except ValueError as error:
+        raise ValueError(f'the annotation file {error}') from None
+    if isinstance(content, dict) and not annotated:
+        content.setdefault('annotations', [])
+    missing = [key for key in REQUIRED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if missing:
+        found = f'an object with the keys {_names(content)}' if isinstance(content, dict) else f'a {_kind(content)}'
+        raise ValueError(f"the annotation file '{ann_file}' is not COCO: it needs the lists {_names(missing)}, and is "
+                         f'{found}; convert it, or take the data set class of its format')
+    return content
+
+
+def check_records(ann_file: str | os.PathLike, field: str, records: list, keys: Sequence[str]) -> None:
+    """Check that every record of a list of the file has these keys, and an id of its own if that is one of them.
+
+    What a record holds besides must be of its kind as well.
+
+    Raises:
+        ValueError: One has not.
+    """
+    wanted = set(keys)
+    for index, record in enumerate(records):
+        if not isinstance(record, dict) or not wanted <= record.keys():
+            lacking = [key for key in keys if not isinstance(record, dict) or key not in record]
+            raise ValueError(f"the annotation file '{ann_file}' is not COCO: {field}[{index}] lacks {_names(lacking)}")
+        for key, (fits, kind) in KINDS.items():
+            if key in record and not fits(record[key]):
+                raise ValueError(f"the annotation file '{ann_file}' is not COCO: {key} of {field}[{index}] must be "
+                                 f'{kind}, got {_shortened(record[key])}')
+    if 'id' in wanted and len({record['id'] for record in records}) < len(records):
+        raise ValueError(f"the annotation file '{ann_file}' is not COCO: the ids of its {field} are not unique; number "
+                         'them anew')
+
+
+def _check_classes(ann_file: str, present: list[str], classes: Sequence[str] | None) -> tuple[str, ...]:
+    if classes is None:
+        return tuple(present)
+    lacking = [name for name in classes if name not in set(present)]
+    if lacking:
+        raise ValueError(f"the annotation file '{ann_file}' does not have the classes {_names(lacking)} of the config; "
+                         f'it has {_names(present)}, the config {_names(classes)}; set metainfo=dict(classes=(…,)) of '
+                         'the data set and num_classes of the model')
+    return tuple(classes)
+
+
+def check_boxes(ann_file: str | os.PathLike, annotations: list[dict]) -> None:
+    """Check that the bbox of every annotation is four numbers of pixels.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for annotation in annotations:
+        box = annotation['bbox']
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_pixels, box)):
+            raise ValueError(f"the annotation file '{ann_file}' is not COCO: the bbox of the annotation with id "
+                             f'{annotation.get("id")} must be [x, y, width, height], got {_shortened(box)}')
+
+
+def count_degenerate(annotations: list[dict], sizes: dict[object, tuple[float, float]]) -> int:
+    """How many boxes MMDetection leaves out; ``sizes``: (width, height) in pixels by image id."""
+    if not annotations:
+        return 0
+    x, y, w, h = np.array([a['bbox'] for a in annotations], float).T
+    width, height = np.array([sizes[a['image_id']] for a in annotations], float).T
+    outside = (np.minimum(x + w, width) <= np.maximum(x, 0)) | (np.minimum(y + h, height) <= np.maximum(y, 0))
+    area = np.array([a['area'] for a in annotations], float)
+    return int((outside | (w < 1) | (h < 1) | (area <= 0)).sum())
+
+
+def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
+    if not Path(img_root or '.').is_dir():
+        raise FileNotFoundError(f"the image folder '{img_root}' does not exist; set data_root and data_prefix=dict(img="
+                                '…) of the data set in the config')
+    folders: dict[str, set[str]] = {}  # listed once each: far quicker than asking for every file
+    missing = []
+    for image in images:
+        folder, name = os.path.split(os.path.join(img_root, image['file_name']))
+        if folder not in folders:
+            folders[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
+        if name not in folders[folder]:
+            missing.append(image['file_name'])
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of the {len(images)} images of '{ann_file}' are not in '{img_root}': "
+                                f'{_names(missing, limit=5)}; set data_prefix=dict(img=…) to the folder of the images')
+
+
+def _names(names: Iterable[str], limit: int = 20) -> str:
+    names = [str(name) for name in names]
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return (', '.join(names[:limit]) or 'nothing') + more
+
+
+def _shortened(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f'{text[:limit]}…'
+
+
+def _kind(content: object) -> str:
+    return {list: 'list', str: 'string'}.get(type(content), 'single value')
+
+
+# ---- a config -------------------------------------------------------------------------------------------------------
+def _coco_datasets(node: object, where: str) -> Iterator[tuple[str, ConfigDict]]:
+    """(path in the config, data set) of each ``CocoDataset`` under ``node``."""
+    if isinstance(node, (list, tuple)):
+        for index, child in enumerate(node):
+            yield from _coco_datasets(child, f'{where}[{index}]')
+    elif isinstance(node, dict):
+        for key in ('dataset', 'datasets'):
+            yield from _coco_datasets(node.get(key), f'{where}.{key}')
+        if _is_coco(node.get('type')):
+            yield where, node
+
+
+def _dataset_class(kind: object) -> object:
+    from mmdet.registry import DATASETS  # here: checking a file alone needs no MMDetection
+    return DATASETS.get(kind) if isinstance(kind, str) else kind
+
+
+def _is_coco(kind: object) -> bool:
+    """Whether it is a ``CocoDataset``, and reads the file as that does (those of LVIS or panoptic data do not)."""
+    from mmdet.datasets import CocoDataset
+    found = _dataset_class(kind)
+    return isinstance(found, type) and issubclass(found, CocoDataset) and all(
+        getattr(found, name) is getattr(CocoDataset, name) for name in ('load_data_list', 'parse_data_info'))
+
+
+def _is_remote(dataset: dict) -> bool:
+    return bool(dataset.get('backend_args')) or any(
+        '://' in str(path) for path in (dataset.get('data_root'), dataset.get('ann_file')))
+
+
+def _paths(where: str, dataset: dict) -> tuple[str, str]:
+    """Annotation file and image folder, joined as MMEngine's ``BaseDataset`` does."""
+    root = dataset.get('data_root') or ''
+    if root and not Path(root).is_dir():
+        raise FileNotFoundError(f"the data root '{root}' of {where} does not exist (seen from {Path.cwd()}); put or "
+                                'link the data there, or name its folder with --cfg-options data_root=DIR')
+    if not dataset.get('ann_file'):
+        raise ValueError(f'{where} has no ann_file; give it the annotation file in COCO format')
+    prefix = dataset.get('data_prefix') or {}
+    if 'img' not in prefix:
+        raise ValueError(f"{where}.data_prefix has no 'img'; write data_prefix=dict(img='FOLDER/')")
+    ann_file, img_root = (path if os.path.isabs(path) or not root else join_path(root, path)
+                          for path in (dataset['ann_file'], prefix['img']))
+    return ann_file, img_root
+
+
+def _configured_classes(where: str, dataset: dict) -> tuple[str, ...]:
+    """The classes of the config, or else those of the data set class."""
+    default = _dataset_class(dataset['type']).METAINFO.get('classes', ())
+    classes = (dataset.get('metainfo') or {}).get('classes', default)
+    if isinstance(classes, str):
+        if not Path(classes).is_file():
+            if os.path.splitext(classes)[1] or os.sep in classes:
+                raise FileNotFoundError(f"the class list '{classes}' of {where}.metainfo does not exist (seen from "
+                                        f'{Path.cwd()}); put it there, a name a line, or write the names: '
+                                        'metainfo=dict(classes=(…,))')
+            raise ValueError(f"{where}.metainfo.classes is the string '{classes}'; a tuple of one class needs a comma: "
+                             f"('{classes}',)")
+        classes = Path(classes).read_text().split('\n')
+    return tuple(name for name in classes if name)
+
+
+def bbox_heads(node: object, where: str = 'model') -> Iterator[tuple[str, dict]]:
+    """(path in the config, head) of every ``bbox_head``, which can be one or a list."""
+    if isinstance(node, (list, tuple)):
+        for index, child in enumerate(node):
+            yield from bbox_heads(child, f'{where}[{index}]')
+    elif isinstance(node, dict):
+        if re.search(r'\.bbox_head(\[\d+\])?$', where):
+            yield where, node
+        for key, child in node.items():
+            yield from bbox_heads(child, f'{where}.{key}')
+
+
+def _check_head(model: object, where: str, classes: tuple[str, ...]) -> None:
+    for path, head in bbox_heads(model):
+        number = head.get('num_classes')
+        if number is not None and number != len(classes):
+            raise ValueError(f'{path}.num_classes is {number}, but {where} has {len(classes)} classes '
+                             f'({_names(classes)}); set {path}.num_classes={len(classes)}, or metainfo=dict(classes='
+                             '(…,)) of the data set')
+
+
+def _metrics(evaluator: object) -> list[dict]:
+    return [metric for metric in (evaluator if isinstance(evaluator, (list, tuple)) else [evaluator])
+            if isinstance(metric, dict)]
+
+
+def _check_evaluator(evaluator: object, where: str) -> None:
+    for metric in _metrics(evaluator):
+        path = None if metric.get('backend_args') else metric.get('ann_file')
+        if path and '://' not in path and not Path(path).is_file():
+            raise FileNotFoundError(f"the annotation file '{path}' of {where} does not exist; it is usually that of "
+                                    'the data set')

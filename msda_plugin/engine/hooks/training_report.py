@@ -1,0 +1,267 @@
+"""What a training leaves behind: metrics, curves, pictures, and what to do next."""
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import IterBasedTrainLoop, Runner
+
+from msda_plugin.engine.checkpoint_files import FULL, atomic_write
+from msda_plugin.registry import HOOKS
+from msda_plugin.engine.runner import VALIDATED
+from msda_plugin.visualization import draw_curves, draw_sheet, write_png
+
+NEXT_STEPS = (
+    'test it:             python -m msda_plugin test {config} {checkpoint}',
+    'see all test images: python -m msda_plugin test {config} {checkpoint} --show-dir pictures',
+    'on your own image:   python -m msda_plugin demo IMAGE --config {config} --checkpoint {checkpoint}',
+    'on your own data:    python -m msda_plugin train --data DIR',
+)
+
+
+@HOOKS.register_module()
+class TrainingReportHook(Hook):
+    """Writes a report of the training to its work dir.
+
+    - ``metrics.json``: final and best accuracy, every validation with its epoch, iteration and seconds since the
+      start, number of parameters, duration. Written anew after each validation, so that a training that is stopped
+      leaves it as well; a resumed training goes on with the one in its work dir.
+    - ``curves.png``: losses by iteration, accuracy by epoch and by minutes. Drawn when ``metrics.json`` is written.
+    - ``predictions.png``, at the end: the first images of the validation data with true and predicted boxes.
+
+    At the end the logger says what was reached, where the files are and how to go on. Nothing is done between two
+    validations, and what fails here is logged and stops no training.
+
+    Args:
+        num_images: Images in ``predictions.png``; 0: no such file.
+        score_thr: Least score of a box in it.
+        monitor: The measure by which the best validation is chosen, higher is better; its name without the data set's
+            prefix (``coco/``). The curves show it and, of COCO's measures, ``{monitor}_50`` and ``{monitor}_75``.
+        next_steps: Lines for the closing message, with the placeholders ``{config}``, ``{checkpoint}`` (the best one,
+            else the last) and ``{work_dir}``.
+
+    Raises:
+        ValueError: A line of ``next_steps`` has another placeholder, or ``num_images`` is negative.
+    """
+
+    priority = 'LOWEST'  # after the checkpoint is written and the logger has spoken
+
+    def __init__(self, num_images: int = 8, score_thr: float = 0.3, monitor: str = 'bbox_mAP',
+                 next_steps: Sequence[str] = NEXT_STEPS) -> None:
+        if num_images < 0:
+            raise ValueError(f'num_images must not be negative, got {num_images}')
+        for line in next_steps:
+            try:
+                line.format(config='', checkpoint='', work_dir='')
+            except (KeyError, IndexError, ValueError):
+                raise ValueError('next_steps may hold {config}, {checkpoint} and {work_dir} in braces and nothing '
+                                 f"else, got '{line}'") from None
+        self.num_images = num_images
+        self.score_thr = score_thr
+        self.monitor = monitor
+        self.next_steps = tuple(next_steps)
+        self._start: float | None = None  # of the clock; None outside a training
+        self._history: list[dict] = []
+
+    def before_train(self, runner: Runner) -> None:
+        self._history = self._earlier(runner) if runner.iter > 0 else []
+        if runner.iter > 0 and all(entry['iter'] != runner.iter for entry in self._history):
+            # The training was killed between checkpoint and report: a validation that was due is run once more.
+            runner.message_hub.pop_info(VALIDATED, None)
+        self._start = time.monotonic() - (self._history[-1]['seconds'] if self._history else 0.0)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if self._start is None:
+            return
+        # A validation that a training makes up for when it is resumed may be in the report already.
+        self._history = [entry for entry in self._history if entry['iter'] != runner.iter]
+        self._history.append(dict(
+            epoch=runner.epoch, iter=runner.iter, seconds=self._seconds(), **_plain(metrics or {})))
+        if is_main_process():
+            with _survive(runner, 'metrics and curves'):
+                self._write(runner, finished=False)
+
+    def after_train(self, runner: Runner) -> None:
+        seconds = self._seconds()
+        written = []
+        if is_main_process():
+            with _survive(runner, 'metrics and curves'):
+                written += self._write(runner, finished=True)
+        # On every rank: a model that is sharded over them answers to none alone.
+        with _survive(runner, 'pictures of predictions'):
+            sheet = self._predictions(runner)
+            if sheet is not None and is_main_process():
+                path = Path(runner.work_dir, 'predictions.png')
+                write_png(path, sheet)
+                written.append(path)
+        if is_main_process():
+            runner.logger.info(self._message(runner, seconds, written))
+        self._start = None
+
+    # ---- metrics and curves -----------------------------------------------------------------------------------------
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._start, 2)
+
+    def _earlier(self, runner: Runner) -> list[dict]:
+        """The validations up to this iteration, from the report of the training that is resumed."""
+        path = Path(runner.work_dir, 'metrics.json')
+        if not path.is_file():
+            return []
+        with _survive(runner, 'the earlier metrics.json'):
+            return [entry for entry in json.loads(path.read_text())['history'] if entry['iter'] <= runner.iter]
+        return []
+
+    def _best(self) -> dict | None:
+        candidates = [entry for entry in self._history if entry.get(self.monitor) is not None]
+        return max(candidates, key=lambda entry: entry[self.monitor], default=None)
+
+    def _write(self, runner: Runner, finished: bool) -> list[Path]:
+        """Write metrics.json and curves.png; returns their paths."""
+        metrics_path, curves_path = (Path(runner.work_dir, name) for name in ('metrics.json', 'curves.png'))
+        parameters = list(runner.model.parameters())
+        last, best = (_checkpoint(runner, prefix) for prefix in ('last_ckpt', 'best_ckpt'))
+        report = dict(
+            finished=finished, final=self._history[-1] if self._history else None, best=self._best(),
+            num_params=sum(p.numel() for p in parameters),
+            num_trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
+            train_seconds=self._seconds(), config=_config(runner), last_checkpoint=last, best_checkpoint=best,
+            history=self._history)
+        with atomic_write(metrics_path) as unfinished:
+            unfinished.write_text(json.dumps(report, indent=1) + '\n')
+
+        losses = _losses(runner)
+        names = {f'{self.monitor}{suffix}': f'{_short(self.monitor)}{suffix[1:]}' for suffix in ('', '_50', '_75')}
+        accuracy = {short: [math.nan if entry.get(name) is None else entry[name] for entry in self._history]
+                    for name, short in names.items() if any(entry.get(name) is not None for entry in self._history)}
+        if not losses and not accuracy:
+            return [metrics_path]
+        progress = 'iter' if isinstance(runner.train_loop, IterBasedTrainLoop) else 'epoch'
+        positions = {dict(iter='iteration').get(progress, progress): [entry[progress] for entry in self._history],
+                     'minutes': [entry['seconds'] / 60 for entry in self._history]}
+        write_png(curves_path, draw_curves(losses, accuracy, positions, title=runner.experiment_name))
+        return [metrics_path, curves_path]
+
+    # ---- pictures ---------------------------------------------------------------------------------------------------
+    def _predictions(self, runner: Runner) -> np.ndarray | None:
+        """The sheet of predictions; None where there is no validation data."""
+        if runner.val_loop is None or not self.num_images:
+            return None
+        loader = runner.val_loop.dataloader
+        dataset, class_names = loader.dataset, loader.dataset.metainfo['classes']
+        images, truths, predictions = [], [], []
+        with _evaluating(runner):
+            for index in range(min(self.num_images, len(dataset))):
+                found, = runner.model.val_step(loader.collate_fn([dataset[index]]))
+                found = found.pred_instances.cpu().numpy()
+                sure = found.scores >= self.score_thr
+                predictions.append((found.bboxes[sure], found.labels[sure], found.scores[sure]))
+                # The annotation itself: the boxes in the sample have been through the pipeline.
+                info = dataset.get_data_info(index)
+                kept = [instance for instance in info['instances'] if not instance.get('ignore_flag')]
+                truths.append((np.array([instance['bbox'] for instance in kept], float).reshape(-1, 4),
+                               np.array([instance['bbox_label'] for instance in kept], int)))
+                images.append(mmcv.imread(info['img_path'], channel_order='rgb'))
+        return draw_sheet(images, truths, predictions, class_names) if images else None
+
+    # ---- the closing message ----------------------------------------------------------------------------------------
+    def _message(self, runner: Runner, seconds: float, written: Sequence[Path]) -> str:
+        final, best = self._history[-1] if self._history else {}, self._best()
+        reached = ', '.join(f'{_short(name)} {value:.3f}' for name, value in final.items()
+                            if name in (self.monitor, f'{self.monitor}_50') and value is not None)
+        lines = [f'Training finished after {seconds / 60:.1f} minutes{": " + reached if reached else ""}.']
+        if best is not None and best is not final:
+            lines.append(f'Best: {_short(self.monitor)} {best[self.monitor]:.3f}, after epoch {best["epoch"]}, '
+                         f'iteration {best["iter"]}.')
+        last, top = (_checkpoint(runner, prefix) for prefix in ('last_ckpt', 'best_ckpt'))
+        what = {'metrics.json': 'metrics', 'curves.png': 'curves', 'predictions.png': 'true and predicted boxes'}
+        files = {'best checkpoint': top, 'last checkpoint': last,
+                 **{what[path.name]: _shown(path) for path in written}}
+        lines += [f'  {name + ":":<26}{path}' for name, path in files.items() if path]
+        lines.append('How to go on:')
+        values = dict(config=_config(runner) or 'CONFIG', checkpoint=top or last or 'CHECKPOINT',
+                      work_dir=_shown(runner.work_dir))
+        lines += [f'  {line.format(**values)}' for line in self.next_steps]
+        return '\n'.join(lines)
+
+
+@contextmanager
+def _survive(runner: Runner, what: str) -> Iterator[None]:
+    """The training's result is worth more than its report: log what goes wrong, and go on."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, OSError) and error.errno in FULL  # a full disk needs no traceback
+        runner.logger.error(f'The training report lacks {what}: {type(error).__name__}: {error}', exc_info=not known)
+
+
+@contextmanager
+def _evaluating(runner: Runner) -> Iterator[None]:
+    """The model as in a validation: evaluation mode, no gradients, the averaged weights where there are such."""
+    training = runner.model.training
+    with ExitStack() as stack, torch.no_grad():
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                hook.before_val_epoch(runner)
+                stack.callback(hook.after_val_epoch, runner)
+        runner.model.eval()
+        stack.callback(runner.model.train, training)
+        yield
+
+
+def _plain(metrics: dict) -> dict[str, float | None]:
+    """Metrics for JSON: without the data set's prefix where names stay apart, None for what is not a finite number."""
+    names = [name.rsplit('/', 1)[-1] for name in metrics]
+    if len(set(names)) < len(names):
+        names = list(metrics)
+    numbers = {}
+    for name, value in zip(names, metrics.values(), strict=True):
+        if isinstance(value, (int, float, np.number)):
+            numbers[name] = float(value) if math.isfinite(float(value)) else None
+    return numbers
+
+
+def _short(name: str) -> str:
+    """'bbox_mAP_50' → 'AP50'."""
+    return re.sub(r'^bbox_mAP_?', 'AP', name)
+
+
+def _losses(runner: Runner) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(iterations, values) of the total loss and its main parts, which MMEngine's message hub keeps."""
+    losses = {}
+    for name, buffer in runner.message_hub.log_scalars.items():
+        if re.fullmatch(r'train/loss(_\w+)?', name):
+            values = np.asarray(buffer.data[0], float)
+            losses[name.removeprefix('train/')] = np.arange(runner.iter - len(values), runner.iter) + 1, values
+    return dict(sorted(losses.items(), key=lambda item: item[0] != 'loss'))
+
+
+def _checkpoint(runner: Runner, prefix: str) -> str | None:
+    """The checkpoint that the message hub knows by this name, if its file is still there."""
+    for name, path in runner.message_hub.runtime_info.items():
+        if name.startswith(prefix) and path and Path(path).exists():
+            return _shown(path)
+    return None
+
+
+def _config(runner: Runner) -> str | None:
+    """The config that the runner dumped to the work dir, else the original file."""
+    original = runner.cfg.filename
+    if not original:
+        return None
+    dumped = Path(runner.work_dir, Path(original).name)
+    return _shown(dumped if dumped.is_file() else original)
+
+
+def _shown(path: str | os.PathLike) -> str:
+    """Relative where it lies below the current folder."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,223 @@
+"""The config of a training on own data: a model of this project, and around it what follows from the data."""
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+import msda_plugin
+from msda_plugin.engine.data_check import bbox_heads
+
+DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
+# For the models that stand alone in _base_/models: what trains the default one from scratch.
+BASE_LR, BASE_BATCH, BASE_SIZE = 4e-4, 4, (320, 320)
+KEPT = ('model', 'optim_wrapper', 'custom_hooks', 'custom_imports', 'model_wrapper_cfg', 'find_unused_parameters',
+        'load_from')  # of a complete config; all else is about its own data and schedule
+WARM_UP = 150  # steps of the optimizer
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user chooses of a training; None: as the config of the model says, or as it follows from the data."""
+    work_dir: str
+    epochs: int = 50
+    batch_size: int = 4
+    accumulate: int = 1
+    lr: float | None = None
+    image_size: tuple[int, int] | None = None  # (width, height), pixels
+    workers: int = 2
+    seed: int = 0
+    load_from: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on: annotation files and image folders by split, classes, and counts for training."""
+    files: dict[str, tuple[Path, Path]]
+    classes: tuple[str, ...]
+    num_images: int
+    most_boxes: int
+
+
+# ---- models by name -------------------------------------------------------------------------------------------------
+def config_folder() -> Path:
+    """The configs of this project: inside the installed package, or in the clone that it is installed from."""
+    package = Path(msda_plugin.__file__).parent
+    folders = [package / '.mim' / 'configs', package.parent / 'configs']
+    for folder in folders:
+        if (folder / '_base_').is_dir():
+            return folder
+    raise FileNotFoundError(f'the configs of msda_plugin are neither in {folders[0]} nor in {folders[1]}; install '
+                            'msda_plugin anew')
+
+
+def model_files() -> dict[str, Path]:
+    """Files of the models by name: those of ``_base_/models``, and the complete configs."""
+    folder = config_folder()
+    return {path.stem: path for pattern in ('[!_]*/*.py', '_base_/models/*.py')
+            for path in sorted(folder.glob(pattern))}
+
+
+def find_model(name: str) -> Path:
+    """The file of a model, by name or path.
+
+    Raises:
+        ValueError: There is no such model; the error lists those that there are.
+    """
+    if name.endswith('.py') and Path(name).is_file():
+        return Path(name)
+    files = model_files()
+    if name not in files:
+        raise ValueError(f"there is no model '{name}'; give the path of a config file, or one of {', '.join(files)}")
+    return files[name]
+
+
+# ---- the config -----------------------------------------------------------------------------------------------------
+def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, list[str]]:
+    """The complete config of a training.
+
+    Args:
+        model: File with a ``model``, alone or in a complete config, of which the optimizer is used as well.
+        data: What to train on.
+        choices: What the user chose.
+
+    Returns:
+        The config, and sentences on what was derived.
+
+    Raises:
+        ValueError: The model cannot be trained on boxes alone.
+    """
+    source = Config.fromfile(str(model))
+    cfg = Config.fromfile(str(config_folder() / '_base_' / 'default_runtime.py'))
+    cfg = Config({**cfg.to_dict(), **{key: source[key] for key in KEPT if source.get(key) is not None}})
+    notes = _fit_model(cfg.model, model, data)
+    notes += _set_optimizer(cfg, source, choices)
+    _set_data(cfg, data, choices, choices.image_size or _image_size(source))
+    _set_schedule(cfg, data, choices)
+    cfg.runner_type = 'msda_plugin.DetectionRunner'
+    cfg.work_dir = choices.work_dir
+    cfg.randomness = dict(seed=choices.seed)
+    cfg.launcher = 'none'
+    if choices.load_from:
+        cfg.load_from = choices.load_from
+    if choices.device:
+        cfg.device = choices.device
+    return cfg, notes
+
+
+def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
+    if any('mask_head' in node for node in _dicts(model)):
+        raise ValueError(f"the model '{path.stem}' predicts masks, for which --data sets nothing up; choose one that "
+                         'predicts boxes')
+    num_classes = len(data.classes)
+    heads = list(bbox_heads(model))
+    if not heads:
+        raise ValueError(f"the model '{path.stem}' has no bbox_head, whose number of classes could be set; choose "
+                         'another')
+    for _, head in heads:
+        head.num_classes = num_classes
+    notes = []
+    if model.get('num_queries'):
+        if model.num_queries < data.most_boxes:
+            notes.append(f'num_queries: {2 * data.most_boxes} instead of {model.num_queries}, since an image has up '
+                         f'to {data.most_boxes} boxes')
+            model.num_queries = 2 * data.most_boxes
+        # More predictions than there are cannot be chosen.
+        limit = model.num_queries * num_classes
+        model.test_cfg = model.get('test_cfg') or ConfigDict()
+        model.test_cfg.max_per_img = min(model.test_cfg.get('max_per_img', 100), limit)
+    return notes
+
+
+def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
+    if source.get('optim_wrapper') is None:
+        cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=BASE_LR, weight_decay=1e-4),
+                                 clip_grad=dict(max_norm=0.1, norm_type=2))
+        base = BASE_BATCH
+    else:
+        base = ((source.get('auto_scale_lr') or {}).get('base_batch_size')
+                or (source.get('train_dataloader') or {}).get('batch_size') or BASE_BATCH)
+    optimizer = cfg.optim_wrapper.optimizer
+    effective = choices.batch_size * choices.accumulate
+    if choices.lr is None:
+        written = optimizer.lr
+        optimizer.lr = float(f'{written * effective / base:.4g}')
+        note = f'learning rate: {optimizer.lr:g} = {written:g} × {effective} / {base}, by the batch that it was set for'
+    else:
+        optimizer.lr = choices.lr
+        note = f'learning rate: {choices.lr:g}, as given'
+    if choices.accumulate > 1:
+        cfg.optim_wrapper.accumulative_counts = choices.accumulate
+    # MMEngine counts the images of one iteration here; so a training on more GPUs scales from this one.
+    cfg.auto_scale_lr = dict(enable=False, base_batch_size=choices.batch_size)
+    return [f'batch: {effective} images' + (f', {choices.accumulate} × {choices.batch_size} accumulated'
+                                            if choices.accumulate > 1 else ''), note]
+
+
+def _image_size(source: Config) -> tuple[int, int]:
+    """Of a complete config: that of its test pipeline."""
+    for node in _dicts((source.get('test_dataloader') or {}).get('dataset', {})):
+        if str(node.get('type')).split('.')[-1] == 'Resize' and node.get('scale'):
+            return tuple(node['scale'])
+    return BASE_SIZE
+
+
+def _set_data(cfg: Config, data: Data, choices: Choices, size: tuple[int, int]) -> None:
+    load = [dict(type='LoadImageFromFile')]
+    resize = [dict(type='Resize', scale=size, keep_ratio=True)]
+    boxes = [dict(type='LoadAnnotations', with_bbox=True)]
+    train_pipeline = [*load, *boxes, *resize, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
+    test_pipeline = [*load, *resize, *boxes, dict(
+        type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+
+    def dataset(split: str, pipeline: list, **fields) -> dict:
+        ann_file, images = data.files[split]
+        return dict(type='CocoDataset', metainfo=dict(classes=data.classes), ann_file=str(ann_file),
+                    data_prefix=dict(img=f'{images}{os.sep}'), pipeline=pipeline, **fields)
+
+    def loader(dataset: dict, shuffle: bool) -> dict:
+        return dict(batch_size=choices.batch_size, num_workers=choices.workers,
+                    persistent_workers=choices.workers > 0,
+                    sampler=dict(type='DefaultSampler', shuffle=shuffle), dataset=dataset)
+
+    cfg.train_dataloader = loader(dataset('train', train_pipeline, filter_cfg=dict(filter_empty_gt=False)), True)
+    for split, used in (('val', 'val'), ('test', 'test' if 'test' in data.files else 'val')):
+        cfg[f'{split}_dataloader'] = loader(dataset(used, test_pipeline, test_mode=True), False)
+        cfg[f'{split}_evaluator'] = dict(type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox',
+                                         format_only=False)
+
+
+def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
+    epochs, iterations = choices.epochs, -(-data.num_images // choices.batch_size)  # the latter of an epoch
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=max(1, epochs // 10))
+    cfg.val_cfg = dict(type='ValLoop')
+    cfg.test_cfg = dict(type='TestLoop')
+    warm_up = max(1, min(WARM_UP * choices.accumulate, epochs * iterations // 10))
+    cfg.param_scheduler = [
+        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
+        # With its end, a training that is resumed beyond it goes on at the lowest rate.
+        dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=epochs, T_max=epochs, eta_min_ratio=0.02,
+             convert_to_iter_based=True)]
+    cfg.default_hooks.logger.interval = max(1, min(50, iterations // 4))
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'msda_plugin.TrainingReportHook']
+    cfg.custom_hooks = [*hooks, dict(type='msda_plugin.TrainingReportHook')]
+
+
+def _dicts(node: object) -> Iterator[dict]:
+    """Every dict in nested dicts and lists."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _dicts(child)
+
+
+def save_config(cfg: Config, folder: str | os.PathLike, stem: str) -> Config:
+    """Write the config to ``{folder}/{stem}.py``, and read it back: what runs is what can be read there."""
+    path = Path(folder, f'{stem}.py')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cfg.dump(str(path))
+    return Config.fromfile(str(path))

@@ -1,0 +1,152 @@
+"""Missing weights, and schedules that a training does not get through, end in one sentence before it starts."""
+import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mmengine.config import Config
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.logging import MMLogger
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from torch.utils.data import DataLoader
+
+from msda_plugin.engine.config_check import check_schedule, check_weights
+from msda_plugin.engine.runner import propagate_max_epochs
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / 'configs').glob('[!_]*/*.py'))
+WARM_UP = dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20)
+
+
+class Images(list):
+    metainfo = dict(classes=('cat',))
+
+
+def loader(images, batch=2, sampler=DefaultSampler, **options):
+    images = Images(range(images))
+    return DataLoader(images, batch_size=batch, sampler=sampler(images), **options)
+
+
+def epochs(count, dataloader=None, **options):
+    """A training of some epochs; of 10 iterations, where the data are not given."""
+    runner = SimpleNamespace(visualizer=SimpleNamespace())
+    return EpochBasedTrainLoop(runner, loader(20) if dataloader is None else dataloader, count, **options)
+
+
+def iterations(count, dataloader, **options):
+    return IterBasedTrainLoop(SimpleNamespace(visualizer=SimpleNamespace()), dataloader, count, **options)
+
+
+def config(*schedulers, **fields):
+    return Config(dict(param_scheduler=list(schedulers), val_dataloader=dict(batch_size=1), **fields))
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('field, cfg', [
+    ('load_from', dict(load_from='no.pth')),
+    ('model.backbone.init_cfg.checkpoint',
+     dict(model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='no.pth'))))),
+    ('model.heads.1.init_cfg.checkpoint',
+     dict(model=dict(heads=[dict(), dict(init_cfg=dict(type='Pretrained', checkpoint='no.pth'))])))])
+def test_missing_checkpoint(field, cfg):
+    message = (f'the checkpoint no.pth of {field} does not exist; put it there, or name its file with --cfg-options '
+               f'{field}=FILE')
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        check_weights(Config(cfg))
+
+
+def test_weights_that_are_there_or_elsewhere(tmp_path):
+    (tmp_path / 'a.pth').touch()
+    check_weights(Config(dict(load_from=str(tmp_path / 'a.pth'), model=dict(
+        backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')),
+        neck=dict(init_cfg=dict(type='Xavier', layer='Conv2d'))))))
+    check_weights(Config(dict(load_from=None)))
+
+
+# ---- schedule -------------------------------------------------------------------------------------------------------
+def test_a_schedule_that_fits():
+    cfg = config(WARM_UP, dict(type='MultiStepLR', by_epoch=True, milestones=[2, 4]),
+                 dict(type='CosineAnnealingLR', begin=2, end=4, T_max=2), dict(type='ExponentialLR', gamma=0.9))
+    check_schedule(cfg, epochs(4))
+    check_schedule(Config(), epochs(1))
+    check_schedule(config(WARM_UP), iterations(20, loader(4)))
+
+
+@pytest.mark.parametrize('scheduler, message', [
+    (dict(WARM_UP, end=41),
+     'param_scheduler.0 (LinearLR) has end=41, but the training ends with iteration 40 (4 epochs of 10): the learning '
+     'rate never gets there; train longer, or set param_scheduler.0.end to 40 or less'),
+    (dict(type='ConstantLR', factor=0.1, begin=2, end=5), 'has end=5, but the training ends with epoch 4:'),
+    (dict(type='MultiStepLR', milestones=[2, 9]), 'has milestones=9, but the training ends with epoch 4:'),
+    (dict(type='MultiStepLR', milestones=[3], begin=2), 'has milestones=3, counted from epoch 2, but the training'),
+    (dict(type='CosineAnnealingLR', T_max=12), 'has T_max=12, but the training ends with epoch 4: the learning rate'),
+    (dict(type='CosineAnnealingLR', begin=4, T_max=2), 'begins after epoch 4, but the training ends with epoch 4; set'),
+    (dict(type='mmengine.LinearLR', by_epoch=False, begin=50, end=60), 'begins after iteration 50, but the training')])
+def test_a_schedule_that_is_longer_than_the_training(scheduler, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_schedule(config(scheduler), epochs(4))
+
+
+def test_a_warm_up_longer_than_an_iteration_based_training():
+    with pytest.raises(ValueError, match=r'end=20, but the training ends with iteration 19: .* to 19 or less'):
+        check_schedule(config(WARM_UP), iterations(19, loader(4)))
+
+
+def test_no_validation():
+    with pytest.raises(ValueError, match='val_begin is 5, but the training ends with epoch 4: it is never validated; '
+                                         'set train_cfg.val_begin=4 or less'):
+        check_schedule(config(), epochs(4, val_begin=5))
+    with pytest.raises(ValueError, match='val_begin is 9, but the training ends with iteration 8'):
+        check_schedule(config(), iterations(8, loader(4), val_begin=9))
+    check_schedule(config(), epochs(4, val_interval=5))  # the last epoch is validated in any case
+    check_schedule(Config(dict(val_dataloader=None)), epochs(4, val_begin=5))
+
+
+def test_no_iteration():
+    with pytest.raises(ValueError, match='train_dataloader.batch_size is 8 and drop_last is on, but there are 5 images'
+                                         ': no batch is ever full, .* set train_dataloader.batch_size=5 or less, or'):
+        check_schedule(config(), epochs(4, loader(5, batch=8, drop_last=True)))
+    with pytest.raises(ValueError, match='train_dataloader.dataset has no image'):
+        check_schedule(config(), epochs(4, loader(0)))
+    check_schedule(config(), epochs(4, loader(5, batch=8)))
+    # A sampler without an end fills a batch from any number of images, and none from no image.
+    check_schedule(config(), iterations(4, loader(5, batch=8, drop_last=True, sampler=InfiniteSampler)))
+    with pytest.raises(ValueError, match='train_cfg.max_epochs is 0, so that nothing is trained; set it to 1 or more'):
+        check_schedule(config(), epochs(0))
+
+
+def test_a_trial_is_told_and_not_refused(tmp_path, caplog):
+    """Fewer epochs than in the file, by the command line: the file's schedule is meant for another training."""
+    path = tmp_path / 'config.py'
+    path.write_text(f'train_cfg = dict(by_epoch=True, max_epochs=4)\nparam_scheduler = [{WARM_UP}]\n')
+    cfg = Config.fromfile(str(path))
+    MMLogger.get_instance('schedule').addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING):
+        check_schedule(cfg, epochs(1))
+    assert 'has end=20, but the training ends with iteration 10 (1 epochs of 10)' in caplog.text
+    with pytest.raises(ValueError, match='end=20, but the training ends with iteration 4 '):
+        check_schedule(cfg, epochs(4, loader(1)))  # all its epochs are too few for it, with these data
+
+
+def check_with_enough_images(cfg):
+    options = {key: value for key, value in cfg.train_cfg.items() if key in ('val_begin', 'val_interval')}
+    check_schedule(cfg, epochs(cfg.train_cfg.max_epochs, loader(10_000), **options))
+
+
+@pytest.mark.parametrize('path', CONFIGS[::3], ids=lambda path: path.stem)  # a family shares its schedules
+def test_configs_fit_their_own_schedules(path):
+    check_with_enough_images(Config.fromfile(str(path)))
+
+
+@pytest.mark.parametrize('path', CONFIGS[::8], ids=lambda path: path.stem)
+def test_a_changed_number_of_epochs_fits_as_well(path):
+    cfg = Config.fromfile(str(path))
+    cfg.merge_from_dict({'train_cfg.max_epochs': 1})
+    propagate_max_epochs(cfg)
+    check_with_enough_images(Config(cfg.to_dict()))  # without the file it is no trial, which would be let off
+
+
+@pytest.mark.parametrize('readme', sorted(CONFIGS[0].parents[1].glob('*/README.md')), ids=lambda path: path.parent.name)
+def test_every_family_says_how_to_go_to_slurm(readme):
+    [link] = re.findall(r'\]\((\S+many_gpus\.md)\)', readme.read_text())
+    assert '--launcher slurm' in (readme.parent / link).read_text()

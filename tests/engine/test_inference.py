@@ -1,0 +1,120 @@
+"""The model and its files are found, fit each other, and answer as MMDetection's own inference does."""
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.apis import inference_detector, init_detector
+from mmengine.config import Config
+from PIL import Image
+
+from msda_plugin.engine.inference import find_checkpoint, load_detector, predict, read_image
+
+CONFIG = Path(__file__).parents[2] / 'configs' / 'shapes' / 'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """The work dir of a training that was short indeed."""
+    from mmengine.registry import init_default_scope
+
+    from msda_plugin.registry import MODELS
+    folder = tmp_path_factory.mktemp('work')
+    cfg = Config.fromfile(CONFIG)
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    cfg.dump(folder / 'config.py')
+    meta = dict(dataset_meta=dict(CLASSES=tuple('abcdef')))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / 'epoch_1.pth')
+    return folder / 'epoch_1.pth'
+
+
+def touch(path, seconds):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (seconds, seconds))
+    return str(path)
+
+
+# ---- which files ----------------------------------------------------------------------------------------------------
+def test_the_best_checkpoint_of_the_newest_main_job(tmp_path):
+    touch(tmp_path / 'shapes-upstream' / 'best_coco_bbox_mAP_epoch_4.pth', 10)
+    best = touch(tmp_path / 'shapes' / 'best_coco_bbox_mAP_epoch_8.pth', 20)
+    touch(tmp_path / 'shapes' / 'epoch_9.pth', 30)
+    touch(tmp_path / 'other' / 'epoch_9.pth', 40)
+    config = touch(tmp_path / 'shapes' / 'config.py', 5)
+    assert find_checkpoint(work_dirs=tmp_path) == (config, best)
+
+
+def test_the_last_checkpoint_where_none_is_best(tmp_path):
+    touch(tmp_path / 'mine' / 'epoch_8.pth', 20)
+    last = touch(tmp_path / 'mine' / 'epoch_9.pth', 30)
+    config = touch(tmp_path / 'configs' / 'mine.py', 1)
+    assert find_checkpoint(config, work_dirs=tmp_path) == (config, last)
+
+
+def test_the_config_beside_a_named_checkpoint(tmp_path):
+    checkpoint, config = touch(tmp_path / 'a' / 'epoch_3.pth', 1), touch(tmp_path / 'a' / 'mine.py', 1)
+    assert find_checkpoint(checkpoint=checkpoint) == (config, checkpoint)
+    touch(tmp_path / 'a' / 'other.py', 1)
+    with pytest.raises(ValueError, match='2 Python files lie beside .*name it with --config'):
+        find_checkpoint(checkpoint=checkpoint)
+    other = touch(tmp_path / 'b' / 'other.py', 1)
+    assert find_checkpoint(other, checkpoint) == (other, checkpoint)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match='none in .*shapes.*run `make train` first'):
+        find_checkpoint(work_dirs=tmp_path)
+    with pytest.raises(FileNotFoundError, match='the config .*none.py does not exist'):
+        find_checkpoint(tmp_path / 'none.py')
+    with pytest.raises(FileNotFoundError, match='the checkpoint .*none.pth does not exist'):
+        find_checkpoint(None, tmp_path / 'none.pth')
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+def test_class_names_are_the_checkpoints_or_else_the_data_sets(checkpoint, tmp_path):
+    assert load_detector(CONFIG, checkpoint, 'cpu').dataset_meta == dict(classes=tuple('abcdef'))
+    bare = torch.load(checkpoint, weights_only=True)['state_dict']
+    torch.save(bare, tmp_path / 'bare.pth')
+    model = load_detector(CONFIG, tmp_path / 'bare.pth', 'cpu')
+    assert model.dataset_meta['classes'] == ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, bare[name]), name
+
+
+def test_weights_of_another_model_are_refused(checkpoint):
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.bbox_head.num_classes = 3
+    with pytest.raises(ValueError, match=r'does not fit the config: \d+ have another shape \(such as bbox_head.cls_br'):
+        load_detector(cfg, checkpoint, 'cpu')
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.decoder.num_layers = 3
+    with pytest.raises(ValueError, match=r'weights are missing \(such as .*name the config that it was trained with'):
+        load_detector(cfg, checkpoint, 'cpu')
+
+
+@pytest.mark.parametrize('size', [(128, 96), (200, 260)])
+def test_predicts_what_mmdetection_predicts(checkpoint, tmp_path, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'image.png')
+    image = read_image(tmp_path / 'image.png')
+    np.testing.assert_array_equal(image, pixels)
+    sample = predict(load_detector(CONFIG, checkpoint, 'cpu'), image)
+    assert sample.pred_instances.bboxes.isfinite().all()
+    theirs = inference_detector(init_detector(str(CONFIG), str(checkpoint), device='cpu'), str(tmp_path / 'image.png'))
+    assert torch.equal(sample.pred_instances.bboxes, theirs.pred_instances.bboxes)
+    assert torch.equal(sample.pred_instances.scores, theirs.pred_instances.scores)
+    assert sample.ori_shape == (size[1], size[0])
+
+
+def test_images_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        read_image(tmp_path / 'none.png')
+    (tmp_path / 'text.jpg').write_text('no image')
+    with pytest.raises(ValueError, match='text.jpg is not an image that can be read'):
+        read_image(tmp_path / 'text.jpg')

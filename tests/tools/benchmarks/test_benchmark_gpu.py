@@ -1,0 +1,184 @@
+"""The benchmark of a GPU: a dry run goes through every step on the CPU; what it compares and counts is right."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from msda_plugin.tools import benchmark, benchmarks
+from msda_plugin.tools.benchmarks import mmcv_kernels
+from msda_plugin.tools.benchmarks import gpu, op
+
+CPU = torch.device('cpu')
+SMALL = gpu.Case(op.Shape('small', ((6, 9), (3, 4)), 2, 66, heads=4, head_dim=8, points=3), True)
+MACHINE = gpu.Machine('CPU', 'cpu', 1e9, 2e9, 1000)
+
+
+def dry_run(*arguments):
+    return benchmark.main(['gpu', '--dry-run', '--cases', 'decoder, 300', *arguments])
+
+
+def test_dry_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'msda_plugin.tools.benchmarks.model', None)
+    monkeypatch.delattr(benchmarks, 'model', raising=False)  # where another test imported it
+    assert dry_run('--json', str(tmp_path / 'figures.json'), '--peer', 'no.such:thing') == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith('DRY RUN') and 'WRONG' not in printed
+    assert 'peer no.such:thing: skipped' in printed and 'Models: skipped' in printed
+    figures = json.loads((tmp_path / 'figures.json').read_text())
+    assert figures['dry_run'] and len(figures['operator']) == 2 * len(gpu.DTYPES)
+    for row in figures['operator']:
+        expected = {'plain', 'fused', 'deterministic', 'grid_sample', 'mmcv'}
+        expected -= {'mmcv'} if row['dtype'] == 'bfloat16' else set()
+        expected -= set() if row['backward'] else {'deterministic'}
+        assert set(row['seconds']) == expected and min(row['seconds'].values()) > 0
+        assert max(row['errors'][name] for name in gpu.OWN) < 3e-3
+
+
+@pytest.mark.slow
+def test_torch_alone_is_enough():
+    """The machine with a GPU may have nothing of OpenMMLab."""
+    code = ("import sys; sys.modules.update(mmengine=None, mmcv=None, mmdet=None); "
+            "from msda_plugin.__main__ import main; "
+            "sys.exit(main(['benchmark', 'gpu', '--dry-run', '--cases', 'decoder, 300', '--dtypes', 'float32']))")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'Models: skipped, because' in done.stdout
+
+
+def test_an_error_of_ours_is_told(capsys, monkeypatch):
+    plain, fused, deterministic = gpu.own_forms()
+    wrong = fused._replace(call=lambda *arguments: fused.call(*arguments) * 1.01)
+    monkeypatch.setattr(gpu, 'own_forms', lambda: [plain, wrong, deterministic])
+    assert dry_run('--dtypes', 'float32', '--skip-models') == 1
+    assert 'WRONG' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('case', [SMALL, SMALL._replace(local=False)])
+def test_all_forms_compute_the_same(case):
+    inputs = gpu.make_inputs(case, CPU, torch.float32)
+    shapes = torch.tensor(case.shape.levels)
+    starts = torch.tensor([0, 54])
+    outputs = [form.call(shapes, starts, *(inputs[name] for name in form.inputs))
+               for form in (*gpu.own_forms(), gpu.Form('', gpu.grid_sample, gpu.PLAIN))]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-5)
+    assert all((tensor != 0).all() for tensor in inputs.values())
+
+
+def test_positions_are_local_and_off_the_borders_of_cells():
+    inputs = gpu.make_inputs(SMALL, CPU, torch.float32)
+    sizes = torch.tensor([(w, h) for h, w in SMALL.shape.levels], dtype=torch.float32)
+    pixels = inputs['locations'] * sizes[:, None] - 0.5
+    assert ((pixels - pixels.round()).abs() > 0.04).all()
+    torch.testing.assert_close(inputs['points'][0, :, 0, 0][:9] * 9, torch.arange(9) + 0.5)  # queries are pixels
+    distance = (pixels + 0.5 - inputs['points'][:, :, None, :, None] * sizes[:, None]).abs()
+    assert distance.mean() < SMALL.shape.points + 1 and distance.max() < SMALL.shape.points + 7
+
+
+def test_floor_and_bytes():
+    shape = op.Shape('', ((5, 4), ), 1, 7, heads=2, head_dim=8, points=3)
+    corners = 7 * 2 * 3 * 4 * 8  # queries, heads, points, corners, channels
+    assert gpu.corner_bytes(shape, torch.bfloat16, False) == corners * 2
+    assert gpu.corner_bytes(shape, torch.bfloat16, True) == corners * (2 + 4)
+    once = (20 + 7) * 2 * 8 * 4 + 7 * 2 * 3 * 3 * 4  # value and output, locations and weights
+    slow_memory = gpu.Machine('', 'cpu', 1.0, 1e9, 0)
+    assert gpu.floor_seconds(shape, torch.float32, False, slow_memory) == once
+    assert gpu.floor_seconds(shape, torch.float32, False, MACHINE) == corners * 4 / 2e9
+
+
+def test_backward_is_timed_without_its_forward_pass():
+    calls = []
+    clock = gpu.Clock(CPU, 3)
+    clock.median(lambda prepared: calls.append(prepared), lambda: 'prepared')
+    assert calls == ['prepared'] * 4  # the first does not count
+    inputs = gpu.make_inputs(SMALL, CPU, torch.float32)
+    form = gpu.own_forms()[0]
+    rotation = [[inputs[name] * factor for name in form.inputs] for factor in (1, 2)]
+    step = gpu._Backward(form, torch.tensor(SMALL.shape.levels), torch.tensor([0, 54]), rotation, [inputs['grad']] * 2)
+    prepared = step.prepare(), step.prepare()
+    assert prepared[0][0].requires_grad and not torch.equal(prepared[0][0], prepared[1][0])  # inputs take turns
+    assert [grad.shape for grad in step(prepared[0])] == [tensor.shape for tensor in rotation[0]]
+
+
+def test_relative_error_sees_nan():
+    exact = torch.ones(4, dtype=torch.float64)
+    assert gpu.relative_error(torch.tensor([1, 1, 1, 1.5]), exact) == pytest.approx(0.25)
+    assert not gpu.relative_error(torch.tensor([1, 1, 1, float('nan')]), exact) <= 1
+
+
+def test_model_rows(capsys, monkeypatch):
+    model = pytest.importorskip('msda_plugin.tools.benchmarks.model')
+    seen = []
+
+    def measured(function, args, accelerated, training, autocast):
+        seen.append((accelerated, training, autocast))
+        return model.Measurement(1.0 if accelerated else 2.0, 10**6, None)
+
+    monkeypatch.setattr(model, 'in_a_process', measured)
+    args = benchmark_arguments('--dry-run')
+    rows = list(gpu.model_rows(args))
+    assert len(rows) == 4 and len(set(seen)) == 8
+    assert '2.00x' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_autocast_reaches_the_model(tiny_stock_config):
+    pytest.importorskip('msda_plugin.tools.benchmarks.model')
+    args = argparse.Namespace(config=str(tiny_stock_config), device='cpu', height=128, width=128, batch=1,
+                              runs=1, threads=1)
+    measured = gpu.measure_model(args, True, True, True)
+    assert measured.seconds > 0 and measured.peak > 0
+    assert not torch.is_autocast_enabled('cpu')
+
+
+def benchmark_arguments(*arguments):
+    parser = argparse.ArgumentParser()
+    gpu.add_parser(parser.add_subparsers())
+    return parser.parse_args(['gpu', *arguments])
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert benchmark.main(['gpu']) == 2
+    assert 'there is no GPU; --dry-run' in capsys.readouterr().out
+
+
+def test_missing_sources_of_mmcv_are_told(capsys, tmp_path):
+    with pytest.raises(FileNotFoundError, match='pip download'):
+        with mmcv_kernels.unpacked(tmp_path / 'no.tar.gz'):
+            pass
+    with pytest.raises(FileNotFoundError, match='not mmcv'):
+        with mmcv_kernels.unpacked(tmp_path):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif('MSDA_MMCV_SDIST' not in os.environ, reason="MSDA_MMCV_SDIST does not name mmcv's sources")
+def test_mmcv_kernel_compiles(tmp_path):
+    try:
+        mmcv_kernels.find_nvcc()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    mmcv_kernels.build(Path(os.environ['MSDA_MMCV_SDIST']), 'sm_90', tmp_path / 'libmmcv.so')
+    kernels = mmcv_kernels.MmcvKernels(tmp_path / 'libmmcv.so')
+    assert kernels.library.mmcv_forward and kernels.library.mmcv_backward
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+def test_events_measure_the_device():
+    matrix = torch.rand(2048, 2048, device='cuda')
+    clock = gpu.Clock(torch.device('cuda'), 5)
+    once = clock.median(lambda: matrix @ matrix)
+    assert 2 * once < clock.median(lambda: [matrix @ matrix for _ in range(4)]) < 8 * once
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+def test_on_a_gpu(capsys):
+    assert benchmark.main(['gpu', '--cases', 'decoder, 300', '--repeats', '3', '--skip-models']) == 0
+    assert 'WRONG' not in capsys.readouterr().out

@@ -1,0 +1,383 @@
+"""Own data in one command: the layouts, the check, the config, the training, and what mistakes end in."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+from msda_plugin.engine.data_check import check_coco
+from msda_plugin.tools.custom_data import coco
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, find_model, model_files
+from msda_plugin.tools.shapes import generate
+from msda_plugin.tools.train import main
+
+CLASSES = ('cat', 'dog')
+
+
+def coco(names=('0.jpg', '1.jpg', '2.jpg'), classes=CLASSES):
+    """Each image but the last holds one box of each class."""
+    boxes = [(image, label) for image in range(len(names) - 1) for label in range(len(classes))]
+    return dict(
+        images=[dict(id=i, file_name=name, width=64, height=48) for i, name in enumerate(names)],
+        annotations=[dict(id=k, image_id=image, category_id=10 + label, bbox=[4, 4, 20, 10], area=200, iscrowd=0)
+                     for k, (image, label) in enumerate(boxes)],
+        categories=[dict(id=10 + label, name=name) for label, name in enumerate(classes)])
+
+
+def write(ann_file, images, content=None):
+    content = content or coco()
+    ann_file.parent.mkdir(parents=True, exist_ok=True)
+    ann_file.write_text(json.dumps(content))
+    for image in content['images']:
+        path = images / image['file_name']
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (64, 48)).save(path)
+    return ann_file
+
+
+def load(folder, content=None):
+    return coco.load_split('train', write(folder / 'train.json', folder / 'images', content), folder)
+
+
+def sentence(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(part) for part in argv])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert 'Traceback' not in message
+    return message
+
+
+# ---- finding the files ----------------------------------------------------------------------------------------------
+LAYOUTS = {
+    'one folder of images': {'train': ('train.json', 'images'), 'val': ('val.json', 'images'),
+                             'test': ('test.json', 'images')},
+    'COCO': {'train': ('annotations/instances_train2017.json', 'train2017'),
+             'val': ('annotations/instances_val2017.json', 'val2017')},
+    'COCO, folders of images together': {'train': ('annotations/train.json', 'images/train'),
+                                         'val': ('annotations/val.json', 'images/val')},
+    'Roboflow': {split: (f'{folder}/_annotations.coco.json', folder)
+                 for split, folder in (('train', 'train'), ('val', 'valid'), ('test', 'test'))},
+    'one file': {'train': ('annotations/instances_default.json', 'images')},
+    'images beside the one file': {'train': ('labels.json', '.')},
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts(layout, tmp_path):
+    for ann_file, images in LAYOUTS[layout].values():
+        write(tmp_path / ann_file, tmp_path / images)
+    found = coco.find_annotations(tmp_path)
+    assert found == {split: tmp_path / ann_file for split, (ann_file, _) in LAYOUTS[layout].items()}
+    for split, (_, images) in LAYOUTS[layout].items():
+        loaded = coco.load_split(split, found[split], tmp_path)
+        assert loaded.images.resolve() == (tmp_path / images).resolve()
+
+
+def test_captions_and_settings_are_no_annotations(tmp_path):
+    for name in ('instances', 'person_keypoints', 'captions'):
+        write(tmp_path / f'annotations/{name}_train2017.json', tmp_path / 'train2017')
+    (tmp_path / 'settings.json').write_text('{}')
+    assert coco.find_annotations(tmp_path) == {'train': tmp_path / 'annotations/instances_train2017.json'}
+
+
+def test_a_file_brings_its_sibling(tmp_path):
+    for name in ('train.json', 'val.json', 'other_val.json', 'all.json'):
+        write(tmp_path / name, tmp_path)
+    assert coco.find_annotations(tmp_path / 'train.json') == {
+        'train': tmp_path / 'train.json', 'val': tmp_path / 'val.json'}
+    assert coco.find_annotations(tmp_path / 'all.json') == {'train': tmp_path / 'all.json'}
+    assert coco.find_annotations(tmp_path / 'train.json', tmp_path / 'other_val.json')['val'].name.startswith('oth')
+
+
+def test_several_or_no_files_are_an_error(tmp_path):
+    (tmp_path / 'readme.json').write_text('{}')
+    with pytest.raises(FileNotFoundError, match=r'no annotation file .* the JSON files readme.json.*--data FILE'):
+        coco.find_annotations(tmp_path)
+    for name in ('a', 'b'):
+        write(tmp_path / f'{name}.json', tmp_path)
+    with pytest.raises(ValueError, match=r'several annotation files for training: a.json, b.json; .* --data FILE'):
+        coco.find_annotations(tmp_path)
+    with pytest.raises(FileNotFoundError, match='--data .*nowhere does not exist'):
+        coco.find_annotations(tmp_path / 'nowhere')
+
+
+def test_images_that_are_nowhere(tmp_path):
+    write(tmp_path / 'data/train.json', tmp_path / 'elsewhere')
+    with pytest.raises(FileNotFoundError, match=r'none of the images .* \(such as 0.jpg\) .* --images DIR'):
+        coco.load_split('train', tmp_path / 'data/train.json', tmp_path / 'data')
+    assert coco.load_split('train', tmp_path / 'data/train.json', tmp_path / 'data', tmp_path / 'elsewhere').images
+
+
+# ---- records and images ---------------------------------------------------------------------------------------------
+def test_good_data_stays_as_it_is(tmp_path):
+    split = load(tmp_path)
+    coco.clean(split, coco.choose_classes(split))
+    assert not split.changed and coco.write(split, tmp_path / 'work') == tmp_path / 'train.json'
+
+
+def test_what_is_missing_is_filled_in(tmp_path):
+    content = coco()
+    for image in content['images']:
+        del image['width'], image['height']
+    for annotation in content['annotations']:
+        del annotation['area'], annotation['iscrowd'], annotation['id']
+    content['annotations'] += [dict(image_id=99, category_id=10, bbox=[0, 0, 5, 5]),
+                               dict(image_id=0, category_id=99, bbox=[0, 0, 5, 5])]
+    split = load(tmp_path, content)
+    coco.clean(split, coco.choose_classes(split))
+    path = coco.write(split, tmp_path / 'work')
+    report = check_coco(path, split.images, CLASSES, evaluated=True)
+    assert (report.num_images, report.num_boxes, report.warnings) == (3, 4, ())
+    written = json.loads(path.read_text())
+    assert [(i['width'], i['height']) for i in written['images']] == [(64, 48)] * 3
+    assert [a['area'] for a in written['annotations']] == [200] * 4
+    assert [note.split(',')[0] for note in split.notes] == ['1 annotations left out'] * 2
+
+
+def test_categories_take_one_order_and_unused_ones_go(tmp_path):
+    train = load(tmp_path, coco(classes=('none', *CLASSES)))
+    train.content['annotations'] = [a for a in train.content['annotations'] if a['category_id'] != 10]
+    classes = coco.choose_classes(train)
+    assert classes == CLASSES and train.notes == ['categories left out, without a box for training: none']
+    val = coco.load_split('val', write(tmp_path / 'val.json', tmp_path / 'images', coco(classes=('dog', 'cat'))),
+                              tmp_path)
+    before = coco.count_boxes(val)
+    for split in (train, val):
+        coco.clean(split, classes)
+        assert [category['name'] for category in split.content['categories']] == list(CLASSES)
+    assert coco.count_boxes(val) == before
+    assert check_coco(coco.write(val, tmp_path / 'work'), val.images, CLASSES).warnings == ()
+
+
+def test_classes_by_name(tmp_path):
+    split = load(tmp_path)
+    assert coco.choose_classes(split, ['dog']) == ('dog',)
+    coco.clean(split, ['dog'])
+    assert coco.count_boxes(split) == {'dog': 2}
+    with pytest.raises(ValueError, match='--classes names bird, but .* has dog'):
+        coco.choose_classes(split, ['bird'])
+    split.content['categories'] *= 2
+    with pytest.raises(ValueError, match="several categories named 'dog'"):
+        coco.choose_classes(split)
+    split = load(tmp_path, {**coco(), 'annotations': []})
+    with pytest.raises(ValueError, match='holds no box of the classes cat, dog'):
+        coco.choose_classes(split)
+
+
+def test_bad_images_and_wrong_sizes(tmp_path):
+    split = load(tmp_path, coco([f'{i}.jpg' for i in range(5)]))
+    (split.images / '0.jpg').write_text('no image')
+    (split.images / '1.jpg').unlink()
+    Image.new('RGB', (48, 64)).save(split.images / '2.jpg')
+    coco.clean(split, CLASSES)
+    assert split.bad_images == ['0.jpg', '1.jpg'] and len(split.content['images']) == 5
+    assert split.notes == ['1 images have another size than the annotations say, whose boxes may not fit: 2.jpg']
+    coco.clean(split, CLASSES, skip_bad_images=True)
+    assert [image['id'] for image in split.content['images']] == [2, 3, 4]
+    assert {a['image_id'] for a in split.content['annotations']} == {2, 3} and split.changed
+
+
+def test_description(tmp_path):
+    content = coco()
+    content['annotations'][0]['bbox'] = [4, 4, 0, 9]
+    split = load(tmp_path, content)
+    coco.clean(split, CLASSES)
+    rows = [line.split() for line in coco.describe([split], CLASSES).splitlines()]
+    for row in (['training'], ['images', '3'], ['without', 'a', 'box', '1'], ['missing', 'or', 'unreadable', '0'],
+                ['boxes', '4'], ['degenerate,', 'not', 'used', '1'], ['cat', '2'], ['dog', '2']):
+        assert row in rows
+
+
+def test_a_part_is_split_off(tmp_path):
+    names = [f'{i}.jpg' for i in range(20)]
+
+    def split_images(names, part=0.2, seed=0):
+        train = load(tmp_path, coco(names))
+        val = coco.split_off(train, part, seed)
+        sets = [{image['file_name'] for image in split.content['images']} for split in (train, val)]
+        assert not sets[0] & sets[1] and sets[0] | sets[1] == set(names)
+        for split in (train, val):
+            ids = {image['id'] for image in split.content['images']}
+            assert {a['image_id'] for a in split.content['annotations']} <= ids and split.changed
+        assert len(train.content['annotations']) + len(val.content['annotations']) == 2 * (len(names) - 1)
+        return sets[1]
+
+    chosen = split_images(names)
+    assert len(chosen) == 4 and chosen == split_images(names[::-1]) != split_images(names, seed=1)
+    assert len(split_images(names[:2], 0.01)) == 1 == len(split_images(names[:2], 0.99))
+    with pytest.raises(ValueError, match='has 1 image, and'):
+        coco.split_off(load(tmp_path, coco(names[:1])), 0.2, 0)
+    with pytest.raises(ValueError, match='--val-part is 20, but a number between 0 and 1'):
+        coco.split_off(load(tmp_path), 20, 0)
+
+
+# ---- the config -----------------------------------------------------------------------------------------------------
+def config(model=DEFAULT_MODEL, classes=CLASSES, most_boxes=5, num_images=100, **choices):
+    files = {split: (Path(f'/data/{split}.json'), Path('/data/images')) for split in ('train', 'val')}
+    return build_config(find_model(model), Data(files, classes, num_images, most_boxes),
+                        Choices(work_dir='work', **choices))
+
+
+def test_learning_rate_follows_the_batch():
+    for batch, accumulate, factor in ((4, 1, 1), (2, 1, 0.5), (4, 4, 4)):
+        cfg, notes = config(batch_size=batch, accumulate=accumulate)
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(4e-4 * factor)
+        assert cfg.optim_wrapper.get('accumulative_counts', 1) == accumulate
+        assert cfg.train_dataloader.batch_size == batch == cfg.auto_scale_lr.base_batch_size
+        assert any(f'{batch * accumulate} / 4' in note for note in notes)
+    assert config(batch_size=64, lr=1e-3)[0].optim_wrapper.optimizer.lr == 1e-3
+
+
+def test_model_follows_the_data():
+    cfg, _ = config()
+    assert cfg.model.bbox_head.num_classes == 2 and cfg.model.num_queries == 60
+    assert cfg.val_evaluator.ann_file == cfg.test_evaluator.ann_file == '/data/val.json'
+    cfg, notes = config(classes=('cat',), most_boxes=200)
+    assert cfg.model.num_queries == 400 and any('up to 200 boxes' in note for note in notes)
+    # More predictions than queries × classes cannot be taken.
+    assert config(classes=('cat',))[0].model.test_cfg.max_per_img == 60
+
+
+def test_a_complete_config_gives_its_optimizer_and_size():
+    cfg, _ = config('deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes', batch_size=8)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=1e-3, weight_decay=1e-4, fused=True)
+    resize, = [step for step in cfg.test_dataloader.dataset.pipeline if step['type'] == 'Resize']
+    assert tuple(resize['scale']) == (128, 128) and cfg.model.num_queries == 40
+    assert 'data_root' not in cfg and cfg.train_cfg.max_epochs == 50 and 'mmdet' == cfg.default_scope
+
+
+def test_image_size_and_schedule():
+    cfg, _ = config(image_size=(320, 240), epochs=30, num_images=8, workers=0)
+    resize, = [step for step in cfg.train_dataloader.dataset.pipeline if step['type'] == 'Resize']
+    assert tuple(resize['scale']) == (320, 240)
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.end, cosine.T_max, cosine.end, cfg.train_cfg.val_interval) == (6, 30, 30, 3)
+    assert not cfg.train_dataloader.persistent_workers
+
+
+def test_model_names():
+    assert DEFAULT_MODEL in model_files() and all(path.is_file() for path in model_files().values())
+    with pytest.raises(ValueError, match=f"no model 'yolo'; .*{DEFAULT_MODEL}"):
+        find_model('yolo')
+    assert find_model(str(model_files()[DEFAULT_MODEL])) == model_files()[DEFAULT_MODEL]
+
+
+def test_a_model_of_masks_is_refused(tmp_path):
+    path = tmp_path / 'masks.py'
+    path.write_text("model = dict(type='MaskRCNN', roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict()))\n")
+    with pytest.raises(ValueError, match="'masks' predicts masks"):
+        config(str(path))
+    path.write_text("model = dict(type='X')\n")
+    with pytest.raises(ValueError, match="'masks' has no bbox_head"):
+        config(str(path))
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / 'train.json', tmp_path / 'images')
+    assert 'a config or --data is needed' in sentence([], capsys)
+    assert '--epochs, --seed go with --data' in sentence(['config.py', '--epochs', 3, '--seed', 0], capsys)
+    assert 'both the config config.py and --data' in sentence(['config.py', '--data', '.'], capsys)
+    assert '--data nowhere does not exist' in sentence(['--data', 'nowhere'], capsys)
+    assert '--val nowhere does not exist' in sentence(['--data', '.', '--val', 'nowhere'], capsys)
+    assert '--images nowhere does not exist' in sentence(['--data', '.', '--images', 'nowhere'], capsys)
+    assert "no model 'yolo'" in sentence(['--data', '.', '--model', 'yolo'], capsys)
+    assert '8 or 12 would be' in sentence(['--data', '.', '--effective-batch', 10], capsys)
+    assert '--batch-size must be positive, got 0' in sentence(['--data', '.', '--batch-size', 0], capsys)
+    assert 'a side such as 320' in sentence(['--data', '.', '--image-size', 'big'], capsys)
+    assert 'none.pth does not exist' in sentence(['--data', '.', '--load-from', 'none.pth'], capsys)
+    assert 'cpu, cuda or cuda:N' in sentence(['--data', '.', '--device', 'gpu'], capsys)
+    assert 'with --dry-run' in sentence(['--data', '.', '--launcher', 'pytorch'], capsys)
+    assert not (tmp_path / 'work_dirs').exists()
+    (tmp_path / 'images/1.jpg').write_text('no image')
+    assert '1 images are missing or unreadable, such as 1.jpg' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
+    (tmp_path / 'w').mkdir()
+    (tmp_path / 'w/last_checkpoint').touch()
+    assert 'go on with it by --resume' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
+
+
+def test_dry_run_writes_a_config_that_any_tool_builds(tmp_path, monkeypatch, capsys):
+    from mmdet.registry import DATASETS, METRICS, MODELS
+    from mmengine.registry import init_default_scope
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / 'mine/labels.json', tmp_path / 'mine/pictures', coco([f'{i}.jpg' for i in range(10)]))
+    assert main(['--data', 'mine', '--dry-run', '--effective-batch', '8', '--cfg-options',
+                 'model.bbox_head.loss_cls.gamma=1.5']) == 0
+    said = capsys.readouterr().out
+    assert 'split off from the training data: 2 of 10 images, seed 0' in said and '2 classes: cat, dog' in said
+    cfg = Config.fromfile(f'work_dirs/mine/{DEFAULT_MODEL}_mine.py')
+    monkeypatch.chdir('/')  # it holds wherever it is read
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    assert model.bbox_head.num_classes == 2 and model.bbox_head.loss_cls.gamma == 1.5
+    train, val = (DATASETS.build(cfg[f'{split}_dataloader'].dataset) for split in ('train', 'val'))
+    assert (len(train), len(val)) == (8, 2) and train.metainfo['classes'] == val.metainfo['classes'] == CLASSES
+    assert train[0]['inputs'].shape == (3, 240, 320)
+    METRICS.build(cfg.val_evaluator)
+    assert cfg.optim_wrapper.accumulative_counts == 2 and cfg.load_from is None
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'mine'
+    generate(folder, train=8, val=2, size=(64, 64), seed=1)
+    return folder
+
+
+ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}  # as in conftest.py, for other processes
+
+
+def command(*args):
+    return [sys.executable, '-m', 'msda_plugin', 'train', *map(str, args), '--image-size', '64', '--workers', '0']
+
+
+def run(*args):
+    done = subprocess.run(command(*args), capture_output=True, text=True, timeout=600, env=ONE_THREAD)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_trains_resumes_and_leaves_everything(shapes, tmp_path):
+    options = ['--data', shapes, '--work-dir', tmp_path, '--accumulate', 2, '--batch-size', 2]
+    run(*options, '--epochs', 1)
+    saved = tmp_path / f'{DEFAULT_MODEL}_mine.py'
+    for name in ('epoch_1.pth', 'best_coco_bbox_mAP_epoch_1.pth', 'curves.png', 'metrics.json', saved.name):
+        assert (tmp_path / name).is_file()
+    log = run(*options, '--epochs', 2, '--resume')
+    assert 'resumed epoch: 1' in log and (tmp_path / 'epoch_2.pth').is_file()
+    # The config stands for itself: the other form of the command goes on from there.
+    done = subprocess.run([sys.executable, '-m', 'msda_plugin', 'train', saved, '--resume', '--cfg-options',
+                           'train_cfg.max_epochs=3'], capture_output=True, text=True, timeout=600,
+                          env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / 'epoch_3.pth').is_file()
+    assert [entry['epoch'] for entry in json.loads((tmp_path / 'metrics.json').read_text())['history']] == [1, 2, 3]
+    assert torch.load(tmp_path / 'epoch_3.pth', weights_only=False)['meta']['epoch'] == 3
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_last_checkpoint(shapes, tmp_path):
+    options = ['--data', shapes, '--work-dir', tmp_path, '--epochs', 1000]
+    with subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=ONE_THREAD) as process:
+        for _ in range(3000):
+            if (tmp_path / 'last_checkpoint').is_file() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors[-3000:]
+    last = errors.splitlines()[-1]
+    assert 'msda_plugin train: stopped' in last and '--resume' in last and 'Traceback' not in errors
+    checkpoint, = [word.rstrip(',') for word in last.split() if word.rstrip(',').endswith('.pth')]
+    assert torch.load(checkpoint, weights_only=False)['meta']['epoch'] >= 1
