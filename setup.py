@@ -1,9 +1,10 @@
 """Build of msda_plugin: metadata is in pyproject.toml, the native build in csrc/build.py; this file joins the two.
 
-    pip install .                      # CPU library; the CUDA library as well when nvcc is found
-    MSDA_BUILD_CUDA=1 pip install .    # fail when the CUDA library cannot be built
-    MSDA_BUILD_CUDA=0 pip install .    # CPU library only
+pip install .                      # CPU library; the CUDA library as well when nvcc is found
+MSDA_BUILD_CUDA=1 pip install .    # fail when the CUDA library cannot be built
+MSDA_BUILD_CUDA=0 pip install .    # CPU library only
 """
+
 import os
 import shutil
 import sys
@@ -35,8 +36,10 @@ def cuda_mode() -> str:
     value = os.environ.get('MSDA_BUILD_CUDA', '')
     modes = {'': 'auto', '1': 'on', '0': 'off'}
     if value not in modes:
-        raise SystemExit(f'MSDA_BUILD_CUDA={value!r} is not understood: 1 demands the CUDA library, 0 leaves it out, '
-                         'unset builds it when nvcc is found')
+        raise SystemExit(
+            f'MSDA_BUILD_CUDA={value!r} is not understood: 1 demands the CUDA library, 0 leaves it out, '
+            'unset builds it when nvcc is found'
+        )
     return modes[value]
 
 
@@ -52,8 +55,10 @@ class BuildNative(build_ext):
             if cuda_mode() == 'on' or not isinstance(error, native.CompilerNotFound):
                 raise SystemExit(f'msda_plugin: {error}') from None
             self.built = []
-            self.warn(f'{error} msda_plugin is installed without compiled libraries: the operator runs on its '
-                      'reference backend (plain PyTorch, slower). Install a C++20 compiler and reinstall.')
+            self.warn(
+                f'{error} msda_plugin is installed without compiled libraries: the operator runs on its '
+                'reference backend (plain PyTorch, slower). Install a C++20 compiler and reinstall.'
+            )
 
     def get_outputs(self) -> list:
         return [] if self.inplace else getattr(self, 'built', [])
@@ -70,8 +75,11 @@ class BuildPackage(build_py):
             shutil.rmtree(Path(self.build_lib) / 'msda_plugin', ignore_errors=True)
         super().run()
         if self.editable_mode:
-            self.place('.mim', {name: source for name, source in MIM_FILES.items() if name.startswith('tools/')},
-                       lambda source, path: path.symlink_to(os.path.relpath(source, path.parent)))
+            self.place(
+                '.mim',
+                {name: source for name, source in MIM_FILES.items() if name.startswith('tools/')},
+                lambda source, path: path.symlink_to(os.path.relpath(source, path.parent)),
+            )
         else:
             self.place(Path(self.build_lib) / 'msda_plugin' / '.mim', MIM_FILES, self.copy)
 
@@ -101,7 +109,11 @@ class Wheel(bdist_wheel):
 
 setup(
     # The sources are named so that the wheel is marked as binary and the sdist carries them.
-    ext_modules=[Extension('msda_plugin.ops.lib.msda', sources=sorted(str(p.relative_to(ROOT)) for p in
-                                                                     (ROOT / 'csrc').rglob('*.c[pu]*')))],
+    ext_modules=[
+        Extension(
+            'msda_plugin.ops.lib.msda',
+            sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'csrc').rglob('*.c[pu]*')),
+        )
+    ],
     cmdclass={'build_ext': BuildNative, 'build_py': BuildPackage, 'bdist_wheel': Wheel},
 )

@@ -6,6 +6,7 @@ One build serves every torch >= 2.10 and every Python, by way of LibTorch's stab
 and for two libraries to name, and is not imported. Environment: ``CXX`` and ``NVCC`` name the compilers,
 ``MSDA_CUDA_ARCHS`` the GPU architectures, such as "80;90;120" (machine code for each, and PTX for the last).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,12 +27,27 @@ DEFAULT_OUT = SOURCE_DIR.parent / 'msda_plugin' / 'ops' / 'lib'
 TORCH_MINIMUM = (2, 10)
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
-COMMON_FLAGS = ['-std=c++20', '-O3', '-fPIC', '-fvisibility=hidden', '-Wall', '-Wextra',
-                '-Wno-maybe-uninitialized']  # false alarms in the compiler's own intrinsics
+COMMON_FLAGS = [
+    '-std=c++20',
+    '-O3',
+    '-fPIC',
+    '-fvisibility=hidden',
+    '-Wall',
+    '-Wextra',
+    '-Wno-maybe-uninitialized',
+]  # false alarms in the compiler's own intrinsics
 KERNEL_FLAGS = ['-ffp-contract=fast', '-fno-math-errno', '-fno-trapping-math']
 ISA_FLAGS = {
-    'avx512': ['-mavx2', '-mfma', '-mf16c', '-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl',
-               '-mprefer-vector-width=512'],
+    'avx512': [
+        '-mavx2',
+        '-mfma',
+        '-mf16c',
+        '-mavx512f',
+        '-mavx512bw',
+        '-mavx512dq',
+        '-mavx512vl',
+        '-mprefer-vector-width=512',
+    ],
     'avx2': ['-mavx2', '-mfma', '-mf16c'],
     'portable': [],
 }
@@ -50,8 +66,9 @@ class TorchNotFound(BuildError):
     """There is no torch of a version that has the stable ABI."""
 
 
-def build(out_dir: str | os.PathLike = DEFAULT_OUT, cuda: str = 'auto', sanitize: str = '',
-          verbose: bool = False) -> list[Path]:
+def build(
+    out_dir: str | os.PathLike = DEFAULT_OUT, cuda: str = 'auto', sanitize: str = '', verbose: bool = False
+) -> list[Path]:
     """Build the libraries into ``out_dir``, replacing older ones only when everything is built.
 
     Args:
@@ -96,8 +113,9 @@ def find_torch() -> Path:
         match = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (place / 'version.py').read_text())
         if match is None or (int(match[2]), int(match[3])) < TORCH_MINIMUM:
             found = match[1] if match else 'of unknown version'
-            raise TorchNotFound(f'torch {found} is in {place}, but torch >= 2.10 is needed for its stable ABI: '
-                                'upgrade it')
+            raise TorchNotFound(
+                f'torch {found} is in {place}, but torch >= 2.10 is needed for its stable ABI: upgrade it'
+            )
         return place
     raise TorchNotFound(f'no torch was found for {sys.executable}: install torch >= 2.10 first')
 
@@ -107,8 +125,9 @@ def find_compiler() -> list[str]:
     if os.environ.get('CXX'):
         command = shlex.split(os.environ['CXX'])
         if shutil.which(command[0]) is None:
-            raise CompilerNotFound(f'CXX is {os.environ["CXX"]!r}, but there is no such command: correct it or '
-                                   'unset it')
+            raise CompilerNotFound(
+                f'CXX is {os.environ["CXX"]!r}, but there is no such command: correct it or unset it'
+            )
         return command
     for name in ('g++', 'c++', 'clang++'):
         if shutil.which(name):
@@ -127,8 +146,9 @@ def find_nvcc() -> str | None:
 
 
 class _Builder:
-    def __init__(self, work: Path, torch_dir: Path, compiler: list[str], nvcc: str | None, sanitize: str,
-                 verbose: bool) -> None:
+    def __init__(
+        self, work: Path, torch_dir: Path, compiler: list[str], nvcc: str | None, sanitize: str, verbose: bool
+    ) -> None:
         self.work = work
         self.torch_dir = torch_dir
         self.compiler = compiler
@@ -139,14 +159,20 @@ class _Builder:
     def run(self) -> list[Path]:
         binding = [*STABLE_ABI_FLAGS, '-isystem', str(self.torch_dir / 'include')]
         isas = ISA_FLAGS if sysconfig.get_platform().endswith(('x86_64', 'amd64')) else {'portable': []}
-        cpu = [self.compile('cpu/binding.cpp', binding + self.sanitize),
-               self.compile('cpu/ms_deform_attn.cpp', self.sanitize)]
-        cpu += [self.compile(f'cpu/ms_deform_attn_{isa}.cpp', KERNEL_FLAGS + flags + self.sanitize)
-                for isa, flags in isas.items()]
+        cpu = [
+            self.compile('cpu/binding.cpp', binding + self.sanitize),
+            self.compile('cpu/ms_deform_attn.cpp', self.sanitize),
+        ]
+        cpu += [
+            self.compile(f'cpu/ms_deform_attn_{isa}.cpp', KERNEL_FLAGS + flags + self.sanitize)
+            for isa, flags in isas.items()
+        ]
         cuda = []
         if self.nvcc:
-            cuda = [self.compile_cuda('cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *self.cuda_codes()]),
-                    self.compile_cuda('cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', *binding])]
+            cuda = [
+                self.compile_cuda('cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *self.cuda_codes()]),
+                self.compile_cuda('cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', *binding]),
+            ]
         # The longest first, so that two jobs end together.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             list(pool.map(self.execute, [command for command, _ in cuda + cpu]))
@@ -163,8 +189,17 @@ class _Builder:
         target = self.work / (source.replace('/', '_') + '.o')
         host = ['-ccbin', self.compiler[0], '-Xcompiler=-fPIC,-fvisibility=hidden']
         # --resource-usage: registers and spills of every kernel, which --verbose shows.
-        return [self.nvcc, '-O3', '--resource-usage', *host, *flags, '-c', str(SOURCE_DIR / source), '-o',
-                str(target)], target
+        return [
+            self.nvcc,
+            '-O3',
+            '--resource-usage',
+            *host,
+            *flags,
+            '-c',
+            str(SOURCE_DIR / source),
+            '-o',
+            str(target),
+        ], target
 
     def cuda_codes(self) -> list[str]:
         if os.environ.get('MSDA_CUDA_ARCHS'):
@@ -180,8 +215,18 @@ class _Builder:
         # The library must name torch's library, whether or not Python has loaded it first.
         named = ['-ltorch_cpu'] if sys.platform == 'darwin' else ['-Wl,--no-as-needed', '-ltorch_cpu']
         target = self.work / name
-        self.execute([*self.compiler, '-shared', *flags, *map(str, objects), '-o', str(target),
-                      f'-L{self.torch_dir / "lib"}', *named])
+        self.execute(
+            [
+                *self.compiler,
+                '-shared',
+                *flags,
+                *map(str, objects),
+                '-o',
+                str(target),
+                f'-L{self.torch_dir / "lib"}',
+                *named,
+            ]
+        )
         return target
 
     def link_cuda(self, name: str, objects: list[Path]) -> Path:
@@ -190,13 +235,33 @@ class _Builder:
             # An empty library of that name stands in for the one that a CPU-only torch lacks.
             empty = self.work / 'empty.cpp'
             empty.write_text('')
-            self.execute([*self.compiler, '-shared', '-fPIC', '-Wl,-soname,libtorch_cuda.so', str(empty), '-o',
-                          str(self.work / 'libtorch_cuda.so')])
+            self.execute(
+                [
+                    *self.compiler,
+                    '-shared',
+                    '-fPIC',
+                    '-Wl,-soname,libtorch_cuda.so',
+                    str(empty),
+                    '-o',
+                    str(self.work / 'libtorch_cuda.so'),
+                ]
+            )
             places.append(self.work)
         target = self.work / name
-        self.execute([self.nvcc, '-shared', '-cudart=static', '-ccbin', self.compiler[0], *map(str, objects), '-o',
-                      str(target), *(f'-L{place}' for place in places),
-                      '-Xlinker=--exclude-libs,ALL,--no-as-needed,-ltorch_cpu,-ltorch_cuda'])
+        self.execute(
+            [
+                self.nvcc,
+                '-shared',
+                '-cudart=static',
+                '-ccbin',
+                self.compiler[0],
+                *map(str, objects),
+                '-o',
+                str(target),
+                *(f'-L{place}' for place in places),
+                '-Xlinker=--exclude-libs,ALL,--no-as-needed,-ltorch_cpu,-ltorch_cuda',
+            ]
+        )
         return target
 
     def execute(self, command: list[str]) -> str:
@@ -204,8 +269,9 @@ class _Builder:
             print(shlex.join(command), flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise BuildError(f'{shlex.join(command)}\nexited with status {done.returncode}:\n'
-                             f'{done.stdout}{done.stderr}')
+            raise BuildError(
+                f'{shlex.join(command)}\nexited with status {done.returncode}:\n{done.stdout}{done.stderr}'
+            )
         if self.verbose and done.stderr:
             print(done.stderr, flush=True)
         return done.stdout

@@ -5,6 +5,7 @@
 Needs cuobjdump of the CUDA toolkit, on PATH or named by ``CUOBJDUMP`` (triton's wheels from PyPI hold one as well).
 An inner loop is one that reads 16 bytes a lane and holds no other such loop; its counts are of one run through it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,6 +24,7 @@ WIDE_LOAD = 'LDG.E.128'
 
 class Kernel(NamedTuple):
     """A kernel's name without its namespace, as mangled; bytes of stack are spills, for no kernel has another use."""
+
     name: str
     registers: int
     stack: int
@@ -49,14 +51,26 @@ def inner_loops(text: str) -> dict[str, list[collections.Counter]]:
     for part in text.split('Function : ')[1:]:
         lines = re.findall(r'/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?([^;{]+);', part)
         code = [(int(address, 16), instruction) for address, instruction in lines]
-        jumps = {(int(match[1], 16), address) for address, instruction in code
-                 if (match := re.search(r'BRA(?:\.\w+)* (?:\S+, )?(0x[0-9a-f]+)', instruction))}
-        ranges = [(first, last) for first, last in jumps if first < last and any(
-            first <= address <= last and WIDE_LOAD in instruction for address, instruction in code)]
-        inner = [one for one in ranges
-                 if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in ranges)]
-        counts = [collections.Counter(_operation(instruction) for address, instruction in code
-                                      if first <= address <= last) for first, last in sorted(inner)]
+        jumps = {
+            (int(match[1], 16), address)
+            for address, instruction in code
+            if (match := re.search(r'BRA(?:\.\w+)* (?:\S+, )?(0x[0-9a-f]+)', instruction))
+        }
+        ranges = [
+            (first, last)
+            for first, last in jumps
+            if first < last
+            and any(first <= address <= last and WIDE_LOAD in instruction for address, instruction in code)
+        ]
+        inner = [
+            one
+            for one in ranges
+            if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in ranges)
+        ]
+        counts = [
+            collections.Counter(_operation(instruction) for address, instruction in code if first <= address <= last)
+            for first, last in sorted(inner)
+        ]
         # What jumps back over the end of the kernel is no loop: rare paths are put behind it.
         loops[_short(part.split(maxsplit=1)[0])] = [count for count in counts if 'EXIT' not in count]
     return loops
@@ -73,15 +87,18 @@ def _short(name: str) -> str:
 
 def dump(library: Path, arch: str, what: str) -> str:
     """What cuobjdump prints of a library for one architecture; ``what`` is 'resource-usage' or 'sass'."""
-    return subprocess.run([find_cuobjdump(), '-arch', arch, f'--dump-{what}', str(library)], capture_output=True,
-                          text=True, check=True).stdout
+    return subprocess.run(
+        [find_cuobjdump(), '-arch', arch, f'--dump-{what}', str(library)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def kernels(library: Path, arch: str) -> list[Kernel]:
     """All kernels of a library for one architecture."""
     loops = inner_loops(dump(library, arch, 'sass'))
-    return [Kernel(name, *sizes, loops.get(name, []))
-            for name, sizes in resources(dump(library, arch, 'resource-usage')).items()]
+    return [
+        Kernel(name, *sizes, loops.get(name, []))
+        for name, sizes in resources(dump(library, arch, 'resource-usage')).items()
+    ]
 
 
 def main() -> int:

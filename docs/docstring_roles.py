@@ -1,4 +1,5 @@
 """Griffe extension: what docstrings say in Sphinx's terms, in Markdown's."""
+
 import re
 
 from griffe import Docstring, Extension, Object

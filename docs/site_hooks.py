@@ -1,4 +1,5 @@
 """MkDocs hook: a link that leaves docs/ becomes the path it points to, since the site does not hold that file."""
+
 import re
 from posixpath import join, normpath
 
@@ -6,7 +7,6 @@ LINK = re.compile(r'(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s:#]+)\)')
 
 
 def on_page_markdown(markdown: str, page, **kwargs) -> str:
-
     def replace(match: re.Match) -> str:
         target = normpath(join('docs', page.file.src_uri, '..', match['target']))
         if target.startswith('docs/'):

@@ -1,4 +1,5 @@
 """``python -m msda_plugin COMMAND``: one module of `msda_plugin.tools` a command, imported when it is called."""
+
 import sys
 from importlib import import_module
 
@@ -18,8 +19,15 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f'  {name:<{width}}  {what}' for name, what in COMMANDS.items()]
-    return '\n'.join(['usage: python -m msda_plugin COMMAND [ARGUMENTS]', '', *lines, '',
-                      'python -m msda_plugin COMMAND --help tells more of a command.'])
+    return '\n'.join(
+        [
+            'usage: python -m msda_plugin COMMAND [ARGUMENTS]',
+            '',
+            *lines,
+            '',
+            'python -m msda_plugin COMMAND --help tells more of a command.',
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

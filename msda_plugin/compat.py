@@ -1,4 +1,5 @@
 """Every workaround for a dependency, each with its reason and the version that ends it."""
+
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,17 +28,26 @@ def load_checkpoints_strictly() -> None:
     """
     from mmengine.logging import HistoryBuffer
     from mmengine.runner import checkpoint
+
     numpy_1 = np.lib.NumpyVersion(np.__version__) < '2.0.0'
     multiarray = np.core.multiarray if numpy_1 else np._core.multiarray
     dtypes = [type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32', 'uint32', 'bool')]
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, *dtypes,
-        # By their name in NumPy 1 and in NumPy 2: a checkpoint may come from the other one.
-        *((getattr(multiarray, name), f'numpy.{package}.multiarray.{name}')
-          for package in ('core', '_core') for name in ('_reconstruct', 'scalar')),
-        # The pickle names the methods by `getattr`, which must not be allowed as it is.
-        (_history_buffer_method, 'builtins.getattr'),
-    ])
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            *dtypes,
+            # By their name in NumPy 1 and in NumPy 2: a checkpoint may come from the other one.
+            *(
+                (getattr(multiarray, name), f'numpy.{package}.multiarray.{name}')
+                for package in ('core', '_core')
+                for name in ('_reconstruct', 'scalar')
+            ),
+            # The pickle names the methods by `getattr`, which must not be allowed as it is.
+            (_history_buffer_method, 'builtins.getattr'),
+        ]
+    )
     if hasattr(checkpoint, '_safe_torch_load'):
         checkpoint._safe_torch_load = safe_loading.load_checkpoint
     for loader, schemes in ((load_from_local, ''), (load_from_http, ('http://', 'https://'))):
@@ -53,10 +63,12 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     return safe_loading.load_checkpoint(path, map_location)
 
 
-def load_from_http(filename: str, map_location: str | torch.device | None = None, model_dir: str | None = None,
-                   progress: bool = False) -> object:
+def load_from_http(
+    filename: str, map_location: str | torch.device | None = None, model_dir: str | None = None, progress: bool = False
+) -> object:
     """The checkpoint of a URL; of several processes the first one downloads it."""
     from mmengine.dist import barrier, get_rank
+
     try:
         if get_rank() == 0:
             safe_loading.fetch(filename, model_dir, progress=progress)
@@ -67,9 +79,11 @@ def load_from_http(filename: str, map_location: str | torch.device | None = None
 
 def _history_buffer_method(owner: type, name: str):
     from mmengine.logging import HistoryBuffer
+
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise pickle.UnpicklingError(
-            f'a checkpoint may name HistoryBuffer.min, max, current and mean; this one asks for {name!r} of {owner!r}')
+            f'a checkpoint may name HistoryBuffer.min, max, current and mean; this one asks for {name!r} of {owner!r}'
+        )
     return getattr(owner, name)
 
 
@@ -83,6 +97,7 @@ def pretrained_last(module: torch.nn.Module) -> Iterator[None]:
     Ends with: an mmdet whose DETRs load last; 3.3.0 and onedl-mmdetection 3.5.1 do not.
     """
     from mmengine.model import PretrainedInit, initialize
+
     init_cfg = module.init_cfg
     cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
     pretrained = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
@@ -102,12 +117,14 @@ def accept_sides_of_one_pixel() -> None:
     Ends with: an mmcv whose ``rescale_size`` and ``imflip`` do so; 2.1.0 and onedl-mmcv 2.3.6 do not.
     """
     import mmcv
+
     mmcv.image.geometric._scale_size = _scale_size
     mmcv.imflip = _imflip
 
 
 def _imflip(img: np.ndarray, direction: str = 'horizontal') -> np.ndarray:
     from mmcv.image.geometric import imflip
+
     flipped = imflip(img, direction)
     return flipped.copy() if flipped.flags.c_contiguous else flipped
 

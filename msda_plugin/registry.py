@@ -4,6 +4,7 @@ MMEngine resolves ``'msda_plugin.X'`` by importing ``msda_plugin.registry`` and 
 ``locations`` of the registry that is asked. Because the parent is MMEngine's *root* (and not MMDetection's registry),
 the same name is found from the root, from ``mmdet`` and from every sibling project, without ``custom_imports``.
 """
+
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import RUNNERS as ROOT_RUNNERS
@@ -14,8 +15,11 @@ from msda_plugin import compat
 SCOPE = 'msda_plugin'
 
 MODELS = Registry(
-    'model', parent=ROOT_MODELS, scope=SCOPE,
-    locations=[f'{SCOPE}.{package}' for package in ('layers', 'backbones', 'necks', 'heads', 'detectors')])
+    'model',
+    parent=ROOT_MODELS,
+    scope=SCOPE,
+    locations=[f'{SCOPE}.{package}' for package in ('layers', 'backbones', 'necks', 'heads', 'detectors')],
+)
 HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=[f'{SCOPE}.engine.hooks'])
 RUNNERS = Registry('runner', parent=ROOT_RUNNERS, scope=SCOPE, locations=[f'{SCOPE}.engine.runner'])
 

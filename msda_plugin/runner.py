@@ -1,4 +1,5 @@
 """Public name of `msda_plugin.engine.runner`."""
+
 from msda_plugin.engine.runner import DetectionRunner
 
 __all__ = ['DetectionRunner']

@@ -3,6 +3,7 @@
 Every checkpoint and every annotation file that this package reads goes through here, and every checkpoint that MMEngine
 reads once `msda_plugin.registry` is imported (`msda_plugin.compat.load_checkpoints_strictly`).
 """
+
 import errno
 import hashlib
 import json
@@ -22,8 +23,12 @@ import torch
 JSON_EXPANSION = 8
 
 
-def load_checkpoint(file: str | os.PathLike | BinaryIO, map_location: str | torch.device | Callable | None = None, *,
-                    allow: Sequence[type] = ()) -> object:
+def load_checkpoint(
+    file: str | os.PathLike | BinaryIO,
+    map_location: str | torch.device | Callable | None = None,
+    *,
+    allow: Sequence[type] = (),
+) -> object:
     """What a file of ``torch.save`` holds: tensors, plain containers, and what torch's allow-list names.
 
     Args:
@@ -51,13 +56,17 @@ def load_checkpoint(file: str | os.PathLike | BinaryIO, map_location: str | torc
             raise
         named = re.search(r'GLOBAL (\S+)', reason) if isinstance(error, UnpicklingError) else None
         if named:
-            raise ValueError(f'{name} holds more than tensors: it names {named[1]}, and reading that could run code; '
-                             'nothing of it was run. Where the file is trusted, save its state dict alone, by '
-                             "torch.save(checkpoint['model'], …), and take that") from error
+            raise ValueError(
+                f'{name} holds more than tensors: it names {named[1]}, and reading that could run code; '
+                'nothing of it was run. Where the file is trusted, save its state dict alone, by '
+                "torch.save(checkpoint['model'], …), and take that"
+            ) from error
         if isinstance(error, _Oversized):
             raise ValueError(f'{name} {error}') from None
-        raise ValueError(f'{name} cannot be read as a checkpoint: it is cut short, or no file of torch.save; '
-                         'download it again, or name another') from error
+        raise ValueError(
+            f'{name} cannot be read as a checkpoint: it is cut short, or no file of torch.save; '
+            'download it again, or name another'
+        ) from error
 
 
 class _Oversized(ValueError):
@@ -79,8 +88,10 @@ def _check_archive(file: str | os.PathLike | BinaryIO) -> None:
     else:
         size = os.path.getsize(file)
     if declared > size:
-        raise _Oversized(f'has {size} bytes and unpacks to {declared}: it is compressed, as no file of torch.save is, '
-                         'and was not read; unpack it, or download it again')
+        raise _Oversized(
+            f'has {size} bytes and unpacks to {declared}: it is compressed, as no file of torch.save is, '
+            'and was not read; unpack it, or download it again'
+        )
 
 
 def fetch(url: str, folder: str | os.PathLike | None = None, *, progress: bool = False) -> Path:
@@ -107,8 +118,9 @@ def fetch(url: str, folder: str | os.PathLike | None = None, *, progress: bool =
         part = path.with_name(f'.{name}.{os.getpid()}.part')
         try:
             torch.hub.download_url_to_file(url, str(part), progress=progress)
-            _check_hash(part, expected, f'what came from {url}',
-                        'it was damaged or replaced on its way, and is not kept')
+            _check_hash(
+                part, expected, f'what came from {url}', 'it was damaged or replaced on its way, and is not kept'
+            )
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -127,10 +139,13 @@ def _check_hash(path: Path, expected: str | None, what: str, remedy: str) -> Non
     if expected is None:
         return
     with path.open('rb') as file:
-        found = hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else \
-            hashlib.sha256(file.read()).hexdigest()  # Python 3.10
+        found = (
+            hashlib.file_digest(file, 'sha256').hexdigest()
+            if hasattr(hashlib, 'file_digest')
+            else hashlib.sha256(file.read()).hexdigest()
+        )  # Python 3.10
     if not found.startswith(expected):
-        raise ValueError(f'{what} has the SHA-256 {found[:len(expected)]}…, but its name says {expected}: {remedy}')
+        raise ValueError(f'{what} has the SHA-256 {found[: len(expected)]}…, but its name says {expected}: {remedy}')
 
 
 def load_json(path: str | os.PathLike, kind: str = 'JSON') -> object:
@@ -142,8 +157,10 @@ def load_json(path: str | os.PathLike, kind: str = 'JSON') -> object:
     """
     size, free = os.path.getsize(path), free_memory()
     if free is not None and size * JSON_EXPANSION > free:
-        raise ValueError(f"'{path}' has {_mib(size)} MiB, and reading JSON takes about {JSON_EXPANSION} times that, "
-                         f'but {_mib(free)} MiB of memory are free; split it, or free memory')
+        raise ValueError(
+            f"'{path}' has {_mib(size)} MiB, and reading JSON takes about {JSON_EXPANSION} times that, "
+            f'but {_mib(free)} MiB of memory are free; split it, or free memory'
+        )
     try:
         return json.loads(Path(path).read_text('utf-8'))
     except (ValueError, RecursionError) as error:

@@ -7,8 +7,10 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption(
-        '--long', action='store_true',
-        help='the long form of tests/reliability: more cases, kills and iterations, hours instead of minutes')
+        '--long',
+        action='store_true',
+        help='the long form of tests/reliability: more cases, kills and iterations, hours instead of minutes',
+    )
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def long_run(request):
     return request.config.getoption('--long')
 
 
-TINY_STOCK_CONFIG = '''
+TINY_STOCK_CONFIG = """
 _base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 model = dict(
     num_queries=20,
@@ -31,7 +33,7 @@ model = dict(
     positional_encoding=dict(num_feats=16),
     bbox_head=dict(embed_dims=32, num_classes=6),
     test_cfg=dict(max_per_img=10))
-'''
+"""
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 The first process writes {wrapper: {parameter: gradient}}. Wrappers: ``ddp`` and ``fsdp``, MMEngine's, and
 ``fully_shard``, torch's second FSDP; without a group: ``alone``.
 """
+
 import os
 import sys
 from functools import partial
@@ -23,15 +24,20 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 # The boxes of each image: the second has none.
-BOXES = [[[8., 12., 40., 60.], [30., 5., 90., 50.]], [], [[1., 1., 60., 30.]], [[50., 20., 80., 62.]]]
+BOXES = [[[8.0, 12.0, 40.0, 60.0], [30.0, 5.0, 90.0, 50.0]], [], [[1.0, 1.0, 60.0, 30.0]], [[50.0, 20.0, 80.0, 62.0]]]
 
 
 def batch_of(indices):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (len(BOXES), 3, 64, 96), dtype=torch.uint8, generator=generator)
-    meta = dict(img_shape=(64, 96), ori_shape=(64, 96), scale_factor=(1., 1.))
-    samples = [DetDataSample(metainfo=meta, gt_instances=InstanceData(
-        bboxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.arange(len(boxes)))) for boxes in BOXES]
+    meta = dict(img_shape=(64, 96), ori_shape=(64, 96), scale_factor=(1.0, 1.0))
+    samples = [
+        DetDataSample(
+            metainfo=meta,
+            gt_instances=InstanceData(bboxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.arange(len(boxes))),
+        )
+        for boxes in BOXES
+    ]
     return dict(inputs=[images[i] for i in indices], data_samples=[samples[i] for i in indices])
 
 
@@ -53,8 +59,10 @@ def gradients(model, wrapper, indices):
         forward = MMDistributedDataParallel(model, broadcast_buffers=False)
     elif wrapper == 'fsdp':
         forward = MMFullyShardedDataParallel(
-            model, device_id=torch.device('cpu'),
-            auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in layers))
+            model,
+            device_id=torch.device('cpu'),
+            auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in layers),
+        )
     elif wrapper == 'fully_shard':
         mesh = init_device_mesh('cpu', (torch.distributed.get_world_size(),))
         for module in [*layers, model]:
@@ -64,8 +72,11 @@ def gradients(model, wrapper, indices):
     loss.backward()
     if wrapper == 'fsdp':
         with FullyShardedDataParallel.summon_full_params(forward, with_grads=True):
-            return {name.replace('_fsdp_wrapped_module.', ''): p.grad.clone()
-                    for name, p in forward.named_parameters() if p.requires_grad}
+            return {
+                name.replace('_fsdp_wrapped_module.', ''): p.grad.clone()
+                for name, p in forward.named_parameters()
+                if p.requires_grad
+            }
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {name: grad.full_tensor() for name, grad in grads.items()} if wrapper == 'fully_shard' else grads
 

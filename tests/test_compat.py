@@ -14,8 +14,12 @@ from msda_plugin import registry  # noqa: F401  (importing it is what allows the
 
 def test_a_message_hub_loads_with_weights_only(tmp_path):
     buffer = HistoryBuffer([1.0, 2.0], [1, 1])
-    state = {'message_hub': {'log_scalars': {'train/loss': buffer},
-                             'runtime_info': {'best': np.float64(0.5), 'epoch': np.int64(3)}}}
+    state = {
+        'message_hub': {
+            'log_scalars': {'train/loss': buffer},
+            'runtime_info': {'best': np.float64(0.5), 'epoch': np.int64(3)},
+        }
+    }
     torch.save(state, tmp_path / 'epoch_1.pth')
     loaded = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)['message_hub']
     np.testing.assert_array_equal(loaded['log_scalars']['train/loss'].data[0], [1.0, 2.0])

@@ -1,4 +1,5 @@
 """Every config builds, agrees with its classes, takes a training step that reaches every parameter, and predicts."""
+
 import re
 from pathlib import Path
 
@@ -76,8 +77,13 @@ SIZE_TWO_STAGE = (192, 256)  # has as many pixels as queries are chosen from
 def without_pretrained(node):
     """The config with no weights to load: the files are on nobody's machine."""
     if isinstance(node, dict):
-        return type(node)({key: without_pretrained(value) for key, value in node.items()
-                           if not (key == 'init_cfg' and 'checkpoint' in (value or {}))})
+        return type(node)(
+            {
+                key: without_pretrained(value)
+                for key, value in node.items()
+                if not (key == 'init_cfg' and 'checkpoint' in (value or {}))
+            }
+        )
     return [without_pretrained(value) for value in node] if isinstance(node, list) else node
 
 
@@ -87,8 +93,12 @@ def sample(size, num_boxes, num_classes):
     masks = torch.zeros(num_boxes, *size, dtype=torch.uint8).numpy()
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
         mask[top:bottom, left:right] = 1
-    return DetDataSample(metainfo=meta, gt_instances=InstanceData(
-        bboxes=boxes, labels=torch.tensor([0, num_classes - 1])[:num_boxes], masks=BitmapMasks(masks, *size)))
+    return DetDataSample(
+        metainfo=meta,
+        gt_instances=InstanceData(
+            bboxes=boxes, labels=torch.tensor([0, num_classes - 1])[:num_boxes], masks=BitmapMasks(masks, *size)
+        ),
+    )
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -112,8 +122,10 @@ def test_builds_trains_and_predicts(path):
 
     # One image with objects and one without.
     size = SIZE_TWO_STAGE if cfg.model.get('as_two_stage') and cfg.model.num_queries > 100 else SIZE
-    batch = {'inputs': [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(2)],
-             'data_samples': [sample(size, 2, len(classes)), sample(size, 0, len(classes))]}
+    batch = {
+        'inputs': [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(2)],
+        'data_samples': [sample(size, 2, len(classes)), sample(size, 0, len(classes))],
+    }
     loss, _ = model.parse_losses(model(**model.data_preprocessor(batch, training=True), mode='loss'))
     loss.backward()
     assert loss.isfinite()

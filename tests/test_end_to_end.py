@@ -1,4 +1,5 @@
 """The main job in small, as users start it: train, resume and test by `mim`, and by the package's own commands."""
+
 import json
 import os
 import shutil
@@ -14,10 +15,16 @@ from msda_plugin.tools.shapes import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
-SMALL = ['train_cfg.val_interval=1', 'default_hooks.logger.interval=2', 'train_dataloader.num_workers=0',
-         'train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0',
-         'val_dataloader.persistent_workers=False', 'test_dataloader.num_workers=0',
-         'test_dataloader.persistent_workers=False']
+SMALL = [
+    'train_cfg.val_interval=1',
+    'default_hooks.logger.interval=2',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+]
 pytestmark = pytest.mark.slow
 
 
@@ -43,8 +50,10 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.skipif(shutil.which('mim', path=str(Path(sys.executable).parent)) is None, reason='mim is not installed')
-@pytest.mark.skipif(mmdet_distribution() == 'mmdet' and find_spec('pkg_resources') is None,
-                    reason='openmim imports pkg_resources, which setuptools 82 and newer do not have')
+@pytest.mark.skipif(
+    mmdet_distribution() == 'mmdet' and find_spec('pkg_resources') is None,
+    reason='openmim imports pkg_resources, which setuptools 82 and newer do not have',
+)
 def test_mim_trains_resumes_and_tests(data, tmp_path):
     mim, package = Path(sys.executable).parent / 'mim', mmdet_distribution()
     options = ['--work-dir', tmp_path, '--cfg-options', f'data_root={data}', *SMALL]
@@ -66,6 +75,16 @@ def test_own_commands_train_and_test(data, tmp_path):
     options = ['--work-dir', tmp_path, '--cfg-options', f'data_root={data}', *SMALL]
     run(sys.executable, '-m', 'msda_plugin', 'train', CONFIG, *options, 'train_cfg.max_epochs=1')
     # The config that a training leaves behind is complete: it tests by itself, with the data where it was.
-    log = run(sys.executable, '-m', 'msda_plugin', 'test', tmp_path / CONFIG.name, tmp_path / 'epoch_1.pth',
-              '--work-dir', tmp_path / 'test', '--out', tmp_path / 'predictions.pkl')
+    log = run(
+        sys.executable,
+        '-m',
+        'msda_plugin',
+        'test',
+        tmp_path / CONFIG.name,
+        tmp_path / 'epoch_1.pth',
+        '--work-dir',
+        tmp_path / 'test',
+        '--out',
+        tmp_path / 'predictions.pkl',
+    )
     assert 'coco/bbox_mAP_50' in log and (tmp_path / 'predictions.pkl').is_file()

@@ -1,4 +1,5 @@
 """`msda_plugin.NAME` resolves from anywhere, in a process that has imported nothing of the package."""
+
 import subprocess
 import sys
 import textwrap
@@ -8,10 +9,10 @@ import pytest
 LOOKUP = {
     'the root of MMEngine': 'from mmengine.registry import MODELS',
     'MMDetection': 'from mmdet.registry import MODELS',
-    'a sibling project': '''
+    'a sibling project': """
         from mmengine.registry import MODELS as ROOT, Registry
         MODELS = Registry('model', parent=ROOT, scope='sibling')
-    ''',
+    """,
 }
 NAMES = {
     'ShuntedTransformer': 'msda_plugin.backbones.shunted_transformer',
@@ -23,7 +24,7 @@ NAMES = {
 
 @pytest.mark.parametrize('origin', LOOKUP)
 def test_prefixed_names_resolve_without_imports(origin):
-    program = textwrap.dedent(LOOKUP[origin]) + textwrap.dedent(f'''
+    program = textwrap.dedent(LOOKUP[origin]) + textwrap.dedent(f"""
         import sys
         assert not any(name.startswith('msda_plugin') for name in sys.modules)
         for name, module in {NAMES!r}.items():
@@ -32,7 +33,7 @@ def test_prefixed_names_resolve_without_imports(origin):
         from mmengine.registry import HOOKS, RUNNERS
         assert HOOKS.get('msda_plugin.TrainingReportHook') and RUNNERS.get('msda_plugin.DetectionRunner')
         print('resolved')
-    ''')
+    """)
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip().endswith('resolved'), done.stderr
 
@@ -41,8 +42,10 @@ def test_the_bare_name_is_left_to_mmcv():
     from mmengine.registry import MODELS as ROOT
 
     from msda_plugin.registry import MODELS
+
     ours = MODELS.get('msda_plugin.MultiScaleDeformableAttention')
     from mmcv.ops import MultiScaleDeformableAttention as stock
+
     assert ROOT.get('MultiScaleDeformableAttention') is stock
     assert ours is not stock and issubclass(ours, stock)
 

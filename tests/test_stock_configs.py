@@ -1,4 +1,5 @@
 """A config of MMDetection's own takes each of our backbones, necks, heads and layers by the change of one dict."""
+
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -9,30 +10,47 @@ from mmengine.structures import InstanceData
 
 DEFORMABLE_DETR = 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
-SMALL_LAYERS = '''
-    encoder=dict(num_layers=1), decoder=dict(num_layers=2), num_queries=20, test_cfg=dict(max_per_img=20)'''
-NARROW = '''dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 4), mlp_ratios=(2, 2, 2, 2),
-            sr_ratios=(8, 4, 2, 1), stem_convs=1)'''
+SMALL_LAYERS = """
+    encoder=dict(num_layers=1), decoder=dict(num_layers=2), num_queries=20, test_cfg=dict(max_per_img=20)"""
+NARROW = """dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 4), mlp_ratios=(2, 2, 2, 2),
+            sr_ratios=(8, 4, 2, 1), stem_convs=1)"""
 # name of ours: (MMDetection's config, what changes in its model)
 CHANGES = {
-    'ShuntedTransformer': (RETINANET, f'''
+    'ShuntedTransformer': (
+        RETINANET,
+        f"""
         backbone=dict(_delete_=True, type='msda_plugin.ShuntedTransformer', arch={NARROW}),
-        neck=dict(in_channels=[8, 16, 24, 32])'''),
-    'DAT': (RETINANET, '''
+        neck=dict(in_channels=[8, 16, 24, 32])""",
+    ),
+    'DAT': (
+        RETINANET,
+        """
         backbone=dict(_delete_=True, type='msda_plugin.DAT', arch='tiny'),
-        neck=dict(in_channels=[96, 192, 384, 768])'''),
-    'VisionTransformer': ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '''
+        neck=dict(in_channels=[96, 192, 384, 768])""",
+    ),
+    'VisionTransformer': (
+        'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+        """
         backbone=dict(_delete_=True, type='msda_plugin.VisionTransformer', out_indices=(11,), arch=dict(
             embed_dims=48, depth=12, num_heads=3, mlp_ratio=4)),
-        neck=dict(_delete_=True, type='msda_plugin.SimpleFeaturePyramid', in_channels=48, num_outs=5)'''),
-    'PVTNeck': (DEFORMABLE_DETR, "neck=dict(_delete_=True, type='msda_plugin.PVTNeck', "
-                                 'in_channels=[512, 1024, 2048], out_channels=256, num_outs=4),' + SMALL_LAYERS),
-    'SwinNeck': (DEFORMABLE_DETR, "neck=dict(_delete_=True, type='msda_plugin.SwinNeck', "
-                                  'in_channels=[512, 1024, 2048], out_channels=256, num_outs=4),' + SMALL_LAYERS),
-    'MFDSHSFPN': (DEFORMABLE_DETR, "neck=dict(_delete_=True, type='msda_plugin.MFDSHSFPN', "
-                                   'in_channels=[512, 1024, 2048], out_channels=256),' + SMALL_LAYERS),
-    'DeformableDETRHead': (DEFORMABLE_DETR, "bbox_head=dict(type='msda_plugin.DeformableDETRHead'),"
-                           + SMALL_LAYERS),
+        neck=dict(_delete_=True, type='msda_plugin.SimpleFeaturePyramid', in_channels=48, num_outs=5)""",
+    ),
+    'PVTNeck': (
+        DEFORMABLE_DETR,
+        "neck=dict(_delete_=True, type='msda_plugin.PVTNeck', "
+        'in_channels=[512, 1024, 2048], out_channels=256, num_outs=4),' + SMALL_LAYERS,
+    ),
+    'SwinNeck': (
+        DEFORMABLE_DETR,
+        "neck=dict(_delete_=True, type='msda_plugin.SwinNeck', "
+        'in_channels=[512, 1024, 2048], out_channels=256, num_outs=4),' + SMALL_LAYERS,
+    ),
+    'MFDSHSFPN': (
+        DEFORMABLE_DETR,
+        "neck=dict(_delete_=True, type='msda_plugin.MFDSHSFPN', "
+        'in_channels=[512, 1024, 2048], out_channels=256),' + SMALL_LAYERS,
+    ),
+    'DeformableDETRHead': (DEFORMABLE_DETR, "bbox_head=dict(type='msda_plugin.DeformableDETRHead')," + SMALL_LAYERS),
     'DETRHead': ('detr/detr_r50_8xb2-150e_coco.py', "bbox_head=dict(type='msda_plugin.DETRHead')," + SMALL_LAYERS),
     'DeformableDETR': (DEFORMABLE_DETR, "type='msda_plugin.DeformableDETR'," + SMALL_LAYERS),
     'DETR': ('detr/detr_r50_8xb2-150e_coco.py', "type='msda_plugin.DETR'," + SMALL_LAYERS),
@@ -56,10 +74,13 @@ def test_a_stock_config_with_one_dict_changed(name, tmp_path):
     assert any(kind.__name__ == name and kind.__module__.startswith('msda_plugin.') for kind in modules)
 
     meta = dict(img_shape=(96, 128), ori_shape=(96, 128), scale_factor=(1.0, 1.0))
-    objects = InstanceData(bboxes=torch.tensor([[8.0, 12.0, 40.0, 60.0], [30.0, 5.0, 90.0, 50.0]]),
-                           labels=torch.tensor([0, 79]))
-    batch = {'inputs': [torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)],
-             'data_samples': [DetDataSample(metainfo=meta, gt_instances=objects)]}
+    objects = InstanceData(
+        bboxes=torch.tensor([[8.0, 12.0, 40.0, 60.0], [30.0, 5.0, 90.0, 50.0]]), labels=torch.tensor([0, 79])
+    )
+    batch = {
+        'inputs': [torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)],
+        'data_samples': [DetDataSample(metainfo=meta, gt_instances=objects)],
+    }
     loss, _ = model.parse_losses(model(**model.data_preprocessor(batch, training=True), mode='loss'))
     loss.backward()
     assert loss.isfinite()

@@ -2,8 +2,10 @@
 # minutes of a CPU, which are 14 of its epochs. Batch normalisation and MMDetection's learning rate go with two
 # photographs a step.
 _base_ = [
-    '../_base_/models/mmdet-deformable-detr-two-stage_r18.py', '../_base_/datasets/bccd_detection.py',
-    '../_base_/schedules/bccd_44e.py', '../_base_/default_runtime.py'
+    '../_base_/models/mmdet-deformable-detr-two-stage_r18.py',
+    '../_base_/datasets/bccd_detection.py',
+    '../_base_/schedules/bccd_44e.py',
+    '../_base_/default_runtime.py',
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 
@@ -17,6 +19,13 @@ max_epochs = 14
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
-    dict(type='CosineAnnealingLR', by_epoch=True, begin=max_epochs - 6, end=max_epochs, T_max=6, eta_min_ratio=0.02,
-         convert_to_iter_based=True),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        begin=max_epochs - 6,
+        end=max_epochs,
+        T_max=6,
+        eta_min_ratio=0.02,
+        convert_to_iter_based=True,
+    ),
 ]

@@ -7,5 +7,7 @@ model = dict(
         arch='tiny',
         drop_path_rate=0.2,
         out_indices=(1, 2, 3),
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/dat_tiny_in1k_224.pth')),
-    neck=dict(in_channels=[192, 384, 768]))
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/dat_tiny_in1k_224.pth'),
+    ),
+    neck=dict(in_channels=[192, 384, 768]),
+)

@@ -7,12 +7,15 @@ model = dict(
         arch='tiny',
         drop_path_rate=0.2,
         out_indices=(1, 2, 3),
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/dat_tiny_in1k_224.pth')),
-    neck=dict(in_channels=[192, 384, 768], start_level=0))
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/dat_tiny_in1k_224.pth'),
+    ),
+    neck=dict(in_channels=[192, 384, 768], start_level=0),
+)
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={'table': dict(decay_mult=0.0)}))
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={'table': dict(decay_mult=0.0)}),
+)
 
 runner_type = 'msda_plugin.DetectionRunner'
 auto_scale_lr = dict(enable=True)

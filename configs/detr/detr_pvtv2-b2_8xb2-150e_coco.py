@@ -7,5 +7,7 @@ model = dict(
         embed_dims=64,
         num_layers=[3, 4, 6, 3],
         out_indices=(3,),
-        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2.pth')),
-    neck=dict(in_channels=[512]))
+        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2.pth'),
+    ),
+    neck=dict(in_channels=[512]),
+)

@@ -7,5 +7,7 @@ model = dict(
         arch='small',
         drop_path_rate=0.1,
         out_indices=(1, 2, 3),
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/ckpt_S.pth')),
-    neck=dict(in_channels=[128, 256, 512]))
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/ckpt_S.pth'),
+    ),
+    neck=dict(in_channels=[128, 256, 512]),
+)

@@ -7,7 +7,8 @@ metainfo = dict(classes=('neutrophil', 'eosinophil', 'basophil', 'lymphocyte', '
 model = dict(
     num_queries=100,
     neck=dict(_delete_=True, type='msda_plugin.MFDSHSFPN', in_channels=[512, 1024, 2048], out_channels=256),
-    bbox_head=dict(num_classes=5))
+    bbox_head=dict(num_classes=5),
+)
 
 dataset = dict(data_root=data_root, metainfo=metainfo, data_prefix=dict(img='images/'))
 train_dataloader = dict(dataset=dict(dataset, ann_file='train.json'))

@@ -6,5 +6,7 @@ model = dict(
         type='PyramidVisionTransformer',
         num_layers=[3, 4, 6, 3],
         out_indices=(1, 2, 3),
-        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth')),
-    neck=dict(input_norm=True))
+        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth'),
+    ),
+    neck=dict(input_norm=True),
+)

@@ -7,5 +7,7 @@ model = dict(
         embed_dims=64,
         num_layers=[3, 4, 6, 3],
         out_indices=(1, 2, 3),
-        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2.pth')),
-    neck=dict(_delete_=True, type='msda_plugin.PVTNeck', in_channels=[128, 320, 512], out_channels=256, num_outs=4))
+        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2.pth'),
+    ),
+    neck=dict(_delete_=True, type='msda_plugin.PVTNeck', in_channels=[128, 320, 512], out_channels=256, num_outs=4),
+)

@@ -1,7 +1,9 @@
 # The main job: from scratch on the generated shapes, on two CPU cores in minutes (`make train`).
 _base_ = [
-    '../_base_/models/deformable-detr-two-stage_shunted-nano.py', '../_base_/datasets/shapes_detection.py',
-    '../_base_/schedules/shapes_8e.py', '../_base_/default_runtime.py'
+    '../_base_/models/deformable-detr-two-stage_shunted-nano.py',
+    '../_base_/datasets/shapes_detection.py',
+    '../_base_/schedules/shapes_8e.py',
+    '../_base_/default_runtime.py',
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 

@@ -6,8 +6,10 @@ model = dict(
         type='msda_plugin.ShuntedTransformer',
         arch='tiny',
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/ckpt_T.pth')),
-    neck=dict(in_channels=[64, 128, 256, 512]))
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/ckpt_T.pth'),
+    ),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)
 
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=2e-4, weight_decay=1e-4))
 

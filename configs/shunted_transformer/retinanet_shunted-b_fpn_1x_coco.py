@@ -1,4 +1,3 @@
 # The same on the Base size.
 _base_ = './retinanet_shunted-t_fpn_1x_coco.py'
-model = dict(
-    backbone=dict(arch='base', init_cfg=dict(checkpoint='checkpoints/ckpt_B.pth')))
+model = dict(backbone=dict(arch='base', init_cfg=dict(checkpoint='checkpoints/ckpt_B.pth')))

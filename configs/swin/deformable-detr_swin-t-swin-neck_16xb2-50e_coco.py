@@ -14,5 +14,8 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
-            'swin_tiny_patch4_window7_224.pth')),
-    neck=dict(_delete_=True, type='msda_plugin.SwinNeck', in_channels=[192, 384, 768], out_channels=256, num_outs=4))
+            'swin_tiny_patch4_window7_224.pth',
+        ),
+    ),
+    neck=dict(_delete_=True, type='msda_plugin.SwinNeck', in_channels=[192, 384, 768], out_channels=256, num_outs=4),
+)

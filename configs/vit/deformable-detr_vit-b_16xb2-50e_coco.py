@@ -11,11 +11,14 @@ model = dict(
         window_size=14,
         use_rel_pos=True,
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/mae_pretrain_vit_base.pth')),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/mae_pretrain_vit_base.pth'),
+    ),
     neck=dict(
         _delete_=True,
         type='msda_plugin.SimpleFeaturePyramid',
         in_channels=768,
         out_channels=256,
         scale_factors=(2.0, 1.0, 0.5),
-        num_outs=4))
+        num_outs=4,
+    ),
+)

@@ -1,4 +1,5 @@
 """The operator in models that were built without it."""
+
 from msda_plugin.acceleration.convert_model import accelerate, restore
 
 __all__ = ['accelerate', 'restore']

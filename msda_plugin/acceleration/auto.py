@@ -6,6 +6,7 @@ and so do subclasses without a forward of their own. :func:`uninstall` puts mmcv
 
 What else :func:`msda_plugin.accelerate` does for the memory of a training takes a model: use the hook to train.
 """
+
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as StockAttention
 from mmengine.logging import print_log
@@ -22,9 +23,11 @@ def install() -> None:
     StockAttention.forward = MultiScaleDeformableAttention.forward
     devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
     backends = ((device, *backend_for(device, torch.float32)) for device in devices)
-    print_log('msda_plugin.auto: mmcv\'s MultiScaleDeformableAttention runs the operator of msda_plugin from now on; '
-              + ', '.join(f'backend on {device}: {name} ({reason})' for device, name, reason in backends),
-              logger='current')
+    print_log(
+        "msda_plugin.auto: mmcv's MultiScaleDeformableAttention runs the operator of msda_plugin from now on; "
+        + ', '.join(f'backend on {device}: {name} ({reason})' for device, name, reason in backends),
+        logger='current',
+    )
 
 
 def uninstall() -> None:

@@ -5,9 +5,11 @@ are, so that optimizers, distributed wrappers and averaged copies go on with the
 
 - mmcv's ``MultiScaleDeformableAttention`` runs our operator.
 - In a model that has such layers, mmcv's feed-forward networks, its multi-head attentions and the dropouts of all three
-  hold less memory, with the same numbers from the same random state (:mod:`msda_plugin.acceleration.memory_efficient`). The
+  hold less memory, with the same numbers from the same random state (:mod:`msda_plugin.acceleration.memory_efficient`).
+  The
   feed-forward networks alone keep half of what a stock encoder layer keeps for the backward pass.
 """
+
 import logging
 from functools import cache
 
@@ -86,8 +88,10 @@ def restore(model: nn.Module) -> int:
         if hasattr(module, 'stock_class'):
             count += isinstance(module, MultiScaleDeformableAttention)
             module.__class__ = module.stock_class
-    print_log(f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} run mmcv again.',
-              logger='current')
+    print_log(
+        f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} run mmcv again.',
+        logger='current',
+    )
     return count
 
 
@@ -102,13 +106,17 @@ def _refuse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"module '{name}'" if name else 'the model itself'
         if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f'the model is scripted or traced ({where} is a {type(module).__name__}), and its code is '
-                             'fixed: accelerate it before torch.jit')
+            raise ValueError(
+                f'the model is scripted or traced ({where} is a {type(module).__name__}), and its code is '
+                'fixed: accelerate it before torch.jit'
+            )
         types = [*type(module).__mro__, *(type(parameter) for parameter in module.parameters(recurse=False))]
         if any(f'{type_.__module__}.'.startswith(QUANTISATION) for type_ in types):
-            raise ValueError(f'the model is quantised or prepared for it ({where} is a {type(module).__module__}.'
-                             f'{type(module).__name__}), and its ranges hold for the stock layers: accelerate the '
-                             'float model, and quantise only what is outside the attention layers')
+            raise ValueError(
+                f'the model is quantised or prepared for it ({where} is a {type(module).__module__}.'
+                f'{type(module).__name__}), and its ranges hold for the stock layers: accelerate the '
+                'float model, and quantise only what is outside the attention layers'
+            )
 
 
 def _examine(layer: StockAttention) -> tuple[Backend, str]:
@@ -150,12 +158,16 @@ def _change_class(module: nn.Module, ours: type[nn.Module]) -> None:
 @cache
 def _class_in_place_of(stock: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
     """``ours``, which remembers ``stock``, is an instance of it too, and bears its name."""
+
     def reduce(module):
         return _new, (stock, ours), vars(module)
 
     # Copies and pickles name a class by its module, where this one is not.
-    return type(stock.__name__, (ours, ) if issubclass(ours, stock) else (ours, stock), {
-        '__module__': ours.__module__, '__doc__': ours.__doc__, 'stock_class': stock, '__reduce__': reduce})
+    return type(
+        stock.__name__,
+        (ours,) if issubclass(ours, stock) else (ours, stock),
+        {'__module__': ours.__module__, '__doc__': ours.__doc__, 'stock_class': stock, '__reduce__': reduce},
+    )
 
 
 def _new(stock: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
@@ -163,8 +175,9 @@ def _new(stock: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _report(model: nn.Module, count: int, before: int, backends: set[Backend],
-            left_alone: dict[str, list[str]]) -> None:
+def _report(
+    model: nn.Module, count: int, before: int, backends: set[Backend], left_alone: dict[str, list[str]]
+) -> None:
     """Log, once, what was changed, what was not, and why."""
     layers = f'MultiScaleDeformableAttention layers of {type(model).__name__}'
     if count:
@@ -177,5 +190,6 @@ def _report(model: nn.Module, count: int, before: int, backends: set[Backend],
     if before:
         sentences.append(f'{before} ran it before.')
     sentences += [f'Left alone: {", ".join(names)} ({why}).' for why, names in left_alone.items()]
-    print_log(f'accelerate: {" ".join(sentences)}', logger='current',
-              level=logging.WARNING if left_alone else logging.INFO)
+    print_log(
+        f'accelerate: {" ".join(sentences)}', logger='current', level=logging.WARNING if left_alone else logging.INFO
+    )

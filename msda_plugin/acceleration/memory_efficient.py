@@ -4,6 +4,7 @@ On the CPU torch's dropout keeps its noise for the backward pass, a float for ev
 a ReLU not even that is needed: where the output is positive, the unit was active and kept. And an attention whose
 weights nobody asks for need not form them.
 """
+
 import torch
 from mmengine.model import Sequential
 from torch import Tensor, nn
@@ -49,7 +50,6 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 class _ReLUDropout(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
         output = F.dropout(x.relu(), p)
@@ -59,11 +59,16 @@ class _ReLUDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        output, = ctx.saved_tensors
+        (output,) = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(grad, output, 0).mul_(ctx.scale), None
 
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody waits for the module to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or _has_any_global_hook())
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )

@@ -3,6 +3,7 @@
 Source: Xia et al., "Vision Transformer with Deformable Attention", CVPR 2022, https://arxiv.org/abs/2201.00520, with
 the details of the authors' published code.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -30,13 +31,25 @@ from msda_plugin.registry import MODELS
 
 # The published sizes; `blocks` names the attention of every block of a stage (L: windows, S: shifted windows, D:
 # deformable), `kernel_sizes` are the offset networks'.
-_COMMON = dict(num_heads=(3, 6, 12, 24), num_groups=(1, 1, 3, 6), kernel_sizes=(9, 7, 5, 3), mlp_ratio=4, window_size=7,
-               image_size=224)
+_COMMON = dict(
+    num_heads=(3, 6, 12, 24),
+    num_groups=(1, 1, 3, 6),
+    kernel_sizes=(9, 7, 5, 3),
+    mlp_ratio=4,
+    window_size=7,
+    image_size=224,
+)
 ARCHS = {
-    'tiny': dict(_COMMON, embed_dims=(96, 192, 384, 768), blocks=('LS', 'LS', 'LD' * 3, 'LD'), drop_path_rate=.2),
-    'small': dict(_COMMON, embed_dims=(96, 192, 384, 768), blocks=('LS', 'LS', 'LD' * 9, 'LD'), drop_path_rate=.3),
-    'base': dict(_COMMON, embed_dims=(128, 256, 512, 1024), blocks=('LS', 'LS', 'LD' * 9, 'LD'), drop_path_rate=.5,
-                 num_heads=(4, 8, 16, 32), num_groups=(1, 1, 4, 8)),
+    'tiny': dict(_COMMON, embed_dims=(96, 192, 384, 768), blocks=('LS', 'LS', 'LD' * 3, 'LD'), drop_path_rate=0.2),
+    'small': dict(_COMMON, embed_dims=(96, 192, 384, 768), blocks=('LS', 'LS', 'LD' * 9, 'LD'), drop_path_rate=0.3),
+    'base': dict(
+        _COMMON,
+        embed_dims=(128, 256, 512, 1024),
+        blocks=('LS', 'LS', 'LD' * 9, 'LD'),
+        drop_path_rate=0.5,
+        num_heads=(4, 8, 16, 32),
+        num_groups=(1, 1, 4, 8),
+    ),
 }
 STEM_STRIDE = 4
 
@@ -71,8 +84,13 @@ class DATBlock(BaseModule):
         self.norm1 = nn.LayerNorm(embed_dims)
         self.attn = attn
         self.norm2 = nn.LayerNorm(embed_dims)
-        self.mlp = nn.Sequential(nn.Linear(embed_dims, hidden_dims), nn.GELU(), nn.Dropout(drop_rate),
-                                 nn.Linear(hidden_dims, embed_dims), nn.Dropout(drop_rate))
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dims, hidden_dims),
+            nn.GELU(),
+            nn.Dropout(drop_rate),
+            nn.Linear(hidden_dims, embed_dims),
+            nn.Dropout(drop_rate),
+        )
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -144,16 +162,26 @@ class DAT(PublishedBackbone):
 
     family = 'dat'
 
-    def __init__(self, arch: str | dict = 'tiny', in_channels: int = 3, out_indices: Sequence[int] | None = None,
-                 frozen_stages: int = -1, with_cp: bool = False, drop_path_rate: float | None = None,
-                 drop_rate: float = 0., attn_drop_rate: float = 0., init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        drop_path_rate: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        init_cfg: dict | list | None = None,
+    ):
         super().__init__(init_cfg)
         arch = resolve_arch(arch)
         dims, blocks = arch['embed_dims'], arch['blocks']
         self.in_channels = in_channels
         self.embed_dims = dims
         self.out_indices = check_indices(
-            'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages')
+            'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages'
+        )
         self.frozen_stages = check_frozen_stages(frozen_stages, len(dims), 'stem', 'stages')
 
         drop_path_rate = arch['drop_path_rate'] if drop_path_rate is None else drop_path_rate
@@ -161,11 +189,27 @@ class DAT(PublishedBackbone):
         drop_paths = iter(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
-            patch_embed = (PatchEmbed(in_channels, dim, STEM_STRIDE, bias=True) if i == 0 else
-                           PatchEmbed(dims[i - 1], dim, 2, bias=False))
-            self.stages.append(DATStage(patch_embed, [
-                DATBlock(_build_attention(kind, arch, i, attn_drop_rate, drop_rate), dim, int(dim * arch['mlp_ratio']),
-                         drop_rate, next(drop_paths)) for kind in blocks[i]], with_cp))
+            patch_embed = (
+                PatchEmbed(in_channels, dim, STEM_STRIDE, bias=True)
+                if i == 0
+                else PatchEmbed(dims[i - 1], dim, 2, bias=False)
+            )
+            self.stages.append(
+                DATStage(
+                    patch_embed,
+                    [
+                        DATBlock(
+                            _build_attention(kind, arch, i, attn_drop_rate, drop_rate),
+                            dim,
+                            int(dim * arch['mlp_ratio']),
+                            drop_rate,
+                            next(drop_paths),
+                        )
+                        for kind in blocks[i]
+                    ],
+                    with_cp,
+                )
+            )
         self.norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i]) for i in self.out_indices})
         self._freeze_stages()
 
@@ -180,7 +224,7 @@ class DAT(PublishedBackbone):
         """
         self._check_image(x)
         outs = []
-        for i, stage in enumerate(self.stages[:self.out_indices[-1] + 1]):
+        for i, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             x = stage(x)
             if i in self.out_indices:
                 outs.append(self.norms[str(i)](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
@@ -196,8 +240,10 @@ class DAT(PublishedBackbone):
     def _check_image(self, x: Tensor) -> None:
         check_image('DAT', x, self.in_channels)
         if min(x.shape[2:]) < self.min_image_side:
-            raise ValueError(f'an image of {x.shape[2]}x{x.shape[3]} is smaller than the stride of stage '
-                             f'{self.out_indices[-1]}; give images of at least {self.min_image_side} pixels a side')
+            raise ValueError(
+                f'an image of {x.shape[2]}x{x.shape[3]} is smaller than the stride of stage '
+                f'{self.out_indices[-1]}; give images of at least {self.min_image_side} pixels a side'
+            )
 
     @property
     def min_image_side(self) -> int:
@@ -232,8 +278,10 @@ def resolve_arch(arch: str | dict) -> dict:
     per_stage = {key: arch[key] for key in ('embed_dims', 'blocks', 'num_heads', 'num_groups', 'kernel_sizes')}
     for key, value in per_stage.items():
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(arch['blocks']):
-            raise ValueError(f'arch dict has {key}={value!r}; expected a tuple with one value a stage, as in '
-                             f'blocks={arch["blocks"]!r}')
+            raise ValueError(
+                f'arch dict has {key}={value!r}; expected a tuple with one value a stage, as in '
+                f'blocks={arch["blocks"]!r}'
+            )
     if not all(blocks and set(blocks) <= set('LSD') for blocks in arch['blocks']):
         raise ValueError(f'arch dict has blocks={arch["blocks"]!r}; expected a string of L, S and D for each stage')
     least_image = STEM_STRIDE * 2 ** (len(arch['blocks']) - 1)
@@ -253,9 +301,10 @@ def _build_attention(kind: str, arch: dict, stage: int, attn_drop_rate: float, p
     dims, heads = arch['embed_dims'][stage], arch['num_heads'][stage]
     rates = dict(attn_drop_rate=attn_drop_rate, proj_drop_rate=proj_drop_rate)
     if kind == 'D':
-        map_size = arch['image_size'] // STEM_STRIDE // 2 ** stage
+        map_size = arch['image_size'] // STEM_STRIDE // 2**stage
         return DeformableMultiHeadAttention(
-            dims, heads, arch['num_groups'][stage], map_size, arch['kernel_sizes'][stage], **rates)
+            dims, heads, arch['num_groups'][stage], map_size, arch['kernel_sizes'][stage], **rates
+        )
     shift = math.ceil(arch['window_size'] / 2) if kind == 'S' else 0
     attn = ShiftedWindowAttention(dims, heads, arch['window_size'], shift, **rates)
     # It follows from the window size, and a checkpoint of another window size must not bring its own.
@@ -267,7 +316,7 @@ def _init_module(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | RelativePositionTable):
         module.reset_parameters()
     elif isinstance(module, WindowMSA):
-        nn.init.trunc_normal_(module.relative_position_bias_table, std=.01)
+        nn.init.trunc_normal_(module.relative_position_bias_table, std=0.01)
 
 
 def _resize_table(table: Tensor, shape: torch.Size) -> Tensor | None:
@@ -277,7 +326,7 @@ def _resize_table(table: Tensor, shape: torch.Size) -> Tensor | None:
     if len(shape) == 3:
         return F.interpolate(table[None], shape[1:], mode='bicubic')[0] if table.shape[0] == shape[0] else None
     side, new_side = math.isqrt(table.shape[0]), math.isqrt(shape[0])
-    if side ** 2 != table.shape[0] or table.shape[1] != shape[1]:
+    if side**2 != table.shape[0] or table.shape[1] != shape[1]:
         return None
     maps = F.interpolate(table.t().unflatten(1, (side, side))[None], (new_side, new_side), mode='bicubic')
     return maps[0].flatten(1).t()

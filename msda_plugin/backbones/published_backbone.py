@@ -1,4 +1,5 @@
 """What every backbone does alike: start from published weights, keep frozen parts frozen, check its arguments."""
+
 from collections.abc import Mapping, Sequence
 
 from mmengine.model import BaseModule
@@ -30,8 +31,9 @@ class PublishedBackbone(BaseModule):
             try:
                 self._load_published(state_dict, path)
             except RuntimeError as error:  # of load_state_dict, a line for each key
-                raise ValueError(f'{path} does not fit this {type(self).__name__}: {" ".join(str(error).split())}'
-                                 ) from None
+                raise ValueError(
+                    f'{path} does not fit this {type(self).__name__}: {" ".join(str(error).split())}'
+                ) from None
         else:
             super().init_weights()
 
@@ -63,13 +65,16 @@ def choose_arch(arch: str | dict, archs: Mapping[str, dict]) -> dict:
     keys = next(iter(archs.values())).keys()
     if isinstance(arch, str):
         if arch not in archs:
-            raise ValueError(f'unknown arch {arch!r}; known: {sorted(archs)}, or give a dict with the keys '
-                             f'{list(keys)}')
+            raise ValueError(
+                f'unknown arch {arch!r}; known: {sorted(archs)}, or give a dict with the keys {list(keys)}'
+            )
         return archs[arch]
     missing, unknown = keys - arch.keys(), arch.keys() - keys
     if missing or unknown:
-        raise ValueError(f'arch dict does not fit: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
-                         f'expected exactly {list(keys)}')
+        raise ValueError(
+            f'arch dict does not fit: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
+            f'expected exactly {list(keys)}'
+        )
     return arch
 
 
@@ -91,13 +96,16 @@ def check_frozen_stages(frozen_stages: int, count: int, first: str, of: str) -> 
         ValueError: it is out of range.
     """
     if not -1 <= frozen_stages <= count:
-        raise ValueError(f'frozen_stages={frozen_stages} is out of range; expected -1 (none), 0 ({first}), or up to '
-                         f'{count} {of}')
+        raise ValueError(
+            f'frozen_stages={frozen_stages} is out of range; expected -1 (none), 0 ({first}), or up to {count} {of}'
+        )
     return frozen_stages
 
 
 def check_image(backbone: str, x: Tensor, in_channels: int) -> None:
     """Raise ValueError unless ``x`` is (B, in_channels, H, W)."""
     if x.dim() != 4 or x.shape[1] != in_channels:
-        raise ValueError(f'{backbone} got an image of shape {tuple(x.shape)}; expected (B, {in_channels}, H, W); set '
-                         'in_channels if the images have another number')
+        raise ValueError(
+            f'{backbone} got an image of shape {tuple(x.shape)}; expected (B, {in_channels}, H, W); set '
+            'in_channels if the images have another number'
+        )

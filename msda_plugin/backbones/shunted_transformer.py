@@ -3,6 +3,7 @@
 Source: Ren et al., "Shunted Self-Attention via Multi-Scale Token Aggregation", CVPR 2022,
 https://arxiv.org/abs/2111.15193, with the details of the authors' published code.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -27,20 +28,47 @@ from msda_plugin.registry import MODELS
 
 # The published sizes; one entry a stage. `stem_convs`: extra 3x3 convolutions in the stem.
 ARCHS = {
-    'tiny': dict(embed_dims=(64, 128, 256, 512), depths=(1, 2, 4, 1), num_heads=(2, 4, 8, 16),
-                 mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1), stem_convs=0),
-    'small': dict(embed_dims=(64, 128, 256, 512), depths=(2, 4, 12, 1), num_heads=(2, 4, 8, 16),
-                  mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1), stem_convs=1),
-    'base': dict(embed_dims=(64, 128, 256, 512), depths=(3, 4, 24, 2), num_heads=(2, 4, 8, 16),
-                 mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1), stem_convs=2),
+    'tiny': dict(
+        embed_dims=(64, 128, 256, 512),
+        depths=(1, 2, 4, 1),
+        num_heads=(2, 4, 8, 16),
+        mlp_ratios=(8, 8, 4, 4),
+        sr_ratios=(8, 4, 2, 1),
+        stem_convs=0,
+    ),
+    'small': dict(
+        embed_dims=(64, 128, 256, 512),
+        depths=(2, 4, 12, 1),
+        num_heads=(2, 4, 8, 16),
+        mlp_ratios=(8, 8, 4, 4),
+        sr_ratios=(8, 4, 2, 1),
+        stem_convs=1,
+    ),
+    'base': dict(
+        embed_dims=(64, 128, 256, 512),
+        depths=(3, 4, 24, 2),
+        num_heads=(2, 4, 8, 16),
+        mlp_ratios=(8, 8, 4, 4),
+        sr_ratios=(8, 4, 2, 1),
+        stem_convs=2,
+    ),
 }
 
 
 class ShuntedBlock(BaseModule):
     """Pre-norm transformer block of shunted self-attention and the detail-specific feed-forward layer."""
 
-    def __init__(self, embed_dims: int, num_heads: int, mlp_ratio: float, sr_ratio: int, qkv_bias: bool = True,
-                 drop_rate: float = 0., attn_drop_rate: float = 0., drop_path_rate: float = 0.):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        mlp_ratio: float,
+        sr_ratio: int,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = ShuntedSelfAttention(embed_dims, num_heads, sr_ratio, qkv_bias, attn_drop_rate, drop_rate)
@@ -68,8 +96,9 @@ class ConvNormReLU(BaseModule):
             return F.relu_(self.norm(self.conv(x)))
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
         shift = self.norm.bias - self.norm.running_mean * scale
-        return F.relu_(F.conv2d(x, self.conv.weight * scale[:, None, None, None], shift, self.conv.stride,
-                                self.conv.padding))
+        return F.relu_(
+            F.conv2d(x, self.conv.weight * scale[:, None, None, None], shift, self.conv.stride, self.conv.padding)
+        )
 
 
 class Stem(BaseModule):
@@ -79,7 +108,8 @@ class Stem(BaseModule):
         super().__init__()
         self.convs = nn.Sequential(
             ConvNormReLU(in_channels, embed_dims, 7, stride=2),
-            *(ConvNormReLU(embed_dims, embed_dims, 3) for _ in range(extra_convs)))
+            *(ConvNormReLU(embed_dims, embed_dims, 3) for _ in range(extra_convs)),
+        )
         self.proj = nn.Conv2d(embed_dims, embed_dims, 2, stride=2)
         self.norm = nn.LayerNorm(embed_dims)
 
@@ -166,17 +196,28 @@ class ShuntedTransformer(PublishedBackbone):
 
     family = 'shunted_transformer'
 
-    def __init__(self, arch: str | dict = 'tiny', in_channels: int = 3, out_indices: Sequence[int] | None = None,
-                 frozen_stages: int = -1, norm_eval: bool = False, with_cp: bool = False,
-                 drop_path_rate: float = 0.1, drop_rate: float = 0., attn_drop_rate: float = 0.,
-                 qkv_bias: bool = True, init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.1,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        qkv_bias: bool = True,
+        init_cfg: dict | list | None = None,
+    ):
         super().__init__(init_cfg)
         arch = resolve_arch(arch)
         depths, dims = arch['depths'], arch['embed_dims']
         self.in_channels = in_channels
         self.embed_dims = dims
         self.out_indices = check_indices(
-            'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages')
+            'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages'
+        )
         self.frozen_stages = check_frozen_stages(frozen_stages, len(dims), 'stem', 'stages')
         self.norm_eval = norm_eval
 
@@ -185,8 +226,19 @@ class ShuntedTransformer(PublishedBackbone):
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
             patch_embed = Stem(in_channels, dim, arch['stem_convs']) if i == 0 else PatchEmbed(dims[i - 1], dim)
-            blocks = [ShuntedBlock(dim, arch['num_heads'][i], arch['mlp_ratios'][i], arch['sr_ratios'][i], qkv_bias,
-                                   drop_rate, attn_drop_rate, next(drop_paths)) for _ in range(depths[i])]
+            blocks = [
+                ShuntedBlock(
+                    dim,
+                    arch['num_heads'][i],
+                    arch['mlp_ratios'][i],
+                    arch['sr_ratios'][i],
+                    qkv_bias,
+                    drop_rate,
+                    attn_drop_rate,
+                    next(drop_paths),
+                )
+                for _ in range(depths[i])
+            ]
             self.stages.append(ShuntedStage(patch_embed, blocks, dim, with_cp))
         self._freeze_stages()
 
@@ -201,7 +253,7 @@ class ShuntedTransformer(PublishedBackbone):
         """
         self._check_image(x)
         outs = []
-        for i, stage in enumerate(self.stages[:self.out_indices[-1] + 1]):
+        for i, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             x = stage(x)
             if i in self.out_indices:
                 outs.append(x)
@@ -218,25 +270,29 @@ class ShuntedTransformer(PublishedBackbone):
 
     def _freeze_stages(self) -> None:
         frozen = [self.stages[0].patch_embed] if self.frozen_stages >= 0 else []
-        for module in frozen + list(self.stages[:max(self.frozen_stages, 0)]):
+        for module in frozen + list(self.stages[: max(self.frozen_stages, 0)]):
             module.eval().requires_grad_(False)
 
     def _check_image(self, x: Tensor) -> None:
         check_image('ShuntedTransformer', x, self.in_channels)
         height, width = x.shape[2:]
-        for i, stage in enumerate(self.stages[:self.out_indices[-1] + 1]):
+        for i, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             height, width = stage.patch_embed.output_side(height), stage.patch_embed.output_side(width)
             sr_ratio = stage.blocks[0].attn.sr_ratio
             if min(height, width) < sr_ratio:
-                raise ValueError(f'an image of {x.shape[2]}x{x.shape[3]} gives stage {i} a {height}x{width} map, '
-                                 f'smaller than its reduction (sr_ratio={sr_ratio}); give images of at least '
-                                 f'{self.min_image_side} pixels a side')
+                raise ValueError(
+                    f'an image of {x.shape[2]}x{x.shape[3]} gives stage {i} a {height}x{width} map, '
+                    f'smaller than its reduction (sr_ratio={sr_ratio}); give images of at least '
+                    f'{self.min_image_side} pixels a side'
+                )
 
     @property
     def min_image_side(self) -> int:
         """The smallest side, in pixels, of an image that every stage can reduce."""
-        return max((stage.blocks[0].attn.sr_ratio - 1) * 2 ** (i + 2) + 3
-                   for i, stage in enumerate(self.stages[:self.out_indices[-1] + 1]))
+        return max(
+            (stage.blocks[0].attn.sr_ratio - 1) * 2 ** (i + 2) + 3
+            for i, stage in enumerate(self.stages[: self.out_indices[-1] + 1])
+        )
 
 
 def resolve_arch(arch: str | dict) -> dict:
@@ -249,8 +305,10 @@ def resolve_arch(arch: str | dict) -> dict:
     num_stages = len(per_stage['embed_dims'])
     for key, value in per_stage.items():
         if len(value) != num_stages or min(value, default=0) <= 0:
-            raise ValueError(f'arch dict has {key}={tuple(value)}; expected {num_stages} positive values, one a stage '
-                             f'as in embed_dims={tuple(per_stage["embed_dims"])}')
+            raise ValueError(
+                f'arch dict has {key}={tuple(value)}; expected {num_stages} positive values, one a stage '
+                f'as in embed_dims={tuple(per_stage["embed_dims"])}'
+            )
     if arch['stem_convs'] < 0:
         raise ValueError(f'arch dict has stem_convs={arch["stem_convs"]}; expected 0 or more')
     for i in range(num_stages):
@@ -263,10 +321,10 @@ def resolve_arch(arch: str | dict) -> dict:
 
 def _init_module(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=.02)
+        nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2. / fan_out))
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
     elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
         module.reset_parameters()
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:

@@ -5,6 +5,7 @@ Sources: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, https:/
 https://arxiv.org/abs/2203.16527, with the details of the authors' published code. Written here because the packages of
 mmdet 3.3 and onedl-mmdetection 3.5 have no ViT.
 """
+
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -51,8 +52,9 @@ class Attention(BaseModule):
             are resized to other maps, linearly); None for no relative positions.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True,
-                 rel_pos_size: tuple[int, int] | None = None):
+    def __init__(
+        self, embed_dims: int, num_heads: int, qkv_bias: bool = True, rel_pos_size: tuple[int, int] | None = None
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
@@ -61,7 +63,8 @@ class Attention(BaseModule):
         if rel_pos_size is not None:
             # Row i is the distance i - (side - 1), from the key's row (or column) to the query's.
             self.rel_pos_h, self.rel_pos_w = (
-                nn.Parameter(torch.zeros(2 * side - 1, embed_dims // num_heads)) for side in rel_pos_size)
+                nn.Parameter(torch.zeros(2 * side - 1, embed_dims // num_heads)) for side in rel_pos_size
+            )
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) -> tokens (B, N, C); with relative positions N = H * W of ``hw_shape``, row by row."""
@@ -83,13 +86,13 @@ class Attention(BaseModule):
             return F.scaled_dot_product_attention(query, key, value, bias.flatten(4, 5).flatten(2, 3))
         # The query is followed by its products with every row's and column's table entry, the key by the one-hot code
         # of its row and column: the dot product adds the two biases, and no bias of all pairs exists.
-        query = torch.cat([query * head_dim ** -.5, torch.cat([bias_h, bias_w], dim=4).flatten(2, 3)], dim=3)
+        query = torch.cat([query * head_dim**-0.5, torch.cat([bias_h, bias_w], dim=4).flatten(2, 3)], dim=3)
         rows, columns = (torch.eye(side, dtype=key.dtype, device=key.device) for side in hw_shape)
         codes = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=2)
         key = torch.cat([key, codes.flatten(0, 1).expand(*key.shape[:2], -1, -1)], dim=3)
         # The fused kernels want values as long as queries and keys.
         value = F.pad(value, (0, height + width))
-        return F.scaled_dot_product_attention(query, key, value, scale=1.)[..., :head_dim]
+        return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :head_dim]
 
 
 class ViTBlock(BaseModule):
@@ -102,16 +105,25 @@ class ViTBlock(BaseModule):
         window_size: side of a window, in tokens; 0 for the whole map.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = True,
-                 drop_path_rate: float = 0., window_size: int = 0, rel_pos_size: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        window_size: int = 0,
+        rel_pos_size: tuple[int, int] | None = None,
+    ):
         super().__init__()
         self.window_size = window_size
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = Attention(embed_dims, num_heads, qkv_bias, rel_pos_size)
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
         hidden_dims = int(embed_dims * mlp_ratio)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(embed_dims, hidden_dims), act=nn.GELU(), fc2=nn.Linear(hidden_dims, embed_dims)))
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(embed_dims, hidden_dims), act=nn.GELU(), fc2=nn.Linear(hidden_dims, embed_dims))
+        )
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -189,33 +201,52 @@ class VisionTransformer(PublishedBackbone):
 
     family = 'vision_transformer'
 
-    def __init__(self, arch: str | dict = 'base', in_channels: int = 3, patch_size: int = 16,
-                 img_size: int | tuple[int, int] = 224, out_indices: Sequence[int] | None = None,
-                 with_cls_token: bool = True, final_norm: bool = True, window_size: int = 0,
-                 global_indices: Sequence[int] | None = None, use_rel_pos: bool = False, frozen_stages: int = -1,
-                 with_cp: bool = False, drop_path_rate: float = 0., qkv_bias: bool = True,
-                 init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        arch: str | dict = 'base',
+        in_channels: int = 3,
+        patch_size: int = 16,
+        img_size: int | tuple[int, int] = 224,
+        out_indices: Sequence[int] | None = None,
+        with_cls_token: bool = True,
+        final_norm: bool = True,
+        window_size: int = 0,
+        global_indices: Sequence[int] | None = None,
+        use_rel_pos: bool = False,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
+        qkv_bias: bool = True,
+        init_cfg: dict | list | None = None,
+    ):
         super().__init__(init_cfg)
         arch = resolve_arch(arch)
         dims, depth = arch['embed_dims'], arch['depth']
         if global_indices is not None and not window_size:
-            raise ValueError(f'global_indices={tuple(global_indices)} chooses among windowed blocks, but window_size=0 '
-                             'makes every block global; set window_size, such as 14')
+            raise ValueError(
+                f'global_indices={tuple(global_indices)} chooses among windowed blocks, but window_size=0 '
+                'makes every block global; set window_size, such as 14'
+            )
         if global_indices is None:
             global_indices = sorted({math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
         out_indices = check_indices(
-            'out_indices', (depth - 1,) if out_indices is None else out_indices, depth, 'blocks')
+            'out_indices', (depth - 1,) if out_indices is None else out_indices, depth, 'blocks'
+        )
         if global_indices:
             check_indices('global_indices', global_indices, depth, 'blocks')
         check_frozen_stages(frozen_stages, depth, 'what comes before the blocks', 'blocks')
         if with_cls_token and (window_size or use_rel_pos):
-            raise ValueError('a class token has no place in windows and relative positions: set with_cls_token=False '
-                             f'to use window_size={window_size}, use_rel_pos={use_rel_pos}')
+            raise ValueError(
+                'a class token has no place in windows and relative positions: set with_cls_token=False '
+                f'to use window_size={window_size}, use_rel_pos={use_rel_pos}'
+            )
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if window_size < 0 or patch_size < 1 or len(img_size) != 2 or min(img_size) < 1:
-            raise ValueError(f'window_size={window_size}, patch_size={patch_size}, img_size={img_size} do not fit; '
-                             'expected a window of 0 or more patches, a patch of 1 or more pixels, and a side, or '
-                             '(height, width), in pixels')
+            raise ValueError(
+                f'window_size={window_size}, patch_size={patch_size}, img_size={img_size} do not fit; '
+                'expected a window of 0 or more patches, a patch of 1 or more pixels, and a side, or '
+                '(height, width), in pixels'
+            )
 
         self.in_channels = in_channels
         self.embed_dims = dims
@@ -233,8 +264,17 @@ class VisionTransformer(PublishedBackbone):
         for i in range(depth):
             window = 0 if i in global_indices else window_size
             rel_pos_size = ((window, window) if window else self.grid) if use_rel_pos else None
-            self.blocks.append(ViTBlock(dims, arch['num_heads'], arch['mlp_ratio'], qkv_bias,
-                                        drop_path_rate * i / max(depth - 1, 1), window, rel_pos_size))
+            self.blocks.append(
+                ViTBlock(
+                    dims,
+                    arch['num_heads'],
+                    arch['mlp_ratio'],
+                    qkv_bias,
+                    drop_path_rate * i / max(depth - 1, 1),
+                    window,
+                    rel_pos_size,
+                )
+            )
         self.norm = nn.LayerNorm(dims, eps=1e-6) if final_norm else None
         self._freeze_stages()
 
@@ -253,7 +293,7 @@ class VisionTransformer(PublishedBackbone):
             cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
             x = torch.cat([cls_token.to(x.dtype), x], dim=1)
         outs = []
-        for i, block in enumerate(self.blocks[:self.out_indices[-1] + 1]):
+        for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
             if self.with_cp and torch.is_grad_enabled():
                 x = checkpoint(block, x, hw_shape, use_reentrant=False)
             else:
@@ -276,7 +316,7 @@ class VisionTransformer(PublishedBackbone):
         for parameter in (self.pos_embed, self.cls_token):
             if parameter is not None:
                 parameter.requires_grad_(False)
-        frozen = [self.patch_embed, *self.blocks[:self.frozen_stages]]
+        frozen = [self.patch_embed, *self.blocks[: self.frozen_stages]]
         if self.frozen_stages == len(self.blocks) and self.norm is not None:
             frozen.append(self.norm)
         for module in frozen:
@@ -285,14 +325,14 @@ class VisionTransformer(PublishedBackbone):
     def _draw_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=.02)
+                nn.init.trunc_normal_(module.weight, std=0.02)
             elif isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -.5)
+                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
 
@@ -303,13 +343,20 @@ class VisionTransformer(PublishedBackbone):
         missing = [key for key in own if key not in state_dict and '.rel_pos_' not in key]
         unexpected = [key for key in state_dict if key not in own]
         if missing or unexpected:
-            raise ValueError(f'{path} does not fit the model: missing keys {missing}, unexpected keys {unexpected}; '
-                             'choose arch, with_cls_token, final_norm, qkv_bias and use_rel_pos as in the file')
-        wrong = [f'{key} has shape {tuple(value.shape)} and not {tuple(own[key].shape)}'
-                 for key, value in state_dict.items() if value.shape != own[key].shape]
+            raise ValueError(
+                f'{path} does not fit the model: missing keys {missing}, unexpected keys {unexpected}; '
+                'choose arch, with_cls_token, final_norm, qkv_bias and use_rel_pos as in the file'
+            )
+        wrong = [
+            f'{key} has shape {tuple(value.shape)} and not {tuple(own[key].shape)}'
+            for key, value in state_dict.items()
+            if value.shape != own[key].shape
+        ]
         if wrong:
-            raise ValueError(f'{path} is of a ViT of another size: {"; ".join(wrong[:3])} ({len(wrong)} in all); '
-                             'choose arch, patch_size, in_channels, img_size and window_size as in the file')
+            raise ValueError(
+                f'{path} is of a ViT of another size: {"; ".join(wrong[:3])} ({len(wrong)} in all); '
+                'choose arch, patch_size, in_channels, img_size and window_size as in the file'
+            )
         self.load_state_dict(state_dict, strict=False)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
@@ -338,7 +385,8 @@ class VisionTransformer(PublishedBackbone):
             if side and side * side == positions.shape[1] - first:
                 done.append(f'resized the positions from {side}x{side} to {self.grid[0]}x{self.grid[1]}')
                 state_dict[pos_embed] = torch.cat(
-                    [positions[:, :first], _resize_positions(positions[:, first:], (side, side), self.grid)], dim=1)
+                    [positions[:, :first], _resize_positions(positions[:, first:], (side, side), self.grid)], dim=1
+                )
         if done:
             print_log(f'VisionTransformer, to load a checkpoint: {"; ".join(done)}', logger='current')
 
@@ -347,8 +395,10 @@ def resolve_arch(arch: str | dict) -> dict:
     """The arch dict of a published name, or the given dict after checking it; ValueError says what does not fit."""
     arch = choose_arch(arch, ARCHS)
     if min(arch.values()) <= 0 or arch['embed_dims'] % arch['num_heads']:
-        raise ValueError(f'arch dict does not fit: got {dict(arch)}; expected positive numbers, and embed_dims a '
-                         'multiple of num_heads')
+        raise ValueError(
+            f'arch dict does not fit: got {dict(arch)}; expected positive numbers, and embed_dims a '
+            'multiple of num_heads'
+        )
     return arch
 
 

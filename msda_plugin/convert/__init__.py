@@ -1,4 +1,5 @@
 """Upstream checkpoints to ours: one module a family, each with a function ``convert(state_dict) -> Conversion``."""
+
 from collections.abc import Mapping
 from importlib import import_module
 

@@ -1,4 +1,5 @@
 """What every family of checkpoints shares: reading a file, unwrapping it, and the account of a conversion."""
+
 import argparse
 import re
 import sys
@@ -22,6 +23,7 @@ class Conversion:
         taken: upstream key -> our key.
         dropped: upstream key -> why it is left out.
     """
+
     state_dict: dict[str, Tensor] = field(default_factory=dict)
     taken: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -42,11 +44,16 @@ def unwrap(checkpoint: Mapping) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, Mapping):
         wrapped = (checkpoint[name] for name in WRAPPERS if isinstance(checkpoint.get(name), Mapping))
         state_dict = next(wrapped, checkpoint)
-    if not isinstance(state_dict, Mapping) or not state_dict or not all(
-            isinstance(value, Tensor) for value in state_dict.values()):
+    if (
+        not isinstance(state_dict, Mapping)
+        or not state_dict
+        or not all(isinstance(value, Tensor) for value in state_dict.values())
+    ):
         found = list(checkpoint)[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-        raise ValueError(f'the checkpoint holds no state dict: got {found}; expected a dict of tensors, bare or under '
-                         f'one of the keys {list(WRAPPERS)}')
+        raise ValueError(
+            f'the checkpoint holds no state dict: got {found}; expected a dict of tensors, bare or under '
+            f'one of the keys {list(WRAPPERS)}'
+        )
     return state_dict
 
 
@@ -66,7 +73,7 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
     if prefix:
         prefix = prefix.rstrip('.') + '.'
         found = list(state_dict)[:8]
-        state_dict = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         if not state_dict:
             raise ValueError(f'no key of {path} starts with {prefix!r}; it holds {found} ...')
     return state_dict
@@ -86,8 +93,9 @@ def check_keys(family: str, found: set[str], expected: set[str]) -> None:
     """Raise ValueError, naming every key, unless an upstream dict has exactly the keys that its family expects."""
     missing, unexpected = sorted(expected - found), sorted(found - expected)
     if missing or unexpected:
-        raise ValueError(f'the state dict does not fit family {family!r}: missing keys {missing}, unexpected keys '
-                         f'{unexpected}')
+        raise ValueError(
+            f'the state dict does not fit family {family!r}: missing keys {missing}, unexpected keys {unexpected}'
+        )
 
 
 def count(keys: Iterable[str], pattern: str) -> int:

@@ -3,6 +3,7 @@
 The classifier and the buffers are dropped. A classifier has no norms for the maps that a detector takes; it is given
 fresh ones (weight 1, bias 0).
 """
+
 import re
 from collections.abc import Mapping
 
@@ -17,24 +18,34 @@ FAMILY = 'dat'
 # attention, and of the feed-forward layer. 1x1 convolutions are linear layers here.
 _LINEAR = {'proj_q': 'query', 'proj_k': 'key', 'proj_v': 'value', 'proj_out': 'proj'}
 _DEFORMABLE = {
-    'conv_offset.0.weight': 'offset_conv.weight', 'conv_offset.0.bias': 'offset_conv.bias',
-    'conv_offset.1.norm.weight': 'offset_norm.weight', 'conv_offset.1.norm.bias': 'offset_norm.bias',
+    'conv_offset.0.weight': 'offset_conv.weight',
+    'conv_offset.0.bias': 'offset_conv.bias',
+    'conv_offset.1.norm.weight': 'offset_norm.weight',
+    'conv_offset.1.norm.bias': 'offset_norm.bias',
     'conv_offset.3.weight': 'offset_proj.weight',
     **{f'{upstream}.{name}': f'{ours}.{name}' for upstream, ours in _LINEAR.items() for name in ('weight', 'bias')},
 }
 _POSITIONAL = (
     {'rpe_table': 'position_bias.table'},
     {'rpe_table.weight': 'position_conv.weight', 'rpe_table.bias': 'position_conv.bias'},
-    {'rpe_table.0.weight': 'position_bias.mlp.0.weight', 'rpe_table.0.bias': 'position_bias.mlp.0.bias',
-     'rpe_table.2.weight': 'position_bias.mlp.2.weight'},
+    {
+        'rpe_table.0.weight': 'position_bias.mlp.0.weight',
+        'rpe_table.0.bias': 'position_bias.mlp.0.bias',
+        'rpe_table.2.weight': 'position_bias.mlp.2.weight',
+    },
 )
 _WINDOW = {
     'relative_position_bias_table': 'w_msa.relative_position_bias_table',
-    'proj_qkv.weight': 'w_msa.qkv.weight', 'proj_qkv.bias': 'w_msa.qkv.bias',
-    'proj_out.weight': 'w_msa.proj.weight', 'proj_out.bias': 'w_msa.proj.bias',
+    'proj_qkv.weight': 'w_msa.qkv.weight',
+    'proj_qkv.bias': 'w_msa.qkv.bias',
+    'proj_out.weight': 'w_msa.proj.weight',
+    'proj_out.bias': 'w_msa.proj.bias',
 }
 _FEED_FORWARD = {
-    'linear1.weight': '0.weight', 'linear1.bias': '0.bias', 'linear2.weight': '3.weight', 'linear2.bias': '3.bias',
+    'linear1.weight': '0.weight',
+    'linear1.bias': '0.bias',
+    'linear2.weight': '3.weight',
+    'linear2.bias': '3.bias',
 }
 _WEIGHT_AND_BIAS = {'weight': 'weight', 'bias': 'bias'}
 # End of a key -> why it is dropped.
@@ -84,9 +95,11 @@ def _model_table(keys: set[str]) -> dict[str, str]:
             stage, block = map(int, match.groups())
             depths[stage] = max(depths.get(stage, 0), block + 1)
     if not depths:
-        raise ValueError(f'the state dict does not fit family {FAMILY!r}: expected keys such as '
-                         f'"stages.0.attns.0.proj_qkv.weight"; got {sorted(keys)[:8]}; give their prefix if they lie '
-                         'under another one')
+        raise ValueError(
+            f'the state dict does not fit family {FAMILY!r}: expected keys such as '
+            f'"stages.0.attns.0.proj_qkv.weight"; got {sorted(keys)[:8]}; give their prefix if they lie '
+            'under another one'
+        )
     table: dict[str, str] = {}
 
     def add(upstream: str, ours: str, names: Mapping[str, str] = _WEIGHT_AND_BIAS) -> None:

@@ -3,6 +3,7 @@
 The neck they fit is a ``ChannelMapper`` of one 1x1 convolution without a norm. A classifier of 92 rows, COCO's category
 ids and one for no object, becomes one of 81.
 """
+
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -15,12 +16,19 @@ FAMILY = 'detr'
 _PARAMETERS = ('weight', 'bias')
 _FFN = {'linear1': 'ffn.layers.0.0', 'linear2': 'ffn.layers.1'}
 # Upstream module -> ours, inside a layer.
-_ATTENTIONS = {'encoder': {'self_attn': 'self_attn.attn'},
-               'decoder': {'self_attn': 'self_attn.attn', 'multihead_attn': 'cross_attn.attn'}}
+_ATTENTIONS = {
+    'encoder': {'self_attn': 'self_attn.attn'},
+    'decoder': {'self_attn': 'self_attn.attn', 'multihead_attn': 'cross_attn.attn'},
+}
 _NORMS = {'encoder': 2, 'decoder': 3}
-_TOP = {'transformer.decoder.norm': 'decoder.post_norm', 'input_proj': 'neck.convs.0.conv',
-        'class_embed': 'bbox_head.fc_cls', 'bbox_embed.layers.0': 'bbox_head.reg_ffn.layers.0.0',
-        'bbox_embed.layers.1': 'bbox_head.reg_ffn.layers.1', 'bbox_embed.layers.2': 'bbox_head.fc_reg'}
+_TOP = {
+    'transformer.decoder.norm': 'decoder.post_norm',
+    'input_proj': 'neck.convs.0.conv',
+    'class_embed': 'bbox_head.fc_cls',
+    'bbox_embed.layers.0': 'bbox_head.reg_ffn.layers.0.0',
+    'bbox_embed.layers.1': 'bbox_head.reg_ffn.layers.1',
+    'bbox_embed.layers.2': 'bbox_head.fc_reg',
+}
 _BACKBONE = 'backbone.0.body.'
 
 
@@ -36,16 +44,20 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
             conversion.take(key, key, value)
         return conversion
     if any('.sampling_offsets.' in key for key in state_dict):
-        raise ValueError(f'the state dict is of Deformable DETR, whose attention has sampling_offsets: family '
-                         f"{FAMILY!r} has none; use family 'deformable_detr'")
+        raise ValueError(
+            f'the state dict is of Deformable DETR, whose attention has sampling_offsets: family '
+            f"{FAMILY!r} has none; use family 'deformable_detr'"
+        )
     if any(key.startswith('transformer.encoder.norm.') for key in state_dict):
-        raise ValueError('the state dict is of a DETR with norms before its blocks (--pre_norm), for which there is no '
-                         'detector; use one with norms after them, as all published ones have')
+        raise ValueError(
+            'the state dict is of a DETR with norms before its blocks (--pre_norm), for which there is no '
+            'detector; use one with norms after them, as all published ones have'
+        )
     table = _rename_table(state_dict)
     check_keys(FAMILY, {key for key in state_dict if not key.startswith(_BACKBONE)}, set(table))
     for key, value in state_dict.items():
         if key.startswith(_BACKBONE):
-            conversion.take(key, 'backbone.' + key[len(_BACKBONE):], value)
+            conversion.take(key, 'backbone.' + key[len(_BACKBONE) :], value)
         elif key.startswith('class_embed.') and len(value) == NUM_COCO_IDS + 1:
             # The last row is that of no object.
             conversion.take(key, table[key], value[[*COCO_IDS, NUM_COCO_IDS]])

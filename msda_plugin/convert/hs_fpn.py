@@ -1,4 +1,5 @@
 """HS-FPN of MFDS-DETR: the authors' neck to ours. Their lists run from the top level down but for the output convs."""
+
 import re
 from collections.abc import Mapping
 
@@ -37,11 +38,14 @@ def _rename_table(num_levels: int, has_extra_level: bool) -> dict[str, str]:
         table |= {f'top_feature_proj.0.{i}.{name}': f'top_level.{i}.{name}' for i in range(4) for name in _AFFINE}
     for i in range(num_levels):
         level = num_levels - 1 - i
-        table |= {f'upbottom_conv.{i}.0.{theirs}.weight': f'selections.{level}.attention.{ours}.weight'
-                  for theirs, ours in _ATTENTION}
+        table |= {
+            f'upbottom_conv.{i}.0.{theirs}.weight': f'selections.{level}.attention.{ours}.weight'
+            for theirs, ours in _ATTENTION
+        }
         table |= {f'upbottom_conv.{i}.1.{name}': f'selections.{level}.proj.{name}' for name in _AFFINE}
-        table |= {f'lateral_conv.{i}.{part}.{name}': f'output_convs.{i}.{part}.{name}'
-                  for part in (0, 1) for name in _AFFINE}
+        table |= {
+            f'lateral_conv.{i}.{part}.{name}': f'output_convs.{i}.{part}.{name}' for part in (0, 1) for name in _AFFINE
+        }
     for i in range(num_levels - 1):
         level = num_levels - 2 - i
         table |= {f'weight_conv.{i}.0.{theirs}.weight': f'screens.{level}.{ours}.weight' for theirs, ours in _ATTENTION}

@@ -1,4 +1,5 @@
 """Shunted Transformer: the authors' checkpoints to ours. The classifier ``head`` is dropped."""
+
 import re
 from collections.abc import Mapping
 
@@ -11,13 +12,20 @@ FAMILY = 'shunted_transformer'
 # Upstream module -> ours, inside a block.
 _REDUCED_ATTENTION = {
     'attn.q': 'attn.query',
-    **{f'attn.{upstream}{i + 1}': f'attn.branches.{i}.{ours}' for i in (0, 1) for upstream, ours in (
-        ('sr', 'reduction'), ('norm', 'norm'), ('kv', 'kv'), ('local_conv', 'local_enhancement'))},
+    **{
+        f'attn.{upstream}{i + 1}': f'attn.branches.{i}.{ours}'
+        for i in (0, 1)
+        for upstream, ours in (('sr', 'reduction'), ('norm', 'norm'), ('kv', 'kv'), ('local_conv', 'local_enhancement'))
+    },
 }
 _PLAIN_ATTENTION = {'attn.q': 'attn.query', 'attn.kv': 'attn.kv', 'attn.local_conv': 'attn.local_enhancement'}
 _REST_OF_BLOCK = {
-    'attn.proj': 'attn.proj', 'norm1': 'norm1', 'norm2': 'norm2',
-    'mlp.fc1': 'mlp.fc1', 'mlp.dwconv.dwconv': 'mlp.dwconv', 'mlp.fc2': 'mlp.fc2',
+    'attn.proj': 'attn.proj',
+    'norm1': 'norm1',
+    'norm2': 'norm2',
+    'mlp.fc1': 'mlp.fc1',
+    'mlp.dwconv.dwconv': 'mlp.dwconv',
+    'mlp.fc2': 'mlp.fc2',
 }
 _BATCH_NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _QKV = ('attn.q', 'attn.kv', 'attn.kv1', 'attn.kv2')
@@ -78,6 +86,9 @@ def _rename_table(keys: Mapping[str, Tensor]) -> dict[str, str]:
         modules = (_REDUCED_ATTENTION if reduced else _PLAIN_ATTENTION) | _REST_OF_BLOCK
         for block in range(depths.get(stage, 1)):
             for upstream, name in modules.items():
-                add(f'block{stage}.{block}.{upstream}', f'{ours}.blocks.{block}.{name}',
-                    ('weight', 'bias') if qkv_bias or upstream not in _QKV else ('weight',))
+                add(
+                    f'block{stage}.{block}.{upstream}',
+                    f'{ours}.blocks.{block}.{name}',
+                    ('weight', 'bias') if qkv_bias or upstream not in _QKV else ('weight',),
+                )
     return table

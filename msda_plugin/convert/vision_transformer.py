@@ -3,6 +3,7 @@
 Our names are timm's. Classifiers, and the decoder of MAE's pre-training, are dropped. Variants that compute something
 else (layer scale, distillation or register tokens, a norm before the blocks, gated feed-forward layers) are refused.
 """
+
 import math
 import re
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ class Style:
         rest: upstream module -> ours, outside the blocks.
         dropped: start of a key -> why it is dropped.
     """
+
     blocks: str
     block: dict[str, str]
     rest: dict[str, str]
@@ -41,14 +43,31 @@ class Style:
 
 
 STYLES = (
-    Style('blocks', {name: name for name in ('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')},
-          {'patch_embed.proj': 'patch_embed.proj', 'norm': 'norm'},
-          {'head.': _CLASSIFIER, 'pre_logits.': _CLASSIFIER, 'fc_norm.': _MEAN_NORM, 'decoder_': _DECODER,
-           'mask_token': _DECODER}),
-    Style('layers', {'ln1': 'norm1', 'attn.qkv': 'attn.qkv', 'attn.proj': 'attn.proj', 'ln2': 'norm2',
-                     'ffn.layers.0.0': 'mlp.fc1', 'ffn.layers.1': 'mlp.fc2'},
-          {'patch_embed.projection': 'patch_embed.proj', 'ln1': 'norm'},
-          {'head.': _CLASSIFIER, 'ln2.': _MEAN_NORM, 'mask_token': _DECODER}),
+    Style(
+        'blocks',
+        {name: name for name in ('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')},
+        {'patch_embed.proj': 'patch_embed.proj', 'norm': 'norm'},
+        {
+            'head.': _CLASSIFIER,
+            'pre_logits.': _CLASSIFIER,
+            'fc_norm.': _MEAN_NORM,
+            'decoder_': _DECODER,
+            'mask_token': _DECODER,
+        },
+    ),
+    Style(
+        'layers',
+        {
+            'ln1': 'norm1',
+            'attn.qkv': 'attn.qkv',
+            'attn.proj': 'attn.proj',
+            'ln2': 'norm2',
+            'ffn.layers.0.0': 'mlp.fc1',
+            'ffn.layers.1': 'mlp.fc2',
+        },
+        {'patch_embed.projection': 'patch_embed.proj', 'ln1': 'norm'},
+        {'head.': _CLASSIFIER, 'ln2.': _MEAN_NORM, 'mask_token': _DECODER},
+    ),
 )
 _REL_POS = ('attn.rel_pos_h', 'attn.rel_pos_w')
 
@@ -68,9 +87,11 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
     names = {key: key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
     style = next((style for style in STYLES if any(map(style.matches, names.values()))), None)
     if style is None:
-        raise ValueError(f'the state dict does not fit family {FAMILY!r}: expected keys of timm, "blocks.0.norm1.'
-                         'weight", or of mmpretrain, "layers.0.ln1.weight", both also under "backbone."; got '
-                         f'{list(state_dict)[:8]}; give their prefix if they lie under another one')
+        raise ValueError(
+            f'the state dict does not fit family {FAMILY!r}: expected keys of timm, "blocks.0.norm1.'
+            'weight", or of mmpretrain, "layers.0.ln1.weight", both also under "backbone."; got '
+            f'{list(state_dict)[:8]}; give their prefix if they lie under another one'
+        )
     for key in state_dict:
         reason = 'outside the backbone'
         if key in names:
@@ -116,8 +137,10 @@ def _rename_table(keys: set[str], style: Style) -> dict[str, str]:
 def _fit_class_row(positions: Tensor, has_cls_token: bool) -> Tensor:
     """Give or take the class token's row, so that there is one exactly where there is a class token."""
     if positions.dim() != 3 or positions.shape[0] != 1 or positions.shape[1] < 1:
-        raise ValueError(f'the state dict does not fit family {FAMILY!r}: pos_embed has shape '
-                         f'{tuple(positions.shape)}; expected (1, rows, C)')
+        raise ValueError(
+            f'the state dict does not fit family {FAMILY!r}: pos_embed has shape '
+            f'{tuple(positions.shape)}; expected (1, rows, C)'
+        )
     rows = positions.shape[1]
     # A number of rows that is neither a square nor one more is of an oblong grid, and taken to be as it should.
     is_square, is_square_and_one = (math.isqrt(n) ** 2 == n for n in (rows, rows - 1))

@@ -1,4 +1,5 @@
 """What attention costs: by formula, by counting a model's operations, and by the clock."""
+
 from .formulas import (
     Cost,
     convolution,
@@ -14,6 +15,17 @@ from .formulas import (
     window_attention,
 )
 
-__all__ = ['Cost', 'convolution', 'cross_attention', 'deformable_attention', 'detr_decoder_layer',
-           'detr_encoder_layer', 'linear_spatial_reduction_attention', 'self_attention', 'shunted_attention',
-           'spatial_reduction_attention', 'vit_attention', 'window_attention']
+__all__ = [
+    'Cost',
+    'convolution',
+    'cross_attention',
+    'deformable_attention',
+    'detr_decoder_layer',
+    'detr_encoder_layer',
+    'linear_spatial_reduction_attention',
+    'self_attention',
+    'shunted_attention',
+    'spatial_reduction_attention',
+    'vit_attention',
+    'window_attention',
+]

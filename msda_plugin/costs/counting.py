@@ -1,4 +1,5 @@
 """Counts the multiply-adds of a model while it runs, module by module."""
+
 from collections.abc import Callable
 
 import torch
@@ -97,8 +98,12 @@ def _formulas() -> dict[object, Callable[..., int]]:
         *_, num_levels, num_points, _ = rest[-3]
         return 2 * OPERATIONS_PER_SAMPLE * out_shape.numel() * num_levels * num_points
 
-    formulas = {aten._scaled_dot_product_flash_attention_for_cpu: attention, aten.grid_sampler_2d: grid_sample,
-                torch.ops.msda.ms_deform_attn: deformable, torch.ops.msda.ms_deform_attn_fused: deformable}
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten.grid_sampler_2d: grid_sample,
+        torch.ops.msda.ms_deform_attn: deformable,
+        torch.ops.msda.ms_deform_attn_fused: deformable,
+    }
     return {operation: shape_wrapper(formula) for operation, formula in formulas.items()}
 
 

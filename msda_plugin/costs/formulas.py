@@ -7,6 +7,7 @@ https://arxiv.org/abs/2111.15193. The formulas are for one image and one layer, 
 product, convolution and interpolation, as a counter of operations does. Softmax, norms, activations and additions,
 which grow no faster than the memory, are left out, as in those papers.
 """
+
 from dataclasses import dataclass
 
 # A bilinear interpolation reads four neighbours; its result is multiplied by the attention weight.
@@ -26,6 +27,7 @@ class Cost:
         memory: numbers that a plain implementation holds beside input and output: queries, keys and values, and scores
             or sampling points with their weights.
     """
+
     projection: int
     mixing: int
     memory: int
@@ -40,13 +42,16 @@ class Cost:
 
 def convolution(height: int, width: int, channels: int, kernel_size: int = 3) -> Cost:
     """A k x k convolution from C to C channels, stride 1: H W C^2 k^2."""
-    return Cost(height * width * channels ** 2 * kernel_size ** 2, 0, 0)
+    return Cost(height * width * channels**2 * kernel_size**2, 0, 0)
 
 
 def cross_attention(num_queries: int, num_keys: int, channels: int, num_heads: int = 8) -> Cost:
     """Queries over keys: 2 N_q C^2 + 2 N_k C^2, and 2 N_q N_k C."""
-    return Cost(2 * (num_queries + num_keys) * channels ** 2, 2 * num_queries * num_keys * channels,
-                (num_queries + 2 * num_keys) * channels + num_heads * num_queries * num_keys)
+    return Cost(
+        2 * (num_queries + num_keys) * channels**2,
+        2 * num_queries * num_keys * channels,
+        (num_queries + 2 * num_keys) * channels + num_heads * num_queries * num_keys,
+    )
 
 
 def self_attention(num_tokens: int, channels: int, num_heads: int = 8) -> Cost:
@@ -54,8 +59,9 @@ def self_attention(num_tokens: int, channels: int, num_heads: int = 8) -> Cost:
     return cross_attention(num_tokens, num_tokens, channels, num_heads)
 
 
-def vit_attention(image_height: int, image_width: int, channels: int, patch_size: int = 16,
-                  num_heads: int = 12) -> Cost:
+def vit_attention(
+    image_height: int, image_width: int, channels: int, patch_size: int = 16, num_heads: int = 12
+) -> Cost:
     """Self-attention over the patches of an image: N = H W / P^2, the last row and column of patches padded."""
     return self_attention(-(-image_height // patch_size) * -(-image_width // patch_size), channels, num_heads)
 
@@ -67,28 +73,32 @@ def detr_encoder_layer(height: int, width: int, channels: int, num_heads: int = 
 
 def detr_decoder_layer(num_queries: int, height: int, width: int, channels: int, num_heads: int = 8) -> Cost:
     """Object queries among themselves, then over all pixels: the second is linear in H W."""
-    return (self_attention(num_queries, channels, num_heads)
-            + cross_attention(num_queries, height * width, channels, num_heads))
+    return self_attention(num_queries, channels, num_heads) + cross_attention(
+        num_queries, height * width, channels, num_heads
+    )
 
 
 def spatial_reduction_attention(height: int, width: int, channels: int, reduction: int, num_heads: int = 8) -> Cost:
     """PVT: keys and values from windows of R x R merged: 2 H W C (H W / R^2), and their merging, H W C^2."""
     num_tokens, num_keys = height * width, max(height // reduction, 1) * max(width // reduction, 1)
-    merging = num_keys * reduction ** 2 * channels ** 2 if reduction > 1 else 0
+    merging = num_keys * reduction**2 * channels**2 if reduction > 1 else 0
     return cross_attention(num_tokens, num_keys, channels, num_heads) + Cost(merging, 0, 0)
 
 
 def linear_spatial_reduction_attention(height: int, width: int, channels: int, num_heads: int = 8) -> Cost:
     """PVT v2: keys and values from a map pooled to 7 x 7, whatever its size; linear in H W."""
-    num_keys = LINEAR_SRA_SIDE ** 2
-    return cross_attention(height * width, num_keys, channels, num_heads) + Cost(num_keys * channels ** 2, 0, 0)
+    num_keys = LINEAR_SRA_SIDE**2
+    return cross_attention(height * width, num_keys, channels, num_heads) + Cost(num_keys * channels**2, 0, 0)
 
 
 def window_attention(height: int, width: int, channels: int, window_size: int = 7, num_heads: int = 8) -> Cost:
     """Swin: 4 H W C^2 + 2 M^2 H W C, H and W rounded up to whole windows, but for the output projection."""
-    padded = -(-height // window_size) * -(-width // window_size) * window_size ** 2
-    return Cost((3 * padded + height * width) * channels ** 2, 2 * padded * window_size ** 2 * channels,
-                3 * padded * channels + num_heads * padded * window_size ** 2)
+    padded = -(-height // window_size) * -(-width // window_size) * window_size**2
+    return Cost(
+        (3 * padded + height * width) * channels**2,
+        2 * padded * window_size**2 * channels,
+        3 * padded * channels + num_heads * padded * window_size**2,
+    )
 
 
 def shunted_attention(height: int, width: int, channels: int, reduction: int, num_heads: int = 8) -> Cost:
@@ -98,25 +108,30 @@ def shunted_attention(height: int, width: int, channels: int, reduction: int, nu
     """
     num_tokens = height * width
     if reduction == 1:
-        return self_attention(num_tokens, channels, num_heads) + Cost(num_tokens * channels * KERNEL ** 2, 0, 0)
-    cost = Cost(2 * num_tokens * channels ** 2, 0, num_tokens * channels)  # query and output projection
+        return self_attention(num_tokens, channels, num_heads) + Cost(num_tokens * channels * KERNEL**2, 0, 0)
+    cost = Cost(2 * num_tokens * channels**2, 0, num_tokens * channels)  # query and output projection
     for rate in (reduction, reduction // 2):
         num_keys = (height // rate) * (width // rate)
         half = channels // 2
-        cost += Cost(num_keys * (rate ** 2 * channels ** 2 + channels ** 2 + half * KERNEL ** 2),
-                     2 * num_tokens * num_keys * half,
-                     num_keys * channels + num_heads // 2 * num_tokens * num_keys)
+        cost += Cost(
+            num_keys * (rate**2 * channels**2 + channels**2 + half * KERNEL**2),
+            2 * num_tokens * num_keys * half,
+            num_keys * channels + num_heads // 2 * num_tokens * num_keys,
+        )
     return cost
 
 
-def deformable_attention(num_queries: int, num_keys: int, channels: int, num_heads: int = 8, num_levels: int = 4,
-                         num_points: int = 4) -> Cost:
+def deformable_attention(
+    num_queries: int, num_keys: int, channels: int, num_heads: int = 8, num_levels: int = 4, num_points: int = 4
+) -> Cost:
     """Each query samples L K points a head: N_k C^2 + N_q C^2 + 3 N_q C M L K, and 5 N_q L K C.
 
     In Deformable DETR's encoder the queries are the pixels, N_q = N_k = the sum of H_l W_l, so that it is linear in
     them; in its decoder the cost does not depend on the number of pixels, but for the projection of the values.
     """
     samples = num_heads * num_levels * num_points
-    return Cost((num_keys + num_queries) * channels ** 2 + 3 * num_queries * channels * samples,
-                OPERATIONS_PER_SAMPLE * num_queries * num_levels * num_points * channels,
-                num_keys * channels + 3 * num_queries * samples)
+    return Cost(
+        (num_keys + num_queries) * channels**2 + 3 * num_queries * channels * samples,
+        OPERATIONS_PER_SAMPLE * num_queries * num_levels * num_points * channels,
+        num_keys * channels + 3 * num_queries * samples,
+    )

@@ -1,4 +1,5 @@
 """Detectors."""
+
 from .deformable_detr import DeformableDETR
 from .detr import DETR
 

@@ -1,4 +1,5 @@
 """Checks, when a detection transformer is built, that its parts fit one another."""
+
 from collections.abc import Mapping
 
 import torch
@@ -26,9 +27,12 @@ def check_parts(detector: DetectionTransformer, neck_cfg: Mapping | None, num_ma
         ValueError: numbers of channels, maps or boxes do not fit.
     """
     neck_cfg = neck_cfg or {}
-    widths = {'encoder': detector.embed_dims, 'decoder': detector.decoder.embed_dims,
-              'bbox_head': detector.bbox_head.embed_dims,
-              'positional_encoding (2 * num_feats)': 2 * detector.positional_encoding.num_feats}
+    widths = {
+        'encoder': detector.embed_dims,
+        'decoder': detector.decoder.embed_dims,
+        'bbox_head': detector.bbox_head.embed_dims,
+        'positional_encoding (2 * num_feats)': 2 * detector.positional_encoding.num_feats,
+    }
     if 'out_channels' in neck_cfg:
         widths['neck (out_channels)'] = neck_cfg['out_channels']
     if len(set(widths.values())) > 1:
@@ -45,9 +49,11 @@ def check_parts(detector: DetectionTransformer, neck_cfg: Mapping | None, num_ma
     max_per_img = detector.test_cfg.get('max_per_img', detector.num_queries)
     if max_per_img > num_boxes:
         # A softmax gives a query one class alone.
-        raise ValueError(f'test_cfg.max_per_img={max_per_img} asks for more boxes than there are: num_queries='
-                         f'{detector.num_queries} x {num_classes} classes = {num_boxes}; lower max_per_img, or raise '
-                         'num_queries')
+        raise ValueError(
+            f'test_cfg.max_per_img={max_per_img} asks for more boxes than there are: num_queries='
+            f'{detector.num_queries} x {num_classes} classes = {num_boxes}; lower max_per_img, or raise '
+            'num_queries'
+        )
 
 
 def _check_backbone(detector: DetectionTransformer, neck_cfg: Mapping, num_maps: int, wants: str) -> None:
@@ -56,15 +62,19 @@ def _check_backbone(detector: DetectionTransformer, neck_cfg: Mapping, num_maps:
         return
     if not detector.with_neck:
         if channels != [detector.embed_dims] * num_maps:
-            raise ValueError(f'the backbone gives maps of {channels} channels, and there is no neck, but {wants} and '
-                             f'embed_dims={detector.embed_dims}: add a neck, such as mmdet.ChannelMapper')
+            raise ValueError(
+                f'the backbone gives maps of {channels} channels, and there is no neck, but {wants} and '
+                f'embed_dims={detector.embed_dims}: add a neck, such as mmdet.ChannelMapper'
+            )
         return
     in_channels = neck_cfg.get('in_channels')
     if isinstance(in_channels, int):
         in_channels = [in_channels] * len(channels)
     if in_channels is not None and list(in_channels) != channels:
-        raise ValueError(f'the backbone gives maps of {channels} channels, but neck.in_channels is '
-                         f'{list(in_channels)}: make them equal (out_indices of the backbone chooses its maps)')
+        raise ValueError(
+            f'the backbone gives maps of {channels} channels, but neck.in_channels is '
+            f'{list(in_channels)}: make them equal (out_indices of the backbone chooses its maps)'
+        )
 
 
 def map_channels(backbone: nn.Module) -> list[int] | None:

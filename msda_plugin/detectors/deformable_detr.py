@@ -3,6 +3,7 @@
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159. Modules, fields and state-dict keys are
 MMDetection's; here encoder, decoder and their attention come from the registry, and no forward waits for the device.
 """
+
 import copy
 from itertools import accumulate
 
@@ -48,13 +49,29 @@ class DeformableDETR(MMDetDeformableDETR):
         ValueError: parts do not fit one another, or ``test_cfg.max_per_img`` asks for more boxes than there are.
     """
 
-    def __init__(self, backbone: dict, neck: dict | None = None, encoder: dict | None = None,
-                 decoder: dict | None = None, bbox_head: dict | None = None, positional_encoding: dict | None = None,
-                 num_queries: int = 100, with_box_refine: bool = False, as_two_stage: bool = False,
-                 num_feature_levels: int = 4, train_cfg: dict | None = None, test_cfg: dict | None = None,
-                 data_preprocessor: dict | None = None, init_cfg: dict | None = None) -> None:
-        parts = {'encoder': encoder, 'decoder': decoder, 'bbox_head': bbox_head,
-                 'positional_encoding': positional_encoding}
+    def __init__(
+        self,
+        backbone: dict,
+        neck: dict | None = None,
+        encoder: dict | None = None,
+        decoder: dict | None = None,
+        bbox_head: dict | None = None,
+        positional_encoding: dict | None = None,
+        num_queries: int = 100,
+        with_box_refine: bool = False,
+        as_two_stage: bool = False,
+        num_feature_levels: int = 4,
+        train_cfg: dict | None = None,
+        test_cfg: dict | None = None,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        parts = {
+            'encoder': encoder,
+            'decoder': decoder,
+            'bbox_head': bbox_head,
+            'positional_encoding': positional_encoding,
+        }
         check_given('DeformableDETR', parts)
         # Copies: building fills in fields, and a config may be built again.
         parts = copy.deepcopy(parts)
@@ -62,9 +79,19 @@ class DeformableDETR(MMDetDeformableDETR):
             layer_cfg = parts[part].get('layer_cfg', {})
             if name in layer_cfg and 'type' not in layer_cfg[name]:
                 layer_cfg[name] = {'num_levels': num_feature_levels, **layer_cfg[name]}
-        super().__init__(backbone=backbone, neck=neck, num_queries=num_queries, with_box_refine=with_box_refine,
-                         as_two_stage=as_two_stage, num_feature_levels=num_feature_levels, train_cfg=train_cfg,
-                         test_cfg=test_cfg or {}, data_preprocessor=data_preprocessor, init_cfg=init_cfg, **parts)
+        super().__init__(
+            backbone=backbone,
+            neck=neck,
+            num_queries=num_queries,
+            with_box_refine=with_box_refine,
+            as_two_stage=as_two_stage,
+            num_feature_levels=num_feature_levels,
+            train_cfg=train_cfg,
+            test_cfg=test_cfg or {},
+            data_preprocessor=data_preprocessor,
+            init_cfg=init_cfg,
+            **parts,
+        )
         check_parts(self, neck, num_feature_levels, f'num_feature_levels={num_feature_levels}')
         self._check_levels()
 
@@ -95,11 +122,14 @@ class DeformableDETR(MMDetDeformableDETR):
         for part in ('encoder', 'decoder'):
             for name, module in getattr(self, part).named_modules():
                 if isinstance(module, MultiScaleDeformableAttention) and module.num_levels != self.num_feature_levels:
-                    raise ValueError(f'{part}.{name} has num_levels={module.num_levels}, but num_feature_levels='
-                                     f'{self.num_feature_levels}: set num_levels in its config')
+                    raise ValueError(
+                        f'{part}.{name} has num_levels={module.num_levels}, but num_feature_levels='
+                        f'{self.num_feature_levels}: set num_levels in its config'
+                    )
 
-    def pre_transformer(self, mlvl_feats: tuple[Tensor, ...],
-                        batch_data_samples: list[DetDataSample] | None = None) -> tuple[dict, dict]:
+    def pre_transformer(
+        self, mlvl_feats: tuple[Tensor, ...], batch_data_samples: list[DetDataSample] | None = None
+    ) -> tuple[dict, dict]:
         """Flatten the maps, and embed and mask their pixels.
 
         Args:
@@ -117,9 +147,11 @@ class DeformableDETR(MMDetDeformableDETR):
         """
         sizes = [tuple(feat.shape) for feat in mlvl_feats]
         if len(sizes) != self.num_feature_levels or any(size[1] != self.embed_dims for size in sizes):
-            raise ValueError(f'the neck gave {len(sizes)} maps of {[size[1] for size in sizes]} channels, but '
-                             f'num_feature_levels={self.num_feature_levels} maps of embed_dims={self.embed_dims} are '
-                             'needed')
+            raise ValueError(
+                f'the neck gave {len(sizes)} maps of {[size[1] for size in sizes]} channels, but '
+                f'num_feature_levels={self.num_feature_levels} maps of embed_dims={self.embed_dims} are '
+                'needed'
+            )
         batch, device = sizes[0][0], mlvl_feats[0].device
         spatial_shapes = tuple(size[-2:] for size in sizes)
         starts = [0, *accumulate(height * width for height, width in spatial_shapes[:-1])]
@@ -132,25 +164,45 @@ class DeformableDETR(MMDetDeformableDETR):
         else:
             feat_mask, valid_ratios = None, torch.ones(batch, len(sizes), 2, device=device)
             # The same for every image.
-            positions = [self.positional_encoding(None, input=feat[:1]).expand(batch, -1, -1, -1)
-                         for feat in mlvl_feats]
+            positions = [
+                self.positional_encoding(None, input=feat[:1]).expand(batch, -1, -1, -1) for feat in mlvl_feats
+            ]
         # (bs, embed_dims, h, w) -> (bs, num_keys, embed_dims)
         feat = torch.cat([feat.flatten(2).transpose(1, 2) for feat in mlvl_feats], 1)
-        feat_pos = torch.cat([position.flatten(2).transpose(1, 2) + embed
-                              for position, embed in zip(positions, self.level_embed, strict=True)], 1)
+        feat_pos = torch.cat(
+            [
+                position.flatten(2).transpose(1, 2) + embed
+                for position, embed in zip(positions, self.level_embed, strict=True)
+            ],
+            1,
+        )
 
         shared = dict(spatial_shapes=spatial_shapes, level_start_index=level_start_index, valid_ratios=valid_ratios)
         return dict(feat=feat, feat_mask=feat_mask, feat_pos=feat_pos, **shared), dict(memory_mask=feat_mask, **shared)
 
-    def forward_encoder(self, feat: Tensor, feat_mask: Tensor | None, feat_pos: Tensor, spatial_shapes: Pairs,
-                        level_start_index: Tensor, valid_ratios: Tensor) -> dict:
+    def forward_encoder(
+        self,
+        feat: Tensor,
+        feat_mask: Tensor | None,
+        feat_pos: Tensor,
+        spatial_shapes: Pairs,
+        level_start_index: Tensor,
+        valid_ratios: Tensor,
+    ) -> dict:
         """Run the encoder. Arguments are those that :meth:`pre_transformer` returns."""
-        memory = self.encoder(query=feat, query_pos=feat_pos, key_padding_mask=feat_mask, spatial_shapes=spatial_shapes,
-                              level_start_index=level_start_index, valid_ratios=valid_ratios)
+        memory = self.encoder(
+            query=feat,
+            query_pos=feat_pos,
+            key_padding_mask=feat_mask,
+            spatial_shapes=spatial_shapes,
+            level_start_index=level_start_index,
+            valid_ratios=valid_ratios,
+        )
         return dict(memory=memory, memory_mask=feat_mask, spatial_shapes=spatial_shapes, valid_ratios=valid_ratios)
 
-    def pre_decoder(self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Pairs,
-                    valid_ratios: Tensor) -> tuple[dict, dict]:
+    def pre_decoder(
+        self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Pairs, valid_ratios: Tensor
+    ) -> tuple[dict, dict]:
         """Prepare the queries.
 
         Args:
@@ -170,11 +222,14 @@ class DeformableDETR(MMDetDeformableDETR):
         enc_class = enc_coord = None
         if self.as_two_stage:
             if self.num_queries > memory.shape[1]:
-                raise ValueError(f'num_queries={self.num_queries} proposals are to be chosen, but the maps '
-                                 f'{spatial_shapes} have only {memory.shape[1]} pixels: enlarge the images, or lower '
-                                 'num_queries')
-            output_memory, proposals = self.gen_encoder_output_proposals(memory, memory_mask, spatial_shapes,
-                                                                         valid_ratios)
+                raise ValueError(
+                    f'num_queries={self.num_queries} proposals are to be chosen, but the maps '
+                    f'{spatial_shapes} have only {memory.shape[1]} pixels: enlarge the images, or lower '
+                    'num_queries'
+                )
+            output_memory, proposals = self.gen_encoder_output_proposals(
+                memory, memory_mask, spatial_shapes, valid_ratios
+            )
             enc_class = self.bbox_head.cls_branches[self.decoder.num_layers](output_memory)
             reg_branch = self.bbox_head.reg_branches[self.decoder.num_layers]
             # Class 0 stands for any object.
@@ -195,8 +250,9 @@ class DeformableDETR(MMDetDeformableDETR):
         head_inputs = dict(enc_outputs_class=enc_class, enc_outputs_coord=enc_coord) if self.training else {}
         return dict(query=query, query_pos=query_pos, memory=memory, reference_points=reference_points), head_inputs
 
-    def gen_encoder_output_proposals(self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Pairs,
-                                     valid_ratios: Tensor) -> tuple[Tensor, Tensor]:
+    def gen_encoder_output_proposals(
+        self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Pairs, valid_ratios: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Project the memory, and propose a box at each pixel.
 
         Arguments are those of :meth:`pre_decoder`.
@@ -207,8 +263,12 @@ class DeformableDETR(MMDetDeformableDETR):
             0.99, the memory is zeroed before the projection and the logits are infinite.
         """
         centers = pixel_centers(spatial_shapes, valid_ratios)
-        sides = torch.cat([centers.new_full((height * width,), 0.05 * 2**level)
-                           for level, (height, width) in enumerate(spatial_shapes)])
+        sides = torch.cat(
+            [
+                centers.new_full((height * width,), 0.05 * 2**level)
+                for level, (height, width) in enumerate(spatial_shapes)
+            ]
+        )
         proposals = torch.cat([centers, sides[:, None].expand(len(centers), -1, 2)], -1)
         invalid = ((proposals <= 0.01) | (proposals >= 0.99)).any(-1, keepdim=True)
         if memory_mask is not None:
@@ -216,8 +276,9 @@ class DeformableDETR(MMDetDeformableDETR):
         proposals = proposals.logit().masked_fill(invalid, float('inf'))
         return self.memory_trans_norm(self.memory_trans_fc(memory.masked_fill(invalid, 0))), proposals
 
-    def _forward(self, batch_inputs: Tensor,
-                 batch_data_samples: list[DetDataSample] | None = None) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``mode='tensor'``: what the head returns, logits and boxes of every decoder layer."""
         outputs = self.forward_transformer(self.extract_feat(batch_inputs), batch_data_samples)
         return self.bbox_head(outputs['hidden_states'], outputs['references'])

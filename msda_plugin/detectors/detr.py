@@ -4,6 +4,7 @@ Source: Carion et al., End-to-End Object Detection with Transformers, https://ar
 and state-dict keys are MMDetection's; here encoder, decoder and their attention come from the registry, and no forward
 waits for the device.
 """
+
 import copy
 
 from mmdet.models.detectors.detr import DETR as MMDetDETR
@@ -36,17 +37,38 @@ class DETR(MMDetDETR):
         ValueError: parts do not fit one another, or ``test_cfg.max_per_img`` asks for more boxes than there are.
     """
 
-    def __init__(self, backbone: dict, neck: dict | None = None, encoder: dict | None = None,
-                 decoder: dict | None = None, bbox_head: dict | None = None, positional_encoding: dict | None = None,
-                 num_queries: int = 100, train_cfg: dict | None = None, test_cfg: dict | None = None,
-                 data_preprocessor: dict | None = None, init_cfg: dict | None = None) -> None:
-        parts = {'encoder': encoder, 'decoder': decoder, 'bbox_head': bbox_head,
-                 'positional_encoding': positional_encoding}
+    def __init__(
+        self,
+        backbone: dict,
+        neck: dict | None = None,
+        encoder: dict | None = None,
+        decoder: dict | None = None,
+        bbox_head: dict | None = None,
+        positional_encoding: dict | None = None,
+        num_queries: int = 100,
+        train_cfg: dict | None = None,
+        test_cfg: dict | None = None,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        parts = {
+            'encoder': encoder,
+            'decoder': decoder,
+            'bbox_head': bbox_head,
+            'positional_encoding': positional_encoding,
+        }
         check_given('DETR', parts)
         # Copies: building fills in fields, and a config may be built again.
-        super().__init__(backbone=backbone, neck=neck, num_queries=num_queries, train_cfg=train_cfg,
-                         test_cfg=test_cfg or {}, data_preprocessor=data_preprocessor, init_cfg=init_cfg,
-                         **copy.deepcopy(parts))
+        super().__init__(
+            backbone=backbone,
+            neck=neck,
+            num_queries=num_queries,
+            train_cfg=train_cfg,
+            test_cfg=test_cfg or {},
+            data_preprocessor=data_preprocessor,
+            init_cfg=init_cfg,
+            **copy.deepcopy(parts),
+        )
         check_parts(self, neck, 1, 'DETR takes 1 map')
 
     def _init_layers(self) -> None:
@@ -61,8 +83,9 @@ class DETR(MMDetDETR):
         with pretrained_last(self):
             super().init_weights()
 
-    def pre_transformer(self, img_feats: tuple[Tensor, ...],
-                        batch_data_samples: list[DetDataSample] | None = None) -> tuple[dict, dict]:
+    def pre_transformer(
+        self, img_feats: tuple[Tensor, ...], batch_data_samples: list[DetDataSample] | None = None
+    ) -> tuple[dict, dict]:
         """Flatten the map, and embed and mask its pixels.
 
         Args:
@@ -79,9 +102,11 @@ class DETR(MMDetDETR):
         """
         if len(img_feats) != 1 or img_feats[0].shape[1] != self.embed_dims:
             channels = [feat.shape[1] for feat in img_feats]
-            raise ValueError(f'the neck gave {len(channels)} maps of {channels} channels, but DETR takes 1 map of '
-                             f'embed_dims={self.embed_dims}')
-        feat, = img_feats
+            raise ValueError(
+                f'the neck gave {len(channels)} maps of {channels} channels, but DETR takes 1 map of '
+                f'embed_dims={self.embed_dims}'
+            )
+        (feat,) = img_feats
         if is_padded(batch_data_samples):
             [mask], _ = padding_masks([feat.shape[-2:]], batch_data_samples, feat.device)
             position, mask = self.positional_encoding(mask), mask.flatten(1)

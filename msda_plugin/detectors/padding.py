@@ -1,4 +1,5 @@
 """Which pixels of a batch of images of several sizes are padding."""
+
 from collections.abc import Sequence
 
 import torch
@@ -11,12 +12,14 @@ def is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
     """Whether an image is smaller than the batch; without samples there is no padding, nor in an export to ONNX."""
     if batch_data_samples is None or torch.onnx.is_in_onnx_export():
         return False
-    return any(tuple(sample.img_shape[:2]) != tuple(batch_data_samples[0].batch_input_shape)
-               for sample in batch_data_samples)
+    return any(
+        tuple(sample.img_shape[:2]) != tuple(batch_data_samples[0].batch_input_shape) for sample in batch_data_samples
+    )
 
 
-def padding_masks(shapes: Sequence[tuple[int, int]], batch_data_samples: list[DetDataSample],
-                  device: torch.device) -> tuple[list[Tensor], Tensor]:
+def padding_masks(
+    shapes: Sequence[tuple[int, int]], batch_data_samples: list[DetDataSample], device: torch.device
+) -> tuple[list[Tensor], Tensor]:
     """Masks and valid shares of maps of the batch.
 
     Args:
@@ -29,8 +32,10 @@ def padding_masks(shapes: Sequence[tuple[int, int]], batch_data_samples: list[De
     """
     extents = torch.tensor([sample.img_shape[:2] for sample in batch_data_samples]).to(device, non_blocking=True)
     # Images fill the top left corner, so that rows and columns can be resized apart, by nearest neighbour.
-    beyond = [(torch.arange(size, device=device) >= extent[:, None]).float()[None]
-              for size, extent in zip(batch_data_samples[0].batch_input_shape, extents.unbind(1), strict=True)]
+    beyond = [
+        (torch.arange(size, device=device) >= extent[:, None]).float()[None]
+        for size, extent in zip(batch_data_samples[0].batch_input_shape, extents.unbind(1), strict=True)
+    ]
     masks, ratios = [], []
     for shape in shapes:
         rows, columns = (F.interpolate(mask, size=size)[0].bool() for mask, size in zip(beyond, shape, strict=True))

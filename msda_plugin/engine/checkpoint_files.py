@@ -1,4 +1,5 @@
 """Files of a training that are whole or not there, whatever ends the process that writes them."""
+
 import errno
 import os
 import zipfile
@@ -82,8 +83,10 @@ def latest_whole_checkpoint(work_dir: str | os.PathLike, pattern: str) -> tuple[
     for index, path in enumerate(candidates):
         if is_whole(path):
             return path, candidates[:index]
-    raise ValueError(f'no checkpoint in {folder} is whole ({", ".join(candidates) or "there is none"}); name another '
-                     'one to go on from, or start anew without resuming')
+    raise ValueError(
+        f'no checkpoint in {folder} is whole ({", ".join(candidates) or "there is none"}); name another '
+        'one to go on from, or start anew without resuming'
+    )
 
 
 def _flush(path: Path) -> None:

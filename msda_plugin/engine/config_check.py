@@ -3,6 +3,7 @@
 What MMEngine makes of them otherwise: a missing checkpoint is missed after everything is set up; a schedule that the
 training does not get through is followed as far as it goes, without a word, at a rate that was never meant.
 """
+
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,10 @@ def check_weights(cfg: Config) -> None:
     """
     for where, path in [('load_from', cfg.get('load_from')), *_pretrained(cfg.get('model'), 'model')]:
         if path and '://' not in path and not Path(path).is_file():
-            raise FileNotFoundError(f'the checkpoint {path} of {where} does not exist; put it there, or name its file '
-                                    f'with --cfg-options {where}=FILE')
+            raise FileNotFoundError(
+                f'the checkpoint {path} of {where} does not exist; put it there, or name its file '
+                f'with --cfg-options {where}=FILE'
+            )
 
 
 def _pretrained(node: object, where: str) -> Iterator[tuple[str, str]]:
@@ -73,13 +76,17 @@ def check_schedule(cfg: Config, loop: BaseLoop) -> None:
 def _no_iteration(dataloader: DataLoader) -> str:
     images, processes = len(dataloader.dataset), get_world_size()
     if not images:
-        return ('train_dataloader.dataset has no image, so that nothing is trained; its filter_cfg may leave out all '
-                'of them, as images without boxes or too small')
+        return (
+            'train_dataloader.dataset has no image, so that nothing is trained; its filter_cfg may leave out all '
+            'of them, as images without boxes or too small'
+        )
     batch = getattr(dataloader.batch_sampler, 'batch_size', None) or dataloader.batch_size
     shared = f' in each of {processes} processes' if processes > 1 else ''
-    return (f'train_dataloader.batch_size is {batch}{shared} and drop_last is on, but there are {images} images: no '
-            'batch is ever full, and nothing is trained; set train_dataloader.batch_size='
-            f'{max(images // processes, 1)} or less, or drop_last=False')
+    return (
+        f'train_dataloader.batch_size is {batch}{shared} and drop_last is on, but there are {images} images: no '
+        'batch is ever full, and nothing is trained; set train_dataloader.batch_size='
+        f'{max(images // processes, 1)} or less, or drop_last=False'
+    )
 
 
 def _problems(cfg: Config, loop: BaseLoop, unit: str, length: int) -> Iterator[str]:
@@ -87,8 +94,10 @@ def _problems(cfg: Config, loop: BaseLoop, unit: str, length: int) -> Iterator[s
     lengths = {unit: length, 'iteration': loop.max_iters}
     epochs = f' ({length} epochs of {len(loop.dataloader)})' if unit == 'epoch' else ''
     if cfg.get('val_dataloader') and loop.val_begin > length:
-        yield (f'train_cfg.val_begin is {loop.val_begin}, but the training ends with {unit} {length}: it is never '
-               f'validated; set train_cfg.val_begin={length} or less')
+        yield (
+            f'train_cfg.val_begin is {loop.val_begin}, but the training ends with {unit} {length}: it is never '
+            f'validated; set train_cfg.val_begin={length} or less'
+        )
     schedulers = cfg.get('param_scheduler') or []
     for index, scheduler in enumerate(schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]):
         if not isinstance(scheduler, dict) or 'type' not in scheduler:
@@ -102,14 +111,18 @@ def _problems(cfg: Config, loop: BaseLoop, unit: str, length: int) -> Iterator[s
         ends = f'the training ends with {its_unit} {total}{epochs if its_unit == "iteration" else ""}'
         begin = scheduler.get('begin', 0)
         if begin >= total:
-            yield (f'{place} ({kind}) begins after {its_unit} {begin}, but {ends}; set {place}.begin to less, or leave '
-                   'it out')
+            yield (
+                f'{place} ({kind}) begins after {its_unit} {begin}, but {ends}; set {place}.begin to less, or leave '
+                'it out'
+            )
             continue
         for key, value, start in _ends(kind, scheduler):
             if start + value > total:
                 after = f', counted from {its_unit} {start}' if start else ''
-                yield (f'{place} ({kind}) has {key}={value}{after}, but {ends}: the learning rate never gets there; '
-                       f'train longer, or set {place}.{key} to {total - start} or less')
+                yield (
+                    f'{place} ({kind}) has {key}={value}{after}, but {ends}: the learning rate never gets there; '
+                    f'train longer, or set {place}.{key} to {total - start} or less'
+                )
 
 
 def _ends(kind: str, scheduler: dict) -> Iterator[tuple[str, int, int]]:

@@ -3,6 +3,7 @@
 What MMDetection makes of such data otherwise: an error from deep inside a worker process, or no error at all and an AP
 of 0 (classes that the annotation file does not name are dropped without a word).
 """
+
 import logging
 import math
 import os
@@ -21,7 +22,8 @@ from msda_plugin.safe_loading import load_json
 REQUIRED = dict(  # what MMDetection's CocoDataset reads of each record
     images=('id', 'file_name', 'width', 'height'),
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
-    categories=('id', 'name'))
+    categories=('id', 'name'),
+)
 EVALUATED = ('iscrowd',)  # what pycocotools reads of each annotation besides, when it evaluates
 MOST_PIXELS = 1e9  # of a side or a coordinate; more is no image, and overflows in what is computed from it
 
@@ -40,9 +42,16 @@ def _is_pixels(value: object) -> bool:
 _ID = (lambda value: isinstance(value, str) or _is_number(value), 'a number or a string')
 _PIXELS = (_is_pixels, 'a number of pixels')
 KINDS = dict(  # of what records may hold, and how to call it
-    id=_ID, image_id=_ID, category_id=_ID, name=_ID, width=_PIXELS, height=_PIXELS,
-    area=(_is_number, 'a finite number'), iscrowd=(lambda value: value in (0, 1), '0 or 1'),
-    file_name=(lambda value: isinstance(value, str) and '\0' not in value, 'a string'))
+    id=_ID,
+    image_id=_ID,
+    category_id=_ID,
+    name=_ID,
+    width=_PIXELS,
+    height=_PIXELS,
+    area=(_is_number, 'a finite number'),
+    iscrowd=(lambda value: value in (0, 1), '0 or 1'),
+    file_name=(lambda value: isinstance(value, str) and '\0' not in value, 'a string'),
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class DataReport:
         num_degenerate_boxes: Boxes that MMDetection leaves out: a side under one pixel, or outside their image.
         warnings: Sentences on what does not stop the training and is hardly meant.
     """
+
     ann_file: str
     classes: tuple[str, ...]
     num_images: int
@@ -67,12 +77,20 @@ class DataReport:
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (f'{self.ann_file}: {self.num_images} images ({self.num_empty_images} of them empty), {self.num_boxes} '
-                f'boxes of {len(self.classes)} classes')
+        return (
+            f'{self.ann_file}: {self.num_images} images ({self.num_empty_images} of them empty), {self.num_boxes} '
+            f'boxes of {len(self.classes)} classes'
+        )
 
 
-def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes: Sequence[str] | None = None, *,
-               evaluated: bool = False, annotated: bool = True) -> DataReport:
+def check_coco(
+    ann_file: str | os.PathLike,
+    img_root: str | os.PathLike,
+    classes: Sequence[str] | None = None,
+    *,
+    evaluated: bool = False,
+    annotated: bool = True,
+) -> DataReport:
     """Check an annotation file in COCO format and that its images are there. Images are not opened.
 
     Args:
@@ -89,8 +107,9 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes
     ann_file, img_root = str(ann_file), str(img_root)
     content = read_coco(ann_file, annotated=annotated)
     for field, keys in REQUIRED.items():
-        check_records(ann_file, field, content[field],
-                      (*keys, *EVALUATED) if evaluated and field == 'annotations' else keys)
+        check_records(
+            ann_file, field, content[field], (*keys, *EVALUATED) if evaluated and field == 'annotations' else keys
+        )
     if not content['images']:
         raise ValueError(f"the annotation file '{ann_file}' lists no images; is it the file of another split?")
 
@@ -111,22 +130,35 @@ def check_coco(ann_file: str | os.PathLike, img_root: str | os.PathLike, classes
     # CocoDataset numbers the classes in the order of the file, and names them in the order of the config.
     in_file_order = tuple(name for name in present if name in set(classes))
     if in_file_order != classes:
-        warnings.append(f"'{ann_file}' has the classes in the order {_names(in_file_order)}, the config in the order "
-                        f'{_names(classes)}; MMDetection goes by the file, so write them in that order, or names will '
-                        'be swapped')
+        warnings.append(
+            f"'{ann_file}' has the classes in the order {_names(in_file_order)}, the config in the order "
+            f'{_names(classes)}; MMDetection goes by the file, so write them in that order, or names will '
+            'be swapped'
+        )
     if annotated and not annotations:
         warnings.append(f"'{ann_file}' holds no box of the classes {_names(classes)}")
     if degenerate:
-        warnings.append(f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
-                        'without area or outside their image, and are left out')
+        warnings.append(
+            f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
+            'without area or outside their image, and are left out'
+        )
     if unknown:
         ids = _names(sorted(set(unknown), key=str), limit=5)
-        warnings.append(f"{len(unknown)} of the {len(content['annotations'])} annotations in '{ann_file}' have a "
-                        f'category that it does not list (id {ids}), and are left out')
+        warnings.append(
+            f"{len(unknown)} of the {len(content['annotations'])} annotations in '{ann_file}' have a "
+            f'category that it does not list (id {ids}), and are left out'
+        )
     if strays:
         warnings.append(f"{strays} annotations in '{ann_file}' belong to images that it does not list")
-    return DataReport(ann_file, classes, len(sizes), len(annotations),
-                      len(sizes) - len({a['image_id'] for a in annotations}), degenerate, tuple(warnings))
+    return DataReport(
+        ann_file,
+        classes,
+        len(sizes),
+        len(annotations),
+        len(sizes) - len({a['image_id'] for a in annotations}),
+        degenerate,
+        tuple(warnings),
+    )
 
 
 def check_config_data(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> list[DataReport]:
@@ -150,9 +182,15 @@ def check_config_data(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> 
             ann_file, img_root = _paths(where, dataset)
             metrics = _metrics(cfg.get(f'{split}_evaluator'))
             compared = [metric for metric in metrics if not metric.get('format_only')]
-            reports.append(check_coco(ann_file, img_root, classes, annotated=bool(compared) or split != 'test',
-                                      evaluated=any(str(metric.get('type')).endswith('CocoMetric')
-                                                    for metric in compared)))
+            reports.append(
+                check_coco(
+                    ann_file,
+                    img_root,
+                    classes,
+                    annotated=bool(compared) or split != 'test',
+                    evaluated=any(str(metric.get('type')).endswith('CocoMetric') for metric in compared),
+                )
+            )
         _check_evaluator(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
     for report in reports:
         for warning in report.warnings:
@@ -173,8 +211,9 @@ def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
         ValueError: It is not JSON, not COCO, or too large for the memory that is free.
     """
     if not Path(ann_file).is_file():
-        raise FileNotFoundError(f"the annotation file '{ann_file}' does not exist; set data_root and ann_file of the "
-                                'data set in the config')
+        raise FileNotFoundError(
+            f"the annotation file '{ann_file}' does not exist; set data_root and ann_file of the data set in the config"
+        )
     try:
         content = load_json(ann_file, 'COCO')
     except ValueError as error:
@@ -184,8 +223,10 @@ def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
     missing = [key for key in REQUIRED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
         found = f'an object with the keys {_names(content)}' if isinstance(content, dict) else f'a {_kind(content)}'
-        raise ValueError(f"the annotation file '{ann_file}' is not COCO: it needs the lists {_names(missing)}, and is "
-                         f'{found}; convert it, or take the data set class of its format')
+        raise ValueError(
+            f"the annotation file '{ann_file}' is not COCO: it needs the lists {_names(missing)}, and is "
+            f'{found}; convert it, or take the data set class of its format'
+        )
     return content
 
 
@@ -204,11 +245,14 @@ def check_records(ann_file: str | os.PathLike, field: str, records: list, keys: 
             raise ValueError(f"the annotation file '{ann_file}' is not COCO: {field}[{index}] lacks {_names(lacking)}")
         for key, (fits, kind) in KINDS.items():
             if key in record and not fits(record[key]):
-                raise ValueError(f"the annotation file '{ann_file}' is not COCO: {key} of {field}[{index}] must be "
-                                 f'{kind}, got {_shortened(record[key])}')
+                raise ValueError(
+                    f"the annotation file '{ann_file}' is not COCO: {key} of {field}[{index}] must be "
+                    f'{kind}, got {_shortened(record[key])}'
+                )
     if 'id' in wanted and len({record['id'] for record in records}) < len(records):
-        raise ValueError(f"the annotation file '{ann_file}' is not COCO: the ids of its {field} are not unique; number "
-                         'them anew')
+        raise ValueError(
+            f"the annotation file '{ann_file}' is not COCO: the ids of its {field} are not unique; number them anew"
+        )
 
 
 def _check_classes(ann_file: str, present: list[str], classes: Sequence[str] | None) -> tuple[str, ...]:
@@ -216,9 +260,11 @@ def _check_classes(ann_file: str, present: list[str], classes: Sequence[str] | N
         return tuple(present)
     lacking = [name for name in classes if name not in set(present)]
     if lacking:
-        raise ValueError(f"the annotation file '{ann_file}' does not have the classes {_names(lacking)} of the config; "
-                         f'it has {_names(present)}, the config {_names(classes)}; set metainfo=dict(classes=(…,)) of '
-                         'the data set and num_classes of the model')
+        raise ValueError(
+            f"the annotation file '{ann_file}' does not have the classes {_names(lacking)} of the config; "
+            f'it has {_names(present)}, the config {_names(classes)}; set metainfo=dict(classes=(…,)) of '
+            'the data set and num_classes of the model'
+        )
     return tuple(classes)
 
 
@@ -231,8 +277,10 @@ def check_boxes(ann_file: str | os.PathLike, annotations: list[dict]) -> None:
     for annotation in annotations:
         box = annotation['bbox']
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_pixels, box)):
-            raise ValueError(f"the annotation file '{ann_file}' is not COCO: the bbox of the annotation with id "
-                             f'{annotation.get("id")} must be [x, y, width, height], got {_shortened(box)}')
+            raise ValueError(
+                f"the annotation file '{ann_file}' is not COCO: the bbox of the annotation with id "
+                f'{annotation.get("id")} must be [x, y, width, height], got {_shortened(box)}'
+            )
 
 
 def count_degenerate(annotations: list[dict], sizes: dict[object, tuple[float, float]]) -> int:
@@ -248,8 +296,10 @@ def count_degenerate(annotations: list[dict], sizes: dict[object, tuple[float, f
 
 def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
     if not Path(img_root or '.').is_dir():
-        raise FileNotFoundError(f"the image folder '{img_root}' does not exist; set data_root and data_prefix=dict(img="
-                                '…) of the data set in the config')
+        raise FileNotFoundError(
+            f"the image folder '{img_root}' does not exist; set data_root and data_prefix=dict(img="
+            '…) of the data set in the config'
+        )
     folders: dict[str, set[str]] = {}  # listed once each: far quicker than asking for every file
     missing = []
     for image in images:
@@ -259,8 +309,10 @@ def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
         if name not in folders[folder]:
             missing.append(image['file_name'])
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of the {len(images)} images of '{ann_file}' are not in '{img_root}': "
-                                f'{_names(missing, limit=5)}; set data_prefix=dict(img=…) to the folder of the images')
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(images)} images of '{ann_file}' are not in '{img_root}': "
+            f'{_names(missing, limit=5)}; set data_prefix=dict(img=…) to the folder of the images'
+        )
 
 
 def _names(names: Iterable[str], limit: int = 20) -> str:
@@ -293,35 +345,45 @@ def _coco_datasets(node: object, where: str) -> Iterator[tuple[str, ConfigDict]]
 
 def _dataset_class(kind: object) -> object:
     from mmdet.registry import DATASETS  # here: checking a file alone needs no MMDetection
+
     return DATASETS.get(kind) if isinstance(kind, str) else kind
 
 
 def _is_coco(kind: object) -> bool:
     """Whether it is a ``CocoDataset``, and reads the file as that does (those of LVIS or panoptic data do not)."""
     from mmdet.datasets import CocoDataset
+
     found = _dataset_class(kind)
-    return isinstance(found, type) and issubclass(found, CocoDataset) and all(
-        getattr(found, name) is getattr(CocoDataset, name) for name in ('load_data_list', 'parse_data_info'))
+    return (
+        isinstance(found, type)
+        and issubclass(found, CocoDataset)
+        and all(getattr(found, name) is getattr(CocoDataset, name) for name in ('load_data_list', 'parse_data_info'))
+    )
 
 
 def _is_remote(dataset: dict) -> bool:
     return bool(dataset.get('backend_args')) or any(
-        '://' in str(path) for path in (dataset.get('data_root'), dataset.get('ann_file')))
+        '://' in str(path) for path in (dataset.get('data_root'), dataset.get('ann_file'))
+    )
 
 
 def _paths(where: str, dataset: dict) -> tuple[str, str]:
     """Annotation file and image folder, joined as MMEngine's ``BaseDataset`` does."""
     root = dataset.get('data_root') or ''
     if root and not Path(root).is_dir():
-        raise FileNotFoundError(f"the data root '{root}' of {where} does not exist (seen from {Path.cwd()}); put or "
-                                'link the data there, or name its folder with --cfg-options data_root=DIR')
+        raise FileNotFoundError(
+            f"the data root '{root}' of {where} does not exist (seen from {Path.cwd()}); put or "
+            'link the data there, or name its folder with --cfg-options data_root=DIR'
+        )
     if not dataset.get('ann_file'):
         raise ValueError(f'{where} has no ann_file; give it the annotation file in COCO format')
     prefix = dataset.get('data_prefix') or {}
     if 'img' not in prefix:
         raise ValueError(f"{where}.data_prefix has no 'img'; write data_prefix=dict(img='FOLDER/')")
-    ann_file, img_root = (path if os.path.isabs(path) or not root else join_path(root, path)
-                          for path in (dataset['ann_file'], prefix['img']))
+    ann_file, img_root = (
+        path if os.path.isabs(path) or not root else join_path(root, path)
+        for path in (dataset['ann_file'], prefix['img'])
+    )
     return ann_file, img_root
 
 
@@ -332,11 +394,15 @@ def _configured_classes(where: str, dataset: dict) -> tuple[str, ...]:
     if isinstance(classes, str):
         if not Path(classes).is_file():
             if os.path.splitext(classes)[1] or os.sep in classes:
-                raise FileNotFoundError(f"the class list '{classes}' of {where}.metainfo does not exist (seen from "
-                                        f'{Path.cwd()}); put it there, a name a line, or write the names: '
-                                        'metainfo=dict(classes=(…,))')
-            raise ValueError(f"{where}.metainfo.classes is the string '{classes}'; a tuple of one class needs a comma: "
-                             f"('{classes}',)")
+                raise FileNotFoundError(
+                    f"the class list '{classes}' of {where}.metainfo does not exist (seen from "
+                    f'{Path.cwd()}); put it there, a name a line, or write the names: '
+                    'metainfo=dict(classes=(…,))'
+                )
+            raise ValueError(
+                f"{where}.metainfo.classes is the string '{classes}'; a tuple of one class needs a comma: "
+                f"('{classes}',)"
+            )
         classes = Path(classes).read_text().split('\n')
     return tuple(name for name in classes if name)
 
@@ -357,19 +423,25 @@ def _check_head(model: object, where: str, classes: tuple[str, ...]) -> None:
     for path, head in bbox_heads(model):
         number = head.get('num_classes')
         if number is not None and number != len(classes):
-            raise ValueError(f'{path}.num_classes is {number}, but {where} has {len(classes)} classes '
-                             f'({_names(classes)}); set {path}.num_classes={len(classes)}, or metainfo=dict(classes='
-                             '(…,)) of the data set')
+            raise ValueError(
+                f'{path}.num_classes is {number}, but {where} has {len(classes)} classes '
+                f'({_names(classes)}); set {path}.num_classes={len(classes)}, or metainfo=dict(classes='
+                '(…,)) of the data set'
+            )
 
 
 def _metrics(evaluator: object) -> list[dict]:
-    return [metric for metric in (evaluator if isinstance(evaluator, (list, tuple)) else [evaluator])
-            if isinstance(metric, dict)]
+    return [
+        metric
+        for metric in (evaluator if isinstance(evaluator, (list, tuple)) else [evaluator])
+        if isinstance(metric, dict)
+    ]
 
 
 def _check_evaluator(evaluator: object, where: str) -> None:
     for metric in _metrics(evaluator):
         path = None if metric.get('backend_args') else metric.get('ann_file')
         if path and '://' not in path and not Path(path).is_file():
-            raise FileNotFoundError(f"the annotation file '{path}' of {where} does not exist; it is usually that of "
-                                    'the data set')
+            raise FileNotFoundError(
+                f"the annotation file '{path}' of {where} does not exist; it is usually that of the data set"
+            )

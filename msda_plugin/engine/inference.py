@@ -1,4 +1,5 @@
 """What `demo` and `visualize` share: which model, from which files, and one image through it."""
+
 import copy
 import os
 from pathlib import Path
@@ -23,8 +24,11 @@ from msda_plugin.registry import MODELS
 MAIN_JOB = 'shapes*'  # the folders of `make train` below the work dirs, one a stack
 
 
-def find_checkpoint(config: str | os.PathLike | None = None, checkpoint: str | os.PathLike | None = None,
-                    work_dirs: str | os.PathLike = 'work_dirs') -> tuple[str, str]:
+def find_checkpoint(
+    config: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    work_dirs: str | os.PathLike = 'work_dirs',
+) -> tuple[str, str]:
     """Paths of a config and a checkpoint that belong together; what is not named is looked for.
 
     Args:
@@ -42,23 +46,28 @@ def find_checkpoint(config: str | os.PathLike | None = None, checkpoint: str | o
     """
     for what, path in (('config', config), ('checkpoint', checkpoint)):
         if path is not None and not Path(path).is_file() and '://' not in str(path):
-            raise FileNotFoundError(f'the {what} {path} does not exist; give the path of a '
-                                    f'{"Python config" if what == "config" else ".pth"} file')
+            raise FileNotFoundError(
+                f'the {what} {path} does not exist; give the path of a '
+                f'{"Python config" if what == "config" else ".pth"} file'
+            )
     if checkpoint is None:
         pattern = MAIN_JOB if config is None else Path(config).stem
         found = sorted(filter(None, map(_best_checkpoint, Path(work_dirs).glob(pattern))), key=_age)
         if not found:
             where = Path(work_dirs, pattern)
             remedy = 'run `make train` first, or name' if config is None else 'name'
-            raise FileNotFoundError(f'no checkpoint is named, and there is none in {where}; {remedy} one with '
-                                    '--checkpoint')
+            raise FileNotFoundError(
+                f'no checkpoint is named, and there is none in {where}; {remedy} one with --checkpoint'
+            )
         checkpoint = found[-1]
     if config is None:
         beside = sorted(Path(checkpoint).parent.glob('*.py'))
         if len(beside) != 1:
-            raise ValueError(f'{len(beside)} Python files lie beside the checkpoint {checkpoint}, and one, its config, '
-                             'is needed; name it with --config')
-        config, = beside
+            raise ValueError(
+                f'{len(beside)} Python files lie beside the checkpoint {checkpoint}, and one, its config, '
+                'is needed; name it with --config'
+            )
+        (config,) = beside
     return str(config), str(checkpoint)
 
 
@@ -71,8 +80,9 @@ def _age(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def load_detector(config: str | os.PathLike | Config, checkpoint: str | os.PathLike,
-                  device: str | torch.device | None = None) -> nn.Module:
+def load_detector(
+    config: str | os.PathLike | Config, checkpoint: str | os.PathLike, device: str | torch.device | None = None
+) -> nn.Module:
     """The detector of a config with the weights of a checkpoint, ready to predict.
 
     Args:
@@ -103,14 +113,23 @@ def load_detector(config: str | os.PathLike | Config, checkpoint: str | os.PathL
 
 def _check_fit(model: nn.Module, state_dict: dict, checkpoint: str | os.PathLike) -> None:
     own = model.state_dict()
-    wrong = [f'{len(names)} {what} (such as {names[0]})' for what, names in (
-        ('weights are missing', [name for name in own if name not in state_dict]),
-        ('are not in the model', [name for name in state_dict if name not in own]),
-        ('have another shape', [name for name in own if name in state_dict
-                                and state_dict[name].shape != own[name].shape])) if names]
+    wrong = [
+        f'{len(names)} {what} (such as {names[0]})'
+        for what, names in (
+            ('weights are missing', [name for name in own if name not in state_dict]),
+            ('are not in the model', [name for name in state_dict if name not in own]),
+            (
+                'have another shape',
+                [name for name in own if name in state_dict and state_dict[name].shape != own[name].shape],
+            ),
+        )
+        if names
+    ]
     if wrong:
-        raise ValueError(f'the checkpoint {checkpoint} does not fit the config: {", ".join(wrong)}; name the config '
-                         'that it was trained with')
+        raise ValueError(
+            f'the checkpoint {checkpoint} does not fit the config: {", ".join(wrong)}; name the config '
+            'that it was trained with'
+        )
 
 
 def _dataset_meta(cfg: Config) -> dict:
@@ -149,11 +168,14 @@ def predict(model: nn.Module, image: np.ndarray) -> DetDataSample:
         ``labels`` (N,), indices of ``model.dataset_meta['classes']``; and what the pipeline did: ``ori_shape``,
         ``img_shape``, ``batch_input_shape`` (h, w), ``scale_factor`` (w, h).
     """
-    pipeline = [step for step in copy.deepcopy(get_test_pipeline_cfg(model.cfg))
-                if not step['type'].split('.')[-1].startswith('LoadAnnotations')]
+    pipeline = [
+        step
+        for step in copy.deepcopy(get_test_pipeline_cfg(model.cfg))
+        if not step['type'].split('.')[-1].startswith('LoadAnnotations')
+    ]
     pipeline[0]['type'] = 'mmdet.LoadImageFromNDArray'
     # Files are read as BGR, which is what the model's preprocessor expects.
     data = Compose(pipeline)(dict(img=np.ascontiguousarray(image[..., ::-1]), img_id=0))
     with torch.no_grad():
-        sample, = model.test_step(dict(inputs=[data['inputs']], data_samples=[data['data_samples']]))
+        (sample,) = model.test_step(dict(inputs=[data['inputs']], data_samples=[data['data_samples']]))
     return sample

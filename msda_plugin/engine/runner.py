@@ -1,4 +1,5 @@
 """MMEngine's runner, with what a config says checked before anything is built from it."""
+
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -45,8 +46,10 @@ def propagate_data_root(cfg: Config) -> None:
     if len(roots) > 1 and cfg.filename and Path(cfg.filename).is_file():
         roots &= {Config.fromfile(cfg.filename).get('data_root')}
     if len(roots) != 1:
-        raise ValueError(f"data_root is '{new}', but the data sets of the config start from several other folders; set "
-                         "the data_root of each data set, such as train_dataloader.dataset.data_root")
+        raise ValueError(
+            f"data_root is '{new}', but the data sets of the config start from several other folders; set "
+            'the data_root of each data set, such as train_dataloader.dataset.data_root'
+        )
     [old] = roots
     for field in DATA_FIELDS:
         if cfg.get(field) is not None:
@@ -108,7 +111,7 @@ def _find(node: object, key: str) -> Iterator[str]:
 def _move(node: object, old: str, new: str) -> object:
     """`node` with `new` instead of `old` in every path at or under `old`."""
     if isinstance(node, str):
-        return new + node[len(old):] if node == old or node.startswith(f'{old}/') else node
+        return new + node[len(old) :] if node == old or node.startswith(f'{old}/') else node
     if isinstance(node, dict):
         for key, value in node.items():
             node[key] = _move(value, old, new)
@@ -164,8 +167,8 @@ class DetectionRunner(Runner):
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         if self.distributed and model_wrapper_cfg is None and get_device() == 'cpu':
             return MMDistributedDataParallel(
-                model, broadcast_buffers=False,
-                find_unused_parameters=self.cfg.get('find_unused_parameters', False))
+                model, broadcast_buffers=False, find_unused_parameters=self.cfg.get('find_unused_parameters', False)
+            )
         device = self.cfg.get('device')
         if device and not self.distributed:
             if device.startswith('cuda'):
@@ -205,8 +208,12 @@ class DetectionRunner(Runner):
     def _missed_validation(self) -> bool:
         """Whether the checkpoint that was resumed is from before the validation that follows it."""
         loop = self.train_loop
-        if not (self._resume and self.iter and self.val_loop is not None
-                and isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop))):
+        if not (
+            self._resume
+            and self.iter
+            and self.val_loop is not None
+            and isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop))
+        ):
             return False
         by_epoch = isinstance(loop, EpochBasedTrainLoop)
         done, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
@@ -215,12 +222,21 @@ class DetectionRunner(Runner):
         return due and self.message_hub.runtime_info.get(VALIDATED) != self.iter
 
     @master_only
-    def save_checkpoint(self, out_dir: str, filename: str, file_client_args: dict | None = None,
-                        save_optimizer: bool = True, save_param_scheduler: bool = True, meta: dict | None = None,
-                        by_epoch: bool = True, backend_args: dict | None = None) -> None:
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict | None = None,
+        by_epoch: bool = True,
+        backend_args: dict | None = None,
+    ) -> None:
         """Save a checkpoint, as MMEngine does; on a local disk its file is whole or not there."""
-        arguments = dict(save_optimizer=save_optimizer, save_param_scheduler=save_param_scheduler, meta=meta,
-                         by_epoch=by_epoch)
+        arguments = dict(
+            save_optimizer=save_optimizer, save_param_scheduler=save_param_scheduler, meta=meta, by_epoch=by_epoch
+        )
         if file_client_args or backend_args or '://' in str(out_dir):
             super().save_checkpoint(out_dir, filename, file_client_args, backend_args=backend_args, **arguments)
         else:
@@ -237,15 +253,20 @@ class DetectionRunner(Runner):
             return None
         if self._load_from is not None:
             if Path(self._load_from).is_file() and not is_whole(self._load_from):
-                raise ValueError(f'the checkpoint {self._load_from} is not whole: its end is missing, or it is '
-                                 'damaged; resume from another one')
+                raise ValueError(
+                    f'the checkpoint {self._load_from} is not whole: its end is missing, or it is '
+                    'damaged; resume from another one'
+                )
             return self._load_from
-        patterns = [hook.filename_tmpl.format('*') for hook in self.hooks
-                    if isinstance(hook, mmengine.hooks.CheckpointHook)]
+        patterns = [
+            hook.filename_tmpl.format('*') for hook in self.hooks if isinstance(hook, mmengine.hooks.CheckpointHook)
+        ]
         self._load_from, broken = latest_whole_checkpoint(self.work_dir, patterns[0] if patterns else '*.pth')
         if broken:
-            self.logger.warning(f'{", ".join(broken)} cannot be resumed, since not whole or not there: the training '
-                                f'goes on from {self._load_from} instead')
+            self.logger.warning(
+                f'{", ".join(broken)} cannot be resumed, since not whole or not there: the training '
+                f'goes on from {self._load_from} instead'
+            )
         return self._load_from
 
     def check_data(self, *splits: str) -> None:
@@ -272,12 +293,19 @@ class DetectionRunner(Runner):
         super().load_or_resume()
         new = [name for module in self.model.modules() for name in getattr(module, 'new_class_layers', ())]
         if new and (self._resume or not isinstance(self._train_loop, BaseLoop)):
-            raise ValueError(f'the checkpoint is for another number of classes ({", ".join(new)} do not fit), and can '
-                             'neither be resumed nor evaluated: fine-tune from it with load_from and resume=False, or '
-                             'set num_classes to what it was trained with')
+            raise ValueError(
+                f'the checkpoint is for another number of classes ({", ".join(new)} do not fit), and can '
+                'neither be resumed nor evaluated: fine-tune from it with load_from and resume=False, or '
+                'set num_classes to what it was trained with'
+            )
 
-    def resume(self, filename: str, resume_optimizer: bool = True, resume_param_scheduler: bool = True,
-               map_location: str | Callable = 'default') -> None:
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: str | Callable = 'default',
+    ) -> None:
         """Resume a checkpoint, as MMEngine does, and with it the order of the data where the config gives no seed."""
         super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
         # The data loader was built before the seed was known, where the config gives none.
@@ -304,8 +332,11 @@ class DetectionRunner(Runner):
         record = Path(self.work_dir, 'last_checkpoint')
         known = self.message_hub.runtime_info.get('last_ckpt')  # of this training, or of the one that it resumed
         last = record.read_text().strip() if known and record.is_file() else ''
-        kept = (f'the last checkpoint, {last}, is whole: free some space, and go on from it with --resume' if last else
-                'there is no checkpoint yet: free some space, or name another folder with --work-dir')
+        kept = (
+            f'the last checkpoint, {last}, is whole: free some space, and go on from it with --resume'
+            if last
+            else 'there is no checkpoint yet: free some space, or name another folder with --work-dir'
+        )
         return f'{error.filename or self.work_dir} cannot be written ({error.strerror}); {kept}'
 
     def val(self) -> dict:

@@ -1,4 +1,5 @@
 """Detection heads."""
+
 from .deformable_detr_head import DeformableDETRHead
 from .detr_head import DETRHead
 

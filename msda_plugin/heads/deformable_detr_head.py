@@ -3,6 +3,7 @@
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159. Branches, fields and loss values are
 MMDetection's.
 """
+
 import torch
 from mmdet.models.dense_heads.deformable_detr_head import DeformableDETRHead as MMDetDeformableDETRHead
 from mmdet.models.layers import inverse_sigmoid
@@ -40,18 +41,24 @@ class DeformableDETRHead(SetPrediction, MMDetDeformableDETRHead):
             logits = torch.stack([branch(x) for branch, x in zip(self.cls_branches, hidden_states, strict=False)])
             deltas = torch.stack([branch(x) for branch, x in zip(self.reg_branches, hidden_states, strict=False)])
         # A reference of two coordinates is a centre: width and height come from the deltas alone.
-        start = torch.stack([F.pad(inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))
-                             for reference in references[:len(hidden_states)]])
+        start = torch.stack(
+            [
+                F.pad(inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))
+                for reference in references[: len(hidden_states)]
+            ]
+        )
         return logits, (deltas + start).sigmoid()
 
-    def loss_by_feat(self,
-                     all_layers_cls_scores: Tensor,
-                     all_layers_bbox_preds: Tensor,
-                     enc_cls_scores: Tensor | None,
-                     enc_bbox_preds: Tensor | None,
-                     batch_gt_instances: list[InstanceData],
-                     batch_img_metas: list[dict],
-                     batch_gt_instances_ignore: None = None) -> dict[str, Tensor]:
+    def loss_by_feat(
+        self,
+        all_layers_cls_scores: Tensor,
+        all_layers_bbox_preds: Tensor,
+        enc_cls_scores: Tensor | None,
+        enc_bbox_preds: Tensor | None,
+        batch_gt_instances: list[InstanceData],
+        batch_img_metas: list[dict],
+        batch_gt_instances_ignore: None = None,
+    ) -> dict[str, Tensor]:
         """Losses of every decoder layer and, in a two-stage model, of the encoder's proposals.
 
         Args:
@@ -69,9 +76,17 @@ class DeformableDETRHead(SetPrediction, MMDetDeformableDETRHead):
             ones, ``enc_loss_cls`` ... of the proposals.
         """
         if self.matcher is None:
-            return super().loss_by_feat(all_layers_cls_scores, all_layers_bbox_preds, enc_cls_scores, enc_bbox_preds,
-                                        batch_gt_instances, batch_img_metas, batch_gt_instances_ignore)
+            return super().loss_by_feat(
+                all_layers_cls_scores,
+                all_layers_bbox_preds,
+                enc_cls_scores,
+                enc_bbox_preds,
+                batch_gt_instances,
+                batch_img_metas,
+                batch_gt_instances_ignore,
+            )
         self.check_nothing_ignored(batch_gt_instances_ignore)
         proposals = None if enc_cls_scores is None else (enc_cls_scores, enc_bbox_preds)
-        return self.batched_losses(all_layers_cls_scores, all_layers_bbox_preds, batch_gt_instances, batch_img_metas,
-                                   proposals)
+        return self.batched_losses(
+            all_layers_cls_scores, all_layers_bbox_preds, batch_gt_instances, batch_img_metas, proposals
+        )

@@ -2,6 +2,7 @@
 
 Source: Carion et al., DETR, https://arxiv.org/abs/2005.12872. Layers, fields and loss values are MMDetection's.
 """
+
 from numbers import Real
 
 from mmdet.models.dense_heads.detr_head import DETRHead as MMDetDETRHead
@@ -14,10 +15,16 @@ from msda_plugin.registry import MODELS
 CLASSIFICATION = dict(type='mmdet.CrossEntropyLoss', bg_cls_weight=0.1, class_weight=1.0)
 L1 = dict(type='mmdet.L1Loss', loss_weight=5.0)
 GIOU = dict(type='mmdet.GIoULoss', loss_weight=2.0)
-MATCHING = dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-    dict(type='mmdet.ClassificationCost', weight=1.0),
-    dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
-    dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)]))
+MATCHING = dict(
+    assigner=dict(
+        type='mmdet.HungarianAssigner',
+        match_costs=[
+            dict(type='mmdet.ClassificationCost', weight=1.0),
+            dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+            dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0),
+        ],
+    )
+)
 TOP_100 = dict(max_per_img=100)
 
 
@@ -42,19 +49,43 @@ class DETRHead(SetPrediction, MMDetDETRHead):
         ValueError: ``test_cfg.nms`` has no ``iou_threshold`` over 0 and up to 1.
     """
 
-    def __init__(self, num_classes: int, embed_dims: int = 256, num_reg_fcs: int = 2, sync_cls_avg_factor: bool = False,
-                 loss_cls: dict = CLASSIFICATION, loss_bbox: dict = L1, loss_iou: dict = GIOU,
-                 train_cfg: dict | None = MATCHING, test_cfg: dict | None = TOP_100,
-                 init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        embed_dims: int = 256,
+        num_reg_fcs: int = 2,
+        sync_cls_avg_factor: bool = False,
+        loss_cls: dict = CLASSIFICATION,
+        loss_bbox: dict = L1,
+        loss_iou: dict = GIOU,
+        train_cfg: dict | None = MATCHING,
+        test_cfg: dict | None = TOP_100,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         loss_cls, background = _class_weights(loss_cls, num_classes)
-        super().__init__(num_classes, embed_dims, num_reg_fcs, sync_cls_avg_factor, loss_cls, loss_bbox, loss_iou,
-                         train_cfg, test_cfg or {}, init_cfg)
+        super().__init__(
+            num_classes,
+            embed_dims,
+            num_reg_fcs,
+            sync_cls_avg_factor,
+            loss_cls,
+            loss_bbox,
+            loss_iou,
+            train_cfg,
+            test_cfg or {},
+            init_cfg,
+        )
         self.bg_cls_weight = background
         self.init_set_prediction()
 
-    def loss_by_feat(self, all_layers_cls_scores: Tensor, all_layers_bbox_preds: Tensor,
-                     batch_gt_instances: list[InstanceData], batch_img_metas: list[dict],
-                     batch_gt_instances_ignore: None = None) -> dict[str, Tensor]:
+    def loss_by_feat(
+        self,
+        all_layers_cls_scores: Tensor,
+        all_layers_bbox_preds: Tensor,
+        batch_gt_instances: list[InstanceData],
+        batch_img_metas: list[dict],
+        batch_gt_instances_ignore: None = None,
+    ) -> dict[str, Tensor]:
         """Losses of every decoder layer.
 
         Args:
@@ -70,8 +101,13 @@ class DETRHead(SetPrediction, MMDetDETRHead):
             ones.
         """
         if self.matcher is None:
-            return super().loss_by_feat(all_layers_cls_scores, all_layers_bbox_preds, batch_gt_instances,
-                                        batch_img_metas, batch_gt_instances_ignore)
+            return super().loss_by_feat(
+                all_layers_cls_scores,
+                all_layers_bbox_preds,
+                batch_gt_instances,
+                batch_img_metas,
+                batch_gt_instances_ignore,
+            )
         self.check_nothing_ignored(batch_gt_instances_ignore)
         return self.batched_losses(all_layers_cls_scores, all_layers_bbox_preds, batch_gt_instances, batch_img_metas)
 
@@ -84,7 +120,9 @@ def _class_weights(loss_cls: dict, num_classes: int) -> tuple[dict, float]:
     background = loss_cls.get('bg_cls_weight', weight)
     for name, value in (('class_weight', weight), ('bg_cls_weight', background)):
         if not isinstance(value, Real):
-            raise TypeError(f'loss_cls.{name} is {value!r}, but DETR takes one number for all classes, and '
-                            'bg_cls_weight for no object')
+            raise TypeError(
+                f'loss_cls.{name} is {value!r}, but DETR takes one number for all classes, and '
+                'bg_cls_weight for no object'
+            )
     loss_cls = {name: value for name, value in loss_cls.items() if name != 'bg_cls_weight'}
     return loss_cls | dict(class_weight=[float(weight)] * num_classes + [float(background)]), float(background)

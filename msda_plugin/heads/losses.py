@@ -2,6 +2,7 @@
 
 Objects are few among the queries: both losses take the pairs that were matched, not a target for each query.
 """
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -2,6 +2,7 @@
 
 Source: Carion et al., DETR, https://arxiv.org/abs/2005.12872, equation 1; costs as in Deformable DETR.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,22 +28,28 @@ class Targets:
         sizes: (B, 1, 4), (w, h, w, h) of each image in pixels.
         counts: how many objects each image has.
     """
+
     labels: Tensor
     boxes: Tensor
     sizes: Tensor
     counts: list[int]
 
     @classmethod
-    def from_instances(cls, instances: Sequence[InstanceData], metas: Sequence[dict],
-                       device: torch.device) -> 'Targets':
+    def from_instances(
+        cls, instances: Sequence[InstanceData], metas: Sequence[dict], device: torch.device
+    ) -> 'Targets':
         """Collect ``labels`` and ``bboxes`` (x1, y1, x2, y2, pixels) of each image, whose ``img_shape`` is (h, w)."""
-        sizes = torch.tensor([[width, height] * 2 for height, width in (meta['img_shape'][:2] for meta in metas)],
-                             dtype=torch.float32).to(device, non_blocking=True)[:, None]
+        sizes = torch.tensor(
+            [[width, height] * 2 for height, width in (meta['img_shape'][:2] for meta in metas)], dtype=torch.float32
+        ).to(device, non_blocking=True)[:, None]
         corners = pad_sequence([instance.bboxes for instance in instances], batch_first=True).float() / sizes
         low, high = corners.chunk(2, -1)
-        return cls(labels=pad_sequence([instance.labels for instance in instances], batch_first=True),
-                   boxes=torch.cat([(low + high) / 2, high - low], -1), sizes=sizes,
-                   counts=[len(instance.labels) for instance in instances])
+        return cls(
+            labels=pad_sequence([instance.labels for instance in instances], batch_first=True),
+            boxes=torch.cat([(low + high) / 2, high - low], -1),
+            sizes=sizes,
+            counts=[len(instance.labels) for instance in instances],
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Matches:
         predictions: (L, N) indices into the B * Q predictions of a layer.
         targets: (L, N) indices into the B * T padded targets.
     """
+
     predictions: Tensor
     targets: Tensor
 
@@ -104,8 +112,10 @@ class HungarianMatcher:
         if not np.isfinite(on_host).all():
             self._explain(groups)
         splits = np.split(on_host, np.cumsum([cost.numel() for cost in costs])[:-1])
-        return [assign(split.reshape(cost.shape), targets.counts, cost.device)
-                for split, cost, (_, _, targets) in zip(splits, costs, groups, strict=True)]
+        return [
+            assign(split.reshape(cost.shape), targets.counts, cost.device)
+            for split, cost, (_, _, targets) in zip(splits, costs, groups, strict=True)
+        ]
 
     def costs(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         """Costs of all pairs, (L, B, T, Q); NaN where a label is not among the classes."""
@@ -122,8 +132,9 @@ class HungarianMatcher:
                 total = total + cost.weight * torch.cdist(expected.expand(len(boxes), -1, -1, -1), predicted, p=1)
             else:
                 # In pixels: the overlap's guard against division by zero is absolute.
-                overlap = generalized_iou(corners(targets.boxes * targets.sizes)[:, :, None],
-                                          corners(boxes * targets.sizes)[:, :, None])
+                overlap = generalized_iou(
+                    corners(targets.boxes * targets.sizes)[:, :, None], corners(boxes * targets.sizes)[:, :, None]
+                )
                 total = total - cost.weight * overlap
         unknown = (targets.labels < 0) | (targets.labels >= self.num_classes)
         return total.masked_fill(unknown[..., None], float('nan'))
@@ -132,21 +143,30 @@ class HungarianMatcher:
         """Raise the error that tells why costs are not finite."""
         for _, _, targets in groups:
             if targets.labels.min() < 0 or targets.labels.max() >= self.num_classes:
-                raise ValueError(f'the ground truth has labels from {targets.labels.min()} to {targets.labels.max()}, '
-                                 f'but with num_classes={self.num_classes} they must be 0 to {self.num_classes - 1}: '
-                                 "check num_classes and the dataset's metainfo")
+                raise ValueError(
+                    f'the ground truth has labels from {targets.labels.min()} to {targets.labels.max()}, '
+                    f'but with num_classes={self.num_classes} they must be 0 to {self.num_classes - 1}: '
+                    "check num_classes and the dataset's metainfo"
+                )
             if not targets.boxes.isfinite().all():
-                raise ValueError('the ground truth has boxes that are NaN or infinite, or an img_shape of 0: check the '
-                                 'annotations and the pipeline')
-        raise FloatingPointError('the predictions are NaN or infinite, so that nothing can be matched: training has '
-                                 'diverged; lower the learning rate or clip the gradients')
+                raise ValueError(
+                    'the ground truth has boxes that are NaN or infinite, or an img_shape of 0: check the '
+                    'annotations and the pipeline'
+                )
+        raise FloatingPointError(
+            'the predictions are NaN or infinite, so that nothing can be matched: training has '
+            'diverged; lower the learning rate or clip the gradients'
+        )
 
 
 def assign(costs: np.ndarray, counts: Sequence[int], device: torch.device) -> Matches:
     """Solve the assignments of host ``costs`` (L, B, T, Q), where image b has ``counts[b]`` objects."""
     num_layers, _, num_targets, num_queries = costs.shape
-    pairs = [linear_sum_assignment(costs[layer, image, :count])
-             for layer in range(num_layers) for image, count in enumerate(counts)]
+    pairs = [
+        linear_sum_assignment(costs[layer, image, :count])
+        for layer in range(num_layers)
+        for image, count in enumerate(counts)
+    ]
     images = np.tile(np.arange(len(counts)), num_layers)
     predictions = np.concatenate([image * num_queries + query for image, (_, query) in zip(images, pairs, strict=True)])
     targets = np.concatenate([image * num_targets + target for image, (target, _) in zip(images, pairs, strict=True)])
@@ -204,15 +224,18 @@ def generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     a, b = a.unbind(-1), b.unbind(-1)
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
     intersection, union = _intersection_and_union(a, b, eps)
-    hull = ((torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)).clamp(min=0)
-            * (torch.maximum(ay2, by2) - torch.minimum(ay1, by1)).clamp(min=0)).clamp(min=eps)
+    hull = (
+        (torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)).clamp(min=0)
+        * (torch.maximum(ay2, by2) - torch.minimum(ay1, by1)).clamp(min=0)
+    ).clamp(min=eps)
     return intersection / union - (hull - union) / hull
 
 
 def _intersection_and_union(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     """Areas, from the four coordinate planes of each."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
-    intersection = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0) \
-        * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    intersection = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0) * (
+        torch.minimum(ay2, by2) - torch.maximum(ay1, by1)
+    ).clamp(min=0)
     union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection).clamp(min=eps)
     return intersection, union

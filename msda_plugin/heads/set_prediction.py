@@ -1,4 +1,5 @@
 """What the heads of DETR and Deformable DETR share: losses over all layers at once, and how they load checkpoints."""
+
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,14 +48,20 @@ class SetPrediction:
         if self.train_cfg:
             why_not = HungarianMatcher.why_not(self.assigner) or self._why_not_batched()
             if why_not:
-                print_log(f'{type(self).__name__} computes its losses layer by layer with MMDetection\'s code, because '
-                          f'{why_not}', logger='current', level=logging.WARNING)
+                print_log(
+                    f"{type(self).__name__} computes its losses layer by layer with MMDetection's code, because "
+                    f'{why_not}',
+                    logger='current',
+                    level=logging.WARNING,
+                )
             else:
                 self.matcher = HungarianMatcher(self.assigner.match_costs, self.num_classes)
         nms = self.test_cfg.get('nms')
         if nms is not None and not (isinstance(nms, dict) and 0 < nms.get('iou_threshold', -1) <= 1):
-            raise ValueError(f"test_cfg.nms is {nms}; give dict(type='nms', iou_threshold=…), a threshold above 0 "
-                             'and up to 1, or leave nms out')
+            raise ValueError(
+                f"test_cfg.nms is {nms}; give dict(type='nms', iou_threshold=…), a threshold above 0 "
+                'and up to 1, or leave nms out'
+            )
         if isinstance(self.loss_cls, CrossEntropyLoss):
             weight = self.loss_cls.class_weight
             weight = torch.ones(self.cls_out_channels) if weight is None else torch.as_tensor(weight).float()
@@ -63,13 +70,16 @@ class SetPrediction:
     def _why_not_batched(self) -> str:
         """An empty string, or which loss the batched code does not cover."""
         for loss, covered in (
-                (self.loss_cls, (FocalLoss, QualityFocalLoss, CrossEntropyLoss)), (self.loss_bbox, (L1Loss, )),
-                (self.loss_iou, (GIoULoss, ))):
+            (self.loss_cls, (FocalLoss, QualityFocalLoss, CrossEntropyLoss)),
+            (self.loss_bbox, (L1Loss,)),
+            (self.loss_iou, (GIoULoss,)),
+        ):
             if type(loss) not in covered or loss.reduction != 'mean' or getattr(loss, 'activated', False):
                 names = ' or '.join(kind.__name__ for kind in covered)
                 return f'a loss is {loss}, not a {names} of logits with reduction="mean"'
         if isinstance(self.loss_cls, CrossEntropyLoss) and (
-                self.loss_cls.use_sigmoid or self.loss_cls.use_mask or self.loss_cls.ignore_index is not None):
+            self.loss_cls.use_sigmoid or self.loss_cls.use_mask or self.loss_cls.ignore_index is not None
+        ):
             return 'a CrossEntropyLoss has other settings than use_sigmoid=False and ignore_index=None'
         return ''
 
@@ -80,8 +90,14 @@ class SetPrediction:
             raise ValueError('batch_gt_instances_ignore must be None: DETR heads have no regions to ignore')
 
     # ---- losses ------------------------------------------------------------------------------------------------------
-    def batched_losses(self, logits: Tensor, boxes: Tensor, instances: Sequence[InstanceData], metas: Sequence[dict],
-                       proposals: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+    def batched_losses(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        instances: Sequence[InstanceData],
+        metas: Sequence[dict],
+        proposals: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Losses of every decoder layer and, in a two-stage model, of the encoder's proposals.
 
         Args:
@@ -100,8 +116,10 @@ class SetPrediction:
         decoded = (logits.float(), boxes.float(), targets)
         groups = [decoded]
         if proposals is not None:
-            proposed = (*(prediction.float()[None] for prediction in proposals),
-                        replace(targets, labels=torch.zeros_like(targets.labels)))
+            proposed = (
+                *(prediction.float()[None] for prediction in proposals),
+                replace(targets, labels=torch.zeros_like(targets.labels)),
+            )
             # Unless they are normalised over the classes, costs need no other class than 0.
             groups.append(proposed if self.matcher.uses_softmax else (proposed[0][..., :1], *proposed[1:]))
         matches = self.matcher.match(groups)
@@ -115,14 +133,16 @@ class SetPrediction:
             loss_dict |= {f'enc_loss_{name}': loss[0] for name, loss in losses.items()}
         return loss_dict
 
-    def _losses(self, logits: Tensor, boxes: Tensor, targets: Targets,
-                matches: Matches) -> dict[str, tuple[Tensor, ...]]:
+    def _losses(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches
+    ) -> dict[str, tuple[Tensor, ...]]:
         """``cls``, ``bbox`` and ``iou`` loss of each layer, from (L, B, Q, C), (L, B, Q, 4) and N pairs a layer."""
         num_matches = matches.predictions.shape[1]
         num_unmatched = logits.shape[1] * logits.shape[2] - num_matches
         # The class of no object counts by its weight.
-        totals = torch.stack([boxes.new_full((), num_matches),
-                              boxes.new_full((), num_matches + num_unmatched * self.bg_cls_weight)])
+        totals = torch.stack(
+            [boxes.new_full((), num_matches), boxes.new_full((), num_matches + num_unmatched * self.bg_cls_weight)]
+        )
         if self.sync_cls_avg_factor:
             num_boxes, num_classified = reduce_mean(totals).clamp(min=1)
         else:
@@ -148,13 +168,16 @@ class SetPrediction:
         # In pixels: the overlap's guard against division by zero is absolute.
         overlap = generalized_iou(corners(predicted * sizes), corners(expected * sizes), self.loss_iou.eps)
         loss_iou = (1 - overlap).sum(1)
-        return {'cls': (self.loss_cls.loss_weight / (num_classified + EPS) * loss_cls).unbind(),
-                'bbox': (self.loss_bbox.loss_weight / (num_boxes + EPS) * loss_bbox).unbind(),
-                'iou': (self.loss_iou.loss_weight / (num_boxes + EPS) * loss_iou).unbind()}
+        return {
+            'cls': (self.loss_cls.loss_weight / (num_classified + EPS) * loss_cls).unbind(),
+            'bbox': (self.loss_bbox.loss_weight / (num_boxes + EPS) * loss_bbox).unbind(),
+            'iou': (self.loss_iou.loss_weight / (num_boxes + EPS) * loss_iou).unbind(),
+        }
 
     # ---- predictions -------------------------------------------------------------------------------------------------
-    def _predict_by_feat_single(self, cls_score: Tensor, bbox_pred: Tensor, img_meta: dict,
-                                rescale: bool = True) -> InstanceData:
+    def _predict_by_feat_single(
+        self, cls_score: Tensor, bbox_pred: Tensor, img_meta: dict, rescale: bool = True
+    ) -> InstanceData:
         """MMDetection's, and non-maximum suppression within each class where ``test_cfg`` asks for it."""
         results = super()._predict_by_feat_single(cls_score, bbox_pred, img_meta, rescale)
         nms = self.test_cfg.get('nms')
@@ -176,8 +199,11 @@ class SetPrediction:
                 state_dict |= {f'{prefix}{name}.{key}': value.detach() for key, value in layer.named_parameters()}
         self.new_class_layers = tuple(different)
         if different:
-            print_log(f'the checkpoint is for another number of classes: {", ".join(different)} have '
-                      f'{" or ".join(map(str, sorted(set(different.values()))))} outputs there and '
-                      f'{self.cls_out_channels} here, and keep their initial weights; everything else is loaded',
-                      logger='current', level=logging.WARNING)
+            print_log(
+                f'the checkpoint is for another number of classes: {", ".join(different)} have '
+                f'{" or ".join(map(str, sorted(set(different.values()))))} outputs there and '
+                f'{self.cls_out_channels} here, and keep their initial weights; everything else is loaded',
+                logger='current',
+                level=logging.WARNING,
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,5 @@
 """Attention layers."""
+
 from .deformable_attention import DeformableAttention
 from .deformable_detr_layers import (
     DeformableDetrTransformerDecoder,

@@ -2,6 +2,7 @@
 
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, section 4.1 and equation 2.
 """
+
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -39,25 +40,43 @@ class DeformableAttention(MultiScaleDeformableAttention):
         torch.Size([1, 5, 32])
     """
 
-    def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_points: int = 4, dropout: float = 0.1,
-                 batch_first: bool = True, init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_points: int = 4,
+        dropout: float = 0.1,
+        batch_first: bool = True,
+        init_cfg: dict | list | None = None,
+    ):
         if not batch_first:
-            raise ValueError('batch_first=False, but DeformableAttention takes tokens (bs, num_tokens, embed_dims): '
-                             'set it to True, and transpose tokens whose batch is second')
-        super().__init__(embed_dims, num_heads, num_levels=1, num_points=num_points, dropout=dropout, batch_first=True,
-                         init_cfg=init_cfg)
+            raise ValueError(
+                'batch_first=False, but DeformableAttention takes tokens (bs, num_tokens, embed_dims): '
+                'set it to True, and transpose tokens whose batch is second'
+            )
+        super().__init__(
+            embed_dims,
+            num_heads,
+            num_levels=1,
+            num_points=num_points,
+            dropout=dropout,
+            batch_first=True,
+            init_cfg=init_cfg,
+        )
 
-    def forward(self,
-                query: Tensor,
-                key: Tensor | None = None,
-                value: Tensor | None = None,
-                identity: Tensor | None = None,
-                query_pos: Tensor | None = None,
-                key_padding_mask: Tensor | None = None,
-                reference_points: Tensor | None = None,
-                spatial_shapes: Tensor | Sequence[tuple[int, int]] | tuple[int, int] | None = None,
-                level_start_index: Tensor | None = None,
-                **kwargs) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]] | tuple[int, int] | None = None,
+        level_start_index: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
         """Attend from each query to a few points around its reference.
 
         Args:
@@ -85,28 +104,39 @@ class DeformableAttention(MultiScaleDeformableAttention):
         if value.dim() == 4:
             spatial_shapes = [tuple(value.shape[2:])]
         elif spatial_shapes is None:
-            raise ValueError(f'value is {tuple(value.shape)} and spatial_shapes None; expected a map (bs, '
-                             f'{self.embed_dims}, h, w), or with tokens spatial_shapes=(h, w)')
+            raise ValueError(
+                f'value is {tuple(value.shape)} and spatial_shapes None; expected a map (bs, '
+                f'{self.embed_dims}, h, w), or with tokens spatial_shapes=(h, w)'
+            )
         elif not isinstance(spatial_shapes, Tensor) and len(spatial_shapes) == 2 and isinstance(spatial_shapes[0], int):
             spatial_shapes = [spatial_shapes]
         query, value, identity, query_pos = (
-            map_to_tokens(x) if x is not None and x.dim() == 4 else x for x in (query, value, identity, query_pos))
+            map_to_tokens(x) if x is not None and x.dim() == 4 else x for x in (query, value, identity, query_pos)
+        )
         if reference_points is None:
             reference_points = self._pixel_centers(query, value, spatial_shapes)
         elif reference_points.dim() == 3:
             reference_points = reference_points[:, :, None]
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.flatten(1)
-        out = super().forward(query, value=value, identity=identity, query_pos=query_pos,
-                              key_padding_mask=key_padding_mask, reference_points=reference_points,
-                              spatial_shapes=spatial_shapes)
+        out = super().forward(
+            query,
+            value=value,
+            identity=identity,
+            query_pos=query_pos,
+            key_padding_mask=key_padding_mask,
+            reference_points=reference_points,
+            spatial_shapes=spatial_shapes,
+        )
         return out if map_shape is None else tokens_to_map(out, map_shape)
 
     @staticmethod
     def _pixel_centers(query: Tensor, value: Tensor, spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> Tensor:
         """(bs, num_queries, 1, 2): each pixel's own centre."""
         if query.shape[1] != value.shape[1]:
-            raise ValueError(f'reference_points is None, but there are {query.shape[1]} queries for the '
-                             f'{value.shape[1]} pixels of the value: give reference_points (bs, num_queries, 2 or 4), '
-                             'or a query for each pixel')
+            raise ValueError(
+                f'reference_points is None, but there are {query.shape[1]} queries for the '
+                f'{value.shape[1]} pixels of the value: give reference_points (bs, num_queries, 2 or 4), '
+                'or a query for each pixel'
+            )
         return pixel_centers(spatial_shapes, value.new_ones(len(value), 1, 2))[:, :, None]

@@ -3,6 +3,7 @@
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159. Modules and state-dict keys are MMDetection's;
 here the attention comes from the registry, checkpointing is plain torch, and no forward waits for the device.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -14,13 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
-from msda_plugin.layers.transformer_parts import (
-    build_attention,
-    build_ffn,
-    build_or_default,
-    check_num_cp,
-    run_layer,
-)
+from msda_plugin.layers.transformer_parts import build_attention, build_ffn, build_or_default, check_num_cp, run_layer
 from msda_plugin.registry import MODELS
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -101,12 +96,20 @@ class DeformableDetrTransformerEncoder(mmdet_layers.DeformableDetrTransformerEnc
         super().__init__(num_layers=num_layers, layer_cfg=layer_cfg, num_cp=num_cp, init_cfg=init_cfg)
 
     def _init_layers(self) -> None:
-        self.layers = ModuleList([
-            build_or_default(self.layer_cfg, DeformableDetrTransformerEncoderLayer) for _ in range(self.num_layers)])
+        self.layers = ModuleList(
+            [build_or_default(self.layer_cfg, DeformableDetrTransformerEncoderLayer) for _ in range(self.num_layers)]
+        )
         self.embed_dims = self.layers[0].embed_dims
 
-    def forward(self, query: Tensor, query_pos: Tensor, key_padding_mask: Tensor | None, spatial_shapes: Shapes,
-                level_start_index: Tensor | None, valid_ratios: Tensor) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        query_pos: Tensor,
+        key_padding_mask: Tensor | None,
+        spatial_shapes: Shapes,
+        level_start_index: Tensor | None,
+        valid_ratios: Tensor,
+    ) -> Tensor:
         """Encode the pixels of all levels.
 
         Args:
@@ -124,14 +127,22 @@ class DeformableDetrTransformerEncoder(mmdet_layers.DeformableDetrTransformerEnc
         spatial_shapes = as_shape_tensor(spatial_shapes, query.device)
         for i, layer in enumerate(self.layers):
             query = run_layer(
-                layer, self.training and i < self.num_cp, query=query, query_pos=query_pos,
-                key_padding_mask=key_padding_mask, spatial_shapes=spatial_shapes, level_start_index=level_start_index,
-                valid_ratios=valid_ratios, reference_points=reference_points)
+                layer,
+                self.training and i < self.num_cp,
+                query=query,
+                query_pos=query_pos,
+                key_padding_mask=key_padding_mask,
+                spatial_shapes=spatial_shapes,
+                level_start_index=level_start_index,
+                valid_ratios=valid_ratios,
+                reference_points=reference_points,
+            )
         return query
 
     @staticmethod
-    def get_encoder_reference_points(spatial_shapes: Shapes, valid_ratios: Tensor,
-                                     device: torch.device | str) -> Tensor:
+    def get_encoder_reference_points(
+        spatial_shapes: Shapes, valid_ratios: Tensor, device: torch.device | str
+    ) -> Tensor:
         """Every pixel's own centre, on every level: (bs, num_keys, num_levels, 2), 0 to 1 over the padded level."""
         valid_ratios = valid_ratios.to(device)
         return pixel_centers(spatial_shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
@@ -149,12 +160,21 @@ class DeformableDetrTransformerDecoder(mmdet_layers.DeformableDetrTransformerDec
         num_cp: the first ``num_cp`` layers recompute their activations in the backward pass.
     """
 
-    def __init__(self, num_layers: int, layer_cfg: dict, post_norm_cfg: dict | None = None,
-                 return_intermediate: bool = True, num_cp: int = -1, init_cfg: dict | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        layer_cfg: dict,
+        post_norm_cfg: dict | None = None,
+        return_intermediate: bool = True,
+        num_cp: int = -1,
+        init_cfg: dict | None = None,
+    ) -> None:
         check_num_cp(num_cp, num_layers)
         if post_norm_cfg is not None:
-            raise ValueError(f'post_norm_cfg is {post_norm_cfg}, but the decoder of Deformable DETR has no norm after '
-                             'the last layer: set it to None')
+            raise ValueError(
+                f'post_norm_cfg is {post_norm_cfg}, but the decoder of Deformable DETR has no norm after '
+                'the last layer: set it to None'
+            )
         # BaseModule's, past MMDetection's: theirs requires a post_norm_cfg by default.
         BaseModule.__init__(self, init_cfg=init_cfg)
         self.num_layers = num_layers
@@ -165,13 +185,23 @@ class DeformableDetrTransformerDecoder(mmdet_layers.DeformableDetrTransformerDec
         self._init_layers()
 
     def _init_layers(self) -> None:
-        self.layers = ModuleList([
-            build_or_default(self.layer_cfg, DeformableDetrTransformerDecoderLayer) for _ in range(self.num_layers)])
+        self.layers = ModuleList(
+            [build_or_default(self.layer_cfg, DeformableDetrTransformerDecoderLayer) for _ in range(self.num_layers)]
+        )
         self.embed_dims = self.layers[0].embed_dims
 
-    def forward(self, query: Tensor, query_pos: Tensor, value: Tensor, key_padding_mask: Tensor | None,
-                reference_points: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None,
-                valid_ratios: Tensor, reg_branches: Sequence[nn.Module] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        query: Tensor,
+        query_pos: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: Shapes,
+        level_start_index: Tensor | None,
+        valid_ratios: Tensor,
+        reg_branches: Sequence[nn.Module] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Decode the queries.
 
         Args:
@@ -193,9 +223,17 @@ class DeformableDetrTransformerDecoder(mmdet_layers.DeformableDetrTransformerDec
             # (bs, num_queries, num_levels, 2 or 4), relative to the padded levels
             scale = valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)
             query = run_layer(
-                layer, self.training and i < self.num_cp, query=query, query_pos=query_pos, value=value,
-                key_padding_mask=key_padding_mask, spatial_shapes=spatial_shapes, level_start_index=level_start_index,
-                valid_ratios=valid_ratios, reference_points=reference_points[:, :, None] * scale[:, None])
+                layer,
+                self.training and i < self.num_cp,
+                query=query,
+                query_pos=query_pos,
+                value=value,
+                key_padding_mask=key_padding_mask,
+                spatial_shapes=spatial_shapes,
+                level_start_index=level_start_index,
+                valid_ratios=valid_ratios,
+                reference_points=reference_points[:, :, None] * scale[:, None],
+            )
             if reg_branches is not None:
                 reference_points = refine(reg_branches[i](query), reference_points).detach()
             outputs.append(query)

@@ -4,6 +4,7 @@ Sources: Xia et al., "Vision Transformer with Deformable Attention", CVPR 2022, 
 'v1'), and Xia et al., "DAT++: Spatially Dynamic Vision Transformer with Deformable Attention", 2023,
 https://arxiv.org/abs/2309.01430 (form 'v2'), with the details of the authors' published code.
 """
+
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ VERSIONS = ('v1', 'v2')
 POSITIONAL_MODES = ('rpe_table', 'dwc_pe', 'fixed_pe', 'log_cpb', 'none')
 
 # Position biases, with what they are made from, are held for as many queries at a time as fit in this size.
-CHUNK_BYTES = 32 * 2 ** 20
+CHUNK_BYTES = 32 * 2**20
 
 
 class DeformedPoints(NamedTuple):
@@ -34,6 +35,7 @@ class DeformedPoints(NamedTuple):
         positions: where the map was sampled.
         references: the regular grid.
     """
+
     offsets: Tensor
     positions: Tensor
     references: Tensor
@@ -90,10 +92,21 @@ class DeformableMultiHeadAttention(BaseModule):
         ((1, 96, 20, 30), (1, 3, 20, 30, 2))
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, num_groups: int, map_size: int | tuple[int, int] | None = None,
-                 kernel_size: int = 5, stride: int = 1, offset_range_factor: float = 2., positional: str = 'rpe_table',
-                 version: str = 'v1', attn_drop_rate: float = 0., proj_drop_rate: float = 0.,
-                 init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        num_groups: int,
+        map_size: int | tuple[int, int] | None = None,
+        kernel_size: int = 5,
+        stride: int = 1,
+        offset_range_factor: float = 2.0,
+        positional: str = 'rpe_table',
+        version: str = 'v1',
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        init_cfg: dict | list | None = None,
+    ):
         super().__init__(init_cfg)
         check_groups(embed_dims, num_heads, num_groups)
         for name, value, known in (('version', version, VERSIONS), ('positional', positional, POSITIONAL_MODES)):
@@ -105,8 +118,10 @@ class DeformableMultiHeadAttention(BaseModule):
         self.min_map_side = max(kernel_size - 2 * padding, 1)
         if positional in ('rpe_table', 'fixed_pe'):
             if map_size is None or min(to_2tuple(map_size)) < self.min_map_side:
-                raise ValueError(f'map_size={map_size} does not fit; the table of positional={positional!r} is made '
-                                 f'for a map of a given size, at least {self.min_map_side} a side: give (H, W)')
+                raise ValueError(
+                    f'map_size={map_size} does not fit; the table of positional={positional!r} is made '
+                    f'for a map of a given size, at least {self.min_map_side} a side: give (H, W)'
+                )
             map_size = tuple(to_2tuple(map_size))
         self.embed_dims = embed_dims
         self.num_heads = num_heads
@@ -170,7 +185,7 @@ class DeformableMultiHeadAttention(BaseModule):
         if self.offset_range_factor > 0 or (self.offset_range_factor == 0 and self.version == 'v2'):
             units = [self.offset_range_factor / self._cells(side) for side in hk_wk]
             offsets = torch.stack([t * unit for t, unit in zip(offsets.tanh().unbind(-1), units, strict=True)], dim=-1)
-        references = self._grid(hk_wk, .5, offsets).expand_as(offsets)
+        references = self._grid(hk_wk, 0.5, offsets).expand_as(offsets)
         positions = offsets + references
         if self.offset_range_factor < 0:
             positions = positions.tanh() if self.version == 'v1' else positions.clamp(-1, 1)
@@ -189,11 +204,11 @@ class DeformableMultiHeadAttention(BaseModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, hw_shape: torch.Size) -> Tensor:
         """Queries (B, H * W, C), keys and values (B, n, C) at n points -> (B, H * W, C), heads side by side in C."""
         query, key, value = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        dropout = self.attn_drop_rate if self.training else 0.
+        dropout = self.attn_drop_rate if self.training else 0.0
         if self.position_bias is None:
             out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
             return out.transpose(1, 2).flatten(2)
-        make_bias = self.position_bias(self._grid(hw_shape, 0., positions), positions)
+        make_bias = self.position_bias(self._grid(hw_shape, 0.0, positions), positions)
 
         def attend(part: slice) -> Tensor:
             bias = make_bias(part).to(query.dtype)
@@ -216,9 +231,14 @@ class DeformableMultiHeadAttention(BaseModule):
     def _grid(self, size: torch.Size, first: float, like: Tensor) -> Tensor:
         """The regular grid (h, w, 2), (y, x), whose pixels lie ``first`` to ``first`` + side - 1 offset units in."""
         if self.version == 'v1':
-            first = .5
-        axes = [(torch.arange(side, dtype=like.dtype, device=like.device) + (first if side > 1 else .5))
-                / self._cells(side) * 2 - 1 for side in size]
+            first = 0.5
+        axes = [
+            (torch.arange(side, dtype=like.dtype, device=like.device) + (first if side > 1 else 0.5))
+            / self._cells(side)
+            * 2
+            - 1
+            for side in size
+        ]
         return torch.stack(torch.meshgrid(axes, indexing='ij'), dim=-1)
 
     def _cells(self, side: int) -> int:
@@ -227,16 +247,22 @@ class DeformableMultiHeadAttention(BaseModule):
 
     def _check_map(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.embed_dims:
-            raise ValueError(f'DeformableMultiHeadAttention got a map of shape {tuple(x.shape)}; expected '
-                             f'(B, {self.embed_dims}, H, W)')
+            raise ValueError(
+                f'DeformableMultiHeadAttention got a map of shape {tuple(x.shape)}; expected '
+                f'(B, {self.embed_dims}, H, W)'
+            )
         if min(x.shape[2:]) < self.min_map_side:
-            raise ValueError(f'DeformableMultiHeadAttention got a {x.shape[2]}x{x.shape[3]} map, too small for a '
-                             f'point; give at least {self.min_map_side} rows and columns, or a smaller kernel_size')
+            raise ValueError(
+                f'DeformableMultiHeadAttention got a {x.shape[2]}x{x.shape[3]} map, too small for a '
+                f'point; give at least {self.min_map_side} rows and columns, or a smaller kernel_size'
+            )
 
 
 def check_groups(embed_dims: int, num_heads: int, num_groups: int) -> None:
     """Raise ValueError where channels, heads and groups of a deformable layer do not fit one another."""
     check_heads(embed_dims, num_heads)
     if num_groups < 1 or num_heads % num_groups:
-        raise ValueError(f'num_heads={num_heads} is not a multiple of num_groups={num_groups}, and the points of a '
-                         'group are shared by whole heads; change one of them')
+        raise ValueError(
+            f'num_heads={num_heads} is not a multiple of num_groups={num_groups}, and the points of a '
+            'group are shared by whole heads; change one of them'
+        )

@@ -6,6 +6,7 @@ biases of a slice of the queries.
 
 Sources: as in `deformable_multi_head_attention`.
 """
+
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,7 @@ class RelativePositionTable(BaseModule):
 
     def reset_parameters(self) -> None:
         """Draw the published initialisation."""
-        nn.init.trunc_normal_(self.table, std=.01)
+        nn.init.trunc_normal_(self.table, std=0.01)
 
     def forward(self, query_grid: Tensor, positions: Tensor) -> PartialBias:
         """Queries (H, W, 2) and points (B, num_groups, Hk, Wk, 2), both (y, x), -1 to 1 -> their biases."""
@@ -47,8 +48,8 @@ class RelativePositionTable(BaseModule):
             table = F.interpolate(table[None], size, mode='bicubic')[0]
         table = table.unflatten(0, (self.num_groups, -1)).repeat(positions.shape[0], 1, 1, 1)
         # grid_sample takes (x, y), -1 to 1 over the table.
-        queries = .5 * query_grid.view(-1, 1, 2).flip(-1)
-        points = .5 * positions.flatten(0, 1).flatten(1, 2)[:, None].flip(-1)
+        queries = 0.5 * query_grid.view(-1, 1, 2).flip(-1)
+        points = 0.5 * positions.flatten(0, 1).flatten(1, 2)[:, None].flip(-1)
 
         def bias(part: slice) -> Tensor:
             bias = F.grid_sample(table, queries[part] - points, align_corners=True)
@@ -69,8 +70,11 @@ class LogSpacedPositionBias(BaseModule):
     def __init__(self, num_heads: int, num_groups: int, hidden_dims: int = 32):
         super().__init__()
         self.values_per_pair = num_heads + num_groups * hidden_dims
-        self.mlp = nn.Sequential(nn.Linear(2, hidden_dims), nn.ReLU(inplace=True),
-                                 nn.Linear(hidden_dims, num_heads // num_groups, bias=False))
+        self.mlp = nn.Sequential(
+            nn.Linear(2, hidden_dims),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dims, num_heads // num_groups, bias=False),
+        )
 
     def forward(self, query_grid: Tensor, positions: Tensor) -> PartialBias:
         """Queries (H, W, 2) and points (B, num_groups, Hk, Wk, 2), both (y, x), -1 to 1 -> their biases."""
@@ -105,7 +109,7 @@ class FixedPositionTable(BaseModule):
 
     def reset_parameters(self) -> None:
         """Draw the published initialisation."""
-        nn.init.trunc_normal_(self.table, std=.01)
+        nn.init.trunc_normal_(self.table, std=0.01)
 
     def forward(self, query_grid: Tensor, positions: Tensor) -> PartialBias:
         """Queries (H, W, 2) and points (B, num_groups, Hk, Wk, 2), of which the sizes alone matter -> their biases."""

@@ -3,6 +3,7 @@
 Source: Ren et al., "Shunted Self-Attention via Multi-Scale Token Aggregation", CVPR 2022, equation 6,
 https://arxiv.org/abs/2111.15193; the residual inside the activation is the authors' code.
 """
+
 import math
 from collections.abc import Iterator
 
@@ -17,7 +18,7 @@ from .token_layout import map_to_tokens, tokens_to_map
 # Hidden channels are independent of one another between fc1 and fc2. On the CPU they are computed in slices whose
 # activations are at most this large: they stay near the caches, and below the size from which the C library maps fresh
 # (and zeroed) memory for every allocation.
-SLICE_BYTES = 16 * 2 ** 20
+SLICE_BYTES = 16 * 2**20
 
 
 class DetailFeedForward(BaseModule):
@@ -29,7 +30,7 @@ class DetailFeedForward(BaseModule):
         drop_rate: dropout after the activation and after fc2, 0-1.
     """
 
-    def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float = 0.):
+    def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(embed_dims, hidden_dims)
         self.dwconv = nn.Conv2d(hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims)
@@ -39,17 +40,31 @@ class DetailFeedForward(BaseModule):
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Tokens (B, H * W, C) of a map of ``hw_shape`` (H, W) -> tokens (B, H * W, C)."""
         if self._can_slice(x):
-            return _SlicedFeedForward.apply(x, self.fc1.weight, self.fc1.bias, self.dwconv.weight, self.dwconv.bias,
-                                            self.fc2.weight, self.fc2.bias, hw_shape, torch.is_grad_enabled())
+            return _SlicedFeedForward.apply(
+                x,
+                self.fc1.weight,
+                self.fc1.bias,
+                self.dwconv.weight,
+                self.dwconv.bias,
+                self.fc2.weight,
+                self.fc2.bias,
+                hw_shape,
+                torch.is_grad_enabled(),
+            )
         x = self.fc1(x)
         x = F.gelu(x + map_to_tokens(self.dwconv(tokens_to_map(x, hw_shape))))
         return self.drop(self.fc2(self.drop(x)))
 
     def _can_slice(self, x: Tensor) -> bool:
         """Slices are for eager full precision on the CPU; elsewhere one kernel for all channels is the better plan."""
-        return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
-                and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()
-                and not torch.jit.is_tracing() and not (self.training and self.drop.p > 0))
+        return (
+            x.device.type == 'cpu'
+            and x.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled('cpu')
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not (self.training and self.drop.p > 0)
+        )
 
 
 class _SlicedFeedForward(torch.autograd.Function):
@@ -86,14 +101,33 @@ class _SlicedFeedForward(torch.autograd.Function):
             grad_weight2[:, part] = grad_out.t() @ F.gelu(pre_act)
             grad = torch.ops.aten.gelu_backward(grad_out @ weight2[:, part], pre_act)
             grad, grad_weight_dw[part], grad_bias_dw[part] = torch.ops.aten.convolution_backward(
-                _to_map(grad, ctx.batch, ctx.hw_shape), _to_map(h, ctx.batch, ctx.hw_shape), weight_dw[part],
-                [h.shape[1]], (1, 1), (1, 1), (1, 1), False, (0, 0), h.shape[1], (True, True, True))
+                _to_map(grad, ctx.batch, ctx.hw_shape),
+                _to_map(h, ctx.batch, ctx.hw_shape),
+                weight_dw[part],
+                [h.shape[1]],
+                (1, 1),
+                (1, 1),
+                (1, 1),
+                False,
+                (0, 0),
+                h.shape[1],
+                (True, True, True),
+            )
             grad = map_to_tokens(grad).flatten(0, 1)
             grad_weight1[part] = grad.t() @ tokens
             grad_bias1[part] = grad.sum(0)
             grad_tokens.addmm_(grad, weight1[part])
-        return (grad_tokens.view(shape), grad_weight1, grad_bias1, grad_weight_dw, grad_bias_dw, grad_weight2,
-                grad_out.sum(0), None, None)
+        return (
+            grad_tokens.view(shape),
+            grad_weight1,
+            grad_bias1,
+            grad_weight_dw,
+            grad_bias_dw,
+            grad_weight2,
+            grad_out.sum(0),
+            None,
+            None,
+        )
 
 
 def _slices(tokens: Tensor, weight1: Tensor) -> Iterator[slice]:

@@ -4,19 +4,14 @@ Source: Carion et al., DETR, https://arxiv.org/abs/2005.12872, appendix A.3. Mod
 MMDetection's; here the attention comes from the registry and forms no weights that nobody reads, and checkpointing is
 plain torch, in the decoder too.
 """
+
 import torch
 from mmcv.cnn import build_norm_layer
 from mmdet.models.layers.transformer import detr_layers as mmdet_layers
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor
 
-from msda_plugin.layers.transformer_parts import (
-    build_attention,
-    build_ffn,
-    build_or_default,
-    check_num_cp,
-    run_layer,
-)
+from msda_plugin.layers.transformer_parts import build_attention, build_ffn, build_or_default, check_num_cp, run_layer
 from msda_plugin.registry import MODELS
 
 
@@ -66,8 +61,9 @@ class DetrTransformerEncoder(mmdet_layers.DetrTransformerEncoder):
         super().__init__(num_layers=num_layers, layer_cfg=layer_cfg, num_cp=num_cp, init_cfg=init_cfg)
 
     def _init_layers(self) -> None:
-        self.layers = ModuleList([
-            build_or_default(self.layer_cfg, DetrTransformerEncoderLayer) for _ in range(self.num_layers)])
+        self.layers = ModuleList(
+            [build_or_default(self.layer_cfg, DetrTransformerEncoderLayer) for _ in range(self.num_layers)]
+        )
         self.embed_dims = self.layers[0].embed_dims
 
     def forward(self, query: Tensor, query_pos: Tensor, key_padding_mask: Tensor | None) -> Tensor:
@@ -82,8 +78,13 @@ class DetrTransformerEncoder(mmdet_layers.DetrTransformerEncoder):
             The memory, (bs, num_keys, embed_dims).
         """
         for i, layer in enumerate(self.layers):
-            query = run_layer(layer, self.training and i < self.num_cp, query=query, query_pos=query_pos,
-                              key_padding_mask=key_padding_mask)
+            query = run_layer(
+                layer,
+                self.training and i < self.num_cp,
+                query=query,
+                query_pos=query_pos,
+                key_padding_mask=key_padding_mask,
+            )
         return query
 
 
@@ -99,8 +100,15 @@ class DetrTransformerDecoder(mmdet_layers.DetrTransformerDecoder):
         num_cp: the first ``num_cp`` layers recompute their activations in the backward pass.
     """
 
-    def __init__(self, num_layers: int, layer_cfg: dict, post_norm_cfg: dict | None = None,
-                 return_intermediate: bool = True, num_cp: int = -1, init_cfg: dict | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        layer_cfg: dict,
+        post_norm_cfg: dict | None = None,
+        return_intermediate: bool = True,
+        num_cp: int = -1,
+        init_cfg: dict | None = None,
+    ) -> None:
         check_num_cp(num_cp, num_layers)
         # BaseModule's, past MMDetection's, which knows no num_cp.
         BaseModule.__init__(self, init_cfg=init_cfg)
@@ -112,13 +120,21 @@ class DetrTransformerDecoder(mmdet_layers.DetrTransformerDecoder):
         self._init_layers()
 
     def _init_layers(self) -> None:
-        self.layers = ModuleList([
-            build_or_default(self.layer_cfg, DetrTransformerDecoderLayer) for _ in range(self.num_layers)])
+        self.layers = ModuleList(
+            [build_or_default(self.layer_cfg, DetrTransformerDecoderLayer) for _ in range(self.num_layers)]
+        )
         self.embed_dims = self.layers[0].embed_dims
         self.post_norm = build_norm_layer(self.post_norm_cfg, self.embed_dims)[1]
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, query_pos: Tensor, key_pos: Tensor,
-                key_padding_mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_pos: Tensor,
+        key_pos: Tensor,
+        key_padding_mask: Tensor | None,
+    ) -> Tensor:
         """Decode the queries.
 
         Args:
@@ -133,7 +149,15 @@ class DetrTransformerDecoder(mmdet_layers.DetrTransformerDecoder):
         """
         outputs = []
         for i, layer in enumerate(self.layers):
-            query = run_layer(layer, self.training and i < self.num_cp, query=query, key=key, value=value,
-                              query_pos=query_pos, key_pos=key_pos, key_padding_mask=key_padding_mask)
+            query = run_layer(
+                layer,
+                self.training and i < self.num_cp,
+                query=query,
+                key=key,
+                value=value,
+                query_pos=query_pos,
+                key_pos=key_pos,
+                key_padding_mask=key_padding_mask,
+            )
             outputs.append(query)
         return self.post_norm(torch.stack(outputs if self.return_intermediate else outputs[-1:]))

@@ -3,6 +3,7 @@
 Source: Liu et al., Grounding DINO, https://arxiv.org/abs/2303.05499, section 3.2. Each of its layers fuses image and
 text, attends among the text, and attends deformably among the pixels; here is the last alone, for images without text.
 """
+
 from mmengine.model import ModuleList
 
 from msda_plugin.registry import MODELS
@@ -22,11 +23,20 @@ class GroundingDinoImageEncoderLayer(DeformableDetrTransformerEncoderLayer):
         init_cfg: MMEngine's initialisation config.
     """
 
-    def __init__(self, self_attn_cfg: dict | None = None, ffn_cfg: dict | None = None, norm_cfg: dict | None = None,
-                 init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        self_attn_cfg: dict | None = None,
+        ffn_cfg: dict | None = None,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | list | None = None,
+    ):
         self_attn_cfg = {'embed_dims': 256, 'dropout': 0.0, **(self_attn_cfg or {})}
-        ffn_cfg = {'embed_dims': self_attn_cfg['embed_dims'], 'feedforward_channels': 2048, 'ffn_drop': 0.0,
-                   **(ffn_cfg or {})}
+        ffn_cfg = {
+            'embed_dims': self_attn_cfg['embed_dims'],
+            'feedforward_channels': 2048,
+            'ffn_drop': 0.0,
+            **(ffn_cfg or {}),
+        }
         super().__init__(self_attn_cfg, ffn_cfg, norm_cfg or dict(type='LN'), init_cfg)
 
 
@@ -46,11 +56,13 @@ class GroundingDinoImageEncoder(DeformableDetrTransformerEncoder):
         init_cfg: MMEngine's initialisation config.
     """
 
-    def __init__(self, num_layers: int = 6, layer_cfg: dict | None = None, num_cp: int = -1,
-                 init_cfg: dict | list | None = None):
+    def __init__(
+        self, num_layers: int = 6, layer_cfg: dict | None = None, num_cp: int = -1, init_cfg: dict | list | None = None
+    ):
         super().__init__(num_layers, layer_cfg or {}, num_cp, init_cfg)
 
     def _init_layers(self) -> None:
-        self.layers = ModuleList([
-            build_or_default(self.layer_cfg, GroundingDinoImageEncoderLayer) for _ in range(self.num_layers)])
+        self.layers = ModuleList(
+            [build_or_default(self.layer_cfg, GroundingDinoImageEncoderLayer) for _ in range(self.num_layers)]
+        )
         self.embed_dims = self.layers[0].embed_dims

@@ -2,6 +2,7 @@
 
 Source: Wang et al., PVT v2, https://arxiv.org/abs/2106.13797, section 3.2.
 """
+
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -2,6 +2,7 @@
 
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, section 4.1 and equation 3.
 """
+
 from collections.abc import Sequence
 
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MMCVMultiScaleDeformableAttention
@@ -25,27 +26,50 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
         torch.Size([1, 60, 32])
     """
 
-    def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 4, num_points: int = 4,
-                 im2col_step: int = 64, dropout: float = 0.1, batch_first: bool = False, norm_cfg: dict | None = None,
-                 init_cfg: dict | list | None = None, value_proj_ratio: float = 1.0):
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        im2col_step: int = 64,
+        dropout: float = 0.1,
+        batch_first: bool = False,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | list | None = None,
+        value_proj_ratio: float = 1.0,
+    ):
         sizes = dict(embed_dims=embed_dims, num_heads=num_heads, num_levels=num_levels, num_points=num_points)
         if min(sizes.values()) < 1:
-            raise ValueError(f'{", ".join(f"{name}={size}" for name, size in sizes.items())} do not fit; expected 1 or '
-                             'more of each')
-        super().__init__(embed_dims, num_heads, num_levels, num_points, im2col_step, dropout, batch_first, norm_cfg,
-                         init_cfg, value_proj_ratio)
+            raise ValueError(
+                f'{", ".join(f"{name}={size}" for name, size in sizes.items())} do not fit; expected 1 or more of each'
+            )
+        super().__init__(
+            embed_dims,
+            num_heads,
+            num_levels,
+            num_points,
+            im2col_step,
+            dropout,
+            batch_first,
+            norm_cfg,
+            init_cfg,
+            value_proj_ratio,
+        )
 
-    def forward(self,
-                query: Tensor,
-                key: Tensor | None = None,
-                value: Tensor | None = None,
-                identity: Tensor | None = None,
-                query_pos: Tensor | None = None,
-                key_padding_mask: Tensor | None = None,
-                reference_points: Tensor | None = None,
-                spatial_shapes: Tensor | Sequence[tuple[int, int]] | None = None,
-                level_start_index: Tensor | None = None,
-                **kwargs) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]] | None = None,
+        level_start_index: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
         """Attend from each query to a few points around its reference, on every level.
 
         Args:
@@ -98,27 +122,47 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
         return self.dropout(output) + identity
 
 
-def _check(layer: MMCVMultiScaleDeformableAttention, query: Tensor, value: Tensor, key_padding_mask: Tensor | None,
-           reference_points: Tensor | None, spatial_shapes: Tensor | Sequence[tuple[int, int]] | None) -> None:
+def _check(
+    layer: MMCVMultiScaleDeformableAttention,
+    query: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    reference_points: Tensor | None,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]] | None,
+) -> None:
     """What the operator cannot know: the layer's own sizes, and which of its arguments are missing."""
     for name, argument in (('reference_points', reference_points), ('spatial_shapes', spatial_shapes)):
         if argument is None:
             raise ValueError(f'{name} is None, but deformable attention needs it in every call')
     layout = f'batch_first={layer.batch_first}'
-    if (query.dim() != 3 or value.dim() != 3 or query.shape[-1] != layer.embed_dims
-            or value.shape[-1] != layer.embed_dims):
-        raise ValueError(f'query is {tuple(query.shape)} and value {tuple(value.shape)} (batch first), but '
-                         f'(bs, num_queries, {layer.embed_dims}) and (bs, num_keys, {layer.embed_dims}) are needed')
+    if (
+        query.dim() != 3
+        or value.dim() != 3
+        or query.shape[-1] != layer.embed_dims
+        or value.shape[-1] != layer.embed_dims
+    ):
+        raise ValueError(
+            f'query is {tuple(query.shape)} and value {tuple(value.shape)} (batch first), but '
+            f'(bs, num_queries, {layer.embed_dims}) and (bs, num_keys, {layer.embed_dims}) are needed'
+        )
     if query.shape[0] != value.shape[0]:
-        raise ValueError(f'query has batch {query.shape[0]} and value {value.shape[0]} with {layout}: make them '
-                         'equal, or set batch_first to the layout of your tensors')
+        raise ValueError(
+            f'query has batch {query.shape[0]} and value {value.shape[0]} with {layout}: make them '
+            'equal, or set batch_first to the layout of your tensors'
+        )
     if reference_points.dim() != 4 or reference_points.shape[:2] != query.shape[:2]:
-        raise ValueError(f'reference_points is {tuple(reference_points.shape)}, but (bs, num_queries, num_levels, '
-                         f'2 or 4) with bs, num_queries = {tuple(query.shape[:2])} is needed; the query was read '
-                         f'with {layout}')
+        raise ValueError(
+            f'reference_points is {tuple(reference_points.shape)}, but (bs, num_queries, num_levels, '
+            f'2 or 4) with bs, num_queries = {tuple(query.shape[:2])} is needed; the query was read '
+            f'with {layout}'
+        )
     if len(spatial_shapes) != layer.num_levels:
-        raise ValueError(f'spatial_shapes has {len(spatial_shapes)} levels, but the layer was built with '
-                         f'num_levels={layer.num_levels}: give the layer num_levels={len(spatial_shapes)}')
+        raise ValueError(
+            f'spatial_shapes has {len(spatial_shapes)} levels, but the layer was built with '
+            f'num_levels={layer.num_levels}: give the layer num_levels={len(spatial_shapes)}'
+        )
     if key_padding_mask is not None and key_padding_mask.shape != value.shape[:2]:
-        raise ValueError(f'key_padding_mask is {tuple(key_padding_mask.shape)}, but (bs, num_keys) = '
-                         f'{tuple(value.shape[:2])} is needed, True where the value is padding')
+        raise ValueError(
+            f'key_padding_mask is {tuple(key_padding_mask.shape)}, but (bs, num_keys) = '
+            f'{tuple(value.shape[:2])} is needed, True where the value is padding'
+        )

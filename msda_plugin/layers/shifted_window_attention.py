@@ -3,6 +3,7 @@
 Source: Liu et al., Swin Transformer, https://arxiv.org/abs/2103.14030, section 3.2. Fields and state dict are those of
 MMDetection's ``ShiftWindowMSA``.
 """
+
 import torch
 from mmdet.models.backbones.swin import ShiftWindowMSA
 from torch import Tensor
@@ -13,7 +14,7 @@ from msda_plugin.registry import MODELS
 from .token_layout import check_heads, check_tokens
 
 # What is added to the score of two pixels that the shift brought into one window from different sides of the map.
-OTHER_REGION = -100.
+OTHER_REGION = -100.0
 
 
 @MODELS.register_module()
@@ -46,16 +47,37 @@ class ShiftedWindowAttention(ShiftWindowMSA):
         torch.Size([2, 130, 32])
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, window_size: int = 7, shift_size: int = 0,
-                 qkv_bias: bool = True, qk_scale: float | None = None, attn_drop_rate: float = 0.,
-                 proj_drop_rate: float = 0., dropout_layer: dict | None = None, init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        window_size: int = 7,
+        shift_size: int = 0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        dropout_layer: dict | None = None,
+        init_cfg: dict | list | None = None,
+    ):
         check_heads(embed_dims, num_heads)
         if window_size < 1 or not 0 <= shift_size < window_size:
-            raise ValueError(f'shift_size={shift_size} does not fit window_size={window_size}; expected a window of at '
-                             'least 1 and a shift of 0 to window_size - 1, usually 0 or window_size // 2')
-        super().__init__(embed_dims, num_heads, window_size, shift_size, qkv_bias=qkv_bias, qk_scale=qk_scale,
-                         attn_drop_rate=attn_drop_rate, proj_drop_rate=proj_drop_rate,
-                         dropout_layer=dropout_layer or dict(type='DropPath', drop_prob=0.), init_cfg=init_cfg)
+            raise ValueError(
+                f'shift_size={shift_size} does not fit window_size={window_size}; expected a window of at '
+                'least 1 and a shift of 0 to window_size - 1, usually 0 or window_size // 2'
+            )
+        super().__init__(
+            embed_dims,
+            num_heads,
+            window_size,
+            shift_size,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop_rate=attn_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            dropout_layer=dropout_layer or dict(type='DropPath', drop_prob=0.0),
+            init_cfg=init_cfg,
+        )
         self.embed_dims = embed_dims
         self.num_heads = num_heads
 
@@ -95,8 +117,10 @@ class ShiftedWindowAttention(ShiftWindowMSA):
         bias = self._position_bias()
         rows = []
         for row_windows, last_row in _split_last(qkv, 2):
-            parts = [self._attend(windows, bias + self._region_bias(bias, last_row, last_column))
-                     for windows, last_column in _split_last(row_windows, 3)]
+            parts = [
+                self._attend(windows, bias + self._region_bias(bias, last_row, last_column))
+                for windows, last_column in _split_last(row_windows, 3)
+            ]
             rows.append(torch.cat(parts, 2))
         return torch.cat(rows, 1)
 
@@ -111,7 +135,7 @@ class ShiftedWindowAttention(ShiftWindowMSA):
             (B, rows, columns, heads, window, window, D).
         """
         query, key, value = qkv.flatten(5, 6).flatten(1, 3)
-        dropout = self.w_msa.attn_drop.p if self.training else 0.
+        dropout = self.w_msa.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, bias[None], dropout, scale=self.w_msa.scale)
         return out.view(qkv.shape[1:])
 

@@ -3,6 +3,7 @@
 Source: Ren et al., "Shunted Self-Attention via Multi-Scale Token Aggregation", CVPR 2022,
 https://arxiv.org/abs/2111.15193, with the details of the authors' published code where the two differ.
 """
+
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -60,8 +61,16 @@ class ShuntedSelfAttention(BaseModule):
         ValueError: if dims, heads and ratio do not fit one another.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, sr_ratio: int = 1, qkv_bias: bool = True,
-                 attn_drop_rate: float = 0., proj_drop_rate: float = 0., init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        sr_ratio: int = 1,
+        qkv_bias: bool = True,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        init_cfg: dict | list | None = None,
+    ):
         super().__init__(init_cfg)
         check_attention_sizes(embed_dims, num_heads, sr_ratio)
         self.embed_dims = embed_dims
@@ -71,7 +80,8 @@ class ShuntedSelfAttention(BaseModule):
         self.query = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
         if sr_ratio > 1:
             self.branches = nn.ModuleList(
-                TokenAggregation(embed_dims, embed_dims // 2, rate, qkv_bias) for rate in (sr_ratio, sr_ratio // 2))
+                TokenAggregation(embed_dims, embed_dims // 2, rate, qkv_bias) for rate in (sr_ratio, sr_ratio // 2)
+            )
         else:
             self.kv = nn.Linear(embed_dims, 2 * embed_dims, bias=qkv_bias)
             self.local_enhancement = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
@@ -94,14 +104,21 @@ class ShuntedSelfAttention(BaseModule):
         height, width = hw_shape
         check_tokens(self, x, hw_shape)
         if min(height, width) < self.sr_ratio:
-            raise ValueError(f'ShuntedSelfAttention got a {height}x{width} map, but sr_ratio={self.sr_ratio} needs at '
-                             f'least {self.sr_ratio} rows and columns; give a larger image or a smaller sr_ratio')
+            raise ValueError(
+                f'ShuntedSelfAttention got a {height}x{width} map, but sr_ratio={self.sr_ratio} needs at '
+                f'least {self.sr_ratio} rows and columns; give a larger image or a smaller sr_ratio'
+            )
         query = self.query(x)
         if self.sr_ratio > 1:
             x = tokens_to_map(x, hw_shape)
             half = self.num_heads // 2
-            x = torch.cat([self._attend(q, *branch(x), half)
-                           for q, branch in zip(query.chunk(2, dim=-1), self.branches, strict=True)], dim=-1)
+            x = torch.cat(
+                [
+                    self._attend(q, *branch(x), half)
+                    for q, branch in zip(query.chunk(2, dim=-1), self.branches, strict=True)
+                ],
+                dim=-1,
+            )
         else:
             key, value = self.kv(x).chunk(2, dim=-1)
             x = self._attend(query, key, value, self.num_heads)
@@ -111,7 +128,7 @@ class ShuntedSelfAttention(BaseModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
         """(B, N, D), (B, M, D), (B, M, D) -> (B, N, D), the heads side by side in D."""
         query, key, value = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        dropout = self.attn_drop_rate if self.training else 0.
+        dropout = self.attn_drop_rate if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
@@ -119,8 +136,11 @@ def check_attention_sizes(embed_dims: int, num_heads: int, sr_ratio: int) -> Non
     """Raise ValueError where channels, heads and reduction ratio of a shunted layer do not fit one another."""
     check_heads(embed_dims, num_heads)
     if sr_ratio < 1 or (sr_ratio > 1 and sr_ratio % 2):
-        raise ValueError(f'sr_ratio={sr_ratio} does not fit; expected 1 or an even number, since the second scale is '
-                         'sr_ratio / 2')
+        raise ValueError(
+            f'sr_ratio={sr_ratio} does not fit; expected 1 or an even number, since the second scale is sr_ratio / 2'
+        )
     if sr_ratio > 1 and num_heads % 2:
-        raise ValueError(f'num_heads={num_heads} is odd, but sr_ratio={sr_ratio} splits the heads over two scales; '
-                         'use an even number of heads, or sr_ratio=1')
+        raise ValueError(
+            f'num_heads={num_heads} is odd, but sr_ratio={sr_ratio} splits the heads over two scales; '
+            'use an even number of heads, or sr_ratio=1'
+        )

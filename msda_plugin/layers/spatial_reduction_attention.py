@@ -4,6 +4,7 @@ Sources: Wang et al., PVT, https://arxiv.org/abs/2102.12122, section 3.3 (spatia
 v2), and PVT v2, https://arxiv.org/abs/2106.13797, section 3.2 (linear spatial-reduction attention). Fields and state
 dict are those of MMDetection's ``SpatialReductionAttention``.
 """
+
 from mmcv.cnn import build_norm_layer
 from mmdet.models.backbones.pvt import SpatialReductionAttention as MMDetSpatialReductionAttention
 from torch import Tensor, nn
@@ -47,24 +48,49 @@ class SpatialReductionAttention(MMDetSpatialReductionAttention):
         torch.Size([2, 130, 32])
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0.,
-                 dropout_layer: dict | None = None, qkv_bias: bool = True, norm_cfg: dict | None = None,
-                 sr_ratio: int = 1, linear: bool = False, add_identity: bool = True,
-                 init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        dropout_layer: dict | None = None,
+        qkv_bias: bool = True,
+        norm_cfg: dict | None = None,
+        sr_ratio: int = 1,
+        linear: bool = False,
+        add_identity: bool = True,
+        init_cfg: dict | list | None = None,
+    ):
         check_heads(embed_dims, num_heads)
         if sr_ratio < 1:
             raise ValueError(f'sr_ratio={sr_ratio} does not fit; expected 1 (no reduction) or more')
         norm_cfg = norm_cfg or dict(type='LN')
-        super().__init__(embed_dims, num_heads, attn_drop, proj_drop, dropout_layer, qkv_bias=qkv_bias,
-                         norm_cfg=norm_cfg, sr_ratio=1 if linear else sr_ratio, init_cfg=init_cfg)
+        super().__init__(
+            embed_dims,
+            num_heads,
+            attn_drop,
+            proj_drop,
+            dropout_layer,
+            qkv_bias=qkv_bias,
+            norm_cfg=norm_cfg,
+            sr_ratio=1 if linear else sr_ratio,
+            init_cfg=init_cfg,
+        )
         self.linear = linear
         self.add_identity = add_identity
         if linear:
             self.sr = nn.Conv2d(embed_dims, embed_dims, 1)
             self.norm = build_norm_layer(norm_cfg, embed_dims)[1]
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], identity: Tensor | None = None,
-                key: Tensor | None = None, key_hw_shape: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        identity: Tensor | None = None,
+        key: Tensor | None = None,
+        key_hw_shape: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -83,8 +109,10 @@ class SpatialReductionAttention(MMDetSpatialReductionAttention):
         """
         check_tokens(self, x, hw_shape)
         if (key is None) != (key_hw_shape is None):
-            raise ValueError(f'key_hw_shape is {key_hw_shape}, but key is {"None" if key is None else "a tensor"}: '
-                             'give both, or none for self-attention')
+            raise ValueError(
+                f'key_hw_shape is {key_hw_shape}, but key is {"None" if key is None else "a tensor"}: '
+                'give both, or none for self-attention'
+            )
         if key is None:
             key, key_hw_shape = x, hw_shape
         else:
@@ -93,13 +121,14 @@ class SpatialReductionAttention(MMDetSpatialReductionAttention):
 
         dims, attn = self.embed_dims, self.attn
         query_weight, key_value_weight = attn.in_proj_weight.split([dims, 2 * dims])
-        query_bias, key_value_bias = (None, None) if attn.in_proj_bias is None else (
-            attn.in_proj_bias.split([dims, 2 * dims]))
+        query_bias, key_value_bias = (
+            (None, None) if attn.in_proj_bias is None else (attn.in_proj_bias.split([dims, 2 * dims]))
+        )
         query = F.linear(x, query_weight, query_bias)
         key, value = F.linear(self._reduce(key, key_hw_shape), key_value_weight, key_value_bias).chunk(2, -1)
         # (B, N, C) -> (B, heads, N, C / heads)
         query, key, value = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=attn.dropout if self.training else 0.)
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=attn.dropout if self.training else 0.0)
         out = attn.out_proj(out.transpose(1, 2).flatten(2))
         out = self.dropout_layer(self.proj_drop(out))
         return identity + out if self.add_identity else out

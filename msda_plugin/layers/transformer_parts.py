@@ -1,4 +1,5 @@
 """What the transformers of DETR and Deformable DETR are built and run with."""
+
 import copy
 
 import torch

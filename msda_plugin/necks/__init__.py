@@ -1,4 +1,5 @@
 """Necks: maps of a backbone to maps of one width."""
+
 from .mfds_hs_fpn import MFDSHSFPN
 from .pvt_neck import PVTNeck
 from .simple_feature_pyramid import SimpleFeaturePyramid

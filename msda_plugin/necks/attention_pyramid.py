@@ -1,4 +1,5 @@
 """What PVTNeck and SwinNeck share: a ChannelMapper whose maps pass attention blocks and a top-down fusion."""
+
 from collections.abc import Callable, Sequence
 
 from mmcv.cnn.bricks.scale import LayerScale
@@ -15,8 +16,10 @@ from msda_plugin.layers.transformer_parts import run_layer
 from .simple_feature_pyramid import MapLayerNorm
 
 NORM_CFG = dict(type='GN', num_groups=32)
-INIT_CFG = [dict(type='Xavier', layer='Conv2d', distribution='uniform'),
-            dict(type='TruncNormal', layer='Linear', std=.02)]
+INIT_CFG = [
+    dict(type='Xavier', layer='Conv2d', distribution='uniform'),
+    dict(type='TruncNormal', layer='Linear', std=0.02),
+]
 
 
 class AttentionBlock(BaseModule):
@@ -70,8 +73,9 @@ class CrossAttentionFusion(BaseModule):
         """Maps (B, C, H, W) and (B, C, h, w) -> map (B, C, H, W)."""
         hw_shape = tuple(fine.shape[2:])
         x = map_to_tokens(fine)
-        out = self.attn(self.query_norm(x), hw_shape, key=self.key_norm(map_to_tokens(coarse)),
-                        key_hw_shape=tuple(coarse.shape[2:]))
+        out = self.attn(
+            self.query_norm(x), hw_shape, key=self.key_norm(map_to_tokens(coarse)), key_hw_shape=tuple(coarse.shape[2:])
+        )
         return tokens_to_map(x + self.scale(out), hw_shape)
 
 
@@ -106,27 +110,65 @@ class AttentionPyramid(ChannelMapper):
         ValueError: sizes do not fit one another.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, num_outs: int | None, *, depth: int,
-                 build_attention: Callable[[int, int], nn.Module], use_conv: bool, num_heads: int, mlp_ratio: float,
-                 fusion: str | None, sr_ratios: Sequence[int] | None, input_norm: bool, layer_scale_init_value: float,
-                 with_cp: bool, kernel_size: int, norm_cfg: dict | None, act_cfg: dict | None, bias: bool | str,
-                 init_cfg: dict | list | None):
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_outs: int | None,
+        *,
+        depth: int,
+        build_attention: Callable[[int, int], nn.Module],
+        use_conv: bool,
+        num_heads: int,
+        mlp_ratio: float,
+        fusion: str | None,
+        sr_ratios: Sequence[int] | None,
+        input_norm: bool,
+        layer_scale_init_value: float,
+        with_cp: bool,
+        kernel_size: int,
+        norm_cfg: dict | None,
+        act_cfg: dict | None,
+        bias: bool | str,
+        init_cfg: dict | list | None,
+    ):
         self._check_config(in_channels, out_channels, num_outs, depth, num_heads, fusion, sr_ratios, norm_cfg)
-        super().__init__(list(in_channels), out_channels, kernel_size, norm_cfg=norm_cfg, act_cfg=act_cfg, bias=bias,
-                         num_outs=num_outs, init_cfg=init_cfg or INIT_CFG)
+        super().__init__(
+            list(in_channels),
+            out_channels,
+            kernel_size,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            bias=bias,
+            num_outs=num_outs,
+            init_cfg=init_cfg or INIT_CFG,
+        )
         num_levels, scale = len(in_channels), layer_scale_init_value
-        sr_ratios = sr_ratios or [2 ** level for level in reversed(range(num_levels))]
+        sr_ratios = sr_ratios or [2**level for level in reversed(range(num_levels))]
         self.in_channels = tuple(in_channels)
         self.with_cp = with_cp
         self.input_norms = ModuleList([MapLayerNorm(channels) for channels in in_channels] if input_norm else [])
-        self.blocks = ModuleList([
-            ModuleList([AttentionBlock(build_attention(sr_ratio, number),
-                                       MixFeedForward(out_channels, int(out_channels * mlp_ratio), use_conv),
-                                       out_channels, scale) for number in range(depth)]) for sr_ratio in sr_ratios])
+        self.blocks = ModuleList(
+            [
+                ModuleList(
+                    [
+                        AttentionBlock(
+                            build_attention(sr_ratio, number),
+                            MixFeedForward(out_channels, int(out_channels * mlp_ratio), use_conv),
+                            out_channels,
+                            scale,
+                        )
+                        for number in range(depth)
+                    ]
+                )
+                for sr_ratio in sr_ratios
+            ]
+        )
         # fusions[i] brings map i + 1 into map i.
         if fusion == 'cross_attention':
-            self.fusions = ModuleList([
-                CrossAttentionFusion(out_channels, num_heads, sr_ratio, scale) for sr_ratio in sr_ratios[1:]])
+            self.fusions = ModuleList(
+                [CrossAttentionFusion(out_channels, num_heads, sr_ratio, scale) for sr_ratio in sr_ratios[1:]]
+            )
         else:
             self.fusions = ModuleList([AddFusion(out_channels, scale) for _ in sr_ratios[1:]] if fusion else [])
 
@@ -140,9 +182,11 @@ class AttentionPyramid(ChannelMapper):
         """
         channels = tuple(x.shape[1] for x in inputs)
         if channels != self.in_channels:
-            raise ValueError(f'{type(self).__name__} got {len(channels)} maps of {channels} channels; expected '
-                             f'{len(self.in_channels)} maps of in_channels={self.in_channels}: set in_channels to the '
-                             "backbone's, or choose its maps by out_indices")
+            raise ValueError(
+                f'{type(self).__name__} got {len(channels)} maps of {channels} channels; expected '
+                f'{len(self.in_channels)} maps of in_channels={self.in_channels}: set in_channels to the '
+                "backbone's, or choose its maps by out_indices"
+            )
         if self.input_norms:
             inputs = [norm(x) for norm, x in zip(self.input_norms, inputs, strict=True)]
         outs = list(super().forward(inputs))
@@ -162,27 +206,45 @@ class AttentionPyramid(ChannelMapper):
         return tokens_to_map(x, hw_shape)
 
     @classmethod
-    def _check_config(cls, in_channels: Sequence[int], out_channels: int, num_outs: int | None, depth: int,
-                      num_heads: int, fusion: str | None, sr_ratios: Sequence[int] | None,
-                      norm_cfg: dict | None) -> None:
+    def _check_config(
+        cls,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_outs: int | None,
+        depth: int,
+        num_heads: int,
+        fusion: str | None,
+        sr_ratios: Sequence[int] | None,
+        norm_cfg: dict | None,
+    ) -> None:
         name = cls.__name__
         if not isinstance(in_channels, Sequence) or not in_channels:
-            raise ValueError(f'{name} got in_channels={in_channels}; expected the channels of each map of the '
-                             'backbone, such as [256, 512, 1024, 2048]')
+            raise ValueError(
+                f'{name} got in_channels={in_channels}; expected the channels of each map of the '
+                'backbone, such as [256, 512, 1024, 2048]'
+            )
         if num_outs is not None and num_outs < len(in_channels):
-            raise ValueError(f'{name} got num_outs={num_outs}, but there are {len(in_channels)} in_channels '
-                             f'{list(in_channels)}: name fewer of them (and out_indices in the backbone), or raise '
-                             'num_outs')
+            raise ValueError(
+                f'{name} got num_outs={num_outs}, but there are {len(in_channels)} in_channels '
+                f'{list(in_channels)}: name fewer of them (and out_indices in the backbone), or raise '
+                'num_outs'
+            )
         if depth < 0:
             raise ValueError(f'{name} got depth={depth}; expected 0 (no attention) or more')
         if num_heads < 1 or out_channels % num_heads:
-            raise ValueError(f'{name} got out_channels={out_channels}, which is not a multiple of num_heads='
-                             f'{num_heads}: change one of them')
+            raise ValueError(
+                f'{name} got out_channels={out_channels}, which is not a multiple of num_heads='
+                f'{num_heads}: change one of them'
+            )
         if norm_cfg and norm_cfg['type'] == 'GN' and out_channels % norm_cfg['num_groups']:
-            raise ValueError(f'{name} got out_channels={out_channels}, which is not a multiple of the '
-                             f'{norm_cfg["num_groups"]} groups of norm_cfg: change one of them')
+            raise ValueError(
+                f'{name} got out_channels={out_channels}, which is not a multiple of the '
+                f'{norm_cfg["num_groups"]} groups of norm_cfg: change one of them'
+            )
         if fusion not in (None, 'add', 'cross_attention'):
             raise ValueError(f"{name} got fusion={fusion!r}; expected 'add', 'cross_attention' or None")
         if sr_ratios is not None and len(sr_ratios) != len(in_channels):
-            raise ValueError(f'{name} got {len(sr_ratios)} sr_ratios {list(sr_ratios)}; expected one for each of the '
-                             f'{len(in_channels)} in_channels {list(in_channels)}, or None')
+            raise ValueError(
+                f'{name} got {len(sr_ratios)} sr_ratios {list(sr_ratios)}; expected one for each of the '
+                f'{len(in_channels)} in_channels {list(in_channels)}, or None'
+            )

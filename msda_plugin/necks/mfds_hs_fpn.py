@@ -4,6 +4,7 @@ Source: Chen et al., Accurate leukocyte detection based on deformable-DETR and m
 diagnosis of blood diseases, Computers in Biology and Medicine 2024, https://arxiv.org/abs/2212.11552. Another neck of
 2025 is called HS-FPN too; this one carries its detector's name.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -61,25 +62,32 @@ class MFDSHSFPN(BaseModule):
         ValueError: for another ``num_outs``, or channels that the group norms (32 groups) cannot divide.
     """
 
-    def __init__(self,
-                 in_channels: Sequence[int],
-                 out_channels: int = 256,
-                 num_outs: int | None = None,
-                 init_cfg: dict | list[dict] | None = None) -> None:
-        super().__init__(init_cfg=init_cfg or dict(
-            type='Xavier', layer=['Conv2d', 'ConvTranspose2d'], distribution='uniform'))
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int = 256,
+        num_outs: int | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(
+            init_cfg=init_cfg or dict(type='Xavier', layer=['Conv2d', 'ConvTranspose2d'], distribution='uniform')
+        )
         self.in_channels = tuple(in_channels)
         num_ins = len(self.in_channels)
         num_outs = num_ins + 1 if num_outs is None else num_outs
         if num_ins == 0:
             raise ValueError('in_channels is empty, but the channels of at least one map are expected')
         if num_outs not in (num_ins, num_ins + 1):
-            raise ValueError(f'num_outs is {num_outs} with {num_ins} in_channels, but HS-FPN has as many outputs as '
-                             f'inputs or one more: set num_outs to {num_ins} or {num_ins + 1}')
+            raise ValueError(
+                f'num_outs is {num_outs} with {num_ins} in_channels, but HS-FPN has as many outputs as '
+                f'inputs or one more: set num_outs to {num_ins} or {num_ins + 1}'
+            )
         if out_channels % NUM_GROUPS or (num_outs > num_ins and 2 * self.in_channels[-1] % NUM_GROUPS):
-            raise ValueError(f'out_channels is {out_channels} and the last of in_channels {self.in_channels[-1]}, but '
-                             f'out_channels must be a multiple of {NUM_GROUPS}, and the last input of '
-                             f'{NUM_GROUPS // 2}, for the group norms')
+            raise ValueError(
+                f'out_channels is {out_channels} and the last of in_channels {self.in_channels[-1]}, but '
+                f'out_channels must be a multiple of {NUM_GROUPS}, and the last input of '
+                f'{NUM_GROUPS // 2}, for the group norms'
+            )
         if min(*self.in_channels, out_channels) < REDUCTION:
             raise ValueError(f'in_channels is {self.in_channels}, but the channel attention needs at least {REDUCTION}')
 
@@ -88,19 +96,27 @@ class MFDSHSFPN(BaseModule):
         if num_outs > num_ins:
             top = channels[-1]
             self.top_level = nn.Sequential(
-                nn.Conv2d(top, top // 2, 1), nn.Conv2d(top // 2, top // 2, 3, stride=2, padding=1),
-                nn.Conv2d(top // 2, 2 * top, 1), nn.GroupNorm(NUM_GROUPS, 2 * top))
+                nn.Conv2d(top, top // 2, 1),
+                nn.Conv2d(top // 2, top // 2, 3, stride=2, padding=1),
+                nn.Conv2d(top // 2, 2 * top, 1),
+                nn.GroupNorm(NUM_GROUPS, 2 * top),
+            )
             channels.append(2 * top)
         # Entry i of each list is of level i, finest first; only the levels below the top are screened.
         self.selections = nn.ModuleList(FeatureSelection(c, out_channels) for c in channels)
         self.upsamples = nn.ModuleList(
             nn.ConvTranspose2d(out_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
-            for _ in channels[:-1])
+            for _ in channels[:-1]
+        )
         self.screens = nn.ModuleList(ChannelAttention(out_channels) for _ in channels[:-1])
         self.output_convs = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(out_channels, out_channels, 3, padding=1), nn.GroupNorm(NUM_GROUPS, out_channels),
-                          nn.ReLU(inplace=True))
-            for _ in channels)
+            nn.Sequential(
+                nn.Conv2d(out_channels, out_channels, 3, padding=1),
+                nn.GroupNorm(NUM_GROUPS, out_channels),
+                nn.ReLU(inplace=True),
+            )
+            for _ in channels
+        )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Fuse a pyramid.
@@ -117,8 +133,10 @@ class MFDSHSFPN(BaseModule):
         """
         found = tuple(x.shape[1] for x in inputs)
         if found != self.in_channels:
-            raise ValueError(f'MFDSHSFPN got maps of {list(found)} channels, but in_channels is '
-                             f'{list(self.in_channels)}: set it to what the backbone gives')
+            raise ValueError(
+                f'MFDSHSFPN got maps of {list(found)} channels, but in_channels is '
+                f'{list(self.in_channels)}: set it to what the backbone gives'
+            )
         inputs = list(inputs)
         if self.top_level is not None:
             inputs.append(self.top_level(inputs[-1]))

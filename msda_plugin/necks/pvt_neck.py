@@ -2,6 +2,7 @@
 
 The attention and the feed-forward layer are those of PVT v2 (Wang et al., https://arxiv.org/abs/2106.13797).
 """
+
 from collections.abc import Sequence
 
 from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
@@ -45,19 +46,48 @@ class PVTNeck(AttentionPyramid):
         [(1, 64, 28, 20), (1, 64, 14, 10), (1, 64, 7, 5), (1, 64, 4, 3)]
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int = 256, num_outs: int | None = None,
-                 depth: int = 1, num_heads: int = 8, mlp_ratio: float = 4., sr_ratios: Sequence[int] | None = None,
-                 linear: bool = False, fusion: str | None = 'add', input_norm: bool = False,
-                 layer_scale_init_value: float = 0., with_cp: bool = False, kernel_size: int = 1,
-                 norm_cfg: dict | None = NORM_CFG, act_cfg: dict | None = None, bias: bool | str = True,
-                 init_cfg: dict | list | None = None):
-
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int = 256,
+        num_outs: int | None = None,
+        depth: int = 1,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        sr_ratios: Sequence[int] | None = None,
+        linear: bool = False,
+        fusion: str | None = 'add',
+        input_norm: bool = False,
+        layer_scale_init_value: float = 0.0,
+        with_cp: bool = False,
+        kernel_size: int = 1,
+        norm_cfg: dict | None = NORM_CFG,
+        act_cfg: dict | None = None,
+        bias: bool | str = True,
+        init_cfg: dict | list | None = None,
+    ):
         def build_attention(sr_ratio: int, number: int) -> SpatialReductionAttention:
-            return SpatialReductionAttention(out_channels, num_heads, sr_ratio=sr_ratio, linear=linear,
-                                             add_identity=False)
+            return SpatialReductionAttention(
+                out_channels, num_heads, sr_ratio=sr_ratio, linear=linear, add_identity=False
+            )
 
         super().__init__(
-            in_channels, out_channels, num_outs, depth=depth, build_attention=build_attention, use_conv=True,
-            num_heads=num_heads, mlp_ratio=mlp_ratio, fusion=fusion, sr_ratios=sr_ratios, input_norm=input_norm,
-            layer_scale_init_value=layer_scale_init_value, with_cp=with_cp, kernel_size=kernel_size, norm_cfg=norm_cfg,
-            act_cfg=act_cfg, bias=bias, init_cfg=init_cfg)
+            in_channels,
+            out_channels,
+            num_outs,
+            depth=depth,
+            build_attention=build_attention,
+            use_conv=True,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            fusion=fusion,
+            sr_ratios=sr_ratios,
+            input_norm=input_norm,
+            layer_scale_init_value=layer_scale_init_value,
+            with_cp=with_cp,
+            kernel_size=kernel_size,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            bias=bias,
+            init_cfg=init_cfg,
+        )

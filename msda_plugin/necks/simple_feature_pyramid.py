@@ -3,6 +3,7 @@
 Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022,
 https://arxiv.org/abs/2203.16527, section 3, with the details of the authors' published code.
 """
+
 from collections.abc import Sequence
 
 from mmengine.model import BaseModule
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from msda_plugin.registry import MODELS
 
-SCALE_FACTORS = (4., 2., 1., .5)
+SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
 
 
 class MapLayerNorm(nn.LayerNorm):
@@ -48,28 +49,43 @@ class SimpleFeaturePyramid(BaseModule):
         [(1, 256, 20, 28), (1, 256, 10, 14), (1, 256, 5, 7), (1, 256, 3, 4), (1, 256, 2, 2)]
     """
 
-    def __init__(self, in_channels: int, out_channels: int = 256, num_outs: int | None = None,
-                 scale_factors: Sequence[float] = SCALE_FACTORS, init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 256,
+        num_outs: int | None = None,
+        scale_factors: Sequence[float] = SCALE_FACTORS,
+        init_cfg: dict | list | None = None,
+    ):
         super().__init__(init_cfg)
         scale_factors = tuple(scale_factors)
         if not scale_factors or scale_factors != tuple(s for s in SCALE_FACTORS if s in scale_factors):
             raise ValueError(f'scale_factors is {scale_factors}; expected some of {SCALE_FACTORS}, in this order')
         num_outs = len(scale_factors) if num_outs is None else num_outs
         if num_outs < len(scale_factors):
-            raise ValueError(f'num_outs is {num_outs}, but there are {len(scale_factors)} scale_factors '
-                             f'{scale_factors}; name fewer of them, or raise num_outs')
+            raise ValueError(
+                f'num_outs is {num_outs}, but there are {len(scale_factors)} scale_factors '
+                f'{scale_factors}; name fewer of them, or raise num_outs'
+            )
         if not isinstance(in_channels, int) or in_channels < 4 or in_channels % 4:
-            raise ValueError(f'in_channels is {in_channels}; expected one number, the channels of the backbone\'s one '
-                             'map, a multiple of 4')
+            raise ValueError(
+                f"in_channels is {in_channels}; expected one number, the channels of the backbone's one "
+                'map, a multiple of 4'
+            )
         self.in_channels = in_channels
         self.num_outs = num_outs
         self.levels = nn.ModuleList()
         for scale in scale_factors:
             layers, channels = _resize(in_channels, scale)
-            self.levels.append(nn.Sequential(
-                *layers,
-                nn.Conv2d(channels, out_channels, 1, bias=False), MapLayerNorm(out_channels),
-                nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), MapLayerNorm(out_channels)))
+            self.levels.append(
+                nn.Sequential(
+                    *layers,
+                    nn.Conv2d(channels, out_channels, 1, bias=False),
+                    MapLayerNorm(out_channels),
+                    nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+                    MapLayerNorm(out_channels),
+                )
+            )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One map (B, C, H, W), in a sequence -> ``num_outs`` maps (B, out_channels, h, w), finest first.
@@ -81,9 +97,11 @@ class SimpleFeaturePyramid(BaseModule):
         """
         found = [x.shape[1] for x in inputs]
         if found != [self.in_channels]:
-            raise ValueError(f'SimpleFeaturePyramid got {len(found)} maps of {found} channels; expected one map of '
-                             f'in_channels={self.in_channels}: let the backbone give one map, and set in_channels to '
-                             'its channels')
+            raise ValueError(
+                f'SimpleFeaturePyramid got {len(found)} maps of {found} channels; expected one map of '
+                f'in_channels={self.in_channels}: let the backbone give one map, and set in_channels to '
+                'its channels'
+            )
         outs = [level(inputs[0]) for level in self.levels]
         while len(outs) < self.num_outs:
             outs.append(F.max_pool2d(outs[-1], 1, stride=2))
@@ -93,8 +111,12 @@ class SimpleFeaturePyramid(BaseModule):
 def _resize(channels: int, scale: float) -> tuple[list[nn.Module], int]:
     """The layers that multiply a map's sides by ``scale``, and the channels they give."""
     if scale == 4:
-        return [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2), MapLayerNorm(channels // 2), nn.GELU(),
-                nn.ConvTranspose2d(channels // 2, channels // 4, 2, stride=2)], channels // 4
+        return [
+            nn.ConvTranspose2d(channels, channels // 2, 2, stride=2),
+            MapLayerNorm(channels // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(channels // 2, channels // 4, 2, stride=2),
+        ], channels // 4
     if scale == 2:
         return [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)], channels // 2
     # An odd side keeps its last row: the level still covers the image.

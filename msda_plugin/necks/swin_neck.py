@@ -2,6 +2,7 @@
 
 The attention and the feed-forward layer are those of Swin Transformer (Liu et al., https://arxiv.org/abs/2103.14030).
 """
+
 from collections.abc import Sequence
 
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
@@ -46,22 +47,54 @@ class SwinNeck(AttentionPyramid):
         [(1, 64, 28, 20), (1, 64, 14, 10), (1, 64, 7, 5), (1, 64, 4, 3)]
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int = 256, num_outs: int | None = None,
-                 depth: int = 2, num_heads: int = 8, window_size: int = 7, mlp_ratio: float = 4.,
-                 fusion: str | None = 'add', sr_ratios: Sequence[int] | None = None, input_norm: bool = False,
-                 layer_scale_init_value: float = 0., with_cp: bool = False, kernel_size: int = 1,
-                 norm_cfg: dict | None = NORM_CFG, act_cfg: dict | None = None, bias: bool | str = True,
-                 init_cfg: dict | list | None = None):
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int = 256,
+        num_outs: int | None = None,
+        depth: int = 2,
+        num_heads: int = 8,
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        fusion: str | None = 'add',
+        sr_ratios: Sequence[int] | None = None,
+        input_norm: bool = False,
+        layer_scale_init_value: float = 0.0,
+        with_cp: bool = False,
+        kernel_size: int = 1,
+        norm_cfg: dict | None = NORM_CFG,
+        act_cfg: dict | None = None,
+        bias: bool | str = True,
+        init_cfg: dict | list | None = None,
+    ):
         if depth % 2:
-            raise ValueError(f'SwinNeck got depth={depth}; expected an even number of blocks, because regular and '
-                             'shifted windows take turns')
+            raise ValueError(
+                f'SwinNeck got depth={depth}; expected an even number of blocks, because regular and '
+                'shifted windows take turns'
+            )
 
         def build_attention(sr_ratio: int, number: int) -> ShiftedWindowAttention:
-            return ShiftedWindowAttention(out_channels, num_heads, window_size,
-                                          shift_size=window_size // 2 if number % 2 else 0)
+            return ShiftedWindowAttention(
+                out_channels, num_heads, window_size, shift_size=window_size // 2 if number % 2 else 0
+            )
 
         super().__init__(
-            in_channels, out_channels, num_outs, depth=depth, build_attention=build_attention, use_conv=False,
-            num_heads=num_heads, mlp_ratio=mlp_ratio, fusion=fusion, sr_ratios=sr_ratios, input_norm=input_norm,
-            layer_scale_init_value=layer_scale_init_value, with_cp=with_cp, kernel_size=kernel_size, norm_cfg=norm_cfg,
-            act_cfg=act_cfg, bias=bias, init_cfg=init_cfg)
+            in_channels,
+            out_channels,
+            num_outs,
+            depth=depth,
+            build_attention=build_attention,
+            use_conv=False,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            fusion=fusion,
+            sr_ratios=sr_ratios,
+            input_norm=input_norm,
+            layer_scale_init_value=layer_scale_init_value,
+            with_cp=with_cp,
+            kernel_size=kernel_size,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            bias=bias,
+            init_cfg=init_cfg,
+        )

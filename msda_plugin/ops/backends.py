@@ -4,6 +4,7 @@ Automatic choice: the compiled kernels of the value's device, else the reference
 ``MSDA_BACKEND`` or :func:`use_backend` chooses one; a chosen backend that cannot run raises, it never falls back.
 ``MSDA_LIBRARY_DIR`` names another directory with compiled libraries, such as a build with sanitizers.
 """
+
 import ctypes
 import os
 import warnings
@@ -22,6 +23,7 @@ LIBRARY_DIR = Path(os.environ.get('MSDA_LIBRARY_DIR') or Path(__file__).parent /
 
 class Backend(NamedTuple):
     """What would run (``'cuda'``, ``'cpu'`` or ``'reference'``), and why."""
+
     name: str
     reason: str
 
@@ -98,8 +100,9 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> Backend:
     if _chosen is not None:
         if _chosen != device_type or unavailable:
             why = unavailable or f'the tensors are on device type {device_type!r}'
-            raise RuntimeError(f'the backend {_chosen!r} was chosen by use_backend or MSDA_BACKEND, but it cannot run: '
-                               f'{why}')
+            raise RuntimeError(
+                f'the backend {_chosen!r} was chosen by use_backend or MSDA_BACKEND, but it cannot run: {why}'
+            )
         return Backend(_chosen, 'chosen by use_backend or MSDA_BACKEND')
     if unavailable:
         return Backend('reference', unavailable)
@@ -118,7 +121,9 @@ def runs_native(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     if _chosen is None and device.type not in _warned and not torch.compiler.is_compiling():
         _warned.add(device.type)
-        warnings.warn(f'multi-scale deformable attention runs in plain PyTorch on {device.type}, slower and with more '
-                      f'memory, because {backend.reason}. MSDA_BACKEND=reference chooses it without this warning.',
-                      stacklevel=4)
+        warnings.warn(
+            f'multi-scale deformable attention runs in plain PyTorch on {device.type}, slower and with more '
+            f'memory, because {backend.reason}. MSDA_BACKEND=reference chooses it without this warning.',
+            stacklevel=4,
+        )
     return False

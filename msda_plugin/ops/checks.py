@@ -1,4 +1,5 @@
 """Argument checks of the operator: the one gate. A message says what came, what was expected, and the remedy."""
+
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -10,53 +11,70 @@ VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def check_plain(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> None:
     """Raise TypeError or ValueError unless dtypes, devices and sizes fit :func:`msda_plugin.ops.ms_deform_attn`."""
-    _check_sizes(value, spatial_shapes, 'sampling_locations', sampling_locations, 'attention_weights',
-                 attention_weights)
+    _check_sizes(
+        value, spatial_shapes, 'sampling_locations', sampling_locations, 'attention_weights', attention_weights
+    )
 
 
-def check_fused(value: Tensor, spatial_shapes: Tensor, reference_points: Tensor, sampling_offsets: Tensor,
-                attention_logits: Tensor) -> None:
+def check_fused(
+    value: Tensor, spatial_shapes: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor
+) -> None:
     """Raise TypeError or ValueError unless dtypes, devices and sizes fit ``ms_deform_attn_fused``."""
     _check_sizes(value, spatial_shapes, 'sampling_offsets', sampling_offsets, 'attention_logits', attention_logits)
     _check_float(reference_points, 'reference_points', value)
     expected = (value.shape[0], sampling_offsets.shape[1], spatial_shapes.shape[0])
-    if reference_points.dim() != 4 or tuple(reference_points.shape[:3]) != expected \
-            or reference_points.shape[3] not in (2, 4):
-        raise ValueError(f'reference_points has shape {_shape(reference_points)}, but (bs, num_queries, num_levels, 2 '
-                         f'or 4) = ({", ".join(map(str, expected))}, 2 or 4) is needed: points (x, y) or boxes (cx, '
-                         'cy, w, h) between 0 and 1, one per level (repeat them over the levels if they have none)')
+    if (
+        reference_points.dim() != 4
+        or tuple(reference_points.shape[:3]) != expected
+        or reference_points.shape[3] not in (2, 4)
+    ):
+        raise ValueError(
+            f'reference_points has shape {_shape(reference_points)}, but (bs, num_queries, num_levels, 2 '
+            f'or 4) = ({", ".join(map(str, expected))}, 2 or 4) is needed: points (x, y) or boxes (cx, '
+            'cy, w, h) between 0 and 1, one per level (repeat them over the levels if they have none)'
+        )
 
 
-def prepare_levels(value: Tensor, spatial_shapes: Tensor | Sequence[tuple[int, int]],
-                   level_start_index: Tensor | None) -> tuple[Tensor, Tensor]:
+def prepare_levels(
+    value: Tensor, spatial_shapes: Tensor | Sequence[tuple[int, int]], level_start_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Levels as the kernels take them: ``spatial_shapes`` (L, 2) and ``level_start_index`` (L,), int64, on the device.
 
     The values are checked only where they are on the host (a CPU tensor or a sequence), so that nothing waits for the
     device. Use :func:`check_levels` to check those of a device tensor.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f'value is a {type(value).__name__}, but a tensor (bs, num_keys, num_heads, head_dim) is '
-                        'needed')
+        raise TypeError(
+            f'value is a {type(value).__name__}, but a tensor (bs, num_keys, num_heads, head_dim) is needed'
+        )
     if value.dim() != 4:
-        raise ValueError(f'value has shape {_shape(value)}, but (bs, num_keys, num_heads, head_dim) is needed: split '
-                         'the channels with value.view(bs, num_keys, num_heads, -1)')
+        raise ValueError(
+            f'value has shape {_shape(value)}, but (bs, num_keys, num_heads, head_dim) is needed: split '
+            'the channels with value.view(bs, num_keys, num_heads, -1)'
+        )
     if not isinstance(spatial_shapes, Tensor):
         spatial_shapes = _shapes_from_pairs(spatial_shapes, value.device)
     _check_int(spatial_shapes, 'spatial_shapes', value)
     if spatial_shapes.dim() != 2 or spatial_shapes.shape[0] < 1 or spatial_shapes.shape[1] != 2:
-        raise ValueError(f'spatial_shapes has shape {_shape(spatial_shapes)}, but (num_levels, 2) with at least one '
-                         'level is needed: one row (h, w) per level')
+        raise ValueError(
+            f'spatial_shapes has shape {_shape(spatial_shapes)}, but (num_levels, 2) with at least one '
+            'level is needed: one row (h, w) per level'
+        )
     spatial_shapes = spatial_shapes.long()
     if level_start_index is None:
         areas = spatial_shapes[:, 0] * spatial_shapes[:, 1]
         level_start_index = areas.cumsum(0) - areas
     elif not isinstance(level_start_index, Tensor):
-        raise TypeError(f'level_start_index is a {type(level_start_index).__name__}, but an int64 tensor (num_levels,) '
-                        'or None is needed')
+        raise TypeError(
+            f'level_start_index is a {type(level_start_index).__name__}, but an int64 tensor (num_levels,) '
+            'or None is needed'
+        )
     _check_int(level_start_index, 'level_start_index', value)
     if tuple(level_start_index.shape) != (spatial_shapes.shape[0],):
-        raise ValueError(f'level_start_index has shape {_shape(level_start_index)}, but ({spatial_shapes.shape[0]},) '
-                         'is needed, one entry per row of spatial_shapes; None computes it')
+        raise ValueError(
+            f'level_start_index has shape {_shape(level_start_index)}, but ({spatial_shapes.shape[0]},) '
+            'is needed, one entry per row of spatial_shapes; None computes it'
+        )
     level_start_index = level_start_index.long()
     if value.device.type == 'cpu' and not torch.compiler.is_compiling():
         check_levels(spatial_shapes, level_start_index, value.shape[1])
@@ -76,44 +94,65 @@ def check_levels(spatial_shapes: Tensor, level_start_index: Tensor | None, num_k
         raise ValueError(f'spatial_shapes is {shapes}, but every level needs h >= 1 and w >= 1: leave empty levels out')
     areas = [h * w for h, w in shapes]
     if sum(areas) != num_keys:
-        raise ValueError(f'spatial_shapes is {shapes}, whose areas add up to {sum(areas)}, but value has num_keys = '
-                         f'{num_keys}: the sum of h * w over the levels must equal size 1 of value')
+        raise ValueError(
+            f'spatial_shapes is {shapes}, whose areas add up to {sum(areas)}, but value has num_keys = '
+            f'{num_keys}: the sum of h * w over the levels must equal size 1 of value'
+        )
     expected = [sum(areas[:level]) for level in range(len(areas))]
     if level_start_index is not None and level_start_index.tolist() != expected:
-        raise ValueError(f'level_start_index is {level_start_index.tolist()}, but spatial_shapes {shapes} needs '
-                         f'{expected}, the running sum of the areas; None computes it')
+        raise ValueError(
+            f'level_start_index is {level_start_index.tolist()}, but spatial_shapes {shapes} needs '
+            f'{expected}, the running sum of the areas; None computes it'
+        )
 
 
-def _check_sizes(value: Tensor, spatial_shapes: Tensor, coordinates_name: str, coordinates: Tensor, weights_name: str,
-                 weights: Tensor) -> None:
+def _check_sizes(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    coordinates_name: str,
+    coordinates: Tensor,
+    weights_name: str,
+    weights: Tensor,
+) -> None:
     if value.dtype not in VALUE_DTYPES:
-        raise TypeError(f'value has dtype {value.dtype}, but one of float64, float32, float16, bfloat16 is needed: '
-                        'convert it with value.float()')
+        raise TypeError(
+            f'value has dtype {value.dtype}, but one of float64, float32, float16, bfloat16 is needed: '
+            'convert it with value.float()'
+        )
     _check_float(coordinates, coordinates_name, value)
     _check_float(weights, weights_name, value)
     batch, _, num_heads, head_dim = value.shape
     if num_heads < 1 or head_dim < 1:
-        raise ValueError(f'value has shape {_shape(value)}, but num_heads and head_dim (sizes 2 and 3) must be at '
-                         'least 1')
+        raise ValueError(
+            f'value has shape {_shape(value)}, but num_heads and head_dim (sizes 2 and 3) must be at least 1'
+        )
     if coordinates.dim() != 6:
-        raise ValueError(f'{coordinates_name} has shape {_shape(coordinates)}, but (bs, num_queries, num_heads, '
-                         'num_levels, num_points, 2) is needed')
+        raise ValueError(
+            f'{coordinates_name} has shape {_shape(coordinates)}, but (bs, num_queries, num_heads, '
+            'num_levels, num_points, 2) is needed'
+        )
     num_queries, num_points = coordinates.shape[1], coordinates.shape[4]
     expected = (batch, num_queries, num_heads, spatial_shapes.shape[0], num_points, 2)
     if tuple(coordinates.shape) != expected or num_points < 1:
-        raise ValueError(f'{coordinates_name} has shape {_shape(coordinates)}, but (bs, num_queries, num_heads, '
-                         f'num_levels, num_points, 2) = {expected} with num_points >= 1 is needed, to go with value '
-                         f'{_shape(value)} and {spatial_shapes.shape[0]} levels in spatial_shapes')
+        raise ValueError(
+            f'{coordinates_name} has shape {_shape(coordinates)}, but (bs, num_queries, num_heads, '
+            f'num_levels, num_points, 2) = {expected} with num_points >= 1 is needed, to go with value '
+            f'{_shape(value)} and {spatial_shapes.shape[0]} levels in spatial_shapes'
+        )
     if tuple(weights.shape) != expected[:5]:
-        raise ValueError(f'{weights_name} has shape {_shape(weights)}, but (bs, num_queries, num_heads, num_levels, '
-                         f'num_points) = {expected[:5]} is needed, to go with {coordinates_name} {_shape(coordinates)}')
+        raise ValueError(
+            f'{weights_name} has shape {_shape(weights)}, but (bs, num_queries, num_heads, num_levels, '
+            f'num_points) = {expected[:5]} is needed, to go with {coordinates_name} {_shape(coordinates)}'
+        )
 
 
 def _check_float(tensor: Tensor, name: str, value: Tensor) -> None:
     _check_tensor(tensor, name, value)
     if tensor.dtype not in VALUE_DTYPES:
-        raise TypeError(f'{name} has dtype {tensor.dtype}, but one of float64, float32, float16, bfloat16 is needed: '
-                        f'convert it with {name}.float()')
+        raise TypeError(
+            f'{name} has dtype {tensor.dtype}, but one of float64, float32, float16, bfloat16 is needed: '
+            f'convert it with {name}.float()'
+        )
 
 
 def _check_int(tensor: Tensor, name: str, value: Tensor) -> None:
@@ -126,16 +165,18 @@ def _check_tensor(tensor: Tensor, name: str, value: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f'{name} is a {type(tensor).__name__}, but a tensor is needed')
     if tensor.device != value.device:
-        raise ValueError(f'{name} is on {tensor.device}, but value is on {value.device}: move it with '
-                         f'{name}.to(value.device)')
+        raise ValueError(
+            f'{name} is on {tensor.device}, but value is on {value.device}: move it with {name}.to(value.device)'
+        )
 
 
 def _shapes_from_pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     try:
         rows = tuple((height, width) for height, width in pairs)
     except (TypeError, ValueError):
-        raise TypeError(f'spatial_shapes is {pairs!r}, but an int64 tensor (num_levels, 2) or a sequence of pairs '
-                        '(h, w) is needed') from None
+        raise TypeError(
+            f'spatial_shapes is {pairs!r}, but an int64 tensor (num_levels, 2) or a sequence of pairs (h, w) is needed'
+        ) from None
     if torch.compiler.is_compiling():
         return torch.tensor(rows, dtype=torch.int64, device=device)
     if not all(isinstance(size, int) for row in rows for size in row):

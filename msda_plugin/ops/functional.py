@@ -2,6 +2,7 @@
 
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,15 @@ from msda_plugin.ops.reference import accumulation_dtype, attend, attend_fused
 Shapes = Tensor | Sequence[tuple[int, int]]
 
 
-def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None, sampling_locations: Tensor,
-                   attention_weights: Tensor, *, deterministic: bool | None = None) -> Tensor:
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    deterministic: bool | None = None,
+) -> Tensor:
     """Multi-scale deformable attention: each query sums bilinear samples of the value, by weight.
 
     Args:
@@ -52,13 +60,21 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Shapes, level_start_index: Ten
     if _uses_reference(value):
         return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     sampling_locations, attention_weights = _unify(value, sampling_locations, attention_weights)
-    return torch.ops.msda.ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations,
-                                         attention_weights, _deterministic(deterministic))
+    return torch.ops.msda.ms_deform_attn(
+        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, _deterministic(deterministic)
+    )
 
 
-def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None,
-                         reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, *,
-                         deterministic: bool | None = None) -> Tensor:
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    deterministic: bool | None = None,
+) -> Tensor:
     """:func:`ms_deform_attn` with the softmax and the location arithmetic inside the kernel.
 
     Args:
@@ -81,17 +97,32 @@ def ms_deform_attn_fused(value: Tensor, spatial_shapes: Shapes, level_start_inde
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
     check_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
     if _uses_reference(value):
-        return attend_fused(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
-                            attention_logits)
-    reference_points, sampling_offsets, attention_logits = _unify(value, reference_points, sampling_offsets,
-                                                                  attention_logits)
-    return torch.ops.msda.ms_deform_attn_fused(value, spatial_shapes, level_start_index, reference_points,
-                                               sampling_offsets, attention_logits, _deterministic(deterministic))
+        return attend_fused(
+            value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
+        )
+    reference_points, sampling_offsets, attention_logits = _unify(
+        value, reference_points, sampling_offsets, attention_logits
+    )
+    return torch.ops.msda.ms_deform_attn_fused(
+        value,
+        spatial_shapes,
+        level_start_index,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        _deterministic(deterministic),
+    )
 
 
-def ms_deform_attn_reference(value: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None,
-                             sampling_locations: Tensor, attention_weights: Tensor, *,
-                             deterministic: bool | None = None) -> Tensor:
+def ms_deform_attn_reference(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    deterministic: bool | None = None,
+) -> Tensor:
     """:func:`ms_deform_attn` in plain PyTorch: the definition. Same arguments; always deterministic."""
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
     check_plain(value, spatial_shapes, sampling_locations, attention_weights)

@@ -3,23 +3,43 @@
 The compiled libraries (csrc/) register the kernels. Under autocast the operators run in the dtypes they are given: the
 value's dtype decides, and coordinates are never rounded.
 """
+
 import torch
 
 from msda_plugin.ops.reference import attend, attend_fused
 
-torch.library.define('msda::ms_deform_attn', (
-    '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
-    'Tensor attention_weights, bool deterministic) -> Tensor'), tags=torch.Tag.pt2_compliant_tag)
-torch.library.define('msda::ms_deform_attn_backward', (
-    '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
-    'Tensor attention_weights, bool deterministic) -> (Tensor, Tensor, Tensor)'), tags=torch.Tag.pt2_compliant_tag)
-torch.library.define('msda::ms_deform_attn_fused', (
-    '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, Tensor sampling_offsets, '
-    'Tensor attention_logits, bool deterministic) -> Tensor'), tags=torch.Tag.pt2_compliant_tag)
-torch.library.define('msda::ms_deform_attn_fused_backward', (
-    '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, '
-    'Tensor sampling_offsets, Tensor attention_logits, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)'),
-    tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(
+    'msda::ms_deform_attn',
+    (
+        '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
+        'Tensor attention_weights, bool deterministic) -> Tensor'
+    ),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    'msda::ms_deform_attn_backward',
+    (
+        '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
+        'Tensor attention_weights, bool deterministic) -> (Tensor, Tensor, Tensor)'
+    ),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    'msda::ms_deform_attn_fused',
+    (
+        '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, Tensor sampling_offsets, '
+        'Tensor attention_logits, bool deterministic) -> Tensor'
+    ),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    'msda::ms_deform_attn_fused_backward',
+    (
+        '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, '
+        'Tensor sampling_offsets, Tensor attention_logits, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)'
+    ),
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 # Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic); its backward

@@ -3,6 +3,7 @@
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3. Every function is differentiable any
 number of times, reads no tensor's values on the host, and computes in float32 (float64 for a float64 value).
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +14,13 @@ def accumulation_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def attend(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
-           attention_weights: Tensor) -> Tensor:
+def attend(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
     """Sum bilinear samples of ``value`` by weight; shapes as in :func:`msda_plugin.ops.ms_deform_attn`.
 
     The samples are those of ``grid_sample(mode='bilinear', padding_mode='zeros', align_corners=False)``. A location
@@ -24,12 +30,19 @@ def attend(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sam
     dtype = accumulation_dtype(value)
     height, width = spatial_shapes[:, :1], spatial_shapes[:, 1:]  # (L, 1), against (..., L, P)
     x, y = sampling_locations.to(dtype).unbind(-1)  # (B, Q, H, L, P)
-    return _sample_and_sum(value, height, width, level_start_index, x * width - 0.5, y * height - 0.5,
-                           attention_weights.to(dtype))
+    return _sample_and_sum(
+        value, height, width, level_start_index, x * width - 0.5, y * height - 0.5, attention_weights.to(dtype)
+    )
 
 
-def attend_fused(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, reference_points: Tensor,
-                 sampling_offsets: Tensor, attention_logits: Tensor) -> Tensor:
+def attend_fused(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
     """:func:`attend` after the softmax and the location arithmetic; shapes as in ``ms_deform_attn_fused``."""
     dtype = accumulation_dtype(value)
     height, width = spatial_shapes[:, :1], spatial_shapes[:, 1:]
@@ -57,8 +70,16 @@ def _inside(x: Tensor, y: Tensor, height: Tensor, width: Tensor) -> Tensor:
     return (x >= -1) & (x < width) & (y >= -1) & (y < height)
 
 
-def _sample_and_sum(value: Tensor, height: Tensor, width: Tensor, level_start_index: Tensor, x: Tensor, y: Tensor,
-                    weights: Tensor, inside: Tensor | None = None) -> Tensor:
+def _sample_and_sum(
+    value: Tensor,
+    height: Tensor,
+    width: Tensor,
+    level_start_index: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    inside: Tensor | None = None,
+) -> Tensor:
     batch, num_keys, num_heads, head_dim = value.shape
     if inside is None:
         inside = _inside(x, y, height, width)

@@ -1,4 +1,5 @@
 """``python -m msda_plugin benchmark SUBJECT``: ours against the stock implementation, side by side, in one run."""
+
 import argparse
 from importlib import import_module
 

@@ -1,4 +1,5 @@
 """``python -m msda_plugin convert FAMILY IN OUT``: a published checkpoint becomes ours, with an account of each key."""
+
 import argparse
 import json
 import os
@@ -19,14 +20,16 @@ def main(argv: list[str] | None = None) -> int:
         prog='python -m msda_plugin convert',
         description='Convert a published checkpoint to the keys of our modules, and say where every key went.',
         epilog='example: python -m msda_plugin convert vision_transformer mae_pretrain_vit_base.pth vit-base.pth. '
-               "A detector takes its file as load_from, a backbone as init_cfg=dict(type='Pretrained', "
-               "checkpoint='vit-base.pth').")
+        "A detector takes its file as load_from, a backbone as init_cfg=dict(type='Pretrained', "
+        "checkpoint='vit-base.pth').",
+    )
     parser.add_argument('family', choices=FAMILIES, metavar='FAMILY', help=f'what it is of: {", ".join(FAMILIES)}')
     parser.add_argument('source', metavar='IN', help='the published file, or its URL; no code in it is run')
     parser.add_argument('out', metavar='OUT', help='the file to write: {"state_dict": …, "meta": …}, as MMEngine loads')
     parser.add_argument('--prefix', help='take the keys under this prefix alone, such as backbone')
-    parser.add_argument('--json', metavar='REPORT', help='file for the account: the keys taken, and those dropped and '
-                                                         'why')
+    parser.add_argument(
+        '--json', metavar='REPORT', help='file for the account: the keys taken, and those dropped and why'
+    )
     parser.add_argument('--force', action='store_true', help='replace files that are there')
     args = parser.parse_args(argv)
     with user_errors('convert'):
@@ -50,8 +53,13 @@ def report(conversion: Conversion) -> str:
     """The account of a conversion, a line a key and a sum; a family refuses a file that lacks a key."""
     lines = [f'taken    {key} -> {new_key}' for key, new_key in conversion.taken.items()]
     lines += [f'dropped  {key}: {reason}' for key, reason in conversion.dropped.items()]
-    return '\n'.join([*lines, f'{len(conversion.taken)} keys taken, {len(conversion.dropped)} dropped, none missing; '
-                              f'{len(conversion.state_dict)} entries in the result'])
+    return '\n'.join(
+        [
+            *lines,
+            f'{len(conversion.taken)} keys taken, {len(conversion.dropped)} dropped, none missing; '
+            f'{len(conversion.state_dict)} entries in the result',
+        ]
+    )
 
 
 def check_target(path: Path, force: bool) -> None:

@@ -7,6 +7,7 @@ What it leaves in the output folder: a picture of each image, a video of each vi
 - ``images.json``: which image and category these numbers are, as in a COCO annotation file; also the videos;
 - ``VIDEO.json`` beside the video: its detections in the same format, ``image_id`` the number of the frame from 0.
 """
+
 import argparse
 import json
 import math
@@ -44,9 +45,14 @@ def find_sources(inputs: Sequence[str | os.PathLike], out: str | os.PathLike) ->
     targets: dict[Path, Path] = {}
     for given in map(Path, inputs):
         if given.is_dir():
-            files = sorted(path for path in given.rglob('*') if path.is_file() and path.suffix.lower() in KNOWN
-                           and not any(part.startswith('.') for part in path.relative_to(given).parts)
-                           and not path.resolve().is_relative_to(out.resolve()))
+            files = sorted(
+                path
+                for path in given.rglob('*')
+                if path.is_file()
+                and path.suffix.lower() in KNOWN
+                and not any(part.startswith('.') for part in path.relative_to(given).parts)
+                and not path.resolve().is_relative_to(out.resolve())
+            )
             if not files:
                 raise FileNotFoundError(f'the folder {given} holds no image and no video ({", ".join(KNOWN)})')
         elif given.is_file():
@@ -106,10 +112,18 @@ class Demo:
 
         from msda_plugin.engine.inference import read_image
         from msda_plugin.visualization import write_png
+
         image = read_image(path)
         picture, found = self.detect(image, len(self.images) + 1)
-        self.images.append(dict(id=len(self.images) + 1, file_name=str(path), width=image.shape[1],
-                                height=image.shape[0], picture=str(target.relative_to(self.out))))
+        self.images.append(
+            dict(
+                id=len(self.images) + 1,
+                file_name=str(path),
+                width=image.shape[1],
+                height=image.shape[0],
+                picture=str(target.relative_to(self.out)),
+            )
+        )
         self.results += found
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix.lower() == '.png':
@@ -124,6 +138,7 @@ class Demo:
             ValueError: The file is not a video that can be read, or OpenCV cannot write one.
         """
         import cv2
+
         reader, writer, results, number = cv2.VideoCapture(str(path)), None, [], 0
         rate = reader.get(cv2.CAP_PROP_FPS)
         rate = rate if math.isfinite(rate) and rate > 0 else 25.0
@@ -133,15 +148,19 @@ class Demo:
                 if not read:
                     break
                 picture, found = self.detect(np.ascontiguousarray(frame[..., ::-1]), number)
-                picture = picture[:picture.shape[0] // 2 * 2, :picture.shape[1] // 2 * 2]  # the codec takes even sides
+                picture = picture[
+                    : picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2
+                ]  # the codec takes even sides
                 if writer is None:
                     height, width = frame.shape[:2]
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
-                                             (picture.shape[1], picture.shape[0]))
+                    writer = cv2.VideoWriter(
+                        str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate, (picture.shape[1], picture.shape[0])
+                    )
                     if not writer.isOpened():
-                        raise ValueError(f'OpenCV cannot write the video {target}; install an opencv-python wheel, '
-                                         'which can')
+                        raise ValueError(
+                            f'OpenCV cannot write the video {target}; install an opencv-python wheel, which can'
+                        )
                 writer.write(np.ascontiguousarray(picture[..., ::-1]))
                 results += found
                 number += 1
@@ -151,9 +170,16 @@ class Demo:
             if writer is not None:
                 writer.release()
                 _write_json(target.with_name(f'{target.name}.json'), results)
-                self.videos.append(dict(file_name=str(path), num_frames=number, frames_per_second=rate,
-                                        width=width, height=height,
-                                        video=str(target.relative_to(self.out))))
+                self.videos.append(
+                    dict(
+                        file_name=str(path),
+                        num_frames=number,
+                        frames_per_second=rate,
+                        width=width,
+                        height=height,
+                        video=str(target.relative_to(self.out)),
+                    )
+                )
         if not number:
             raise ValueError(f'{path} is not a video that can be read; convert it to MP4 (H.264)')
 
@@ -161,6 +187,7 @@ class Demo:
         """The picture, (H', W', 3) uint8 RGB, and the detections of an image, (H, W, 3) uint8 RGB."""
         from msda_plugin.engine.inference import predict
         from msda_plugin.visualization import draw_boxes
+
         found = predict(self.model, image).pred_instances.cpu().numpy()
         sure = found.scores >= self.score_thr
         boxes, labels, scores = found.bboxes[sure], found.labels[sure], found.scores[sure]
@@ -168,17 +195,27 @@ class Demo:
         small = max(image.shape[:2]) < READABLE
         picture = draw_boxes(image, boxes, labels, self.classes, scores, longer_side=READABLE if small else None)
         return picture, [
-            dict(image_id=image_id, category_id=int(label) + 1, score=round(float(score), 4),
-                 bbox=[round(float(value), 2) for value in (x1, y1, x2 - x1, y2 - y1)])
-            for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores, strict=True)]
+            dict(
+                image_id=image_id,
+                category_id=int(label) + 1,
+                score=round(float(score), 4),
+                bbox=[round(float(value), 2) for value in (x1, y1, x2 - x1, y2 - y1)],
+            )
+            for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores, strict=True)
+        ]
 
     def write(self) -> None:
         """Write ``results.json`` and ``images.json``."""
         self.out.mkdir(parents=True, exist_ok=True)
         _write_json(self.out / 'results.json', self.results)
-        _write_json(self.out / 'images.json', dict(
-            images=self.images, videos=self.videos,
-            categories=[dict(id=index, name=name) for index, name in enumerate(self.classes, 1)]))
+        _write_json(
+            self.out / 'images.json',
+            dict(
+                images=self.images,
+                videos=self.videos,
+                categories=[dict(id=index, name=name) for index, name in enumerate(self.classes, 1)],
+            ),
+        )
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -192,6 +229,7 @@ def _number(count: int, what: str) -> str:
 def _frames(path: Path) -> int:
     """Number of frames that a video says it has; 0 where it does not."""
     import cv2
+
     reader = cv2.VideoCapture(str(path))
     number = reader.get(cv2.CAP_PROP_FRAME_COUNT)
     reader.release()
@@ -201,6 +239,7 @@ def _frames(path: Path) -> int:
 def _run(demo: Demo, targets: dict[Path, Path]) -> list[str]:
     """Go through all files with a live bar where someone watches; returns why each unread one was not read."""
     from mmengine.utils import ProgressBar
+
     total = sum(_frames(path) if is_video(path) else 1 for path in targets)
     bar = ProgressBar(total, file=sys.stderr) if total > 1 and sys.stderr.isatty() else None
     unread = []
@@ -222,24 +261,29 @@ def _run(demo: Demo, targets: dict[Path, Path]) -> list[str]:
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status: 0, or 1 if files could not be read."""
     parser = argparse.ArgumentParser(
-        prog='python -m msda_plugin demo', formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog='python -m msda_plugin demo',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Draw the detected boxes on images, folders of images and videos.\n'
-                    'Leaves pictures, results.json (COCO results format) and images.json (what its numbers mean).',
+        'Leaves pictures, results.json (COCO results format) and images.json (what its numbers mean).',
         epilog='examples:\n'
-               '  python -m msda_plugin demo photo.jpg\n'
-               '  python -m msda_plugin demo folder clip.mp4 --checkpoint work_dirs/mine/epoch_12.pth --out pictures')
+        '  python -m msda_plugin demo photo.jpg\n'
+        '  python -m msda_plugin demo folder clip.mp4 --checkpoint work_dirs/mine/epoch_12.pth --out pictures',
+    )
     parser.add_argument('inputs', nargs='+', metavar='IMAGE|FOLDER|VIDEO', help='what to look at')
     parser.add_argument('--config', help='Python config file (default: the one beside the checkpoint)')
-    parser.add_argument('--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of '
-                                             '--config)')
+    parser.add_argument(
+        '--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of --config)'
+    )
     parser.add_argument('--out', default='pictures', metavar='DIR', help='folder for the output (default: %(default)s)')
-    parser.add_argument('--score-thr', type=float, default=0.3, metavar='P',
-                        help='least score of a box, 0-1 (default: %(default)s)')
+    parser.add_argument(
+        '--score-thr', type=float, default=0.3, metavar='P', help='least score of a box, 0-1 (default: %(default)s)'
+    )
     parser.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
     args = parser.parse_args(argv)
     with user_errors('demo'):
         from msda_plugin.engine.inference import find_checkpoint, load_detector
         from msda_plugin.tools.common.launch import check_device
+
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr is {args.score_thr}, but a number from 0 to 1 is needed')
         if args.device:
@@ -248,16 +292,21 @@ def main(argv: list[str]) -> int:
         config, checkpoint = find_checkpoint(args.config, args.checkpoint)
         demo = Demo(load_detector(config, checkpoint, args.device), args.out, args.score_thr)
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    print(f'{checkpoint}: {len(demo.classes)} classes, {", ".join(demo.classes[:20])}'
-          f'{", …" if len(demo.classes) > 20 else ""}', flush=True)
+    print(
+        f'{checkpoint}: {len(demo.classes)} classes, {", ".join(demo.classes[:20])}'
+        f'{", …" if len(demo.classes) > 20 else ""}',
+        flush=True,
+    )
     unread = _run(demo, targets)
 
     frames = sum(video['num_frames'] for video in demo.videos)
     done = [_number(len(demo.images), 'image')] if demo.images else []
     done += [f'{_number(frames, "frame")} of {_number(len(demo.videos), "video")}'] if demo.videos else []
     counts = ', '.join(f'{number} {name}' for name, number in demo.counts.most_common())
-    print(f'{" and ".join(done) or "nothing"} drawn in {args.out}; boxes: '
-          + (counts or f'none with a score of {args.score_thr} or more; try a lower --score-thr'))
+    print(
+        f'{" and ".join(done) or "nothing"} drawn in {args.out}; boxes: '
+        + (counts or f'none with a score of {args.score_thr} or more; try a lower --score-thr')
+    )
     print(f'results: {Path(args.out, "results.json")}')
     for reason in unread:
         print(f'msda_plugin demo: skipped: {reason}', file=sys.stderr)

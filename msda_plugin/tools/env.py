@@ -2,6 +2,7 @@
 
 It runs where packages are missing or broken, and says so: nothing but the standard library is imported unguarded.
 """
+
 import argparse
 import json
 import os
@@ -17,8 +18,10 @@ from pathlib import Path
 from msda_plugin.version import __version__
 
 PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'pycocotools', 'scipy', 'matplotlib')
-STACKS = dict(forks=dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv', mmdet='onedl-mmdetection'),
-              upstream=dict(mmengine='mmengine', mmcv='mmcv', mmdet='mmdet'))
+STACKS = dict(
+    forks=dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv', mmdet='onedl-mmdetection'),
+    upstream=dict(mmengine='mmengine', mmcv='mmcv', mmdet='mmdet'),
+)
 COMPILED = dict(mmcv='mmcv.ops')  # what a package imports only when it is needed, and is broken first
 DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 TORCH_MINIMUM = (2, 10)
@@ -42,16 +45,26 @@ def collect() -> dict:
     problems = Problems()
     packages = {name: _package(name) for name in PACKAGES}
     stack = _stack(packages, problems)
-    report = dict(msda_plugin=__version__, python=platform.python_version(), executable=sys.executable,
-                  platform=platform.platform(), packages=packages, stack=stack,
-                  environment={name: value for name, value in os.environ.items() if name.startswith('MSDA_')},
-                  libraries={}, backends=[], gpus=[])
+    report = dict(
+        msda_plugin=__version__,
+        python=platform.python_version(),
+        executable=sys.executable,
+        platform=platform.platform(),
+        packages=packages,
+        stack=stack,
+        environment={name: value for name, value in os.environ.items() if name.startswith('MSDA_')},
+        libraries={},
+        backends=[],
+        gpus=[],
+    )
     if _check_torch(packages['torch'], problems):
         try:
             from msda_plugin.ops import backends
         except Exception as error:
-            problems.add(f'msda_plugin.ops cannot be imported: {_said(error)}',
-                         'correct what it names' if 'MSDA_' in str(error) else REBUILD)
+            problems.add(
+                f'msda_plugin.ops cannot be imported: {_said(error)}',
+                'correct what it names' if 'MSDA_' in str(error) else REBUILD,
+            )
         else:
             report['libraries'] = {name: _library(backends, name) for name in ('cpu', 'cuda')}
             report['gpus'] = _gpus(report['libraries']['cuda'])
@@ -102,18 +115,30 @@ def _stack(packages: dict, problems: Problems) -> dict:
     kind = 'none' if not present else present[0] if len(present) == 1 else 'mixed'
     if kind == 'mixed':
         found = [label for name in present for label in installed[name].values()]
-        problems.add(f'two stacks that overwrite each other are installed: {", ".join(found)}',
-                     'pip uninstall all of these, then install one set: requirements/forks.txt or '
-                     'requirements/upstream.txt')
+        problems.add(
+            f'two stacks that overwrite each other are installed: {", ".join(found)}',
+            'pip uninstall all of these, then install one set: requirements/forks.txt or requirements/upstream.txt',
+        )
     for name, package in packages.items():
         if package['error']:
-            problems.add(f'{name} cannot be imported: {package["error"]}',
-                         INSTALL_TORCH if name == 'torch' else 'reinstall the packages for this torch, compiled anew, '
-                         f'{INSTALL_STACK} --force-reinstall --no-deps --no-cache-dir' if name in STACKS['forks'] else
-                         f'pip install --force-reinstall {name}')
+            problems.add(
+                f'{name} cannot be imported: {package["error"]}',
+                INSTALL_TORCH
+                if name == 'torch'
+                else 'reinstall the packages for this torch, compiled anew, '
+                f'{INSTALL_STACK} --force-reinstall --no-deps --no-cache-dir'
+                if name in STACKS['forks']
+                else f'pip install --force-reinstall {name}',
+            )
         elif package['version'] is None:
-            problems.add(f'{name} is not installed', INSTALL_TORCH if name == 'torch' else INSTALL_STACK
-                         if name in STACKS['forks'] else f'pip install {name}')
+            problems.add(
+                f'{name} is not installed',
+                INSTALL_TORCH
+                if name == 'torch'
+                else INSTALL_STACK
+                if name in STACKS['forks']
+                else f'pip install {name}',
+            )
     return dict(kind=kind, distributions=[label for name in present for label in installed[name].values()])
 
 
@@ -165,18 +190,25 @@ def cuda_architectures(library: bytes) -> dict[str, list[int]]:
 def has_code(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -> bool:
     """Whether a GPU of this compute capability (90, 120, …) can run the code of `cuda_architectures`."""
     return any(arch // 10 == capability // 10 and arch <= capability for arch in machine_code) or any(
-        arch <= capability for arch in ptx)
+        arch <= capability for arch in ptx
+    )
 
 
 def _gpus(library: dict) -> list[dict]:
     import torch
+
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = 10 * properties.major + properties.minor
-        gpus.append(dict(
-            name=properties.name, arch=f'sm_{capability}', memory_gib=round(properties.total_memory / 2 ** 30, 1),
-            has_code=library['found'] and has_code(capability, library['machine_code'], library['ptx'])))
+        gpus.append(
+            dict(
+                name=properties.name,
+                arch=f'sm_{capability}',
+                memory_gib=round(properties.total_memory / 2**30, 1),
+                has_code=library['found'] and has_code(capability, library['machine_code'], library['ptx']),
+            )
+        )
     return gpus
 
 
@@ -185,6 +217,7 @@ def _backend(device: str, dtype: str) -> dict:
     import torch
 
     from msda_plugin.ops import backend_for
+
     try:
         backend = backend_for(device, getattr(torch, dtype))
     except RuntimeError as error:
@@ -197,10 +230,12 @@ def _try(device: str) -> str | None:
     import torch
 
     from msda_plugin.ops import ms_deform_attn, ms_deform_attn_reference
+
     generator = torch.Generator().manual_seed(0)
     levels = [(4, 6), (2, 3)]
-    value, locations, weights = (torch.rand(shape, generator=generator) for shape in (
-        (1, 30, 2, 8), (1, 5, 2, 2, 3, 2), (1, 5, 2, 2, 3)))
+    value, locations, weights = (
+        torch.rand(shape, generator=generator) for shape in ((1, 30, 2, 8), (1, 5, 2, 2, 3, 2), (1, 5, 2, 2, 3))
+    )
     expected = ms_deform_attn_reference(value, levels, None, locations, weights)
     try:
         out = ms_deform_attn(value.to(device), levels, None, locations.to(device), weights.to(device)).cpu()
@@ -213,8 +248,10 @@ def _try(device: str) -> str | None:
 def _check_cpu(report: dict, problems: Problems) -> None:
     library = report['libraries']['cpu']
     if not library['usable']:
-        problems.add(f'the operator runs in plain PyTorch on the CPU: {library["reason"]}',
-                     'install a C++20 compiler (gcc >= 11), then ' + REBUILD if not library['found'] else REBUILD)
+        problems.add(
+            f'the operator runs in plain PyTorch on the CPU: {library["reason"]}',
+            'install a C++20 compiler (gcc >= 11), then ' + REBUILD if not library['found'] else REBUILD,
+        )
     elif report['environment'].get('MSDA_BACKEND', '') in ('', 'cpu'):
         failure = _try('cpu')
         if failure:
@@ -223,17 +260,22 @@ def _check_cpu(report: dict, problems: Problems) -> None:
 
 def _check_gpu(report: dict, problems: Problems) -> None:
     import torch
+
     library, gpus = report['libraries']['cuda'], report['gpus']
     if not gpus:
         # A computer without a GPU is in order; one whose GPU torch cannot use is not.
         if not (Path('/proc/driver/nvidia/version').is_file() or shutil.which('nvidia-smi')):
             return
         if torch.version.cuda is None:
-            problems.add(f'there is an NVIDIA driver, but torch {torch.__version__} is built without CUDA',
-                         'if a GPU is to be used, ' + INSTALL_TORCH)
+            problems.add(
+                f'there is an NVIDIA driver, but torch {torch.__version__} is built without CUDA',
+                'if a GPU is to be used, ' + INSTALL_TORCH,
+            )
         elif os.environ.get('CUDA_VISIBLE_DEVICES') is None:
-            problems.add(f'there is an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees '
-                         'no GPU', 'look at nvidia-smi: update the driver, or install a torch for the CUDA it supports')
+            problems.add(
+                f'there is an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU',
+                'look at nvidia-smi: update the driver, or install a torch for the CUDA it supports',
+            )
         return
     rebuild = f'MSDA_BUILD_CUDA=1 {REINSTALL} (in a clone, with nvcc)'
     if not library['usable']:
@@ -241,9 +283,10 @@ def _check_gpu(report: dict, problems: Problems) -> None:
         return
     for index, gpu in enumerate(gpus):
         if not gpu['has_code']:
-            problems.add(f'{library["path"]} has no code for {gpu["name"]} ({gpu["arch"]}); it has '
-                         f'{_architectures(library)}',
-                         f'MSDA_CUDA_ARCHS={gpu["arch"].removeprefix("sm_")} {rebuild}')
+            problems.add(
+                f'{library["path"]} has no code for {gpu["name"]} ({gpu["arch"]}); it has {_architectures(library)}',
+                f'MSDA_CUDA_ARCHS={gpu["arch"].removeprefix("sm_")} {rebuild}',
+            )
         elif report['environment'].get('MSDA_BACKEND', '') in ('', 'cuda'):
             failure = _try(f'cuda:{index}')
             if failure:
@@ -253,8 +296,10 @@ def _check_gpu(report: dict, problems: Problems) -> None:
 def _check_chosen(report: dict, problems: Problems) -> None:
     chosen = report['environment'].get('MSDA_BACKEND')
     if chosen in report['libraries'] and not report['libraries'][chosen]['usable']:
-        problems.add(f'MSDA_BACKEND={chosen} chooses a backend that cannot run: '
-                     f'{report["libraries"][chosen]["reason"]}', 'unset MSDA_BACKEND, or ' + REBUILD)
+        problems.add(
+            f'MSDA_BACKEND={chosen} chooses a backend that cannot run: {report["libraries"][chosen]["reason"]}',
+            'unset MSDA_BACKEND, or ' + REBUILD,
+        )
 
 
 def _said(error: BaseException) -> str:
@@ -266,25 +311,33 @@ def page(report: dict) -> str:
     """The report as text for people."""
     lines = [f'msda_plugin {report["msda_plugin"]}, Python {report["python"]}, {report["platform"]}', '', 'packages']
     for name, package in report['packages'].items():
-        lines.append(f'  {name:<12} {package["version"] or "not installed"}'
-                     + (f', broken: {package["error"]}' if package['error'] else ''))
+        lines.append(
+            f'  {name:<12} {package["version"] or "not installed"}'
+            + (f', broken: {package["error"]}' if package['error'] else '')
+        )
     stack = report['stack']
-    lines += [f'  stack        {stack["kind"]}' + (f' ({", ".join(stack["distributions"])})'
-                                                   if stack['distributions'] else '')]
+    lines += [
+        f'  stack        {stack["kind"]}'
+        + (f' ({", ".join(stack["distributions"])})' if stack['distributions'] else '')
+    ]
     if report['libraries']:
         lines += ['', 'compiled libraries']
         for name, library in report['libraries'].items():
             state = 'in use' if library['usable'] else library['reason']
             code = f'; code for {_architectures(library)}' if library.get('machine_code') else ''
             lines.append(f'  {name:<12} {state}{code}')
-    lines += [''] + [f'GPU {index}: {gpu["name"]}, {gpu["arch"]}, {gpu["memory_gib"]} GiB; the CUDA library has '
-                     f'{"" if gpu["has_code"] else "NO "}code for it' for index, gpu in enumerate(report['gpus'])]
+    lines += [''] + [
+        f'GPU {index}: {gpu["name"]}, {gpu["arch"]}, {gpu["memory_gib"]} GiB; the CUDA library has '
+        f'{"" if gpu["has_code"] else "NO "}code for it'
+        for index, gpu in enumerate(report['gpus'])
+    ]
     lines += [] if report['gpus'] else ['GPU: none that torch sees']
     if report['backends']:
         lines += ['', 'what runs']
         for entry in report['backends']:
-            lines.append(f'  {entry["device"]:<5} {entry["dtype"]:<9} {entry["backend"] or "error":<10} '
-                         f'{entry["reason"]}')
+            lines.append(
+                f'  {entry["device"]:<5} {entry["dtype"]:<9} {entry["backend"] or "error":<10} {entry["reason"]}'
+            )
     lines += ['', *(f'environment: {name}={value}' for name, value in report['environment'].items())]
     if report['healthy']:
         lines.append('Nothing is wrong.')
@@ -294,8 +347,9 @@ def page(report: dict) -> str:
 
 
 def _architectures(library: dict) -> str:
-    return ', '.join([*(f'sm_{arch}' for arch in library['machine_code']),
-                      *(f'compute_{arch} (PTX)' for arch in library['ptx'])])
+    return ', '.join(
+        [*(f'sm_{arch}' for arch in library['machine_code']), *(f'compute_{arch} (PTX)' for arch in library['ptx'])]
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -303,8 +357,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin env',
         description='Say what is installed, which backend of the operator runs for each device and dtype and why, and '
-                    'what is wrong and how to put it right. Exit status: 0 if nothing is wrong, else 1.',
-        epilog='example: python -m msda_plugin env --json')
+        'what is wrong and how to put it right. Exit status: 0 if nothing is wrong, else 1.',
+        epilog='example: python -m msda_plugin env --json',
+    )
     parser.add_argument('--json', action='store_true', help='for programs')
     args = parser.parse_args(argv)
     report = collect()

@@ -10,6 +10,7 @@ Boxes, areas and masks are those of the *visible* part of an object inside the i
 that is not annotated: a place where one would hide more than a third of another is not taken. An image depends on
 (seed, split, index, size) alone, so that val is the same whatever the number of training images.
 """
+
 import argparse
 import json
 import os
@@ -44,6 +45,7 @@ class Annotation:
     label indexes ``CLASSES``; box is (x, y, w, h) in pixels; mask is (H, W) bool, the pixels of which at least half
     show the object; both cover the visible part alone.
     """
+
     label: int
     box: tuple[float, float, float, float]
     mask: np.ndarray
@@ -139,7 +141,14 @@ def _grain(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 
 
 PATTERNS: tuple[Callable[[np.random.Generator, int, int], np.ndarray], ...] = (
-    _plain, _gradient, _stripes, _checker, _dots, _blobs, _grain)
+    _plain,
+    _gradient,
+    _stripes,
+    _checker,
+    _dots,
+    _blobs,
+    _grain,
+)
 PLAIN_PATTERNS = PATTERNS[:2]  # what still reads as one surface on an object of a dozen pixels
 
 
@@ -182,7 +191,7 @@ def _background(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 def _coverage(polygons: list[np.ndarray], h: int, w: int) -> np.ndarray:
     """(h·s, w·s) uint8, 1 inside the polygons (pixels), s = ``SUPERSAMPLING``."""
     shift = 4  # fillPoly takes fixed-point numbers; its pixel centres lie at whole numbers
-    fixed = [np.rint((polygon * SUPERSAMPLING - 0.5) * 2 ** shift).astype(np.int32) for polygon in polygons]
+    fixed = [np.rint((polygon * SUPERSAMPLING - 0.5) * 2**shift).astype(np.int32) for polygon in polygons]
     return cv2.fillPoly(np.zeros((h * SUPERSAMPLING, w * SUPERSAMPLING), np.uint8), fixed, 1, shift=shift)
 
 
@@ -197,9 +206,9 @@ def _paint(rng: np.random.Generator, image: np.ndarray, coverage: np.ndarray, ex
     h, w = image.shape[:2]
     alpha = cv2.resize(coverage.astype(np.float32), (w, h), interpolation=cv2.INTER_AREA)
     x, y, bw, bh = cv2.boundingRect((alpha > 0).astype(np.uint8))
-    box = np.s_[y:y + bh, x:x + bw]
+    box = np.s_[y : y + bh, x : x + bw]
     margin = max(2, round(extent / 8))
-    around = image[max(0, y - margin):y + bh + margin, max(0, x - margin):x + bw + margin]
+    around = image[max(0, y - margin) : y + bh + margin, max(0, x - margin) : x + bw + margin]
     first = _contrasting(rng, around)
     second = _near(rng, first, rng.uniform(10, 80))
     patterns = PATTERNS if extent >= 20 else PLAIN_PATTERNS
@@ -243,7 +252,7 @@ def draw_image(seed: int | Sequence[int], size: tuple[int, int] = (128, 128)) ->
             polygons = _place(rng, label, extent, rng.uniform((0, 0), (w, h)))
             coverage = _coverage(polygons, h, w)
             area = cv2.countNonZero(coverage)
-            if area < MIN_INSIDE * _area(polygons) * SUPERSAMPLING ** 2:
+            if area < MIN_INSIDE * _area(polygons) * SUPERSAMPLING**2:
                 continue
             hidden = np.bincount(owner[coverage > 0], minlength=MAX_OBJECTS + 1)[1:]
             if np.all(shown - hidden >= MIN_VISIBLE * whole):
@@ -293,14 +302,25 @@ def _write_split(root: Path, split: str, count: int, size: tuple[int, int], seed
         (folder / name).write_bytes(data)
         images.append(dict(id=index + 1, file_name=name, width=size[0], height=size[1]))
         for shape in shapes:
-            annotations.append(dict(
-                id=len(annotations) + 1, image_id=index + 1, category_id=shape.label + 1, bbox=shape.box,
-                area=int(shape.mask.sum()), iscrowd=0,
-                segmentation=dict(size=[size[1], size[0]], counts=_run_lengths(shape.mask))))
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=index + 1,
+                    category_id=shape.label + 1,
+                    bbox=shape.box,
+                    area=int(shape.mask.sum()),
+                    iscrowd=0,
+                    segmentation=dict(size=[size[1], size[0]], counts=_run_lengths(shape.mask)),
+                )
+            )
         tick()
     categories = [dict(id=label + 1, name=name, supercategory='shape') for label, name in enumerate(CLASSES)]
-    content = dict(info=dict(description=f'msda_plugin shapes, {split}', version=str(FORMAT)),
-                   images=images, annotations=annotations, categories=categories)
+    content = dict(
+        info=dict(description=f'msda_plugin shapes, {split}', version=str(FORMAT)),
+        images=images,
+        annotations=annotations,
+        categories=categories,
+    )
     (root / 'annotations' / f'{split}.json').write_text(json.dumps(content, separators=(',', ':')))
 
 
@@ -325,12 +345,24 @@ def _recorded(out: Path) -> dict | None:
 
 def _is_whole(out: Path, parameters: dict) -> bool:
     """Whether every file of the data set is there."""
-    return all((out / 'annotations' / f'{split}.json').is_file()
-               and (out / split).is_dir() and len(os.listdir(out / split)) == parameters[split] for split in SPLITS)
+    return all(
+        (out / 'annotations' / f'{split}.json').is_file()
+        and (out / split).is_dir()
+        and len(os.listdir(out / split)) == parameters[split]
+        for split in SPLITS
+    )
 
 
-def generate(out: str | os.PathLike, train: int = 1500, val: int = 300, size: tuple[int, int] = (128, 128),
-             seed: int = 0, *, force: bool = False, tick: Callable[[], object] = lambda: None) -> bool:
+def generate(
+    out: str | os.PathLike,
+    train: int = 1500,
+    val: int = 300,
+    size: tuple[int, int] = (128, 128),
+    seed: int = 0,
+    *,
+    force: bool = False,
+    tick: Callable[[], object] = lambda: None,
+) -> bool:
     """Write the data set to the folder ``out``, whole or not at all; leave it alone if it is there already.
 
     The same arguments (and the same OpenCV) give the same bytes.
@@ -355,8 +387,15 @@ def generate(out: str | os.PathLike, train: int = 1500, val: int = 300, size: tu
     size = tuple(size)
     _check(train, val, size, seed)
     out = Path(out).resolve()
-    parameters = dict(generator='msda_plugin shapes', format=FORMAT, train=train, val=val, size=list(size), seed=seed,
-                      classes=list(CLASSES))
+    parameters = dict(
+        generator='msda_plugin shapes',
+        format=FORMAT,
+        train=train,
+        val=val,
+        size=list(size),
+        seed=seed,
+        classes=list(CLASSES),
+    )
     present = _recorded(out)
     if present == parameters and _is_whole(out, parameters) and not force:
         return False
@@ -364,8 +403,9 @@ def generate(out: str | os.PathLike, train: int = 1500, val: int = 300, size: tu
         raise FileExistsError(f'{out} exists and is not a shapes data set; choose a folder that is new or empty')
     if present is not None and not force:
         state = 'with files missing' if present == parameters else 'with other parameters'
-        raise FileExistsError(f'{out} holds a shapes data set {state}; pass --force to replace it, or choose another '
-                              'folder')
+        raise FileExistsError(
+            f'{out} holds a shapes data set {state}; pass --force to replace it, or choose another folder'
+        )
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -396,25 +436,40 @@ def _progress(total: int) -> Callable[[], object]:
     if not sys.stderr.isatty():
         return lambda: None
     from mmengine.utils import ProgressBar  # here: a second to import, which a call with nothing to do need not wait
+
     return ProgressBar(total, file=sys.stderr).update
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog='python -m msda_plugin shapes', description='Write a seeded data set of drawn shapes in COCO format.',
-        epilog='example: python -m msda_plugin shapes --out data/shapes --train 1500 --val 300 --size 128')
+        prog='python -m msda_plugin shapes',
+        description='Write a seeded data set of drawn shapes in COCO format.',
+        epilog='example: python -m msda_plugin shapes --out data/shapes --train 1500 --val 300 --size 128',
+    )
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to make')
     parser.add_argument('--train', type=int, default=1500, metavar='N', help='training images (default: %(default)s)')
     parser.add_argument('--val', type=int, default=300, metavar='N', help='validation images (default: %(default)s)')
-    parser.add_argument('--size', type=_size, default=(128, 128), metavar='S|WxH',
-                        help='pixels of an image: a side, or width x height (default: 128)')
+    parser.add_argument(
+        '--size',
+        type=_size,
+        default=(128, 128),
+        metavar='S|WxH',
+        help='pixels of an image: a side, or width x height (default: 128)',
+    )
     parser.add_argument('--seed', type=int, default=0, help='same seed, same data (default: %(default)s)')
     parser.add_argument('--force', action='store_true', help='replace a shapes data set that is there')
     args = parser.parse_args(argv)
     try:
-        written = generate(args.out, args.train, args.val, args.size, args.seed, force=args.force,
-                           tick=_progress(args.train + args.val))
+        written = generate(
+            args.out,
+            args.train,
+            args.val,
+            args.size,
+            args.seed,
+            force=args.force,
+            tick=_progress(args.train + args.val),
+        )
     except (ValueError, FileExistsError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
@@ -424,6 +479,8 @@ def main(argv: list[str]) -> int:
     if sys.stderr.isatty() and written:
         print(file=sys.stderr)
     state = 'wrote' if written else 'already there:'
-    print(f'{state} {args.out}: {args.train} train and {args.val} val images of {args.size[0]}x{args.size[1]}, '
-          f'classes {", ".join(CLASSES)}')
+    print(
+        f'{state} {args.out}: {args.train} train and {args.val} val images of {args.size[0]}x{args.size[1]}, '
+        f'classes {", ".join(CLASSES)}'
+    )
     return 0

@@ -1,4 +1,5 @@
 """``python -m msda_plugin test CONFIG CHECKPOINT``; also the script that ``mim test msda_plugin CONFIG`` runs."""
+
 import argparse
 import sys
 from pathlib import Path
@@ -8,10 +9,13 @@ from msda_plugin.tools.common.errors import user_errors
 
 def main(argv: list[str] | None = None) -> int:
     from msda_plugin.tools.common.launch import add_arguments, build_runner, load_config
+
     parser = argparse.ArgumentParser(
-        prog='python -m msda_plugin test', description='Evaluate a checkpoint on the test data of its config.',
+        prog='python -m msda_plugin test',
+        description='Evaluate a checkpoint on the test data of its config.',
         epilog='example: python -m msda_plugin test configs/shapes/'
-               'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py work_dirs/shapes/epoch_8.pth')
+        'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py work_dirs/shapes/epoch_8.pth',
+    )
     parser.add_argument('config', help='path of a Python config file')
     parser.add_argument('checkpoint', help='path of a .pth file')
     add_arguments(parser)
@@ -23,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
             raise FileNotFoundError(f'the checkpoint {args.checkpoint} does not exist; give the path of a .pth file')
         if not cfg.get('test_dataloader'):
-            raise ValueError(f'{args.config} names no data to test on; give it test_dataloader, test_evaluator and '
-                             'test_cfg')
+            raise ValueError(
+                f'{args.config} names no data to test on; give it test_dataloader, test_evaluator and test_cfg'
+            )
         cfg.load_from = args.checkpoint
         if args.out:
             if not args.out.endswith(('.pkl', '.pickle')):
@@ -35,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
             cfg.test_evaluator = [*evaluators, dict(type='mmdet.DumpDetResults', out_file_path=args.out)]
         if args.show_dir:
             cfg.setdefault('default_hooks', {})['visualization'] = dict(
-                type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir)
+                type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir
+            )
         runner = build_runner(cfg, 'test')
     # Not loaded before: the hooks that have a part in it, such as EMAHook, are only set up when the test begins.
     load = runner.load_or_resume

@@ -6,6 +6,7 @@ What it leaves in the output folder:
 - ``IMAGE_QUERY.png``: a picture of all layers for each query;
 - ``IMAGE_QUERY_LAYER.png``: head by head, for each layer that ``--layer`` names.
 """
+
 import argparse
 import re
 import sys
@@ -43,36 +44,62 @@ def slug(label: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog='python -m msda_plugin visualize', formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog='python -m msda_plugin visualize',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Show what the attention of a detector looks at: the sampling points of each layer, head and\n'
-                    'level, the cells of Shunted attention, the moved points of DAT, and how boxes are refined.\n'
-                    'Leaves pictures (PNG) and a page with selectors (HTML) that works without a server.',
+        'level, the cells of Shunted attention, the moved points of DAT, and how boxes are refined.\n'
+        'Leaves pictures (PNG) and a page with selectors (HTML) that works without a server.',
         epilog='examples:\n'
-               '  python -m msda_plugin visualize photo.jpg\n'
-               '  python -m msda_plugin visualize photo.jpg --detection 0 2 --query 64,32 --layer decoder.layers.1\n'
-               '  python -m msda_plugin visualize photo.jpg --checkpoint work_dirs/mine/epoch_12.pth --layer all')
+        '  python -m msda_plugin visualize photo.jpg\n'
+        '  python -m msda_plugin visualize photo.jpg --detection 0 2 --query 64,32 --layer decoder.layers.1\n'
+        '  python -m msda_plugin visualize photo.jpg --checkpoint work_dirs/mine/epoch_12.pth --layer all',
+    )
     parser.add_argument('image', help='image file')
-    parser.add_argument('--query', nargs='+', type=point, default=[], metavar='X,Y',
-                        help='places in the image, in its pixels: backbone and encoder look from there')
-    parser.add_argument('--detection', nargs='+', type=int, default=[], metavar='N',
-                        help='detections, 0 the surest: the decoder looks for them, backbone and encoder from their '
-                             f'centre (default, if no place is named: the {DETECTIONS} surest, else the centre)')
-    parser.add_argument('--layer', nargs='+', metavar='NAME',
-                        help='layers to show, and to draw head by head: parts of their names, patterns with *, or all '
-                             '(default: all but the earlier blocks of each stage of the backbone)')
+    parser.add_argument(
+        '--query',
+        nargs='+',
+        type=point,
+        default=[],
+        metavar='X,Y',
+        help='places in the image, in its pixels: backbone and encoder look from there',
+    )
+    parser.add_argument(
+        '--detection',
+        nargs='+',
+        type=int,
+        default=[],
+        metavar='N',
+        help='detections, 0 the surest: the decoder looks for them, backbone and encoder from their '
+        f'centre (default, if no place is named: the {DETECTIONS} surest, else the centre)',
+    )
+    parser.add_argument(
+        '--layer',
+        nargs='+',
+        metavar='NAME',
+        help='layers to show, and to draw head by head: parts of their names, patterns with *, or all '
+        '(default: all but the earlier blocks of each stage of the backbone)',
+    )
     parser.add_argument('--config', help='Python config file (default: the one beside the checkpoint)')
-    parser.add_argument('--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of '
-                                             '--config)')
-    parser.add_argument('--out', default='attention', metavar='DIR',
-                        help='folder for the output (default: %(default)s)')
-    parser.add_argument('--score-thr', type=float, default=0.3, metavar='P',
-                        help='least score of a detection that is chosen by itself, 0-1 (default: %(default)s)')
+    parser.add_argument(
+        '--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of --config)'
+    )
+    parser.add_argument(
+        '--out', default='attention', metavar='DIR', help='folder for the output (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        metavar='P',
+        help='least score of a detection that is chosen by itself, 0-1 (default: %(default)s)',
+    )
     parser.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
     args = parser.parse_args(argv)
     with user_errors('visualize'):
         from msda_plugin.engine.inference import find_checkpoint, load_detector, predict, read_image
         from msda_plugin.tools.common.launch import check_device
         from msda_plugin.visualization import draw_heads, draw_query, record_attention, write_attention_page, write_png
+
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr is {args.score_thr}, but a number from 0 to 1 is needed')
         if args.device:

@@ -4,6 +4,7 @@ Covered are deformable attention on several scales or one (ours and mmcv's, henc
 and DAT's, whose samples are points, and Shunted self-attention, whose samples are the cells of two coarser grids. A
 model that is not being recorded is untouched: all hangs on forward hooks, which :func:`record_attention` removes again.
 """
+
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ class ImageFrame:
         resized: the resized image, in pixels of the input.
         padded: the input.
     """
+
     scale: np.ndarray
     resized: np.ndarray
     padded: np.ndarray
@@ -51,11 +53,16 @@ class ImageFrame:
             ValueError: the pipeline flipped the image.
         """
         if sample.get('flip'):
-            raise ValueError(f'the image was flipped ({sample.get("flip_direction")}), so that places in the network '
-                             'are not those in the image; use a test pipeline without RandomFlip')
+            raise ValueError(
+                f'the image was flipped ({sample.get("flip_direction")}), so that places in the network '
+                'are not those in the image; use a test pipeline without RandomFlip'
+            )
         resized = np.array(sample.img_shape[1::-1], float)
-        return cls(scale=np.array(sample.get('scale_factor', (1., 1.))[:2], float), resized=resized,
-                   padded=np.array(sample.get('batch_input_shape', sample.img_shape)[1::-1], float))
+        return cls(
+            scale=np.array(sample.get('scale_factor', (1.0, 1.0))[:2], float),
+            resized=resized,
+            padded=np.array(sample.get('batch_input_shape', sample.img_shape)[1::-1], float),
+        )
 
     @property
     def size(self) -> np.ndarray:
@@ -88,6 +95,7 @@ class LayerView:
         cells: (num_levels, 2), width and height of a cell; None: samples are points.
         origin: (N, 2), where the samples were before they were moved; None: nothing moved them.
     """
+
     name: str
     kind: str
     query: str
@@ -117,8 +125,14 @@ class LayerView:
         _, first, group, count = np.unique(places, axis=0, return_index=True, return_inverse=True, return_counts=True)
         weight = np.bincount(group.ravel(), self.weight[keep]) / count
         head, level, xy = (part[keep][first] for part in (self.head, self.level, self.xy))
-        return replace(self, head=head, level=level, xy=xy, weight=weight,
-                       origin=None if self.origin is None else self.origin[keep][first])
+        return replace(
+            self,
+            head=head,
+            level=level,
+            xy=xy,
+            weight=weight,
+            origin=None if self.origin is None else self.origin[keep][first],
+        )
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,7 @@ class QueryView:
         box: (4,) x1 y1 x2 y2, the detection; None: the query is a place.
         layers: one view a layer, in the order of the forward pass.
     """
+
     label: str
     at: np.ndarray
     box: np.ndarray | None
@@ -151,6 +166,7 @@ class SampledAttention:
             layer was not told.
         within_keys: the queries are the keys (an encoder), not others that look at them (a decoder).
     """
+
     name: str
     locations: Tensor
     weights: Tensor
@@ -183,10 +199,17 @@ class SampledAttention:
         # Valid shares, not the padded size: a level's size is rounded, and this is how the model relates the two.
         xy = frame.from_image(to_numpy(self.locations[image, query]) / ratios[:, None])
         return LayerView(
-            name=self.name, kind='encoder' if self.within_keys else 'decoder', query=self._query_name(query), at=at,
-            box=None if half is None else np.concatenate([at - half, at + half]), head=head.ravel(),
-            level=level.ravel(), xy=xy.reshape(-1, 2), weight=weights.ravel(),
-            level_names=tuple(f'level {i}, {h}×{w}' for i, (h, w) in enumerate(self.spatial_shapes)))
+            name=self.name,
+            kind='encoder' if self.within_keys else 'decoder',
+            query=self._query_name(query),
+            at=at,
+            box=None if half is None else np.concatenate([at - half, at + half]),
+            head=head.ravel(),
+            level=level.ravel(),
+            xy=xy.reshape(-1, 2),
+            weight=weights.ravel(),
+            level_names=tuple(f'level {i}, {h}×{w}' for i, (h, w) in enumerate(self.spatial_shapes)),
+        )
 
     def _query_name(self, query: int) -> str:
         if not self.within_keys:
@@ -211,6 +234,7 @@ class ShuntedAttention:
         rates: side of a cell of each scale, in tokens.
         hw_shape: (H, W) of the map of tokens.
     """
+
     name: str
     query: Tensor
     keys: tuple[Tensor, ...]
@@ -225,8 +249,10 @@ class ShuntedAttention:
         """The weights that a query gives to the cells: for each scale (heads of the scale, number of its cells)."""
         # The heads of the first scale come first.
         queries = self.query[image, :, query].split([key.shape[1] for key in self.keys])
-        return [torch.einsum('hd,hkd->hk', q * q.shape[-1] ** -0.5, key[image]).softmax(-1)
-                for q, key in zip(queries, self.keys, strict=True)]
+        return [
+            torch.einsum('hd,hkd->hk', q * q.shape[-1] ** -0.5, key[image]).softmax(-1)
+            for q, key in zip(queries, self.keys, strict=True)
+        ]
 
     def view(self, query: int, image: int, frame: ImageFrame) -> LayerView:
         """What a query (a token, counted row by row) of an image of the batch looks at."""
@@ -245,9 +271,18 @@ class ShuntedAttention:
             first_head += len(weights)
         head, level, xy, weight = (np.concatenate(part) for part in zip(*parts, strict=True))
         return LayerView(
-            name=self.name, kind='shunted', query=name_of(query, self.hw_shape),
-            at=center_of(query, self.hw_shape, frame), box=None, head=head, level=level, xy=xy, weight=weight,
-            level_names=tuple(names), cells=np.array(cells))
+            name=self.name,
+            kind='shunted',
+            query=name_of(query, self.hw_shape),
+            at=center_of(query, self.hw_shape, frame),
+            box=None,
+            head=head,
+            level=level,
+            xy=xy,
+            weight=weight,
+            level_names=tuple(names),
+            cells=np.array(cells),
+        )
 
 
 @dataclass(frozen=True)
@@ -263,6 +298,7 @@ class DeformedAttention:
         points: of each group of heads, before and after they were moved.
         hw_shape: (H, W) of the map.
     """
+
     name: str
     query: Tensor
     key: Tensor
@@ -291,11 +327,18 @@ class DeformedAttention:
         head, _ = np.indices(weights.shape)
         group = head * groups // heads
         return LayerView(
-            name=self.name, kind='dat', at=center_of(query, self.hw_shape, frame), box=None,
-            query=name_of(query, self.hw_shape), head=head.ravel(), level=group.ravel(),
-            xy=self._pixels(self.points.positions[image], heads, frame), weight=weights.ravel(),
+            name=self.name,
+            kind='dat',
+            at=center_of(query, self.hw_shape, frame),
+            box=None,
+            query=name_of(query, self.hw_shape),
+            head=head.ravel(),
+            level=group.ravel(),
+            xy=self._pixels(self.points.positions[image], heads, frame),
+            weight=weights.ravel(),
             level_names=tuple(f'points of group {i}' for i in range(groups)),
-            origin=self._pixels(self.points.references[image], heads, frame))
+            origin=self._pixels(self.points.references[image], heads, frame),
+        )
 
     def _pixels(self, points: Tensor, heads: int, frame: ImageFrame) -> np.ndarray:
         """(num_groups, Hk, Wk, 2), (y, x), -1 and 1 at centres of border pixels -> (heads * Hk * Wk, 2), (x, y)."""
@@ -334,11 +377,13 @@ class Recording:
         boxes: (bs, num_queries, 4) as (cx, cy, w, h), 0 to 1 over the resized image: what the head made of the
             decoder's queries; None: the model has no such head.
     """
+
     records: list[Record] = field(default_factory=list)
     boxes: Tensor | None = None
 
-    def at_point(self, at: Sequence[float], sample: DetDataSample, layers: Sequence[str] | None = None,
-                 image: int = 0) -> QueryView:
+    def at_point(
+        self, at: Sequence[float], sample: DetDataSample, layers: Sequence[str] | None = None, image: int = 0
+    ) -> QueryView:
         """What the backbone and the encoder look at from a place in the image.
 
         Args:
@@ -353,17 +398,30 @@ class Recording:
         frame = ImageFrame.from_sample(sample)
         if not (np.zeros(2) <= at).all() or not (at < frame.size).all():
             width, height = frame.size.round().astype(int)
-            raise ValueError(f'the point {at[0]:g},{at[1]:g} is not in the image, which is {width} wide and {height} '
-                             f'high; x is from 0 to {width - 1} and y from 0 to {height - 1}')
-        views = tuple(record.view(record.nearest_query(at, image, frame), image, frame)
-                      for record in self._chosen(layers) if not _looks_from_decoder(record))
+            raise ValueError(
+                f'the point {at[0]:g},{at[1]:g} is not in the image, which is {width} wide and {height} '
+                f'high; x is from 0 to {width - 1} and y from 0 to {height - 1}'
+            )
+        views = tuple(
+            record.view(record.nearest_query(at, image, frame), image, frame)
+            for record in self._chosen(layers)
+            if not _looks_from_decoder(record)
+        )
         if not views:
-            raise ValueError('of the layers that are chosen, none looks from places in the image (those of a backbone '
-                             'or an encoder do); choose a detection, or other layers')
+            raise ValueError(
+                'of the layers that are chosen, none looks from places in the image (those of a backbone '
+                'or an encoder do); choose a detection, or other layers'
+            )
         return QueryView(f'point ({at[0]:g}, {at[1]:g})', np.asarray(at, float), None, views)
 
-    def at_detection(self, number: int, sample: DetDataSample, class_names: Sequence[str],
-                     layers: Sequence[str] | None = None, image: int = 0) -> QueryView:
+    def at_detection(
+        self,
+        number: int,
+        sample: DetDataSample,
+        class_names: Sequence[str],
+        layers: Sequence[str] | None = None,
+        image: int = 0,
+    ) -> QueryView:
         """What the decoder looks at to find an object, and backbone and encoder from the centre of its box.
 
         Args:
@@ -380,8 +438,10 @@ class Recording:
         found = sample.pred_instances[number]
         box = to_numpy(found.bboxes[0])
         at = (box[:2] + box[2:]) / 2
-        views = tuple(record.view(query if _looks_from_decoder(record) else record.nearest_query(at, image, frame),
-                                  image, frame) for record in self._chosen(layers))
+        views = tuple(
+            record.view(query if _looks_from_decoder(record) else record.nearest_query(at, image, frame), image, frame)
+            for record in self._chosen(layers)
+        )
         label = f'detection {number}: {class_names[int(found.labels[0])]} {float(found.scores[0]):.2f}'
         return QueryView(label, at, box, views)
 
@@ -392,8 +452,10 @@ class Recording:
             ValueError: there is no such detection, or the model has no decoder's queries to choose from.
         """
         if self.boxes is None:
-            raise ValueError('detections of this model come from no decoder, so that there is no query to show; choose '
-                             'a point in the image')
+            raise ValueError(
+                'detections of this model come from no decoder, so that there is no query to show; choose '
+                'a point in the image'
+            )
         boxes = to_numpy(sample.pred_instances.bboxes)
         if not 0 <= number < len(boxes):
             known = f'they are numbered from 0, the surest, to {len(boxes) - 1}' if len(boxes) else 'there are none'
@@ -455,25 +517,33 @@ def record_attention(model: nn.Module) -> Iterator[Recording]:
         >>> recording.at_detection(0, sample, model.dataset_meta['classes'])  # doctest: +SKIP
     """
     recorders: dict[type, Callable] = {
-        MultiScaleDeformableAttention: _record_sampled, DeformableMultiHeadAttention: _record_deformed,
-        ShuntedSelfAttention: _record_shunted}
-    found = [(name, module, recorder) for name, module in model.named_modules()
-             for kind, recorder in recorders.items() if isinstance(module, kind)]
+        MultiScaleDeformableAttention: _record_sampled,
+        DeformableMultiHeadAttention: _record_deformed,
+        ShuntedSelfAttention: _record_shunted,
+    }
+    found = [
+        (name, module, recorder)
+        for name, module in model.named_modules()
+        for kind, recorder in recorders.items()
+        if isinstance(module, kind)
+    ]
     if not found:
-        raise ValueError(f'{type(model).__name__} has no attention that can be recorded; covered are '
-                         f'{", ".join(kind.__name__ for kind in recorders)}')
+        raise ValueError(
+            f'{type(model).__name__} has no attention that can be recorded; covered are '
+            f'{", ".join(kind.__name__ for kind in recorders)}'
+        )
     found += [(name, module, _record_boxes) for name, module in model.named_modules() if isinstance(module, DETRHead)]
     recording = Recording()
     with ExitStack() as hooks:
         for name, module, recorder in found:
-            hooks.enter_context(
-                module.register_forward_hook(partial(recorder, recording, name), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(recorder, recording, name), with_kwargs=True))
         yield recording
 
 
 @torch.no_grad()
-def _record_sampled(recording: Recording, name: str, module: MultiScaleDeformableAttention, args: tuple,
-                    kwargs: dict, output: Tensor) -> None:
+def _record_sampled(
+    recording: Recording, name: str, module: MultiScaleDeformableAttention, args: tuple, kwargs: dict, output: Tensor
+) -> None:
     inputs = SAMPLED_SIGNATURE.bind(module, *args, **kwargs)
     inputs.apply_defaults()
     inputs = inputs.arguments
@@ -496,17 +566,22 @@ def _record_sampled(recording: Recording, name: str, module: MultiScaleDeformabl
     if not module.batch_first:
         query = query.transpose(0, 1)
     shapes = tuple(tuple(shape) for shape in (shapes.tolist() if isinstance(shapes, Tensor) else shapes))
-    offsets = module.sampling_offsets(query).unflatten(
-        -1, (module.num_heads, module.num_levels, module.num_points, 2))
+    offsets = module.sampling_offsets(query).unflatten(-1, (module.num_heads, module.num_levels, module.num_points, 2))
     weights = module.attention_weights(query).unflatten(-1, (module.num_heads, -1)).float().softmax(-1)
-    recording.records.append(SampledAttention(
-        name=name, locations=sampling_locations(reference_points, offsets, shapes),
-        weights=weights.unflatten(-1, (module.num_levels, module.num_points)), reference_points=reference_points,
-        spatial_shapes=shapes, valid_ratios=inputs['kwargs'].get('valid_ratios'), within_keys=within_keys))
+    recording.records.append(
+        SampledAttention(
+            name=name,
+            locations=sampling_locations(reference_points, offsets, shapes),
+            weights=weights.unflatten(-1, (module.num_levels, module.num_points)),
+            reference_points=reference_points,
+            spatial_shapes=shapes,
+            valid_ratios=inputs['kwargs'].get('valid_ratios'),
+            within_keys=within_keys,
+        )
+    )
 
 
-def sampling_locations(reference_points: Tensor, offsets: Tensor,
-                       spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
+def sampling_locations(reference_points: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
     """Where deformable attention samples, by the rule of :func:`msda_plugin.ops.ms_deform_attn_fused`.
 
     Args:
@@ -526,8 +601,9 @@ def sampling_locations(reference_points: Tensor, offsets: Tensor,
 
 
 @torch.no_grad()
-def _record_shunted(recording: Recording, name: str, module: ShuntedSelfAttention, args: tuple, kwargs: dict,
-                    output: Tensor) -> None:
+def _record_shunted(
+    recording: Recording, name: str, module: ShuntedSelfAttention, args: tuple, kwargs: dict, output: Tensor
+) -> None:
     inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     x, hw_shape = inputs['x'], tuple(inputs['hw_shape'])
     head_dim = module.embed_dims // module.num_heads
@@ -536,14 +612,21 @@ def _record_shunted(recording: Recording, name: str, module: ShuntedSelfAttentio
         keys = [branch(tokens_to_map(x, hw_shape))[0] for branch in module.branches]
     else:
         rates, keys = (1,), [module.kv(x).chunk(2, dim=-1)[0]]
-    recording.records.append(ShuntedAttention(
-        name=name, query=split_heads(module.query(x), head_dim), hw_shape=hw_shape, rates=rates,
-        keys=tuple(split_heads(key, head_dim) for key in keys)))
+    recording.records.append(
+        ShuntedAttention(
+            name=name,
+            query=split_heads(module.query(x), head_dim),
+            hw_shape=hw_shape,
+            rates=rates,
+            keys=tuple(split_heads(key, head_dim) for key in keys),
+        )
+    )
 
 
 @torch.no_grad()
-def _record_deformed(recording: Recording, name: str, module: DeformableMultiHeadAttention, args: tuple, kwargs: dict,
-                     output: Tensor) -> None:
+def _record_deformed(
+    recording: Recording, name: str, module: DeformableMultiHeadAttention, args: tuple, kwargs: dict, output: Tensor
+) -> None:
     x = inspect.signature(module.forward).bind(*args, **kwargs).arguments['x']
     hw_shape, head_dim = tuple(x.shape[2:]), module.embed_dims // module.num_heads
     query = module.query(map_to_tokens(x))
@@ -551,10 +634,17 @@ def _record_deformed(recording: Recording, name: str, module: DeformableMultiHea
     key = module.key(module._sample(x, points.positions))
     bias = None
     if module.position_bias is not None:
-        bias = module.position_bias(module._grid(hw_shape, 0., points.positions), points.positions)
-    recording.records.append(DeformedAttention(
-        name=name, query=split_heads(query, head_dim), key=split_heads(key, head_dim), bias=bias, points=points,
-        hw_shape=hw_shape))
+        bias = module.position_bias(module._grid(hw_shape, 0.0, points.positions), points.positions)
+    recording.records.append(
+        DeformedAttention(
+            name=name,
+            query=split_heads(query, head_dim),
+            key=split_heads(key, head_dim),
+            bias=bias,
+            points=points,
+            hw_shape=hw_shape,
+        )
+    )
 
 
 def split_heads(tokens: Tensor, head_dim: int) -> Tensor:
@@ -562,8 +652,9 @@ def split_heads(tokens: Tensor, head_dim: int) -> Tensor:
     return tokens.unflatten(2, (-1, head_dim)).transpose(1, 2)
 
 
-def _record_boxes(recording: Recording, name: str, module: DETRHead, args: tuple, kwargs: dict,
-                  output: tuple[Tensor, Tensor]) -> None:
+def _record_boxes(
+    recording: Recording, name: str, module: DETRHead, args: tuple, kwargs: dict, output: tuple[Tensor, Tensor]
+) -> None:
     recording.boxes = output[1][-1].detach()  # of the last decoder layer
 
 

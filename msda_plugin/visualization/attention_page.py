@@ -3,6 +3,7 @@
 The page is data and a small script: an SVG whose user units are pixels of the image, so that what is drawn stands where
 the data says. Text reaches the document as text only.
 """
+
 import base64
 import html
 import io
@@ -44,17 +45,35 @@ def attention_page(image: np.ndarray, queries: Sequence[QueryView], *, title: st
     if not queries:
         raise ValueError('a page needs at least one query to show, got none')
     data = dict(
-        width=image.shape[1], height=image.shape[0], image=_data_uri(image),
-        style=dict(colours=LEVEL_COLOURS, ink=INK, paper=PAPER, detection=DETECTION, largest=LARGEST,
-                   smallest=SMALLEST, all=ALL_MARKERS),
-        queries=[dict(label=query.label, at=_numbers(query.at), box=_numbers(query.box),
-                      layers=[_layer(query, view, image) for view in query.layers]) for query in queries])
+        width=image.shape[1],
+        height=image.shape[0],
+        image=_data_uri(image),
+        style=dict(
+            colours=LEVEL_COLOURS,
+            ink=INK,
+            paper=PAPER,
+            detection=DETECTION,
+            largest=LARGEST,
+            smallest=SMALLEST,
+            all=ALL_MARKERS,
+        ),
+        queries=[
+            dict(
+                label=query.label,
+                at=_numbers(query.at),
+                box=_numbers(query.box),
+                layers=[_layer(query, view, image) for view in query.layers],
+            )
+            for query in queries
+        ],
+    )
     page = PAGE.replace('%TITLE%', html.escape(title))
     return page.replace('%DATA%', _script_safe(json.dumps(data, separators=(',', ':'), allow_nan=False)))
 
 
-def write_attention_page(path: str | os.PathLike, image: np.ndarray, queries: Sequence[QueryView], *,
-                         title: str) -> None:
+def write_attention_page(
+    path: str | os.PathLike, image: np.ndarray, queries: Sequence[QueryView], *, title: str
+) -> None:
     """Write :func:`attention_page` to a file."""
     Path(path).write_text(attention_page(image, queries, title=title), encoding='utf-8')
 
@@ -62,10 +81,22 @@ def write_attention_page(path: str | os.PathLike, image: np.ndarray, queries: Se
 def _layer(query: QueryView, view: LayerView, image: np.ndarray) -> dict:
     x, y = view.xy.T
     return dict(
-        name=view.name, kind=view.kind, local=view.is_local, query=view.query, at=_numbers(view.at),
-        box=_numbers(view.box), window=_numbers(layer_window(query, view, image.shape)), levels=view.level_names,
-        cells=_numbers(view.cells), head=view.head.tolist(), level=view.level.tolist(), x=_numbers(x), y=_numbers(y),
-        weight=np.round(view.weight, 6).tolist(), origin=_numbers(view.origin))
+        name=view.name,
+        kind=view.kind,
+        local=view.is_local,
+        query=view.query,
+        at=_numbers(view.at),
+        box=_numbers(view.box),
+        window=_numbers(layer_window(query, view, image.shape)),
+        levels=view.level_names,
+        cells=_numbers(view.cells),
+        head=view.head.tolist(),
+        level=view.level.tolist(),
+        x=_numbers(x),
+        y=_numbers(y),
+        weight=np.round(view.weight, 6).tolist(),
+        origin=_numbers(view.origin),
+    )
 
 
 def _numbers(array: np.ndarray | None) -> list | None:
@@ -88,7 +119,7 @@ def _data_uri(image: np.ndarray) -> str:
     return f'data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
-PAGE = r'''<!DOCTYPE html>
+PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -376,4 +407,4 @@ restore();
 </script>
 </body>
 </html>
-'''
+"""

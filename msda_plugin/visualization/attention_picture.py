@@ -1,4 +1,5 @@
 """What a query looks at, drawn over the image: one picture of all layers, or one layer head by head."""
+
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,8 +54,10 @@ def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.nd
         if view.is_local:
             panels.append(_panel(image, view, window, largest, name + view.query))
         else:
-            panels += [_panel(image, view, window, largest, name + view.level_names[level], view.level == level)
-                       for level in range(len(view.level_names))]
+            panels += [
+                _panel(image, view, window, largest, name + view.level_names[level], view.level == level)
+                for level in range(len(view.level_names))
+            ]
     return _draw_panels(panels, image, _join(title, query.label), query.layers, largest)
 
 
@@ -107,15 +110,16 @@ def _weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float)
 
 def _largest(views: Sequence[LayerView]) -> float:
     """The weight of multi-scale deformable attention that is drawn largest; 0 where there is none."""
-    return max((float(view.weight.max()) for view in views if view.is_local), default=0.)
+    return max((float(view.weight.max()) for view in views if view.is_local), default=0.0)
 
 
 def _join(*parts: str) -> str:
     return ': '.join(part for part in parts if part)
 
 
-def _panel(image: np.ndarray, view: LayerView, window: np.ndarray, largest: float, title: str,
-           keep: np.ndarray | None = None) -> Callable[[Axes], None]:
+def _panel(
+    image: np.ndarray, view: LayerView, window: np.ndarray, largest: float, title: str, keep: np.ndarray | None = None
+) -> Callable[[Axes], None]:
     """What draws one layer, or those of its samples that `keep` (N,) says, into axes."""
     keep = np.ones(len(view.head), bool) if keep is None else keep
 
@@ -142,8 +146,7 @@ def _show(axis: Axes, image: np.ndarray, window: np.ndarray, pale: bool = False)
 
 def _draw_points(axis: Axes, view: LayerView, largest: float) -> None:
     if view.origin is not None:
-        axis.add_collection(
-            LineCollection(np.stack([view.origin, view.xy], 1), colors=INK, linewidths=0.5, alpha=0.5))
+        axis.add_collection(LineCollection(np.stack([view.origin, view.xy], 1), colors=INK, linewidths=0.5, alpha=0.5))
     for level in np.unique(view.level):
         of_level = np.flatnonzero(view.level == level)
         of_level = of_level[view.weight[of_level].argsort()]  # what weighs most comes on top
@@ -152,8 +155,14 @@ def _draw_points(axis: Axes, view: LayerView, largest: float) -> None:
         # A pale rim, for dark images.
         rim = 1 if view.is_local else 0.3
         axis.scatter(*view.xy[of_level].T, c=PAPER, alpha=0.4, edgecolors=PAPER, linewidths=1.4 * rim, **marker)
-        axis.scatter(*view.xy[of_level].T, c=LEVEL_COLOURS[level % len(LEVEL_COLOURS)], alpha=_opacity(strength),
-                     edgecolors=INK, linewidths=0.6 * rim, **marker)
+        axis.scatter(
+            *view.xy[of_level].T,
+            c=LEVEL_COLOURS[level % len(LEVEL_COLOURS)],
+            alpha=_opacity(strength),
+            edgecolors=INK,
+            linewidths=0.6 * rim,
+            **marker,
+        )
 
 
 def marker_area(view: LayerView) -> float:
@@ -175,13 +184,17 @@ def _draw_cells(axis: Axes, view: LayerView, largest: float) -> None:
         of_level = view.level == level
         size = view.cells[level]
         patches = [Rectangle(corner, *size) for corner in view.xy[of_level] - size / 2]
-        colours = np.array([_rgba(LEVEL_COLOURS[level % len(LEVEL_COLOURS)], 0.7 * strength)
-                            for strength in view.weight[of_level] / largest])
+        colours = np.array(
+            [
+                _rgba(LEVEL_COLOURS[level % len(LEVEL_COLOURS)], 0.7 * strength)
+                for strength in view.weight[of_level] / largest
+            ]
+        )
         axis.add_collection(PatchCollection(patches, facecolors=colours, edgecolors=(1, 1, 1, 0.35), linewidths=0.4))
 
 
 def _rgba(colour: str, alpha: float) -> tuple[float, float, float, float]:
-    return *(int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)), alpha
+    return *(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)), alpha
 
 
 def _draw_boxes(axis: Axes, query: QueryView) -> None:
@@ -197,52 +210,93 @@ def _draw_boxes(axis: Axes, query: QueryView) -> None:
 
 def _draw_box(axis: Axes, box: np.ndarray, colour: str, style: str, width: float = 1.2) -> None:
     outline = withStroke(linewidth=width + 1.2, foreground=INK, alpha=0.7)
-    axis.add_patch(Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, edgecolor=colour, linestyle=style,
-                             linewidth=width, path_effects=[outline]))
+    axis.add_patch(
+        Rectangle(
+            box[:2],
+            *(box[2:] - box[:2]),
+            fill=False,
+            edgecolor=colour,
+            linestyle=style,
+            linewidth=width,
+            path_effects=[outline],
+        )
+    )
 
 
 def _draw_place(axis: Axes, at: np.ndarray) -> None:
     axis.plot(*at, marker='P', color=PAPER, markeredgecolor=INK, markeredgewidth=0.8, markersize=8, zorder=4)
 
 
-def _draw_panels(panels: Sequence[Callable[[Axes], None]], image: np.ndarray, title: str, views: Sequence[LayerView],
-                 largest: float) -> np.ndarray:
+def _draw_panels(
+    panels: Sequence[Callable[[Axes], None]], image: np.ndarray, title: str, views: Sequence[LayerView], largest: float
+) -> np.ndarray:
     columns = min(min(COLUMNS, key=lambda columns: -len(panels) % columns), len(panels))
     rows = -(-len(panels) // columns)
     height = PANEL * image.shape[0] / image.shape[1]
     handles = _legend(views, largest)
     legend_lines = -(-len(handles) // (2 * columns))
-    figure = Figure(figsize=(PANEL * columns, (height + 0.4) * rows + 0.4 + 0.25 * legend_lines), dpi=110,
-                    layout='constrained')
+    figure = Figure(
+        figsize=(PANEL * columns, (height + 0.4) * rows + 0.4 + 0.25 * legend_lines), dpi=110, layout='constrained'
+    )
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, draw in zip(axes, panels, strict=False):
         draw(axis)
         axis.set_title(axis.get_title(), fontsize=7.5)
-    for axis in axes[len(panels):]:
+    for axis in axes[len(panels) :]:
         axis.axis('off')
-    figure.legend(handles=handles, loc='outside lower center', ncols=2 * columns, fontsize=7.5, frameon=False,
-                  labelcolor=INK)
+    figure.legend(
+        handles=handles, loc='outside lower center', ncols=2 * columns, fontsize=7.5, frameon=False, labelcolor=INK
+    )
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _legend(views: Sequence[LayerView], largest: float) -> list:
     marker = dict(color='none', markeredgecolor=INK, markeredgewidth=0.6)
-    handles = [Line2D([], [], marker='P', markersize=8, color='none', markerfacecolor=PAPER, markeredgecolor=INK,
-                      label='the query')]
+    handles = [
+        Line2D(
+            [],
+            [],
+            marker='P',
+            markersize=8,
+            color='none',
+            markerfacecolor=PAPER,
+            markeredgecolor=INK,
+            label='the query',
+        )
+    ]
     if any(view.box is not None for view in views):
         handles.append(Line2D([], [], color='#777777', linestyle='--', label='reference box'))
     points = [view for view in views if view.cells is None]
     # The groups of DAT have titles where levels need the colours.
     of_colours = [view for view in points if view.is_local] or points
     for level, name in enumerate(max((view.level_names for view in of_colours), key=len, default=())):
-        handles.append(Line2D([], [], marker=LEVEL_SHAPES[level % len(LEVEL_SHAPES)], markersize=7, label=name,
-                              markerfacecolor=LEVEL_COLOURS[level % len(LEVEL_COLOURS)], **marker))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                marker=LEVEL_SHAPES[level % len(LEVEL_SHAPES)],
+                markersize=7,
+                label=name,
+                markerfacecolor=LEVEL_COLOURS[level % len(LEVEL_COLOURS)],
+                **marker,
+            )
+        )
     for share in (1, 0.3, 0.05) if largest else ():
-        handles.append(Line2D([], [], marker='o', markersize=_area(share) ** 0.5, markerfacecolor='#777777',
-                              alpha=_opacity(share), label=f'weight {share * largest:.2g}', **marker))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                marker='o',
+                markersize=_area(share) ** 0.5,
+                markerfacecolor='#777777',
+                alpha=_opacity(share),
+                label=f'weight {share * largest:.2g}',
+                **marker,
+            )
+        )
     if any(view.origin is not None for view in views):
         handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.7, label='how a point was moved'))
     if len(points) < len(views):

@@ -1,4 +1,5 @@
 """The curves of a training: losses by iteration, and accuracy by epoch and by minutes."""
+
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,8 +10,13 @@ from matplotlib.ticker import MaxNLocator
 MAX_POINTS = 250  # of a loss curve; more iterations are averaged in bins
 
 
-def draw_curves(losses: Mapping[str, tuple[Sequence[float], Sequence[float]]], accuracy: Mapping[str, Sequence[float]],
-                positions: Mapping[str, Sequence[float]], *, title: str = '') -> np.ndarray:
+def draw_curves(
+    losses: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    accuracy: Mapping[str, Sequence[float]],
+    positions: Mapping[str, Sequence[float]],
+    *,
+    title: str = '',
+) -> np.ndarray:
     """Draw one panel of losses, and one of accuracy for each way of counting progress.
 
     Args:
@@ -46,12 +52,24 @@ def draw_curves(losses: Mapping[str, tuple[Sequence[float], Sequence[float]]], a
         axis.grid(alpha=0.3)
     for axis, (label, at) in zip(axes, positions.items() if accuracy else (), strict=True):
         for name, values in accuracy.items():
-            line, = axis.plot(at, values, marker='o', markersize=4, label=f'{name} (last {values[-1]:.3f})')
+            (line,) = axis.plot(at, values, marker='o', markersize=4, label=f'{name} (last {values[-1]:.3f})')
             best = int(np.nanargmax(values)) if not np.isnan(values).all() else 0
-            axis.annotate(f'{values[best]:.3f}', (at[best], values[best]), (0, 6), textcoords='offset points',
-                          ha='center', color=line.get_color(), fontsize=9)
-        axis.set(xlabel=label, ylabel='average precision', title=f'Validation by {label}', ylim=(0, 1),
-                 xlim=(0, 1.06 * max(at)))
+            axis.annotate(
+                f'{values[best]:.3f}',
+                (at[best], values[best]),
+                (0, 6),
+                textcoords='offset points',
+                ha='center',
+                color=line.get_color(),
+                fontsize=9,
+            )
+        axis.set(
+            xlabel=label,
+            ylabel='average precision',
+            title=f'Validation by {label}',
+            ylim=(0, 1),
+            xlim=(0, 1.06 * max(at)),
+        )
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=label != 'minutes'))
         axis.legend(loc='best')
         axis.grid(alpha=0.3)
@@ -62,5 +80,7 @@ def draw_curves(losses: Mapping[str, tuple[Sequence[float], Sequence[float]]], a
 def _binned(iterations: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """At most ``MAX_POINTS`` points, each the mean of a bin of neighbours."""
     bins = min(MAX_POINTS, len(values))
-    return tuple(np.array([part.mean() for part in np.array_split(np.asarray(array, float), bins)])
-                 for array in (iterations, values))
+    return tuple(
+        np.array([part.mean() for part in np.array_split(np.asarray(array, float), bins)])
+        for array in (iterations, values)
+    )

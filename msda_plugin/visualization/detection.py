@@ -3,6 +3,7 @@
 Images are (H, W, 3) uint8 RGB; boxes are (N, 4), x1 y1 x2 y2 in pixels of the image; labels are (N,), indices of the
 class names; scores are (N,), 0-1.
 """
+
 import colorsys
 import os
 from collections.abc import Sequence
@@ -14,8 +15,18 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 # Hues that stay apart beside each other; further classes get hues by the golden ratio.
-BASE_COLOURS = ((255, 89, 94), (25, 170, 255), (255, 202, 58), (110, 220, 90), (190, 110, 255), (255, 146, 43),
-                (0, 210, 190), (255, 120, 200), (160, 180, 60), (120, 140, 255))
+BASE_COLOURS = (
+    (255, 89, 94),
+    (25, 170, 255),
+    (255, 202, 58),
+    (110, 220, 90),
+    (190, 110, 255),
+    (255, 146, 43),
+    (0, 210, 190),
+    (255, 120, 200),
+    (160, 180, 60),
+    (120, 140, 255),
+)
 PAPER, INK = (255, 255, 255), (25, 25, 25)
 GAP = 12  # between the tiles of a sheet, pixels
 
@@ -29,8 +40,15 @@ def class_colours(num_classes: int) -> np.ndarray:
     return np.array(colours, np.uint8).reshape(num_classes, 3)
 
 
-def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str],
-               scores: np.ndarray | None = None, *, longer_side: int | None = None) -> np.ndarray:
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None = None,
+    *,
+    longer_side: int | None = None,
+) -> np.ndarray:
     """Draw boxes, each with a tag of its class and score.
 
     Boxes of the highest score are drawn last. A tag that would cover another one is left out; the colour of its box
@@ -80,8 +98,15 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_n
     return np.array(picture)
 
 
-def draw_sheet(images: Sequence[np.ndarray], truths: Sequence[tuple], predictions: Sequence[tuple],
-               class_names: Sequence[str], *, tile: int = 384, columns: int = 2) -> np.ndarray:
+def draw_sheet(
+    images: Sequence[np.ndarray],
+    truths: Sequence[tuple],
+    predictions: Sequence[tuple],
+    class_names: Sequence[str],
+    *,
+    tile: int = 384,
+    columns: int = 2,
+) -> np.ndarray:
     """A sheet of pairs: an image with its true boxes, and beside it the same image with the predicted ones.
 
     Args:
@@ -99,21 +124,31 @@ def draw_sheet(images: Sequence[np.ndarray], truths: Sequence[tuple], prediction
         ValueError: There is no image, or the sequences differ in length, or arrays do not fit together.
     """
     if not images or not len(images) == len(truths) == len(predictions):
-        raise ValueError('a sheet needs images, and true and predicted boxes for each of them; got '
-                         f'{len(images)} images, {len(truths)} and {len(predictions)}')
-    pairs = [(draw_boxes(image, *truth, class_names, longer_side=tile),
-              draw_boxes(image, *prediction[:2], class_names, prediction[2], longer_side=tile))
-             for image, truth, prediction in zip(images, truths, predictions, strict=True)]
+        raise ValueError(
+            'a sheet needs images, and true and predicted boxes for each of them; got '
+            f'{len(images)} images, {len(truths)} and {len(predictions)}'
+        )
+    pairs = [
+        (
+            draw_boxes(image, *truth, class_names, longer_side=tile),
+            draw_boxes(image, *prediction[:2], class_names, prediction[2], longer_side=tile),
+        )
+        for image, truth, prediction in zip(images, truths, predictions, strict=True)
+    ]
     columns = min(columns, len(pairs))
     cell_w = max(left.shape[1] for left, _ in pairs)
-    rows = [pairs[start:start + columns] for start in range(0, len(pairs), columns)]
+    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
     heights = [max(left.shape[0] for left, _ in row) for row in rows]
     font = _font(max(12, round(tile / 22)))
     line = round(font.size * 1.7)
     pair_w = 2 * cell_w + GAP // 3
     sheet_w = columns * pair_w + (columns + 1) * GAP
-    legend = _legend(font, class_names, sorted({int(label) for labels in (*truths, *predictions)
-                                                for label in labels[1]}), sheet_w - 2 * GAP)
+    legend = _legend(
+        font,
+        class_names,
+        sorted({int(label) for labels in (*truths, *predictions) for label in labels[1]}),
+        sheet_w - 2 * GAP,
+    )
     sheet = Image.new('RGB', (sheet_w, sum(heights) + (len(rows) + 1) * GAP + line + legend.height), PAPER)
     draw = ImageDraw.Draw(sheet)
     y = GAP
@@ -140,16 +175,19 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
     unfinished.replace(path)
 
 
-def _check(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str],
-           scores: np.ndarray | None) -> None:
+def _check(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None
+) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f'image must be (H, W, 3) uint8, got {image.shape} {image.dtype}')
     lengths = [len(boxes), len(labels)] + ([] if scores is None else [len(scores)])
     if len(set(lengths)) > 1:
         raise ValueError(f'boxes, labels (and scores) must be of one length, got {", ".join(map(str, lengths))}')
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise ValueError(f'labels must be from 0 to {len(class_names) - 1}, the last of the class names, got '
-                         f'{labels.min()} to {labels.max()}')
+        raise ValueError(
+            f'labels must be from 0 to {len(class_names) - 1}, the last of the class names, got '
+            f'{labels.min()} to {labels.max()}'
+        )
 
 
 @lru_cache
@@ -169,25 +207,40 @@ def _edges(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
     return x1, y1, min(max(x2 - 1, x1 + 1), size[0] - 1), min(max(y2 - 1, y1 + 1), size[1] - 1)
 
 
-def _free_place(edges: Sequence[int], text: tuple[int, int], size: tuple[int, int],
-                taken: Sequence[tuple]) -> tuple[int, int, int, int] | None:
+def _free_place(
+    edges: Sequence[int], text: tuple[int, int], size: tuple[int, int], taken: Sequence[tuple]
+) -> tuple[int, int, int, int] | None:
     """Where a tag fits: above the box, below it, beside it, or within it at the top; None: nowhere."""
     x1, y1, x2, y2 = edges
     w, h = text
     above, below, right_aligned = y1 - h, y2 + 1, x2 + 1 - w
-    for left, top in ((x1, above), (right_aligned, above), (x1, below), (right_aligned, below),
-                      (x2 + 2, y1), (x1 - w - 1, y1), (x1, y1)):
+    for left, top in (
+        (x1, above),
+        (right_aligned, above),
+        (x1, below),
+        (right_aligned, below),
+        (x2 + 2, y1),
+        (x1 - w - 1, y1),
+        (x1, y1),
+    ):
         left = min(max(left, 0), size[0] - w)
         place = (left, top, left + w, top + h)
-        free = all(place[2] <= other[0] or other[2] <= place[0] or place[3] <= other[1] or other[3] <= place[1]
-                   for other in taken)
+        free = all(
+            place[2] <= other[0] or other[2] <= place[0] or place[3] <= other[1] or other[3] <= place[1]
+            for other in taken
+        )
         if free and top >= 0 and top + h <= size[1]:
             return place
     return None
 
 
-def _tag(draw: ImageDraw.ImageDraw, place: Sequence[int], text: str, font: ImageFont.FreeTypeFont,
-         colour: tuple[int, int, int]) -> None:
+def _tag(
+    draw: ImageDraw.ImageDraw,
+    place: Sequence[int],
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    colour: tuple[int, int, int],
+) -> None:
     x1, y1, x2, y2 = place
     draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=colour)
     bright = np.dot(colour, (0.299, 0.587, 0.114)) > 120

@@ -1,4 +1,5 @@
 """Importing msda_plugin.auto, as a config's custom_imports do, makes mmcv's layer run our operator."""
+
 import importlib
 import subprocess
 import sys
@@ -36,9 +37,13 @@ def auto(lines):
 
 def inputs():
     generator = torch.Generator().manual_seed(1)
-    return dict(query=torch.rand(2, 7, 32, generator=generator), value=torch.rand(2, 60, 32, generator=generator),
-                reference_points=torch.rand(2, 7, 2, 2, generator=generator),
-                spatial_shapes=torch.tensor([(6, 8), (3, 4)]), level_start_index=torch.tensor([0, 48]))
+    return dict(
+        query=torch.rand(2, 7, 32, generator=generator),
+        value=torch.rand(2, 60, 32, generator=generator),
+        reference_points=torch.rand(2, 7, 2, 2, generator=generator),
+        spatial_shapes=torch.tensor([(6, 8), (3, 4)]),
+        level_start_index=torch.tensor([0, 48]),
+    )
 
 
 @pytest.mark.parametrize('layer_class', [StockAttention, RenamedAttention])
@@ -48,8 +53,10 @@ def test_mmcvs_layer_runs_our_operator_until_uninstalled(auto, layer_class, monk
     torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.1)
     calls = []
     fused = torch.ops.msda.ms_deform_attn_fused
-    monkeypatch.setattr('msda_plugin.layers.multi_scale_deformable_attention.ms_deform_attn_fused',
-                        lambda *args: calls.append(1) or fused(*args, False))
+    monkeypatch.setattr(
+        'msda_plugin.layers.multi_scale_deformable_attention.ms_deform_attn_fused',
+        lambda *args: calls.append(1) or fused(*args, False),
+    )
     output = layer(**inputs())
     assert calls == [1]
     auto.uninstall()
@@ -80,9 +87,10 @@ def test_accelerate_and_restore_work_beside_it(auto):
 @pytest.mark.slow
 def test_custom_imports_of_a_config(tiny_stock_config):
     """In a process of its own: an inferencer, which runs no hooks, and a model that was never written for us."""
-    tiny_stock_config.write_text("custom_imports = dict(imports=['msda_plugin.auto'])\n"
-                                 + tiny_stock_config.read_text())
-    code = f'''
+    tiny_stock_config.write_text(
+        "custom_imports = dict(imports=['msda_plugin.auto'])\n" + tiny_stock_config.read_text()
+    )
+    code = f"""
 import numpy, torch
 torch.set_num_threads(1)
 from mmdet.apis import DetInferencer
@@ -93,7 +101,7 @@ fused = layer.ms_deform_attn_fused
 layer.ms_deform_attn_fused = lambda *args: calls.append(1) or fused(*args)
 inferencer(numpy.zeros((64, 64, 3), numpy.uint8))
 print('layers that ran our operator:', len(calls))
-'''
+"""
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'layers that ran our operator: 4' in done.stdout

@@ -1,4 +1,5 @@
 """accelerate changes what runs and nothing else; restore undoes it; what cannot be changed is said."""
+
 import copy
 import importlib
 import io
@@ -53,8 +54,9 @@ class Block(nn.Module):
 
     def forward(self, query):
         points = torch.linspace(0.1, 0.9, query.shape[1])[None, :, None, None].expand(len(query), -1, 2, 2)
-        query = self.attention(query, reference_points=points, spatial_shapes=torch.tensor(SHAPES),
-                               level_start_index=torch.tensor([0, 48]))
+        query = self.attention(
+            query, reference_points=points, spatial_shapes=torch.tensor(SHAPES), level_start_index=torch.tensor([0, 48])
+        )
         return self.ffn(query)
 
 
@@ -202,10 +204,12 @@ def test_bad_models_are_refused_untouched():
         observed.attention.value_proj.add_module('activation_post_process', MinMaxObserver())
         scripted = nn.Sequential(make_block(), torch.jit.script(nn.Linear(2, 2)))
     for model, message in (
-            (dynamic, "quantised or prepared for it .module 'attention.sampling_offsets' is a torch.ao.nn.quantized"),
-            (observed, "quantised .* 'attention.value_proj.activation_post_process'"), (stub, "quantised .*QuantStub"),
-            (scripted, "scripted or traced .module '1' is a RecursiveScriptModule"),
-            (torch.jit.script(nn.Linear(2, 2)), 'the model itself is a RecursiveScriptModule')):
+        (dynamic, "quantised or prepared for it .module 'attention.sampling_offsets' is a torch.ao.nn.quantized"),
+        (observed, "quantised .* 'attention.value_proj.activation_post_process'"),
+        (stub, 'quantised .*QuantStub'),
+        (scripted, "scripted or traced .module '1' is a RecursiveScriptModule"),
+        (torch.jit.script(nn.Linear(2, 2)), 'the model itself is a RecursiveScriptModule'),
+    ):
         classes = [type(module) for module in model.modules()]
         with pytest.raises(ValueError, match=message):
             msda_plugin.accelerate(model)
@@ -221,7 +225,7 @@ def test_weights_of_another_dtype_are_refused_untouched():
 
 
 def test_optimizer_and_training_go_on():
-    block = make_block(dropout=0.)
+    block = make_block(dropout=0.0)
     stock = copy.deepcopy(block)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (stock, block)]
     for step in range(4):
@@ -256,7 +260,7 @@ def test_copies_and_files_of_the_model_run_the_operator_too(attention):
 def test_inside_distributed_and_averaged_models(tmp_path):
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
-        model = MMDistributedDataParallel(make_block(dropout=0.))
+        model = MMDistributedDataParallel(make_block(dropout=0.0))
         average = ExponentialMovingAverage(model, momentum=0.5)
         expected = model(queries())
         assert msda_plugin.accelerate(model) == 1 and msda_plugin.accelerate(average) == 1
@@ -278,19 +282,49 @@ def test_shared_layers_count_once():
 SMALL_RESNET = dict(depth=18, base_channels=8)
 SMALL_LAYERS = dict(encoder=dict(num_layers=1), decoder=dict(num_layers=2))
 MODELS_OF_MMDET = {
-    'deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py': (3, dict(
-        backbone=SMALL_RESNET, neck=dict(in_channels=[16, 32, 64]), num_queries=30, **SMALL_LAYERS,
-        test_cfg=dict(max_per_img=10))),
-    'dino/dino-4scale_r50_8xb2-12e_coco.py': (3, dict(
-        backbone=SMALL_RESNET, neck=dict(in_channels=[16, 32, 64]), num_queries=30, **SMALL_LAYERS,
-        test_cfg=dict(max_per_img=10))),
-    'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py': (3, dict(
-        backbone=SMALL_RESNET, neck=dict(in_channels=[16, 32, 64]), num_queries=30, dense_topk_ratio=1.5,
-        **SMALL_LAYERS, test_cfg=dict(max_per_img=10))),
-    'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py': (1, dict(
-        backbone=SMALL_RESNET, panoptic_head=dict(
-            in_channels=[8, 16, 32, 64], num_queries=20, transformer_decoder=dict(num_layers=3),
-            pixel_decoder=dict(encoder=dict(num_layers=1))))),
+    'deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py': (
+        3,
+        dict(
+            backbone=SMALL_RESNET,
+            neck=dict(in_channels=[16, 32, 64]),
+            num_queries=30,
+            **SMALL_LAYERS,
+            test_cfg=dict(max_per_img=10),
+        ),
+    ),
+    'dino/dino-4scale_r50_8xb2-12e_coco.py': (
+        3,
+        dict(
+            backbone=SMALL_RESNET,
+            neck=dict(in_channels=[16, 32, 64]),
+            num_queries=30,
+            **SMALL_LAYERS,
+            test_cfg=dict(max_per_img=10),
+        ),
+    ),
+    'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py': (
+        3,
+        dict(
+            backbone=SMALL_RESNET,
+            neck=dict(in_channels=[16, 32, 64]),
+            num_queries=30,
+            dense_topk_ratio=1.5,
+            **SMALL_LAYERS,
+            test_cfg=dict(max_per_img=10),
+        ),
+    ),
+    'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py': (
+        1,
+        dict(
+            backbone=SMALL_RESNET,
+            panoptic_head=dict(
+                in_channels=[8, 16, 32, 64],
+                num_queries=20,
+                transformer_decoder=dict(num_layers=3),
+                pixel_decoder=dict(encoder=dict(num_layers=1)),
+            ),
+        ),
+    ),
 }
 
 
@@ -326,19 +360,32 @@ def test_models_of_mmdetection(name):
 
 def test_grounding_dinos_encoder():
     from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerEncoder
-    text = ConfigDict(self_attn_cfg=dict(num_heads=2, embed_dims=32, batch_first=True),
-                      ffn_cfg=dict(embed_dims=32, feedforward_channels=32))
+
+    text = ConfigDict(
+        self_attn_cfg=dict(num_heads=2, embed_dims=32, batch_first=True),
+        ffn_cfg=dict(embed_dims=32, feedforward_channels=32),
+    )
     torch.manual_seed(0)
     encoder = GroundingDinoTransformerEncoder(
-        num_layers=2, layer_cfg=dict(self_attn_cfg=FIELDS, ffn_cfg=dict(embed_dims=32, feedforward_channels=64)),
-        text_layer_cfg=text, fusion_layer_cfg=dict(v_dim=32, l_dim=32, embed_dim=32, num_heads=2, init_values=1e-4)
+        num_layers=2,
+        layer_cfg=dict(self_attn_cfg=FIELDS, ffn_cfg=dict(embed_dims=32, feedforward_channels=64)),
+        text_layer_cfg=text,
+        fusion_layer_cfg=dict(v_dim=32, l_dim=32, embed_dim=32, num_heads=2, init_values=1e-4),
     ).eval()
     draw(encoder)
     features = torch.rand(1, NUM_KEYS, 32)
-    inputs = dict(query=features, query_pos=torch.rand_like(features), key_padding_mask=torch.zeros(1, NUM_KEYS).bool(),
-                  spatial_shapes=torch.tensor(SHAPES), level_start_index=torch.tensor([0, 48]),
-                  valid_ratios=torch.ones(1, 2, 2), memory_text=torch.rand(1, 3, 32), pos_text=torch.rand(1, 3, 32),
-                  text_attention_mask=torch.zeros(1, 3).bool(), text_self_attention_masks=torch.ones(1, 3, 3).bool())
+    inputs = dict(
+        query=features,
+        query_pos=torch.rand_like(features),
+        key_padding_mask=torch.zeros(1, NUM_KEYS).bool(),
+        spatial_shapes=torch.tensor(SHAPES),
+        level_start_index=torch.tensor([0, 48]),
+        valid_ratios=torch.ones(1, 2, 2),
+        memory_text=torch.rand(1, 3, 32),
+        pos_text=torch.rand(1, 3, 32),
+        text_attention_mask=torch.zeros(1, 3).bool(),
+        text_self_attention_masks=torch.ones(1, 3, 3).bool(),
+    )
     with torch.no_grad():
         expected = encoder(**inputs)
         assert msda_plugin.accelerate(encoder) == 2

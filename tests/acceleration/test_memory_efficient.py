@@ -1,4 +1,5 @@
 """Layers that hold less compute what the stock ones compute, and draw the same random numbers."""
+
 import copy
 
 import pytest
@@ -33,7 +34,7 @@ def kept_bytes(module, x):
 
 
 @pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('p', [0., 0.3, 1.])
+@pytest.mark.parametrize('p', [0.0, 0.3, 1.0])
 def test_dropout_equals_torchs(p, training):
     x = torch.randn(3, 5, 8)
     for got, expected in zip(run(Dropout(p).train(training), x), run(nn.Dropout(p).train(training), x), strict=True):
@@ -41,7 +42,7 @@ def test_dropout_equals_torchs(p, training):
 
 
 @pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('p', [0., 0.3, 1.])
+@pytest.mark.parametrize('p', [0.0, 0.3, 1.0])
 def test_linear_relu_dropout_equals_its_parts(p, training):
     torch.manual_seed(0)
     parts = Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Dropout(p)).train(training)

@@ -1,4 +1,5 @@
 """DAT against the published numbers (tests/golden) and the plain published arithmetic, and as a backbone."""
+
 import json
 import sys
 from functools import cache
@@ -22,9 +23,17 @@ GOLDEN = Path(__file__).parents[1] / 'golden'
 sys.path.insert(0, str(GOLDEN))
 import recipe  # noqa: E402
 
-SMALL = dict(embed_dims=(16, 24, 32, 48), blocks=('LS', 'S', 'LD', 'D'), num_heads=(2, 2, 4, 6),
-             num_groups=(1, 1, 2, 3), kernel_sizes=(9, 7, 5, 3), mlp_ratio=2, window_size=3, image_size=64,
-             drop_path_rate=.1)
+SMALL = dict(
+    embed_dims=(16, 24, 32, 48),
+    blocks=('LS', 'S', 'LD', 'D'),
+    num_heads=(2, 2, 4, 6),
+    num_groups=(1, 1, 2, 3),
+    kernel_sizes=(9, 7, 5, 3),
+    mlp_ratio=2,
+    window_size=3,
+    image_size=64,
+    drop_path_rate=0.1,
+)
 
 
 def small_model(**options):
@@ -38,8 +47,9 @@ def small_model(**options):
 def upstream_state_dict():
     """DAT-T's, by the recipe, with the buffers: a window's index is left at zero, its mask is noise."""
     shapes = json.loads((GOLDEN / 'dat_state_dict.json').read_text())['dat_t_cvpr22']
-    return recipe.fill({key: torch.zeros(shape, dtype=torch.long if key.endswith('index') else None)
-                        for key, shape in shapes.items()})
+    return recipe.fill(
+        {key: torch.zeros(shape, dtype=torch.long if key.endswith('index') else None) for key, shape in shapes.items()}
+    )
 
 
 def region_masks(height, width, window, shift):
@@ -50,7 +60,7 @@ def region_masks(height, width, window, shift):
         for j, columns in enumerate(parts):
             regions[rows, columns] = 3 * i + j
     regions = regions.unfold(0, window, window).unfold(1, window, window).flatten(2).flatten(0, 1)
-    return torch.where(regions[:, :, None] == regions[:, None], 0., -100.)
+    return torch.where(regions[:, :, None] == regions[:, None], 0.0, -100.0)
 
 
 class PlainWindowAttention(nn.Module):
@@ -66,9 +76,9 @@ class PlainWindowAttention(nn.Module):
         fmap = F.pad(x.view(batch, height, width, dims), (0, 0, 0, -width % window, 0, -height % window))
         rows, columns = fmap.shape[1] // window, fmap.shape[2] // window
         tokens = fmap.roll((-shift, -shift), (1, 2)).view(batch, rows, window, columns, window, dims).transpose(2, 3)
-        qkv = w_msa.qkv(tokens.reshape(batch, rows * columns, window ** 2, dims))
+        qkv = w_msa.qkv(tokens.reshape(batch, rows * columns, window**2, dims))
         q, k, v = qkv.unflatten(3, (3, layer.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** .5
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         y, xx = (t.flatten() for t in torch.meshgrid(torch.arange(window), torch.arange(window), indexing='ij'))
         index = (y[:, None] - y + window - 1) * (2 * window - 1) + xx[:, None] - xx + window - 1
         scores = scores + w_msa.relative_position_bias_table[index].permute(2, 0, 1)
@@ -99,15 +109,16 @@ def test_matches_the_published_numbers():
         stage.register_forward_hook(lambda module, args, out: maps.append(out))
     with torch.inference_mode():
         model(recipe.tensor('image1x3x224x224', (1, 3, 224, 224)))
-        tokens = F.layer_norm(maps[-1].permute(0, 2, 3, 1), (768,), upstream['cls_norm.norm.weight'],
-                              upstream['cls_norm.norm.bias'])
+        tokens = F.layer_norm(
+            maps[-1].permute(0, 2, 3, 1), (768,), upstream['cls_norm.norm.weight'], upstream['cls_norm.norm.bias']
+        )
         logits = F.linear(tokens.mean((1, 2)), upstream['cls_head.weight'], upstream['cls_head.bias'])
     golden = np.load(GOLDEN / 'dat_t_cvpr22_1x3x224x224_sub.npz')
     outs = [fmap[:, ::8, ::2, ::2] for fmap in maps]
     for out, key in zip((*outs, logits), ('stage1', 'stage2', 'stage3', 'stage4', 'logits'), strict=True):
         expected = torch.from_numpy(golden[key])
         assert out.shape == expected.shape
-        assert (out - expected).abs().max() <= 1e-4 * max(1., expected.abs().max())
+        assert (out - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())
 
 
 @pytest.mark.parametrize('shape', [(1, 3, 64, 64), (2, 3, 75, 101), (1, 3, 32, 33)])
@@ -126,7 +137,7 @@ def test_matches_plain_windows_in_float64(shape):
                     block.attn = PlainWindowAttention(block.attn)
         expected = model(image)
     height, width = shape[2:]
-    assert [out.shape[2:] for out in outs] == [(height // 2 ** i, width // 2 ** i) for i in range(2, 6)]
+    assert [out.shape[2:] for out in outs] == [(height // 2**i, width // 2**i) for i in range(2, 6)]
     for out, reference in zip(outs, expected, strict=True):
         torch.testing.assert_close(out, reference, rtol=0, atol=1e-10)
 
@@ -139,7 +150,8 @@ def test_parameter_count(arch, parameters):
         dims = model.embed_dims[-1]
         classifier = nn.Sequential(nn.LayerNorm(dims), nn.Linear(dims, 1000))
     assert {name: p.shape for name, p in model.norms.named_parameters()} == {
-        f'{i}.{name}': (dim,) for i, dim in enumerate(model.embed_dims) for name in ('weight', 'bias')}
+        f'{i}.{name}': (dim,) for i, dim in enumerate(model.embed_dims) for name in ('weight', 'bias')
+    }
     del model.norms
     assert sum(p.numel() for part in (model, classifier) for p in part.parameters()) == parameters
 
@@ -165,13 +177,13 @@ def test_maps_are_normalised_and_the_next_stage_takes_them_as_they_were():
 
 def test_published_initialisation_and_drop_path():
     torch.manual_seed(0)
-    model = DAT('tiny', drop_path_rate=.3)
+    model = DAT('tiny', drop_path_rate=0.3)
     model.init_weights()
     rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
-    assert rates == pytest.approx([.3 * i / 11 for i in range(12)])
+    assert rates == pytest.approx([0.3 * i / 11 for i in range(12)])
     tables = [p for name, p in model.named_parameters() if name.endswith('table')]
-    assert len(tables) == 12 and all(table.std().item() == pytest.approx(.01, rel=.2) for table in tables)
-    assert [DAT(SMALL).stages[-1].blocks[-1].drop_path.drop_prob, ARCHS['base']['drop_path_rate']] == [.1, .5]
+    assert len(tables) == 12 and all(table.std().item() == pytest.approx(0.01, rel=0.2) for table in tables)
+    assert [DAT(SMALL).stages[-1].blocks[-1].drop_path.drop_prob, ARCHS['base']['drop_path_rate']] == [0.1, 0.5]
     shifts = [block.attn.shift_size for stage in model.stages for block in stage.blocks if hasattr(block.attn, 'w_msa')]
     assert shifts == [0, 4, 0, 4, 0, 0, 0, 0]
 
@@ -180,8 +192,7 @@ def test_published_initialisation_and_drop_path():
 def test_pretrained_takes_the_published_file(tmp_path, wrapper):
     upstream = upstream_state_dict()
     torch.save(upstream if wrapper is None else {wrapper: upstream}, tmp_path / 'dat_t.pth')
-    model = DAT('tiny', out_indices=(1, 2, 3),
-                init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'dat_t.pth')))
+    model = DAT('tiny', out_indices=(1, 2, 3), init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'dat_t.pth')))
     model.init_weights()
     expected = convert_state_dict(upstream, 'dat')
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
@@ -217,7 +228,7 @@ def test_checkpointing_changes_nothing_but_memory():
     image = torch.rand(2, 3, 64, 64)
     grads = []
     for with_cp in (False, True):
-        model = small_model(with_cp=with_cp, drop_path_rate=.3).train()
+        model = small_model(with_cp=with_cp, drop_path_rate=0.3).train()
         torch.manual_seed(1)
         sum(out.square().mean() for out in model(image)).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -226,7 +237,7 @@ def test_checkpointing_changes_nothing_but_memory():
 
 
 def test_every_parameter_gets_a_gradient():
-    model = small_model(drop_path_rate=0.)
+    model = small_model(drop_path_rate=0.0)
     sum(out.pow(3).mean() for out in model(torch.rand(1, 3, 96, 128))).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -255,8 +266,9 @@ def test_autocast_is_finite(dtype):
 @pytest.mark.slow
 def test_compiles_in_one_graph():
     torch.manual_seed(0)
-    model = DAT(SMALL | dict(embed_dims=(16, 32), blocks=('LS', 'D'), num_heads=(2, 4), num_groups=(1, 2),
-                             kernel_sizes=(9, 7))).eval()
+    model = DAT(
+        SMALL | dict(embed_dims=(16, 32), blocks=('LS', 'D'), num_heads=(2, 4), num_groups=(1, 2), kernel_sizes=(9, 7))
+    ).eval()
     image = torch.rand(1, 3, 75, 101)
     torch._dynamo.reset()
     with torch.inference_mode():
@@ -270,31 +282,56 @@ def test_trains_and_predicts_in_a_detector():
     """A stock RetinaNet, whose fields name our backbone."""
     init_default_scope('mmdet')
     torch.manual_seed(0)
-    detector = MODELS.build(ConfigDict(
-        type='mmdet.RetinaNet',
-        data_preprocessor=dict(type='mmdet.DetDataPreprocessor', mean=[100] * 3, std=[50] * 3, pad_size_divisor=32),
-        backbone=dict(type='msda_plugin.DAT', arch=SMALL),
-        neck=dict(type='mmdet.FPN', in_channels=list(SMALL['embed_dims']), out_channels=16, start_level=1, num_outs=4),
-        bbox_head=dict(
-            type='mmdet.RetinaHead', num_classes=3, in_channels=16, stacked_convs=1, feat_channels=16,
-            anchor_generator=dict(type='mmdet.AnchorGenerator', octave_base_scale=4, scales_per_octave=1, ratios=[1.0],
-                                  strides=[8, 16, 32, 64])),
-        train_cfg=dict(
-            assigner=dict(type='mmdet.MaxIoUAssigner', pos_iou_thr=.5, neg_iou_thr=.4, min_pos_iou=0),
-            sampler=dict(type='mmdet.PseudoSampler'), allowed_border=-1, pos_weight=-1),
-        test_cfg=dict(nms_pre=100, score_thr=0., nms=dict(type='nms', iou_threshold=.5), max_per_img=10)))
+    detector = MODELS.build(
+        ConfigDict(
+            type='mmdet.RetinaNet',
+            data_preprocessor=dict(type='mmdet.DetDataPreprocessor', mean=[100] * 3, std=[50] * 3, pad_size_divisor=32),
+            backbone=dict(type='msda_plugin.DAT', arch=SMALL),
+            neck=dict(
+                type='mmdet.FPN', in_channels=list(SMALL['embed_dims']), out_channels=16, start_level=1, num_outs=4
+            ),
+            bbox_head=dict(
+                type='mmdet.RetinaHead',
+                num_classes=3,
+                in_channels=16,
+                stacked_convs=1,
+                feat_channels=16,
+                anchor_generator=dict(
+                    type='mmdet.AnchorGenerator',
+                    octave_base_scale=4,
+                    scales_per_octave=1,
+                    ratios=[1.0],
+                    strides=[8, 16, 32, 64],
+                ),
+            ),
+            train_cfg=dict(
+                assigner=dict(type='mmdet.MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0),
+                sampler=dict(type='mmdet.PseudoSampler'),
+                allowed_border=-1,
+                pos_weight=-1,
+            ),
+            test_cfg=dict(nms_pre=100, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=10),
+        )
+    )
     detector.init_weights()
     sizes = ((75, 101), (64, 96))
-    samples = [DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1, 1)),
-                             gt_instances=InstanceData(bboxes=torch.tensor([[10., 10., 50., 60.]]),
-                                                       labels=torch.tensor([1]))) for size in sizes]
+    samples = [
+        DetDataSample(
+            metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1, 1)),
+            gt_instances=InstanceData(bboxes=torch.tensor([[10.0, 10.0, 50.0, 60.0]]), labels=torch.tensor([1])),
+        )
+        for size in sizes
+    ]
     inputs = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
     data = detector.data_preprocessor(dict(inputs=inputs, data_samples=samples), training=True)
     losses, _ = detector.parse_losses(detector(**data, mode='loss'))
     losses.backward()
     assert losses.isfinite()
-    assert all(p.grad is not None and p.grad.isfinite().all() for name, p in detector.backbone.named_parameters()
-               if not name.startswith('norms.0.'))
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for name, p in detector.backbone.named_parameters()
+        if not name.startswith('norms.0.')
+    )
     predictions = detector.eval()(**data, mode='predict')
     assert [len(sample.pred_instances) for sample in predictions] == [10, 10]
 
@@ -306,21 +343,27 @@ def test_smallest_image_and_one_pixel_less():
         model(torch.rand(1, 3, 32, 31))
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(arch='large'), "unknown arch 'large'; known: \\['base', 'small', 'tiny'\\]"),
-    (dict(arch={k: v for k, v in SMALL.items() if k != 'blocks'}), "missing keys \\['blocks'\\]"),
-    (dict(arch=SMALL | dict(depths=(1, 2))), "unknown keys \\['depths'\\]"),
-    (dict(arch=SMALL | dict(num_heads=(1, 2))), 'num_heads=\\(1, 2\\); expected a tuple with one value a stage'),
-    (dict(arch=SMALL | dict(kernel_sizes=5)), 'kernel_sizes=5; expected a tuple'),
-    (dict(arch=SMALL | dict(blocks=('LS', 'N', 'LD', 'D'))), "'N'.*expected a string of L, S and D"),
-    (dict(arch=SMALL | dict(window_size=1)), 'window_size=1; expected at least 2'),
-    (dict(arch=SMALL | dict(image_size=28)), 'image_size=28; expected at least 32'),
-    (dict(arch=SMALL | dict(num_heads=(3, 2, 4, 6))), 'stage 0: embed_dims=16 is not a multiple of num_heads=3'),
-    (dict(arch=SMALL | dict(num_groups=(1, 1, 3, 3))), 'stage 2: num_heads=4 is not a multiple of num_groups=3'),
-    (dict(out_indices=(0, 4)), 'out_indices=\\(0, 4\\) does not fit; expected increasing indices of stages, 0 to 3'),
-    (dict(out_indices=(1, 0)), 'increasing'),
-    (dict(frozen_stages=5), 'frozen_stages=5 is out of range'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(arch='large'), "unknown arch 'large'; known: \\['base', 'small', 'tiny'\\]"),
+        (dict(arch={k: v for k, v in SMALL.items() if k != 'blocks'}), "missing keys \\['blocks'\\]"),
+        (dict(arch=SMALL | dict(depths=(1, 2))), "unknown keys \\['depths'\\]"),
+        (dict(arch=SMALL | dict(num_heads=(1, 2))), 'num_heads=\\(1, 2\\); expected a tuple with one value a stage'),
+        (dict(arch=SMALL | dict(kernel_sizes=5)), 'kernel_sizes=5; expected a tuple'),
+        (dict(arch=SMALL | dict(blocks=('LS', 'N', 'LD', 'D'))), "'N'.*expected a string of L, S and D"),
+        (dict(arch=SMALL | dict(window_size=1)), 'window_size=1; expected at least 2'),
+        (dict(arch=SMALL | dict(image_size=28)), 'image_size=28; expected at least 32'),
+        (dict(arch=SMALL | dict(num_heads=(3, 2, 4, 6))), 'stage 0: embed_dims=16 is not a multiple of num_heads=3'),
+        (dict(arch=SMALL | dict(num_groups=(1, 1, 3, 3))), 'stage 2: num_heads=4 is not a multiple of num_groups=3'),
+        (
+            dict(out_indices=(0, 4)),
+            'out_indices=\\(0, 4\\) does not fit; expected increasing indices of stages, 0 to 3',
+        ),
+        (dict(out_indices=(1, 0)), 'increasing'),
+        (dict(frozen_stages=5), 'frozen_stages=5 is out of range'),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         DAT(**options)

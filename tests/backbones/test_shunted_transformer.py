@@ -1,4 +1,5 @@
 """Shunted Transformer against the published numbers (tests/golden), and its behaviour as a backbone."""
+
 import json
 import sys
 from pathlib import Path
@@ -16,14 +17,24 @@ GOLDEN = Path(__file__).parents[1] / 'golden'
 sys.path.insert(0, str(GOLDEN))
 import recipe  # noqa: E402
 
-TINY_ARCH = dict(embed_dims=(16, 32, 48, 64), depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 1), mlp_ratios=(2, 2, 2, 2),
-                 sr_ratios=(4, 4, 2, 1), stem_convs=1)
+TINY_ARCH = dict(
+    embed_dims=(16, 32, 48, 64),
+    depths=(1, 2, 1, 1),
+    num_heads=(2, 2, 4, 1),
+    mlp_ratios=(2, 2, 2, 2),
+    sr_ratios=(4, 4, 2, 1),
+    stem_convs=1,
+)
 
 
 def upstream_state_dict(size):
     shapes = json.loads((GOLDEN / f'shunted_{size}_state_dict.json').read_text())
-    return recipe.fill({key: torch.zeros(shape, dtype=torch.long if key.endswith('num_batches_tracked') else None)
-                        for key, shape in shapes.items()})
+    return recipe.fill(
+        {
+            key: torch.zeros(shape, dtype=torch.long if key.endswith('num_batches_tracked') else None)
+            for key, shape in shapes.items()
+        }
+    )
 
 
 def small_model(**options):
@@ -33,8 +44,9 @@ def small_model(**options):
     return model
 
 
-@pytest.mark.parametrize('arch, shape', [
-    ('tiny', (1, 3, 64, 96)), ('tiny', (2, 3, 75, 101)), ('small', (1, 3, 64, 64))])
+@pytest.mark.parametrize(
+    'arch, shape', [('tiny', (1, 3, 64, 96)), ('tiny', (2, 3, 75, 101)), ('small', (1, 3, 64, 64))]
+)
 def test_matches_the_published_numbers(arch, shape):
     upstream = upstream_state_dict(arch[0])
     model = ShuntedTransformer(arch).eval()
@@ -48,7 +60,7 @@ def test_matches_the_published_numbers(arch, shape):
     for out, key in zip((*outs, logits), ('stage1', 'stage2', 'stage3', 'stage4', 'logits'), strict=True):
         expected = torch.from_numpy(golden[key])
         assert out.shape == expected.shape
-        assert (out - expected).abs().max() <= 1e-4 * max(1., expected.abs().max())
+        assert (out - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())
 
 
 @pytest.mark.parametrize('arch, parameters', [('tiny', 11_040_576), ('small', 21_888_256), ('base', 39_101_376)])
@@ -69,13 +81,13 @@ def test_published_initialisation():
     model = ShuntedTransformer('tiny')
     model.init_weights()
     stage = model.stages[0]
-    assert stage.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(.02, rel=.05)
+    assert stage.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not stage.blocks[0].mlp.fc1.bias.any()
-    assert stage.patch_embed.convs[0].conv.weight.std().item() == pytest.approx((2 / (49 * 64)) ** .5, rel=.05)
-    assert stage.blocks[0].mlp.dwconv.weight.std().item() == pytest.approx((2 / 9) ** .5, rel=.05)
+    assert stage.patch_embed.convs[0].conv.weight.std().item() == pytest.approx((2 / (49 * 64)) ** 0.5, rel=0.05)
+    assert stage.blocks[0].mlp.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
     assert not stage.blocks[0].mlp.dwconv.bias.any()
     rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
-    assert rates == pytest.approx([.1 * i / 7 for i in range(8)])
+    assert rates == pytest.approx([0.1 * i / 7 for i in range(8)])
 
 
 @pytest.mark.parametrize('wrapper', [None, 'model', 'state_dict'])
@@ -91,8 +103,9 @@ def test_pretrained_takes_the_published_file(tmp_path, wrapper):
 def test_pretrained_takes_a_detector_of_ours_by_prefix(tmp_path):
     source = small_model()
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in source.state_dict().items()}}, tmp_path / 'detector.pth')
-    model = ShuntedTransformer(TINY_ARCH, init_cfg=dict(
-        type='Pretrained', checkpoint=str(tmp_path / 'detector.pth'), prefix='backbone.'))
+    model = ShuntedTransformer(
+        TINY_ARCH, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'detector.pth'), prefix='backbone.')
+    )
     model.init_weights()
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
 
@@ -101,7 +114,7 @@ def test_checkpointing_changes_nothing_but_memory():
     image = torch.rand(2, 3, 64, 64)
     grads = []
     for with_cp in (False, True):
-        model = small_model(with_cp=with_cp, drop_path_rate=.3).train()
+        model = small_model(with_cp=with_cp, drop_path_rate=0.3).train()
         torch.manual_seed(1)
         sum(out.square().mean() for out in model(image)).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -110,7 +123,7 @@ def test_checkpointing_changes_nothing_but_memory():
 
 
 def test_every_parameter_gets_a_gradient():
-    model = small_model(drop_path_rate=0.)
+    model = small_model(drop_path_rate=0.0)
     sum(out.square().mean() for out in model(torch.rand(1, 3, 64, 64))).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -166,20 +179,26 @@ def test_smallest_image_and_one_pixel_less():
         model(torch.rand(1, 3, side, side - 1))
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(arch='huge'), "unknown arch 'huge'; known: \\['base', 'small', 'tiny'\\]"),
-    (dict(arch={k: v for k, v in TINY_ARCH.items() if k != 'depths'}), "missing keys \\['depths'\\]"),
-    (dict(arch=TINY_ARCH | dict(window=7)), "unknown keys \\['window'\\]"),
-    (dict(arch=TINY_ARCH | dict(depths=(1, 2))), 'depths=\\(1, 2\\); expected 4 positive values'),
-    (dict(arch=TINY_ARCH | dict(depths=2)), 'depths=2; expected a tuple'),
-    (dict(arch=TINY_ARCH | dict(num_heads=(1, 2, 4, 1))), 'stage 0: num_heads=1 is odd'),
-    (dict(arch=TINY_ARCH | dict(num_heads=(2, 3, 4, 1))), 'stage 1: embed_dims=32 is not a multiple of num_heads=3'),
-    (dict(arch=TINY_ARCH | dict(sr_ratios=(4, 3, 2, 1))), 'stage 1: sr_ratio=3 does not fit'),
-    (dict(arch=TINY_ARCH | dict(stem_convs=-1)), 'stem_convs=-1'),
-    (dict(out_indices=(0, 4)), 'out_indices=\\(0, 4\\) does not fit'),
-    (dict(out_indices=(1, 0)), 'increasing'),
-    (dict(frozen_stages=5), 'frozen_stages=5 is out of range'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(arch='huge'), "unknown arch 'huge'; known: \\['base', 'small', 'tiny'\\]"),
+        (dict(arch={k: v for k, v in TINY_ARCH.items() if k != 'depths'}), "missing keys \\['depths'\\]"),
+        (dict(arch=TINY_ARCH | dict(window=7)), "unknown keys \\['window'\\]"),
+        (dict(arch=TINY_ARCH | dict(depths=(1, 2))), 'depths=\\(1, 2\\); expected 4 positive values'),
+        (dict(arch=TINY_ARCH | dict(depths=2)), 'depths=2; expected a tuple'),
+        (dict(arch=TINY_ARCH | dict(num_heads=(1, 2, 4, 1))), 'stage 0: num_heads=1 is odd'),
+        (
+            dict(arch=TINY_ARCH | dict(num_heads=(2, 3, 4, 1))),
+            'stage 1: embed_dims=32 is not a multiple of num_heads=3',
+        ),
+        (dict(arch=TINY_ARCH | dict(sr_ratios=(4, 3, 2, 1))), 'stage 1: sr_ratio=3 does not fit'),
+        (dict(arch=TINY_ARCH | dict(stem_convs=-1)), 'stem_convs=-1'),
+        (dict(out_indices=(0, 4)), 'out_indices=\\(0, 4\\) does not fit'),
+        (dict(out_indices=(1, 0)), 'increasing'),
+        (dict(frozen_stages=5), 'frozen_stages=5 is out of range'),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ShuntedTransformer(**options)

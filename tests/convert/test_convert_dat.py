@@ -1,4 +1,5 @@
 """The authors' DAT checkpoints become ours, or are refused with the reason."""
+
 import json
 from pathlib import Path
 
@@ -35,8 +36,12 @@ def test_every_key_of_the_published_model_arrives():
     for key, reason in conversion.dropped.items():
         reasons.setdefault(reason, set()).add(key.rsplit('.', 1)[-1] if key.startswith('stages') else key)
     assert reasons == {
-        'the classifier; a backbone has none': {'cls_norm.norm.weight', 'cls_norm.norm.bias', 'cls_head.weight',
-                                                'cls_head.bias'},
+        'the classifier; a backbone has none': {
+            'cls_norm.norm.weight',
+            'cls_norm.norm.bias',
+            'cls_head.weight',
+            'cls_head.bias',
+        },
         'follows from the window size': {'relative_position_index'},
         'follows from the sizes of the map and the window': {'attn_mask'},
     }
@@ -44,18 +49,27 @@ def test_every_key_of_the_published_model_arrives():
 
 def test_norms_of_the_maps_are_fresh_unless_the_file_has_them():
     upstream = {key: torch.zeros(value.shape) for key, value in upstream_state_dict().items()}
-    upstream['norms.2.norm.weight'] = torch.full((384,), 5.)
-    upstream['norms.2.norm.bias'] = torch.full((384,), 7.)
+    upstream['norms.2.norm.weight'] = torch.full((384,), 5.0)
+    upstream['norms.2.norm.bias'] = torch.full((384,), 7.0)
     conversion = convert(upstream, FAMILY)
     assert conversion.taken['norms.2.norm.weight'] == 'norms.2.weight'
     norms = {key: value.unique().tolist() for key, value in conversion.state_dict.items() if key in NORMS}
-    assert norms == {f'norms.{i}.{name}': [value] for i in range(4) for name, value in (
-        ('weight', 5. if i == 2 else 1.), ('bias', 7. if i == 2 else 0.))}
+    assert norms == {
+        f'norms.{i}.{name}': [value]
+        for i in range(4)
+        for name, value in (('weight', 5.0 if i == 2 else 1.0), ('bias', 7.0 if i == 2 else 0.0))
+    }
 
 
-@pytest.mark.parametrize('case, options', [
-    ('attn_v1_rpe', dict(map_size=14)), ('attn_v2_dwc', dict(positional='dwc_pe', kernel_size=3)),
-    ('attn_v2_cpb', dict(positional='log_cpb', kernel_size=3)), ('attn_v1_rpe', dict(positional='none'))])
+@pytest.mark.parametrize(
+    'case, options',
+    [
+        ('attn_v1_rpe', dict(map_size=14)),
+        ('attn_v2_dwc', dict(positional='dwc_pe', kernel_size=3)),
+        ('attn_v2_cpb', dict(positional='log_cpb', kernel_size=3)),
+        ('attn_v1_rpe', dict(positional='none')),
+    ],
+)
 def test_an_attention_layer(case, options):
     upstream = upstream_state_dict(case)
     if options.get('positional') == 'none':
@@ -79,8 +93,11 @@ def test_wrapped_and_converted_dicts_are_taken(wrapper):
 def test_a_dict_that_does_not_fit_is_refused():
     upstream = upstream_state_dict()
     upstream['stages.2.attns.1.local_perception.weight'] = upstream.pop('stages.2.attns.1.proj_k.weight')
-    with pytest.raises(ValueError, match=r"missing keys \['stages.2.attns.1.proj_k.weight'\], "
-                                         r"unexpected keys \['stages.2.attns.1.local_perception.weight'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing keys \['stages.2.attns.1.proj_k.weight'\], "
+        r"unexpected keys \['stages.2.attns.1.local_perception.weight'\]",
+    ):
         convert_state_dict(upstream, FAMILY)
 
 

@@ -1,4 +1,5 @@
 """The authors' Deformable DETR checkpoints become ours and compute what theirs do, or are refused with the reason."""
+
 import json
 import sys
 from pathlib import Path
@@ -31,8 +32,9 @@ class RecordedMaps(nn.Module):
     """Stands in for a backbone: the same three maps for every image."""
 
     def forward(self, images):
-        return tuple(recipe.tensor(f'feat2x{c}x{h}x{w}', (2, c, h, w))
-                     for c, h, w in ((32, 12, 16), (64, 6, 8), (96, 3, 4)))
+        return tuple(
+            recipe.tensor(f'feat2x{c}x{h}x{w}', (2, c, h, w)) for c, h, w in ((32, 12, 16), (64, 6, 8), (96, 3, 4))
+        )
 
 
 def upstream_state_dict(case):
@@ -44,15 +46,33 @@ def upstream_state_dict(case):
 def build_detector(dims, heads, num_classes=7, **fields):
     attention = dict(embed_dims=dims, num_heads=heads, dropout=0.0, batch_first=True)
     ffn = dict(embed_dims=dims, feedforward_channels=128)
-    return MODELS.build(dict(
-        type='msda_plugin.DeformableDETR', num_queries=20, backbone=dict(type=RecordedMaps),
-        neck=dict(type='mmdet.ChannelMapper', in_channels=[32, 64, 96], kernel_size=1, out_channels=dims, num_outs=4,
-                  act_cfg=None, norm_cfg=dict(type='GN', num_groups=32), bias=True),
-        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=attention, ffn_cfg=ffn)),
-        decoder=dict(num_layers=3, layer_cfg=dict(self_attn_cfg=attention, cross_attn_cfg=attention, ffn_cfg=ffn)),
-        positional_encoding=dict(num_feats=dims // 2, normalize=True, offset=-0.5),
-        bbox_head=dict(type='msda_plugin.DeformableDETRHead', num_classes=num_classes, embed_dims=dims,
-                       loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True)), **fields))
+    return MODELS.build(
+        dict(
+            type='msda_plugin.DeformableDETR',
+            num_queries=20,
+            backbone=dict(type=RecordedMaps),
+            neck=dict(
+                type='mmdet.ChannelMapper',
+                in_channels=[32, 64, 96],
+                kernel_size=1,
+                out_channels=dims,
+                num_outs=4,
+                act_cfg=None,
+                norm_cfg=dict(type='GN', num_groups=32),
+                bias=True,
+            ),
+            encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=attention, ffn_cfg=ffn)),
+            decoder=dict(num_layers=3, layer_cfg=dict(self_attn_cfg=attention, cross_attn_cfg=attention, ffn_cfg=ffn)),
+            positional_encoding=dict(num_feats=dims // 2, normalize=True, offset=-0.5),
+            bbox_head=dict(
+                type='msda_plugin.DeformableDETRHead',
+                num_classes=num_classes,
+                embed_dims=dims,
+                loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True),
+            ),
+            **fields,
+        )
+    )
 
 
 def assert_golden(name, actual, golden):
@@ -91,7 +111,7 @@ def with_91_classes(case):
     upstream = upstream_state_dict(case)
     for key in upstream:
         if 'class_embed.' in key:
-            rows = torch.arange(91.).view(91, *[1] * (upstream[key].dim() - 1))
+            rows = torch.arange(91.0).view(91, *[1] * (upstream[key].dim() - 1))
             upstream[key] = rows.expand(91, *upstream[key].shape[1:])
     return upstream
 
@@ -112,8 +132,11 @@ def test_proposals_keep_the_row_that_scores_them():
 
 
 def test_91_shared_classes_in_two_stages_are_refused():
-    upstream = {key: value for key, value in with_91_classes('two_stage').items()
-                if not key.startswith('transformer.decoder.bbox_embed')}
+    upstream = {
+        key: value
+        for key, value in with_91_classes('two_stage').items()
+        if not key.startswith('transformer.decoder.bbox_embed')
+    }
     with pytest.raises(ValueError, match='two stages without box refinement'):
         convert(upstream, FAMILY)
 
@@ -134,7 +157,11 @@ def test_backbone_keys_and_single_scale():
     converted = convert_state_dict({'model': upstream}, FAMILY)
     assert 'backbone.layer1.0.conv1.weight' in converted
     assert [key for key in converted if key.startswith('neck.')] == [
-        'neck.convs.0.conv.weight', 'neck.convs.0.conv.bias', 'neck.convs.0.gn.weight', 'neck.convs.0.gn.bias']
+        'neck.convs.0.conv.weight',
+        'neck.convs.0.conv.bias',
+        'neck.convs.0.gn.weight',
+        'neck.convs.0.gn.bias',
+    ]
 
 
 def test_our_own_state_dict_passes_through():
@@ -145,8 +172,11 @@ def test_our_own_state_dict_passes_through():
 def test_what_does_not_fit_is_refused():
     upstream = upstream_state_dict('base')
     upstream['transformer.dropout_mask'] = upstream.pop('transformer.encoder.layers.1.norm2.bias')
-    with pytest.raises(ValueError, match=r"missing keys \['transformer.encoder.layers.1.norm2.bias'\], unexpected keys "
-                                         r"\['transformer.dropout_mask'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing keys \['transformer.encoder.layers.1.norm2.bias'\], unexpected keys "
+        r"\['transformer.dropout_mask'\]",
+    ):
         convert(upstream, FAMILY)
     upstream['transformer.decoder.layers.0.multihead_attn.in_proj_bias'] = torch.zeros(1)
     with pytest.raises(ValueError, match="use family 'detr'"):

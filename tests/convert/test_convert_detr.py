@@ -3,6 +3,7 @@
 There are no recorded numbers of the authors' model: `PublishedDETR` is the architecture of the paper's appendix A.3 and
 figure 10, written on torch alone, with the names of the authors' checkpoints.
 """
+
 import copy
 import math
 
@@ -45,18 +46,22 @@ class Layer(nn.Module):
 
 
 class PublishedDETR(nn.Module):
-
     def __init__(self, channels=24, num_classes=CLASSES):
         super().__init__()
         self.input_proj = nn.Conv2d(channels, DIMS, 1)
         self.query_embed = nn.Embedding(QUERIES, DIMS)
         self.class_embed = nn.Linear(DIMS, num_classes + 1)
-        self.bbox_embed = nn.ModuleDict(dict(layers=nn.ModuleList([
-            nn.Linear(DIMS, DIMS), nn.Linear(DIMS, DIMS), nn.Linear(DIMS, 4)])))
-        self.transformer = nn.ModuleDict(dict(
-            encoder=nn.ModuleDict(dict(layers=nn.ModuleList([Layer(False) for _ in range(2)]))),
-            decoder=nn.ModuleDict(dict(layers=nn.ModuleList([Layer(True) for _ in range(3)]),
-                                       norm=nn.LayerNorm(DIMS)))))
+        self.bbox_embed = nn.ModuleDict(
+            dict(layers=nn.ModuleList([nn.Linear(DIMS, DIMS), nn.Linear(DIMS, DIMS), nn.Linear(DIMS, 4)]))
+        )
+        self.transformer = nn.ModuleDict(
+            dict(
+                encoder=nn.ModuleDict(dict(layers=nn.ModuleList([Layer(False) for _ in range(2)]))),
+                decoder=nn.ModuleDict(
+                    dict(layers=nn.ModuleList([Layer(True) for _ in range(3)]), norm=nn.LayerNorm(DIMS))
+                ),
+            )
+        )
 
     def forward(self, features, mask):
         """Map (bs, channels, h, w) and mask (bs, h, w), True on padding -> logits and boxes of every layer."""
@@ -90,8 +95,9 @@ class RecordedMap(nn.Module):
     """Stands in for a backbone: the same map for every image."""
 
     def forward(self, images):
-        return (torch.randn(2, 24, 6, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-                .to(images.dtype), )
+        return (
+            torch.randn(2, 24, 6, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(images.dtype),
+        )
 
 
 def published(**sizes):
@@ -106,15 +112,29 @@ def published(**sizes):
 def build_detector(num_classes=CLASSES, backbone=None, in_channels=24):
     attention = dict(embed_dims=DIMS, num_heads=HEADS, batch_first=True)
     ffn = dict(embed_dims=DIMS, feedforward_channels=FFN)
-    return MODELS.build(dict(
-        type='msda_plugin.DETR', num_queries=QUERIES, backbone=backbone or dict(type=RecordedMap),
-        neck=dict(type='mmdet.ChannelMapper', in_channels=[in_channels], kernel_size=1, out_channels=DIMS, num_outs=1,
-                  act_cfg=None, norm_cfg=None),
-        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict(attention), ffn_cfg=dict(ffn))),
-        decoder=dict(num_layers=3, layer_cfg=dict(
-            self_attn_cfg=dict(attention), cross_attn_cfg=dict(attention), ffn_cfg=dict(ffn))),
-        positional_encoding=dict(num_feats=DIMS // 2, normalize=True),
-        bbox_head=dict(type='msda_plugin.DETRHead', num_classes=num_classes, embed_dims=DIMS)))
+    return MODELS.build(
+        dict(
+            type='msda_plugin.DETR',
+            num_queries=QUERIES,
+            backbone=backbone or dict(type=RecordedMap),
+            neck=dict(
+                type='mmdet.ChannelMapper',
+                in_channels=[in_channels],
+                kernel_size=1,
+                out_channels=DIMS,
+                num_outs=1,
+                act_cfg=None,
+                norm_cfg=None,
+            ),
+            encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict(attention), ffn_cfg=dict(ffn))),
+            decoder=dict(
+                num_layers=3,
+                layer_cfg=dict(self_attn_cfg=dict(attention), cross_attn_cfg=dict(attention), ffn_cfg=dict(ffn)),
+            ),
+            positional_encoding=dict(num_feats=DIMS // 2, normalize=True),
+            bbox_head=dict(type='msda_plugin.DETRHead', num_classes=num_classes, embed_dims=DIMS),
+        )
+    )
 
 
 @pytest.mark.parametrize('valid', [VALID, [IMAGE, IMAGE]], ids=['padded', 'whole'])
@@ -125,10 +145,10 @@ def test_computes_what_the_published_model_computes(valid):
     model = build_detector().double().eval()
     model.load_state_dict(conversion.state_dict)
 
-    features, = RecordedMap()(torch.zeros(1, dtype=torch.float64))
+    (features,) = RecordedMap()(torch.zeros(1, dtype=torch.float64))
     mask = torch.ones(2, *features.shape[-2:], dtype=torch.bool)
     for image, (height, width) in zip(mask, valid, strict=True):
-        image[:math.ceil(height / 16), :math.ceil(width / 16)] = False
+        image[: math.ceil(height / 16), : math.ceil(width / 16)] = False
     samples = [DetDataSample(metainfo=dict(img_shape=shape, batch_input_shape=IMAGE)) for shape in valid]
     with torch.no_grad():
         outputs = model(torch.zeros(2, 3, *IMAGE, dtype=torch.float64), samples, mode='tensor')
@@ -140,7 +160,7 @@ def test_computes_what_the_published_model_computes(valid):
 def test_92_classes_become_81_by_category_id():
     upstream = published(num_classes=91).state_dict()
     for name in ('weight', 'bias'):
-        rows = torch.arange(92.).view(92, *[1] * (upstream[f'class_embed.{name}'].dim() - 1))
+        rows = torch.arange(92.0).view(92, *[1] * (upstream[f'class_embed.{name}'].dim() - 1))
         upstream[f'class_embed.{name}'] = rows.expand_as(upstream[f'class_embed.{name}'])
     converted = convert_state_dict(upstream, FAMILY)
     assert converted['bbox_head.fc_cls.bias'].tolist() == [*COCO_IDS, 91]
@@ -150,8 +170,15 @@ def test_92_classes_become_81_by_category_id():
 
 def test_backbone_without_batch_counts():
     """The authors' frozen norms count no batches, and neither is that asked of the file."""
-    backbone = dict(type='mmdet.ResNet', depth=18, base_channels=4, stem_channels=4, out_indices=(3, ),
-                    norm_cfg=dict(type='BN', requires_grad=False), norm_eval=True)
+    backbone = dict(
+        type='mmdet.ResNet',
+        depth=18,
+        base_channels=4,
+        stem_channels=4,
+        out_indices=(3,),
+        norm_cfg=dict(type='BN', requires_grad=False),
+        norm_eval=True,
+    )
     model = build_detector(backbone=backbone, in_channels=32)
     upstream = published(channels=32).state_dict()
     for key, value in model.backbone.state_dict().items():
@@ -159,8 +186,7 @@ def test_backbone_without_batch_counts():
             upstream[f'backbone.0.body.{key}'] = torch.randn_like(value)
     converted = convert_state_dict(upstream, FAMILY)
     model.load_state_dict(converted)
-    torch.testing.assert_close(model.backbone.layer1[0].conv1.weight,
-                               upstream['backbone.0.body.layer1.0.conv1.weight'])
+    torch.testing.assert_close(model.backbone.layer1[0].conv1.weight, upstream['backbone.0.body.layer1.0.conv1.weight'])
 
 
 def test_our_own_state_dict_passes_through():
@@ -169,15 +195,22 @@ def test_our_own_state_dict_passes_through():
     assert convert_state_dict(converted, FAMILY) == converted
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda d: d.pop('transformer.decoder.layers.1.norm3.bias'),
-     r"missing keys \['transformer.decoder.layers.1.norm3.bias'\], unexpected keys \[\]"),
-    (lambda d: d.update({'mask_head.lay1.weight': torch.zeros(1)}), r"unexpected keys \['mask_head.lay1.weight'\]"),
-    (lambda d: d.update({'transformer.encoder.layers.0.self_attn.sampling_offsets.bias': torch.zeros(1)}),
-     "use family 'deformable_detr'"),
-    (lambda d: d.update({'transformer.encoder.norm.weight': torch.zeros(1)}), 'norms before its blocks'),
-    (lambda d: [d.pop(key) for key in list(d)[1:]], 'missing keys'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (
+            lambda d: d.pop('transformer.decoder.layers.1.norm3.bias'),
+            r"missing keys \['transformer.decoder.layers.1.norm3.bias'\], unexpected keys \[\]",
+        ),
+        (lambda d: d.update({'mask_head.lay1.weight': torch.zeros(1)}), r"unexpected keys \['mask_head.lay1.weight'\]"),
+        (
+            lambda d: d.update({'transformer.encoder.layers.0.self_attn.sampling_offsets.bias': torch.zeros(1)}),
+            "use family 'deformable_detr'",
+        ),
+        (lambda d: d.update({'transformer.encoder.norm.weight': torch.zeros(1)}), 'norms before its blocks'),
+        (lambda d: [d.pop(key) for key in list(d)[1:]], 'missing keys'),
+    ],
+)
 def test_what_does_not_fit_is_refused(change, message):
     upstream = copy.copy(published().state_dict())
     change(upstream)

@@ -1,4 +1,5 @@
 """The authors' Shunted Transformer checkpoints become ours, or are refused with the reason."""
+
 import json
 from pathlib import Path
 
@@ -48,8 +49,11 @@ def test_a_model_without_qkv_bias():
 def test_a_dict_that_does_not_fit_is_refused():
     upstream = upstream_state_dict('t')
     upstream['block1.0.attn.window'] = upstream.pop('block3.2.attn.sr1.weight')
-    with pytest.raises(ValueError, match=r"missing keys \['block3.2.attn.sr1.weight'\], "
-                                         r"unexpected keys \['block1.0.attn.window'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing keys \['block3.2.attn.sr1.weight'\], "
+        r"unexpected keys \['block1.0.attn.window'\]",
+    ):
         convert_state_dict(upstream, FAMILY)
 
 

@@ -1,4 +1,5 @@
 """Checkpoints of timm, MAE, ViTDet and mmpretrain become ours, or are refused with the reason."""
+
 import pytest
 import torch
 
@@ -7,21 +8,39 @@ from msda_plugin.convert import convert, convert_state_dict
 
 FAMILY = 'vision_transformer'
 DIMS, DEPTH, ROWS = 8, 3, 9
-MMPRETRAIN = {'norm1': 'ln1', 'attn.qkv': 'attn.qkv', 'attn.proj': 'attn.proj', 'norm2': 'ln2',
-              'mlp.fc1': 'ffn.layers.0.0', 'mlp.fc2': 'ffn.layers.1'}
+MMPRETRAIN = {
+    'norm1': 'ln1',
+    'attn.qkv': 'attn.qkv',
+    'attn.proj': 'attn.proj',
+    'norm2': 'ln2',
+    'mlp.fc1': 'ffn.layers.0.0',
+    'mlp.fc2': 'ffn.layers.1',
+}
 
 
 def timm_state_dict():
     """The names of timm's ViT, with a value of its own in each."""
-    shapes = {'cls_token': (1, 1, DIMS), 'pos_embed': (1, 1 + ROWS, DIMS), 'patch_embed.proj.weight': (DIMS, 3, 16, 16),
-              'patch_embed.proj.bias': (DIMS,)}
+    shapes = {
+        'cls_token': (1, 1, DIMS),
+        'pos_embed': (1, 1 + ROWS, DIMS),
+        'patch_embed.proj.weight': (DIMS, 3, 16, 16),
+        'patch_embed.proj.bias': (DIMS,),
+    }
     for i in range(DEPTH):
-        for name, shape in (('norm1.weight', (DIMS,)), ('norm1.bias', (DIMS,)),
-                            ('attn.qkv.weight', (3 * DIMS, DIMS)), ('attn.qkv.bias', (3 * DIMS,)),
-                            ('attn.proj.weight', (DIMS, DIMS)), ('attn.proj.bias', (DIMS,)),
-                            ('norm2.weight', (DIMS,)), ('norm2.bias', (DIMS,)),
-                            ('mlp.fc1.weight', (4 * DIMS, DIMS)), ('mlp.fc1.bias', (4 * DIMS,)),
-                            ('mlp.fc2.weight', (DIMS, 4 * DIMS)), ('mlp.fc2.bias', (DIMS,))):
+        for name, shape in (
+            ('norm1.weight', (DIMS,)),
+            ('norm1.bias', (DIMS,)),
+            ('attn.qkv.weight', (3 * DIMS, DIMS)),
+            ('attn.qkv.bias', (3 * DIMS,)),
+            ('attn.proj.weight', (DIMS, DIMS)),
+            ('attn.proj.bias', (DIMS,)),
+            ('norm2.weight', (DIMS,)),
+            ('norm2.bias', (DIMS,)),
+            ('mlp.fc1.weight', (4 * DIMS, DIMS)),
+            ('mlp.fc1.bias', (4 * DIMS,)),
+            ('mlp.fc2.weight', (DIMS, 4 * DIMS)),
+            ('mlp.fc2.bias', (DIMS,)),
+        ):
             shapes[f'blocks.{i}.{name}'] = shape
     shapes |= {'norm.weight': (DIMS,), 'norm.bias': (DIMS,), 'head.weight': (5, DIMS), 'head.bias': (5,)}
     generator = torch.Generator().manual_seed(0)
@@ -30,13 +49,22 @@ def timm_state_dict():
 
 def mmpretrain_state_dict():
     """The same in mmpretrain's names."""
-    names = {'head.weight': 'head.layers.head.weight', 'head.bias': 'head.layers.head.bias',
-             'norm.weight': 'backbone.ln1.weight', 'norm.bias': 'backbone.ln1.bias',
-             'patch_embed.proj.weight': 'backbone.patch_embed.projection.weight',
-             'patch_embed.proj.bias': 'backbone.patch_embed.projection.bias',
-             'cls_token': 'backbone.cls_token', 'pos_embed': 'backbone.pos_embed'}
-    names |= {f'blocks.{i}.{ours}.{kind}': f'backbone.layers.{i}.{theirs}.{kind}' for i in range(DEPTH)
-              for ours, theirs in MMPRETRAIN.items() for kind in ('weight', 'bias')}
+    names = {
+        'head.weight': 'head.layers.head.weight',
+        'head.bias': 'head.layers.head.bias',
+        'norm.weight': 'backbone.ln1.weight',
+        'norm.bias': 'backbone.ln1.bias',
+        'patch_embed.proj.weight': 'backbone.patch_embed.projection.weight',
+        'patch_embed.proj.bias': 'backbone.patch_embed.projection.bias',
+        'cls_token': 'backbone.cls_token',
+        'pos_embed': 'backbone.pos_embed',
+    }
+    names |= {
+        f'blocks.{i}.{ours}.{kind}': f'backbone.layers.{i}.{theirs}.{kind}'
+        for i in range(DEPTH)
+        for ours, theirs in MMPRETRAIN.items()
+        for kind in ('weight', 'bias')
+    }
     return {names[key]: value for key, value in timm_state_dict().items()}
 
 
@@ -81,8 +109,15 @@ def test_our_own_state_dict_passes_through():
 
 def test_keys_of_a_pretraining_are_dropped():
     upstream = timm_state_dict()
-    extra = ('mask_token', 'decoder_pos_embed', 'decoder_embed.weight', 'decoder_blocks.0.norm1.weight',
-             'decoder_pred.bias', 'fc_norm.weight', 'pre_logits.fc.weight')
+    extra = (
+        'mask_token',
+        'decoder_pos_embed',
+        'decoder_embed.weight',
+        'decoder_blocks.0.norm1.weight',
+        'decoder_pred.bias',
+        'fc_norm.weight',
+        'pre_logits.fc.weight',
+    )
     conversion = convert(upstream | dict.fromkeys(extra, torch.zeros(1)), FAMILY)
     assert conversion.dropped.keys() == {*extra, 'head.weight', 'head.bias'}
     assert 'pre-training' in conversion.dropped['mask_token'] and 'mean' in conversion.dropped['fc_norm.weight']
@@ -119,21 +154,25 @@ def test_a_prefix_within_a_file_of_another_design(tmp_path):
     with pytest.raises(ValueError, match='give their prefix'):
         convert(detector, FAMILY)
     torch.save({'model': detector}, tmp_path / 'vitdet.pth')
-    backbone = model(with_cls_token=False, init_cfg=dict(
-        type='Pretrained', checkpoint=str(tmp_path / 'vitdet.pth'), prefix='backbone.net'))
+    backbone = model(
+        with_cls_token=False,
+        init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'vitdet.pth'), prefix='backbone.net'),
+    )
     backbone.init_weights()
     assert torch.equal(backbone.pos_embed, vit['pos_embed'][:, 1:])
 
 
-@pytest.mark.parametrize('key', ['dist_token', 'reg_token', 'norm_pre.weight', 'blocks.0.ls1.gamma',
-                                 'blocks.1.attn.q_norm.weight'])
+@pytest.mark.parametrize(
+    'key', ['dist_token', 'reg_token', 'norm_pre.weight', 'blocks.0.ls1.gamma', 'blocks.1.attn.q_norm.weight']
+)
 def test_a_variant_that_computes_something_else_is_refused(key):
     with pytest.raises(ValueError, match=rf"missing keys \[\], unexpected keys \['{key}'\]"):
         convert(timm_state_dict() | {key: torch.ones(1)}, FAMILY)
 
 
-@pytest.mark.parametrize('key', ['pos_embed', 'patch_embed.proj.bias', 'blocks.1.attn.qkv.bias', 'norm.bias',
-                                 'blocks.2.mlp.fc2.weight'])
+@pytest.mark.parametrize(
+    'key', ['pos_embed', 'patch_embed.proj.bias', 'blocks.1.attn.qkv.bias', 'norm.bias', 'blocks.2.mlp.fc2.weight']
+)
 def test_a_missing_key_is_named(key):
     upstream = timm_state_dict()
     del upstream[key]

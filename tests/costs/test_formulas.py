@@ -1,4 +1,5 @@
 """The formulas against the operations that are counted while real layers run."""
+
 import pytest
 import torch
 from mmcv.ops import ModulatedDeformConv2dPack
@@ -38,7 +39,8 @@ def test_vit_and_detr_are_sums_of_attention():
     assert costs.vit_attention(224, 220, 192, 16, 3) == costs.self_attention(14 * 14, 192, 3)
     assert costs.detr_encoder_layer(25, 34, 256) == costs.self_attention(850, 256)
     assert costs.detr_decoder_layer(100, 25, 34, 256) == (
-        costs.self_attention(100, 256) + costs.cross_attention(100, 850, 256))
+        costs.self_attention(100, 256) + costs.cross_attention(100, 850, 256)
+    )
 
 
 @pytest.mark.parametrize('height, width', SIZES)
@@ -77,13 +79,20 @@ def test_deformable(num_queries):
     shapes = [(9, 11), (5, 6)]
     layer = MultiScaleDeformableAttention(32, 4, num_levels=2, num_points=3, batch_first=True)
     value = torch.rand(1, 129, 32)
-    counted = count(layer, torch.rand(1, num_queries, 32), value=value, spatial_shapes=shapes,
-                    level_start_index=torch.tensor([0, 99]), reference_points=torch.rand(1, num_queries, 2, 2))
+    counted = count(
+        layer,
+        torch.rand(1, num_queries, 32),
+        value=value,
+        spatial_shapes=shapes,
+        level_start_index=torch.tensor([0, 99]),
+        reference_points=torch.rand(1, num_queries, 2, 2),
+    )
     assert counted == costs.deformable_attention(num_queries, 129, 32, 4, 2, 3).multiply_adds
 
 
 class Counted(float):
     """A number that counts the products it takes part in."""
+
     products = 0
 
     def __mul__(self, other):
@@ -96,17 +105,18 @@ class Counted(float):
 
 def test_a_sample_takes_as_many_multiply_adds_as_is_said():
     """Equation 2 of Deformable DETR for one channel of one sample, number by number."""
-    neighbours, weights = [Counted(v) for v in (1., 2., 3., 4.)], [Counted(w) for w in (.1, .2, .3, .4)]
+    neighbours, weights = [Counted(v) for v in (1.0, 2.0, 3.0, 4.0)], [Counted(w) for w in (0.1, 0.2, 0.3, 0.4)]
     Counted.products = 0
     value = Counted(0)
     for neighbour, weight in zip(neighbours, weights, strict=True):
         value = value + neighbour * weight
-    assert float(value * Counted(.5)) == pytest.approx(1.5)
+    assert float(value * Counted(0.5)) == pytest.approx(1.5)
     assert Counted.products == costs.formulas.OPERATIONS_PER_SAMPLE
 
 
 def test_growth_with_resolution():
     """Four times the pixels: sixteen times the mixing of full attention, four times that of the linear ones."""
+
     def growth(cost, *rest):
         return cost(56, 56, *rest).mixing / cost(28, 28, *rest).mixing
 
@@ -121,8 +131,7 @@ def test_growth_with_resolution():
 
 def test_modules_of_a_model_are_counted_once_each():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Sequential(nn.Linear(16, 4)))
-    assert count_multiply_adds(model, lambda: model(torch.rand(3, 8))) == {
-        '': 576, '0': 384, '2': 192, '2.0': 192}
+    assert count_multiply_adds(model, lambda: model(torch.rand(3, 8))) == {'': 576, '0': 384, '2': 192, '2.0': 192}
     assert count_multiply_adds(model, lambda: (model(torch.rand(3, 8)), model(torch.rand(1, 8))))['2.0'] == 256
 
 

@@ -1,4 +1,5 @@
 """Lets the tests here import detector_cases, which stands next to them, and keeps MMEngine from logging parameters."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Small detection transformers, images and objects for the tests of the detectors."""
+
 import copy
 
 import torch
@@ -23,7 +24,7 @@ class Pyramid(nn.Module):
 
     def forward(self, x):
         maps = [x := conv(x).tanh() for conv in self.convs]
-        return tuple(maps[-self.num_outs:])
+        return tuple(maps[-self.num_outs :])
 
 
 def deformable_detr_config(scope='msda_plugin', dims=32, num_feature_levels=4, dropout=0.0, **changes):
@@ -31,46 +32,99 @@ def deformable_detr_config(scope='msda_plugin', dims=32, num_feature_levels=4, d
     attention = dict(embed_dims=dims, num_heads=4, dropout=dropout, batch_first=True)
     deformable = dict(attention, num_levels=num_feature_levels)
     ffn = dict(embed_dims=dims, feedforward_channels=2 * dims, ffn_drop=dropout)
-    return dict(
-        type=f'{scope}.DeformableDETR', num_queries=9, num_feature_levels=num_feature_levels,
-        backbone=dict(type=Pyramid, num_outs=len(in_channels)),
-        neck=dict(type='mmdet.ChannelMapper', in_channels=in_channels, kernel_size=1, out_channels=dims, act_cfg=None,
-                  norm_cfg=dict(type='GN', num_groups=8), num_outs=num_feature_levels),
-        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict(deformable), ffn_cfg=dict(ffn))),
-        decoder=dict(num_layers=2, return_intermediate=True, post_norm_cfg=None, layer_cfg=dict(
-            self_attn_cfg=attention, cross_attn_cfg=deformable, ffn_cfg=ffn)),
-        positional_encoding=dict(num_feats=dims // 2, normalize=True, offset=-0.5),
-        bbox_head=dict(type=f'{scope}.DeformableDETRHead', num_classes=3, embed_dims=dims, sync_cls_avg_factor=True,
-                       loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, loss_weight=2.0),
-                       loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
-                       loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0)),
-        train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-            dict(type='mmdet.FocalLossCost', weight=2.0),
-            dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
-            dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)])),
-        test_cfg=dict(max_per_img=20)) | changes
+    return (
+        dict(
+            type=f'{scope}.DeformableDETR',
+            num_queries=9,
+            num_feature_levels=num_feature_levels,
+            backbone=dict(type=Pyramid, num_outs=len(in_channels)),
+            neck=dict(
+                type='mmdet.ChannelMapper',
+                in_channels=in_channels,
+                kernel_size=1,
+                out_channels=dims,
+                act_cfg=None,
+                norm_cfg=dict(type='GN', num_groups=8),
+                num_outs=num_feature_levels,
+            ),
+            encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict(deformable), ffn_cfg=dict(ffn))),
+            decoder=dict(
+                num_layers=2,
+                return_intermediate=True,
+                post_norm_cfg=None,
+                layer_cfg=dict(self_attn_cfg=attention, cross_attn_cfg=deformable, ffn_cfg=ffn),
+            ),
+            positional_encoding=dict(num_feats=dims // 2, normalize=True, offset=-0.5),
+            bbox_head=dict(
+                type=f'{scope}.DeformableDETRHead',
+                num_classes=3,
+                embed_dims=dims,
+                sync_cls_avg_factor=True,
+                loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, loss_weight=2.0),
+                loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
+                loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
+            ),
+            train_cfg=dict(
+                assigner=dict(
+                    type='mmdet.HungarianAssigner',
+                    match_costs=[
+                        dict(type='mmdet.FocalLossCost', weight=2.0),
+                        dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+                        dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0),
+                    ],
+                )
+            ),
+            test_cfg=dict(max_per_img=20),
+        )
+        | changes
+    )
 
 
 def detr_config(scope='msda_plugin', dims=32, dropout=0.0, **changes):
     attention = dict(embed_dims=dims, num_heads=4, dropout=dropout, batch_first=True)
     ffn = dict(embed_dims=dims, feedforward_channels=2 * dims, ffn_drop=dropout)
-    return dict(
-        type=f'{scope}.DETR', num_queries=9, backbone=dict(type=Pyramid, num_outs=1),
-        neck=dict(type='mmdet.ChannelMapper', in_channels=[32], kernel_size=1, out_channels=dims, act_cfg=None,
-                  norm_cfg=None, num_outs=1),
-        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict(attention), ffn_cfg=dict(ffn))),
-        decoder=dict(num_layers=2, layer_cfg=dict(
-            self_attn_cfg=dict(attention), cross_attn_cfg=dict(attention), ffn_cfg=dict(ffn))),
-        positional_encoding=dict(num_feats=dims // 2, normalize=True),
-        bbox_head=dict(type=f'{scope}.DETRHead', num_classes=3, embed_dims=dims,
-                       loss_cls=dict(type='mmdet.CrossEntropyLoss', bg_cls_weight=0.1, class_weight=1.0),
-                       loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
-                       loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0)),
-        train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-            dict(type='mmdet.ClassificationCost', weight=1.0),
-            dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
-            dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)])),
-        test_cfg=dict(max_per_img=7)) | changes
+    return (
+        dict(
+            type=f'{scope}.DETR',
+            num_queries=9,
+            backbone=dict(type=Pyramid, num_outs=1),
+            neck=dict(
+                type='mmdet.ChannelMapper',
+                in_channels=[32],
+                kernel_size=1,
+                out_channels=dims,
+                act_cfg=None,
+                norm_cfg=None,
+                num_outs=1,
+            ),
+            encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict(attention), ffn_cfg=dict(ffn))),
+            decoder=dict(
+                num_layers=2,
+                layer_cfg=dict(self_attn_cfg=dict(attention), cross_attn_cfg=dict(attention), ffn_cfg=dict(ffn)),
+            ),
+            positional_encoding=dict(num_feats=dims // 2, normalize=True),
+            bbox_head=dict(
+                type=f'{scope}.DETRHead',
+                num_classes=3,
+                embed_dims=dims,
+                loss_cls=dict(type='mmdet.CrossEntropyLoss', bg_cls_weight=0.1, class_weight=1.0),
+                loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
+                loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
+            ),
+            train_cfg=dict(
+                assigner=dict(
+                    type='mmdet.HungarianAssigner',
+                    match_costs=[
+                        dict(type='mmdet.ClassificationCost', weight=1.0),
+                        dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+                        dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0),
+                    ],
+                )
+            ),
+            test_cfg=dict(max_per_img=7),
+        )
+        | changes
+    )
 
 
 def build(config):
@@ -86,10 +140,17 @@ def make_samples(shapes=WHOLE, counts=(3, 2)):
     for (height, width), count in zip(shapes, counts, strict=True):
         low = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.6
         high = low + 4 + torch.rand(count, 2, generator=generator) * 20
-        sample = DetDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width),
-                                             scale_factor=(1.0, 1.0), batch_input_shape=BATCH_SHAPE))
-        sample.gt_instances = InstanceData(bboxes=torch.cat([low, high], 1),
-                                           labels=torch.randint(3, (count,), generator=generator))
+        sample = DetDataSample(
+            metainfo=dict(
+                img_shape=(height, width),
+                ori_shape=(height, width),
+                scale_factor=(1.0, 1.0),
+                batch_input_shape=BATCH_SHAPE,
+            )
+        )
+        sample.gt_instances = InstanceData(
+            bboxes=torch.cat([low, high], 1), labels=torch.randint(3, (count,), generator=generator)
+        )
         samples.append(sample)
     return samples
 
@@ -101,8 +162,10 @@ def make_images():
 def share_weights(ours, theirs):
     """Give both the same weights, away from the initial ones, which are mostly zero."""
     generator = torch.Generator().manual_seed(2)
-    weights = {name: value + 0.05 * torch.randn(value.shape, generator=generator)
-               for name, value in theirs.state_dict().items()}
+    weights = {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator)
+        for name, value in theirs.state_dict().items()
+    }
     theirs.load_state_dict(weights)
     ours.load_state_dict(theirs.state_dict())
 
@@ -131,8 +194,11 @@ def assert_same(ours, theirs, samples):
         expected_outputs = theirs.eval()(make_images(), samples, mode='tensor')
         for output, expected_output in zip(outputs, expected_outputs, strict=True):
             torch.testing.assert_close(output, expected_output, rtol=1e-5, atol=1e-5)
-        for sample, expected_sample in zip(ours(make_images(), copy.deepcopy(samples), mode='predict'),
-                                           theirs(make_images(), copy.deepcopy(samples), mode='predict'), strict=True):
+        for sample, expected_sample in zip(
+            ours(make_images(), copy.deepcopy(samples), mode='predict'),
+            theirs(make_images(), copy.deepcopy(samples), mode='predict'),
+            strict=True,
+        ):
             found, expected_found = sample.pred_instances, expected_sample.pred_instances
             assert torch.equal(found.labels, expected_found.labels)
             torch.testing.assert_close(found.bboxes, expected_found.bboxes, rtol=1e-4, atol=1e-3)

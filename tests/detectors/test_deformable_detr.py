@@ -1,4 +1,5 @@
 """Our Deformable DETR is MMDetection's in weights, numbers and training, and takes what theirs refuses."""
+
 import copy
 
 import detector_cases
@@ -68,8 +69,10 @@ def test_trains_and_predicts_with_and_without_objects(form, counts):
         parameter.register_hook(lambda gradient, name=name: gradients.__setitem__(name, gradient))
 
     def batch():
-        return dict(inputs=[torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in PADDED],
-                    data_samples=make_samples(PADDED, counts))
+        return dict(
+            inputs=[torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in PADDED],
+            data_samples=make_samples(PADDED, counts),
+        )
 
     log = model.train().train_step(batch(), optimizer)
     assert torch.isfinite(log['loss']) and gradients.keys() == dict(model.named_parameters()).keys()
@@ -86,8 +89,10 @@ def test_trains_and_predicts_with_and_without_objects(form, counts):
 def test_single_scale_on_a_resnet(dilated):
     """DC5: the last stage is dilated instead of strided, so that its map is twice as large."""
     strides = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)) if dilated else {}
-    config = make_config(num_feature_levels=1, backbone=dict(
-        type='mmdet.ResNet', depth=50, stem_channels=4, base_channels=2, out_indices=(3, ), **strides))
+    config = make_config(
+        num_feature_levels=1,
+        backbone=dict(type='mmdet.ResNet', depth=50, stem_channels=4, base_channels=2, out_indices=(3,), **strides),
+    )
     config['neck']['in_channels'] = [64]
     model = detector_cases.build(config).train()
     assert [tuple(feat.shape[2:]) for feat in model.extract_feat(make_images())] == [(4, 6) if dilated else (2, 3)]
@@ -99,7 +104,9 @@ def test_single_scale_on_a_resnet(dilated):
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert [len(sample.pred_instances) for sample in model.eval()(make_images(), make_samples(PADDED), 'predict')] == [
-        20, 20]
+        20,
+        20,
+    ]
 
 
 def test_two_stages_of_any_width():
@@ -123,12 +130,17 @@ def test_checkpointing_recomputes_and_changes_nothing(monkeypatch):
     config = make_config(with_box_refine=True)
     parts = {part: config[part] | dict(num_cp=1) for part in ('encoder', 'decoder')}
     calls = []
-    for part, name in (('encoder', 'DeformableDetrTransformerEncoderLayer'),
-                       ('decoder', 'DeformableDetrTransformerDecoderLayer')):
+    for part, name in (
+        ('encoder', 'DeformableDetrTransformerEncoderLayer'),
+        ('decoder', 'DeformableDetrTransformerDecoderLayer'),
+    ):
         layer = getattr(deformable_detr_layers, name)
         forward = layer.forward
-        monkeypatch.setattr(layer, 'forward', lambda self, part=part, forward=forward, **inputs: (
-            calls.append(part), forward(self, **inputs))[1])
+        monkeypatch.setattr(
+            layer,
+            'forward',
+            lambda self, part=part, forward=forward, **inputs: (calls.append(part), forward(self, **inputs))[1],
+        )
     model = build(with_box_refine=True, **parts)
     checkpointed, checkpointed_gradients = losses_and_gradients(model, samples)
     assert sorted(calls) == ['decoder'] * 3 + ['encoder'] * 3  # two layers each, one of them twice
@@ -186,37 +198,58 @@ def test_levels_default_to_the_detectors():
 @pytest.mark.parametrize('form', FORMS)
 def test_transformer_reads_nothing_back_from_the_device(form, monkeypatch):
     """A tensor on the meta device has no values to read."""
-    monkeypatch.setattr(attention_module, 'ms_deform_attn_fused',
-                        lambda value, shapes, starts, points, offsets, logits: offsets.new_empty(
-                            *offsets.shape[:2], value.shape[2] * value.shape[3]))
+    monkeypatch.setattr(
+        attention_module,
+        'ms_deform_attn_fused',
+        lambda value, shapes, starts, points, offsets, logits: offsets.new_empty(
+            *offsets.shape[:2], value.shape[2] * value.shape[3]
+        ),
+    )
     model = build(**FORMS[form]).to('meta').train()
     feats = model.extract_feat(make_images().to('meta'))
     outputs = model.forward_transformer(feats, make_samples(PADDED))
     assert outputs['hidden_states'].shape[:3] == (2, 2, 9)
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(test_cfg=dict(max_per_img=28)), 'max_per_img=28 asks for more boxes than .* num_queries=9 x 3 classes = 27'),
-    (dict(encoder=None), r"missing: \['encoder'\]"),
-    (dict(positional_encoding=dict(num_feats=8)), r"'encoder': 32.*'positional_encoding \(2 \* num_feats\)': 16"),
-])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (
+            dict(test_cfg=dict(max_per_img=28)),
+            'max_per_img=28 asks for more boxes than .* num_queries=9 x 3 classes = 27',
+        ),
+        (dict(encoder=None), r"missing: \['encoder'\]"),
+        (dict(positional_encoding=dict(num_feats=8)), r"'encoder': 32.*'positional_encoding \(2 \* num_feats\)': 16"),
+    ],
+)
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
 
 
-@pytest.mark.parametrize('path, value, message', [
-    ('neck.num_outs', 3, 'num_outs=3 maps, but num_feature_levels=4'),
-    ('neck.num_outs', None, 'num_outs=3 maps, but num_feature_levels=4'),
-    ('neck.out_channels', 64, r"'neck \(out_channels\)': 64"),
-    ('neck.in_channels', [8, 16, 64], r'the backbone gives maps of \[8, 16, 32\] channels, but neck.in_channels is'),
-    ('backbone.num_outs', 2, r'the backbone gives maps of \[16, 32\] channels, but neck.in_channels is \[8, 16, 32\]'),
-    ('bbox_head.embed_dims', 64, "'bbox_head': 64"),
-    ('encoder.layer_cfg.self_attn_cfg.num_levels', 3, 'encoder.layers.0.self_attn has num_levels=3'),
-    ('encoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
-    ('decoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
-    ('decoder.post_norm_cfg', dict(type='LN'), 'no norm after the last layer'),
-])
+@pytest.mark.parametrize(
+    'path, value, message',
+    [
+        ('neck.num_outs', 3, 'num_outs=3 maps, but num_feature_levels=4'),
+        ('neck.num_outs', None, 'num_outs=3 maps, but num_feature_levels=4'),
+        ('neck.out_channels', 64, r"'neck \(out_channels\)': 64"),
+        (
+            'neck.in_channels',
+            [8, 16, 64],
+            r'the backbone gives maps of \[8, 16, 32\] channels, but neck.in_channels is',
+        ),
+        (
+            'backbone.num_outs',
+            2,
+            r'the backbone gives maps of \[16, 32\] channels, but neck.in_channels is \[8, 16, 32\]',
+        ),
+        ('bbox_head.embed_dims', 64, "'bbox_head': 64"),
+        ('encoder.layer_cfg.self_attn_cfg.num_levels', 3, 'encoder.layers.0.self_attn has num_levels=3'),
+        ('encoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
+        ('decoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
+        ('decoder.post_norm_cfg', dict(type='LN'), 'no norm after the last layer'),
+    ],
+)
 def test_parts_that_do_not_fit_are_refused_at_build_time(path, value, message):
     config = make_config()
     *parents, name = path.split('.')

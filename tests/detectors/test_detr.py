@@ -1,4 +1,5 @@
 """Our DETR is MMDetection's in weights and numbers, trains, and takes what theirs refuses."""
+
 import copy
 
 import detector_cases
@@ -40,8 +41,10 @@ def test_trains_and_predicts_with_and_without_objects(counts):
         parameter.register_hook(lambda gradient, name=name: unreached.discard(name))
 
     def batch():
-        return dict(inputs=[torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in PADDED],
-                    data_samples=make_samples(PADDED, counts))
+        return dict(
+            inputs=[torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in PADDED],
+            data_samples=make_samples(PADDED, counts),
+        )
 
     log = model.train().train_step(batch(), optimizer)
     assert torch.isfinite(log['loss']) and not unreached
@@ -69,8 +72,11 @@ def test_last_layer_alone():
 def test_no_attention_weights_are_formed(monkeypatch):
     asked = []
     forward = torch.nn.MultiheadAttention.forward
-    monkeypatch.setattr(torch.nn.MultiheadAttention, 'forward', lambda self, *args, **kwargs: (
-        asked.append(kwargs['need_weights']), forward(self, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        torch.nn.MultiheadAttention,
+        'forward',
+        lambda self, *args, **kwargs: (asked.append(kwargs['need_weights']), forward(self, *args, **kwargs))[1],
+    )
     build().eval()(make_images(), make_samples(PADDED), mode='tensor')
     assert asked == [False] * (2 + 2 * 2)
 
@@ -87,8 +93,11 @@ def test_checkpointing_recomputes_and_changes_nothing(dropout, monkeypatch):
     for part, name in (('encoder', 'DetrTransformerEncoderLayer'), ('decoder', 'DetrTransformerDecoderLayer')):
         layer = getattr(detr_layers, name)
         forward = layer.forward
-        monkeypatch.setattr(layer, 'forward', lambda self, part=part, forward=forward, **inputs: (
-            calls.append(part), forward(self, **inputs))[1])
+        monkeypatch.setattr(
+            layer,
+            'forward',
+            lambda self, part=part, forward=forward, **inputs: (calls.append(part), forward(self, **inputs))[1],
+        )
     torch.manual_seed(3)
     checkpointed, checkpointed_gradients = losses_and_gradients(model, samples)
     assert sorted(calls) == ['decoder'] * 3 + ['encoder'] * 3  # two layers each, one of them twice
@@ -133,19 +142,22 @@ def test_transformer_reads_nothing_back_from_the_device():
     assert outputs['hidden_states'].shape == (2, 2, 9, 32)
 
 
-@pytest.mark.parametrize('path, value, message', [
-    ('encoder', None, r"DETR needs a config for each of .*missing: \['encoder'\]"),
-    ('test_cfg.max_per_img', 10, 'max_per_img=10 asks for more boxes than .* num_queries=9 x 1 classes = 9'),
-    ('positional_encoding.num_feats', 8, r"'encoder': 32.*'positional_encoding \(2 \* num_feats\)': 16"),
-    ('neck.num_outs', 2, 'num_outs=2 maps, but DETR takes 1 map'),
-    ('neck.out_channels', 64, r"'neck \(out_channels\)': 64"),
-    ('neck.in_channels', [64], r'the backbone gives maps of \[32\] channels, but neck.in_channels is \[64\]'),
-    ('backbone.num_outs', 2, r'the backbone gives maps of \[16, 32\] channels, but neck.in_channels is \[32\]'),
-    ('neck', None, None),
-    ('bbox_head.embed_dims', 64, "'bbox_head': 64"),
-    ('encoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
-    ('decoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
-])
+@pytest.mark.parametrize(
+    'path, value, message',
+    [
+        ('encoder', None, r"DETR needs a config for each of .*missing: \['encoder'\]"),
+        ('test_cfg.max_per_img', 10, 'max_per_img=10 asks for more boxes than .* num_queries=9 x 1 classes = 9'),
+        ('positional_encoding.num_feats', 8, r"'encoder': 32.*'positional_encoding \(2 \* num_feats\)': 16"),
+        ('neck.num_outs', 2, 'num_outs=2 maps, but DETR takes 1 map'),
+        ('neck.out_channels', 64, r"'neck \(out_channels\)': 64"),
+        ('neck.in_channels', [64], r'the backbone gives maps of \[32\] channels, but neck.in_channels is \[64\]'),
+        ('backbone.num_outs', 2, r'the backbone gives maps of \[16, 32\] channels, but neck.in_channels is \[32\]'),
+        ('neck', None, None),
+        ('bbox_head.embed_dims', 64, "'bbox_head': 64"),
+        ('encoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
+        ('decoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
+    ],
+)
 def test_parts_that_do_not_fit_are_refused_at_build_time(path, value, message):
     config = detr_config()
     *parents, name = path.split('.')
@@ -168,6 +180,6 @@ def test_without_a_neck_the_backbone_must_fit():
 
 def test_maps_that_do_not_fit_are_refused():
     model = build()
-    feat, = model.extract_feat(make_images())
+    (feat,) = model.extract_feat(make_images())
     with pytest.raises(ValueError, match=r'gave 2 maps of \[32, 32\] channels, but DETR takes 1 map of embed_dims=32'):
         model.forward_transformer((feat, feat), make_samples())

@@ -1,4 +1,5 @@
 """A checkpoint for other classes starts a training, with new class layers, and nothing else."""
+
 import copy
 import logging
 
@@ -9,15 +10,18 @@ from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from torch.utils.data import Dataset
 
+from msda_plugin.engine.runner import DetectionRunner
 from msda_plugin.heads import set_prediction
 from msda_plugin.registry import MODELS
-from msda_plugin.engine.runner import DetectionRunner
 
 CASES = {
     'detr': (detr_config, {}, ['fc_cls']),
     'base': (deformable_detr_config, {}, ['cls_branches.0', 'cls_branches.1']),
-    'two_stage': (deformable_detr_config, dict(with_box_refine=True, as_two_stage=True),
-                  ['cls_branches.0', 'cls_branches.1', 'cls_branches.2']),
+    'two_stage': (
+        deformable_detr_config,
+        dict(with_box_refine=True, as_two_stage=True),
+        ['cls_branches.0', 'cls_branches.1', 'cls_branches.2'],
+    ),
 }
 
 
@@ -67,7 +71,7 @@ def test_class_layers_start_anew_and_the_log_names_them(case, said):
     for name in names_of(case):
         assert torch.equal(model.state_dict()[f'{name}.weight'], before[f'{name}.weight'])
         assert torch.equal(model.state_dict()[f'{name}.bias'], before[f'{name}.bias'])
-    (message, level), = said
+    ((message, level),) = said
     assert ', '.join(names_of(case)) in message and 'keep their initial' in message and level == logging.WARNING
     outputs = (6, 4) if case == 'detr' else (5, 3)
     assert f'have {outputs[0]} outputs there and {outputs[1]} here' in message
@@ -122,17 +126,28 @@ class Pictures(Dataset):
         return dict(inputs=make_images()[index % 2], data_samples=make_samples(WHOLE)[index % 2])
 
 
-
 def make_runner(case, work_dir, load_from, resume=False, num_classes=3, runner=DetectionRunner, **fields):
     return runner(
-        model=make(case, num_classes, data_preprocessor=dict(type='mmdet.DetDataPreprocessor')), work_dir=str(work_dir),
-        train_dataloader=dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
-                              dataset=dict(type=Pictures), collate_fn=dict(type='pseudo_collate')),
+        model=make(case, num_classes, data_preprocessor=dict(type='mmdet.DetDataPreprocessor')),
+        work_dir=str(work_dir),
+        train_dataloader=dict(
+            batch_size=2,
+            num_workers=0,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            dataset=dict(type=Pictures),
+            collate_fn=dict(type='pseudo_collate'),
+        ),
         train_cfg=dict(by_epoch=False, max_iters=fields.pop('max_iters', 1)),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.0, momentum=0.9)),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1, filename_tmpl='{}.pth')),
-        default_scope='mmdet', load_from=str(load_from), resume=resume, cfg=Config(dict()), log_level='WARNING',
-        experiment_name=f'fine_tuning_{work_dir.name}', **fields)
+        default_scope='mmdet',
+        load_from=str(load_from),
+        resume=resume,
+        cfg=Config(dict()),
+        log_level='WARNING',
+        experiment_name=f'fine_tuning_{work_dir.name}',
+        **fields,
+    )
 
 
 @pytest.mark.parametrize('runner', [Runner, DetectionRunner])

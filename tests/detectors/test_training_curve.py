@@ -1,4 +1,5 @@
 """From the same seed and on the same data, our Deformable DETR and MMDetection's lose the same, step by step."""
+
 import numpy as np
 import pytest
 import torch
@@ -22,24 +23,39 @@ def batches(tmp_path_factory):
     """The batches of a round; about half of the images are squeezed, so that batches are padded."""
     folder = tmp_path_factory.mktemp('shapes')
     generate(str(folder), train=BATCHES * BATCH, val=1, size=SIZE, seed=0)
-    dataset = DATASETS.build(dict(
-        type='mmdet.CocoDataset', data_root=str(folder), ann_file='annotations/train.json',
-        data_prefix=dict(img='train/'), metainfo=dict(classes=CLASSES), filter_cfg=dict(filter_empty_gt=False),
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='mmdet.LoadAnnotations', with_bbox=True),
-                  dict(type='RandomChoiceResize', resize_type='mmdet.Resize', scales=[SIZE, (48, 64)],
-                       keep_ratio=False),
-                  dict(type='mmdet.PackDetInputs')]))
+    dataset = DATASETS.build(
+        dict(
+            type='mmdet.CocoDataset',
+            data_root=str(folder),
+            ann_file='annotations/train.json',
+            data_prefix=dict(img='train/'),
+            metainfo=dict(classes=CLASSES),
+            filter_cfg=dict(filter_empty_gt=False),
+            pipeline=[
+                dict(type='LoadImageFromFile'),
+                dict(type='mmdet.LoadAnnotations', with_bbox=True),
+                dict(type='RandomChoiceResize', resize_type='mmdet.Resize', scales=[SIZE, (48, 64)], keep_ratio=False),
+                dict(type='mmdet.PackDetInputs'),
+            ],
+        )
+    )
     np.random.seed(0)
     return list(DataLoader(dataset, BATCH, collate_fn=pseudo_collate))
 
 
 def loss_curve(scope, batches, rate, **fields):
-    config = deformable_detr_config(scope, **fields, data_preprocessor=dict(
-        type='mmdet.DetDataPreprocessor', mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4], pad_size_divisor=32))
+    config = deformable_detr_config(
+        scope,
+        **fields,
+        data_preprocessor=dict(
+            type='mmdet.DetDataPreprocessor', mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4], pad_size_divisor=32
+        ),
+    )
     config['bbox_head']['num_classes'] = len(CLASSES)
     model = build(config).train()
-    optimizer = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4),
-                             clip_grad=dict(max_norm=0.1))
+    optimizer = OptimWrapper(
+        torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4), clip_grad=dict(max_norm=0.1)
+    )
     return torch.stack([model.train_step(batch, optimizer)['loss'].detach() for batch in batches * ROUNDS])
 
 

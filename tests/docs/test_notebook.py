@@ -1,4 +1,5 @@
 """The notebook runs top to bottom, and is kept without outputs."""
+
 import json
 from pathlib import Path
 

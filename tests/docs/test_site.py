@@ -1,4 +1,5 @@
 """The documentation builds without a warning, and its reference has every public name."""
+
 import importlib
 import re
 import shutil
@@ -19,8 +20,9 @@ def test_builds_and_has_every_public_name(tmp_path):
     shutil.copytree(ROOT / 'docs', tmp_path / 'docs')
     shutil.copy(ROOT / 'mkdocs.yml', tmp_path)
     (tmp_path / 'msda_plugin').symlink_to(ROOT / 'msda_plugin')
-    done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict'], cwd=tmp_path, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, '-m', 'mkdocs', 'build', '--strict'], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for package in PACKAGES:
         page = (tmp_path / 'build/site/api' / package / 'index.html').read_text()

@@ -4,6 +4,7 @@
 - ``bash`` (commands of msda_plugin) is executed, in this process;
 - ``sh`` is checked: the command exists and takes these arguments.
 """
+
 import argparse
 import re
 import shlex
@@ -52,7 +53,7 @@ def run(example) -> None:
 def understand(words: list[str]) -> None:
     """Raise AssertionError unless the command exists, or SystemExit unless it takes its arguments."""
     if words[0] == 'srun':
-        words = words[next(i for i, word in enumerate(words) if i and not word.startswith('-')):]
+        words = words[next(i for i, word in enumerate(words) if i and not word.startswith('-')) :]
     if words[0] == 'torchrun':
         launch, unknown = torchrun_parser().parse_known_args(words[1:])
         assert launch.module and not unknown, words
@@ -113,9 +114,15 @@ def test_tutorial(page, tmp_path, monkeypatch, check):
         example.evaluate()
 
 
-@pytest.mark.parametrize('command', [
-    'python -m msda_plugin train config.py --epoch-count 3', 'python -m msda_plugin no_such_command',
-    'torchrun --gpus 4 -m msda_plugin train config.py', 'conda install msda_plugin'])
+@pytest.mark.parametrize(
+    'command',
+    [
+        'python -m msda_plugin train config.py --epoch-count 3',
+        'python -m msda_plugin no_such_command',
+        'torchrun --gpus 4 -m msda_plugin train config.py',
+        'conda install msda_plugin',
+    ],
+)
 def test_a_command_that_does_not_exist_is_noticed(command, check):
     with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
         check(SimpleNamespace(parsed=command))

@@ -1,4 +1,5 @@
 """Files that are whole or not there, and the newest whole checkpoint among damaged ones."""
+
 import errno
 import os
 
@@ -28,7 +29,7 @@ def work_dir(tmp_path):
 def damage(path, kept=None):
     time = path.stat().st_mtime
     content = path.read_bytes()
-    path.write_bytes(content[:len(content) // 2 if kept is None else kept])
+    path.write_bytes(content[: len(content) // 2 if kept is None else kept])
     os.utime(path, (time, time))
 
 
@@ -67,7 +68,7 @@ def test_every_damage_is_seen(work_dir):
         path.write_bytes(content[:kept])
         assert not is_whole(path)
     middle = len(content) // 2  # of the numbers
-    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     assert not is_whole(path)
     path.unlink()
     assert not is_whole(path)
@@ -83,7 +84,9 @@ def test_damaged_ones_are_passed_over(work_dir, kept):
     for epoch in (3, 2):
         damage(work_dir / f'epoch_{epoch}.pth', kept)
     assert latest_whole_checkpoint(work_dir, 'epoch_*.pth') == (
-        f'{work_dir}/epoch_1.pth', [f'{work_dir}/epoch_3.pth', f'{work_dir}/epoch_2.pth'])
+        f'{work_dir}/epoch_1.pth',
+        [f'{work_dir}/epoch_3.pth', f'{work_dir}/epoch_2.pth'],
+    )
     damage(work_dir / 'epoch_1.pth', kept)
     with pytest.raises(ValueError, match='epoch_1.pth.*start anew'):
         latest_whole_checkpoint(work_dir, 'epoch_*.pth')
@@ -94,6 +97,8 @@ def test_a_record_that_says_nothing_and_a_folder_that_was_moved(work_dir):
     assert latest_whole_checkpoint(work_dir, 'epoch_*.pth') == (f'{work_dir}/epoch_3.pth', [])
     (work_dir / 'last_checkpoint').write_text('/another/folder/epoch_3.pth')
     assert latest_whole_checkpoint(work_dir, 'epoch_*.pth') == (
-        f'{work_dir}/epoch_3.pth', ['/another/folder/epoch_3.pth'])
+        f'{work_dir}/epoch_3.pth',
+        ['/another/folder/epoch_3.pth'],
+    )
     (work_dir / 'last_checkpoint').unlink()
     assert latest_whole_checkpoint(work_dir, 'epoch_*.pth') == (None, [])

@@ -1,4 +1,5 @@
 """Missing weights, and schedules that a training does not get through, end in one sentence before it starts."""
+
 import logging
 import re
 from pathlib import Path
@@ -42,46 +43,83 @@ def config(*schedulers, **fields):
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('field, cfg', [
-    ('load_from', dict(load_from='no.pth')),
-    ('model.backbone.init_cfg.checkpoint',
-     dict(model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='no.pth'))))),
-    ('model.heads.1.init_cfg.checkpoint',
-     dict(model=dict(heads=[dict(), dict(init_cfg=dict(type='Pretrained', checkpoint='no.pth'))])))])
+@pytest.mark.parametrize(
+    'field, cfg',
+    [
+        ('load_from', dict(load_from='no.pth')),
+        (
+            'model.backbone.init_cfg.checkpoint',
+            dict(model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='no.pth')))),
+        ),
+        (
+            'model.heads.1.init_cfg.checkpoint',
+            dict(model=dict(heads=[dict(), dict(init_cfg=dict(type='Pretrained', checkpoint='no.pth'))])),
+        ),
+    ],
+)
 def test_missing_checkpoint(field, cfg):
-    message = (f'the checkpoint no.pth of {field} does not exist; put it there, or name its file with --cfg-options '
-               f'{field}=FILE')
+    message = (
+        f'the checkpoint no.pth of {field} does not exist; put it there, or name its file with --cfg-options '
+        f'{field}=FILE'
+    )
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         check_weights(Config(cfg))
 
 
 def test_weights_that_are_there_or_elsewhere(tmp_path):
     (tmp_path / 'a.pth').touch()
-    check_weights(Config(dict(load_from=str(tmp_path / 'a.pth'), model=dict(
-        backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')),
-        neck=dict(init_cfg=dict(type='Xavier', layer='Conv2d'))))))
+    check_weights(
+        Config(
+            dict(
+                load_from=str(tmp_path / 'a.pth'),
+                model=dict(
+                    backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')),
+                    neck=dict(init_cfg=dict(type='Xavier', layer='Conv2d')),
+                ),
+            )
+        )
+    )
     check_weights(Config(dict(load_from=None)))
 
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
 def test_a_schedule_that_fits():
-    cfg = config(WARM_UP, dict(type='MultiStepLR', by_epoch=True, milestones=[2, 4]),
-                 dict(type='CosineAnnealingLR', begin=2, end=4, T_max=2), dict(type='ExponentialLR', gamma=0.9))
+    cfg = config(
+        WARM_UP,
+        dict(type='MultiStepLR', by_epoch=True, milestones=[2, 4]),
+        dict(type='CosineAnnealingLR', begin=2, end=4, T_max=2),
+        dict(type='ExponentialLR', gamma=0.9),
+    )
     check_schedule(cfg, epochs(4))
     check_schedule(Config(), epochs(1))
     check_schedule(config(WARM_UP), iterations(20, loader(4)))
 
 
-@pytest.mark.parametrize('scheduler, message', [
-    (dict(WARM_UP, end=41),
-     'param_scheduler.0 (LinearLR) has end=41, but the training ends with iteration 40 (4 epochs of 10): the learning '
-     'rate never gets there; train longer, or set param_scheduler.0.end to 40 or less'),
-    (dict(type='ConstantLR', factor=0.1, begin=2, end=5), 'has end=5, but the training ends with epoch 4:'),
-    (dict(type='MultiStepLR', milestones=[2, 9]), 'has milestones=9, but the training ends with epoch 4:'),
-    (dict(type='MultiStepLR', milestones=[3], begin=2), 'has milestones=3, counted from epoch 2, but the training'),
-    (dict(type='CosineAnnealingLR', T_max=12), 'has T_max=12, but the training ends with epoch 4: the learning rate'),
-    (dict(type='CosineAnnealingLR', begin=4, T_max=2), 'begins after epoch 4, but the training ends with epoch 4; set'),
-    (dict(type='mmengine.LinearLR', by_epoch=False, begin=50, end=60), 'begins after iteration 50, but the training')])
+@pytest.mark.parametrize(
+    'scheduler, message',
+    [
+        (
+            dict(WARM_UP, end=41),
+            'param_scheduler.0 (LinearLR) has end=41, but the training ends with iteration 40 (4 epochs of 10): the '
+            'learning rate never gets there; train longer, or set param_scheduler.0.end to 40 or less',
+        ),
+        (dict(type='ConstantLR', factor=0.1, begin=2, end=5), 'has end=5, but the training ends with epoch 4:'),
+        (dict(type='MultiStepLR', milestones=[2, 9]), 'has milestones=9, but the training ends with epoch 4:'),
+        (dict(type='MultiStepLR', milestones=[3], begin=2), 'has milestones=3, counted from epoch 2, but the training'),
+        (
+            dict(type='CosineAnnealingLR', T_max=12),
+            'has T_max=12, but the training ends with epoch 4: the learning rate',
+        ),
+        (
+            dict(type='CosineAnnealingLR', begin=4, T_max=2),
+            'begins after epoch 4, but the training ends with epoch 4; set',
+        ),
+        (
+            dict(type='mmengine.LinearLR', by_epoch=False, begin=50, end=60),
+            'begins after iteration 50, but the training',
+        ),
+    ],
+)
 def test_a_schedule_that_is_longer_than_the_training(scheduler, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check_schedule(config(scheduler), epochs(4))
@@ -93,8 +131,11 @@ def test_a_warm_up_longer_than_an_iteration_based_training():
 
 
 def test_no_validation():
-    with pytest.raises(ValueError, match='val_begin is 5, but the training ends with epoch 4: it is never validated; '
-                                         'set train_cfg.val_begin=4 or less'):
+    with pytest.raises(
+        ValueError,
+        match='val_begin is 5, but the training ends with epoch 4: it is never validated; '
+        'set train_cfg.val_begin=4 or less',
+    ):
         check_schedule(config(), epochs(4, val_begin=5))
     with pytest.raises(ValueError, match='val_begin is 9, but the training ends with iteration 8'):
         check_schedule(config(), iterations(8, loader(4), val_begin=9))
@@ -103,8 +144,11 @@ def test_no_validation():
 
 
 def test_no_iteration():
-    with pytest.raises(ValueError, match='train_dataloader.batch_size is 8 and drop_last is on, but there are 5 images'
-                                         ': no batch is ever full, .* set train_dataloader.batch_size=5 or less, or'):
+    with pytest.raises(
+        ValueError,
+        match='train_dataloader.batch_size is 8 and drop_last is on, but there are 5 images'
+        ': no batch is ever full, .* set train_dataloader.batch_size=5 or less, or',
+    ):
         check_schedule(config(), epochs(4, loader(5, batch=8, drop_last=True)))
     with pytest.raises(ValueError, match='train_dataloader.dataset has no image'):
         check_schedule(config(), epochs(4, loader(0)))

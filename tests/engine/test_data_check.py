@@ -1,4 +1,5 @@
 """Wrong data ends in one sentence before anything is trained on it."""
+
 import json
 import logging
 import os
@@ -15,9 +16,12 @@ def coco(num_images=3, classes=('cat', 'dog')):
     boxes = [(image, label) for image in range(num_images - 1) for label in range(len(classes))]
     return dict(
         images=[dict(id=i, file_name=f'{i}.jpg', width=64, height=48) for i in range(num_images)],
-        annotations=[dict(id=k, image_id=image, category_id=10 + label, bbox=[4, 4, 20, 10], area=200, iscrowd=0)
-                     for k, (image, label) in enumerate(boxes)],
-        categories=[dict(id=10 + label, name=name) for label, name in enumerate(classes)])
+        annotations=[
+            dict(id=k, image_id=image, category_id=10 + label, bbox=[4, 4, 20, 10], area=200, iscrowd=0)
+            for k, (image, label) in enumerate(boxes)
+        ],
+        categories=[dict(id=10 + label, name=name) for label, name in enumerate(classes)],
+    )
 
 
 def write(root, content, images=True):
@@ -52,8 +56,9 @@ def test_images_in_subfolders(tmp_path):
 
 def test_degenerate_boxes_are_counted(tmp_path):
     content = coco()
-    for annotation, box in zip(content['annotations'], ([4, 4, 0, 9], [4, 4, 9, 0.5], [70, 4, 9, 9], [60, 4, 9, 9]),
-                               strict=True):
+    for annotation, box in zip(
+        content['annotations'], ([4, 4, 0, 9], [4, 4, 9, 0.5], [70, 4, 9, 9], [60, 4, 9, 9]), strict=True
+    ):
         annotation['bbox'] = box
     report = check_coco(*write(tmp_path, content))
     assert report.num_degenerate_boxes == 3
@@ -72,16 +77,22 @@ def test_not_json(tmp_path, text):
         check_coco(tmp_path / 'ann.json', tmp_path)
 
 
-@pytest.mark.parametrize('content, message', [
-    ([], 'needs the lists images, annotations, categories, and is a list'),
-    (dict(images=[], shapes=[]), 'needs the lists annotations, categories, and is an object with the keys images,'),
-    ({**coco(), 'annotations': {}}, 'needs the lists annotations,'),
-    ({**coco(), 'images': [dict(id=1)]}, r'images\[0\] lacks file_name, width, height'),
-    ({**coco(), 'categories': ['cat']}, r'categories\[0\] lacks id, name'),
-    ({**coco(), 'images': coco()['images'][:1] * 2}, 'the ids of its images are not unique'),
-    ({**coco(), 'annotations': [dict(id=7, image_id=0, category_id=10, bbox=[1, 2], area=2)]},
-     r'bbox of the annotation with id 7 must be \[x, y, width, height\], got \[1, 2\]'),
-    ({**coco(), 'images': []}, 'lists no images')])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        ([], 'needs the lists images, annotations, categories, and is a list'),
+        (dict(images=[], shapes=[]), 'needs the lists annotations, categories, and is an object with the keys images,'),
+        ({**coco(), 'annotations': {}}, 'needs the lists annotations,'),
+        ({**coco(), 'images': [dict(id=1)]}, r'images\[0\] lacks file_name, width, height'),
+        ({**coco(), 'categories': ['cat']}, r'categories\[0\] lacks id, name'),
+        ({**coco(), 'images': coco()['images'][:1] * 2}, 'the ids of its images are not unique'),
+        (
+            {**coco(), 'annotations': [dict(id=7, image_id=0, category_id=10, bbox=[1, 2], area=2)]},
+            r'bbox of the annotation with id 7 must be \[x, y, width, height\], got \[1, 2\]',
+        ),
+        ({**coco(), 'images': []}, 'lists no images'),
+    ],
+)
 def test_not_coco(tmp_path, content, message):
     (tmp_path / 'ann.json').write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
@@ -118,8 +129,9 @@ def test_annotations_of_unlisted_categories_are_counted(tmp_path):
         annotation['category_id'] = category
     report = check_coco(*write(tmp_path, content))
     assert report.num_boxes == 1
-    assert any('3 of the 4 annotations' in warning and '(id 7, 9), and are left out' in warning
-               for warning in report.warnings)
+    assert any(
+        '3 of the 4 annotations' in warning and '(id 7, 9), and are left out' in warning for warning in report.warnings
+    )
 
 
 def test_a_test_file_may_be_without_annotations(tmp_path):
@@ -161,12 +173,22 @@ def test_folders_are_listed_once_each(tmp_path, monkeypatch):
 
 # ---- configs --------------------------------------------------------------------------------------------------------
 def config(root, classes=('cat', 'dog'), num_classes=2):
-    dataset = dict(type='CocoDataset', data_root=f'{root}/', ann_file='ann.json', data_prefix=dict(img='img/'),
-                   metainfo=dict(classes=classes))
-    return Config(dict(
-        default_scope='mmdet', model=dict(type='X', bbox_head=dict(type='Y', num_classes=num_classes)),
-        train_dataloader=dict(dataset=dataset), val_dataloader=dict(dataset=dataset),
-        val_evaluator=dict(type='CocoMetric', ann_file=f'{root}/ann.json')))
+    dataset = dict(
+        type='CocoDataset',
+        data_root=f'{root}/',
+        ann_file='ann.json',
+        data_prefix=dict(img='img/'),
+        metainfo=dict(classes=classes),
+    )
+    return Config(
+        dict(
+            default_scope='mmdet',
+            model=dict(type='X', bbox_head=dict(type='Y', num_classes=num_classes)),
+            train_dataloader=dict(dataset=dataset),
+            val_dataloader=dict(dataset=dataset),
+            val_evaluator=dict(type='CocoMetric', ann_file=f'{root}/ann.json'),
+        )
+    )
 
 
 def test_config(tmp_path):
@@ -206,7 +228,8 @@ def test_config_with_wrapped_data_sets(tmp_path):
     one = cfg.train_dataloader.dataset
     repeated = dict(type='RepeatDataset', times=2, dataset={**one, 'ann_file': 'b'})
     cfg.train_dataloader.dataset = dict(
-        type='ClassBalancedDataset', oversample_thr=0.1, dataset=dict(type='ConcatDataset', datasets=[one, repeated]))
+        type='ClassBalancedDataset', oversample_thr=0.1, dataset=dict(type='ConcatDataset', datasets=[one, repeated])
+    )
     with pytest.raises(FileNotFoundError, match=f"annotation file '{tmp_path}/b' does not exist"):
         check_config_data(cfg)
     cfg.train_dataloader.dataset.dataset.datasets.pop()
@@ -214,16 +237,23 @@ def test_config_with_wrapped_data_sets(tmp_path):
 
 
 def test_config_missing_data_root(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data root '.*nowhere/' of train_dataloader.dataset does not exist .* "
-                                                'name its folder with --cfg-options data_root=DIR'):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"data root '.*nowhere/' of train_dataloader.dataset does not exist .* "
+        'name its folder with --cfg-options data_root=DIR',
+    ):
         check_config_data(config(tmp_path / 'nowhere'))
 
 
 def test_config_number_of_classes(tmp_path):
     write(tmp_path, coco())
-    with pytest.raises(ValueError, match=re.escape(
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
             'model.bbox_head.num_classes is 80, but train_dataloader.dataset has 2 classes (cat, dog); set '
-            'model.bbox_head.num_classes=2')):
+            'model.bbox_head.num_classes=2'
+        ),
+    ):
         check_config_data(config(tmp_path, num_classes=80))
     cfg = config(tmp_path)
     cfg.model = dict(roi_head=dict(bbox_head=[dict(num_classes=2), dict(num_classes=3)]))
@@ -263,6 +293,7 @@ def test_config_other_data_is_passed_over(tmp_path):
 
 def test_config_warnings_are_logged(tmp_path, caplog):
     from mmengine.logging import MMLogger
+
     write(tmp_path, coco())
     MMLogger.get_instance('check').addHandler(caplog.handler)
     with caplog.at_level(logging.WARNING):

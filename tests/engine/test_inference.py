@@ -1,4 +1,5 @@
 """The model and its files are found, fit each other, and answer as MMDetection's own inference does."""
+
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def checkpoint(tmp_path_factory):
     from mmengine.registry import init_default_scope
 
     from msda_plugin.registry import MODELS
+
     folder = tmp_path_factory.mktemp('work')
     cfg = Config.fromfile(CONFIG)
     init_default_scope('mmdet')

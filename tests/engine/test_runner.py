@@ -3,13 +3,13 @@ from mmengine.config import Config
 
 from msda_plugin.engine.runner import DetectionRunner, propagate_data_root, propagate_max_epochs
 
-CONFIG = '''
+CONFIG = """
 data_root = 'data/mine/'
 dataset = dict(type='CocoDataset', data_root=data_root, ann_file='train.json', data_prefix=dict(img='images/'))
 train_dataloader = dict(dataset=dict(type='RepeatDataset', times=2, dataset=dataset))
 val_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=[dataset, dict(dataset, data_root='data/other/')]))
 val_evaluator = [dict(type='CocoMetric', ann_file=data_root + 'val.json')]
-'''
+"""
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_several_roots_and_none_to_replace(cfg, tmp_path):
         propagate_data_root(Config.fromfile(str(child)))
 
 
-SCHEDULE = '''
+SCHEDULE = """
 max_epochs = 8
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs)
 param_scheduler = [
@@ -65,13 +65,18 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=True, begin=4, end=max_epochs, T_max=4),
     dict(type='CosineAnnealingLR', by_epoch=True, begin=0, T_max=max_epochs),
     dict(type='MultiStepLR', milestones=[4, 6], by_epoch=True)]
-'''
+"""
 
 
 @pytest.mark.parametrize('field', ['max_epochs', 'train_cfg.max_epochs'])
-@pytest.mark.parametrize('epochs, cosine, milestones', [
-    (16, dict(begin=8, end=16, T_max=8), [8, 12]), (2, dict(begin=1, end=2, T_max=1), [1, 2]),
-    (1, dict(begin=0, end=1, T_max=1), [1, 1])])
+@pytest.mark.parametrize(
+    'epochs, cosine, milestones',
+    [
+        (16, dict(begin=8, end=16, T_max=8), [8, 12]),
+        (2, dict(begin=1, end=2, T_max=1), [1, 2]),
+        (1, dict(begin=0, end=1, T_max=1), [1, 1]),
+    ],
+)
 def test_epochs_reach_the_schedules(field, epochs, cosine, milestones, tmp_path):
     path = tmp_path / 'config.py'
     path.write_text(SCHEDULE)
@@ -102,11 +107,20 @@ def test_schedules_that_were_changed_as_well_stay(tmp_path):
 
 @pytest.fixture
 def runner(cfg, tmp_path):
-    cfg.merge_from_dict(dict(
-        model=dict(type='Linear', in_features=1, out_features=1), work_dir=str(tmp_path), default_scope='mmdet',
-        train_cfg=dict(by_epoch=True, max_epochs=1), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
-        val_cfg=dict(), test_cfg=dict(), test_dataloader=cfg.val_dataloader.copy(),
-        test_evaluator=cfg.val_evaluator, experiment_name=tmp_path.name))
+    cfg.merge_from_dict(
+        dict(
+            model=dict(type='Linear', in_features=1, out_features=1),
+            work_dir=str(tmp_path),
+            default_scope='mmdet',
+            train_cfg=dict(by_epoch=True, max_epochs=1),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+            val_cfg=dict(),
+            test_cfg=dict(),
+            test_dataloader=cfg.val_dataloader.copy(),
+            test_evaluator=cfg.val_evaluator,
+            experiment_name=tmp_path.name,
+        )
+    )
     return DetectionRunner.from_cfg(cfg)
 
 
@@ -119,6 +133,7 @@ def test_missing_data_is_said_before_any_is_loaded(runner, method):
 
 def test_the_device_of_the_config_is_taken(runner, monkeypatch):
     from mmengine.runner import Runner
+
     monkeypatch.setattr(Runner, 'wrap_model', lambda self, wrapper, model: 'where MMEngine puts it')
     model = runner.model
     assert runner.wrap_model(None, model) == 'where MMEngine puts it'

@@ -1,4 +1,5 @@
 """Lets the tests here import head_cases, which stands next to them."""
+
 import sys
 from pathlib import Path
 

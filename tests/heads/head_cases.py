@@ -1,4 +1,5 @@
 """Predictions and objects for the tests of the heads, and what their losses are compared by."""
+
 import torch
 from mmengine.structures import InstanceData
 
@@ -21,8 +22,11 @@ def make_objects(counts, num_classes=5):
     for count, (height, width) in zip(counts, IMAGE_SHAPES, strict=True):
         low = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.6
         high = low + torch.rand(count, 2, generator=generator) * 20 + 2
-        instances.append(InstanceData(bboxes=torch.cat([low, high], 1),
-                                      labels=torch.randint(num_classes, (count,), generator=generator)))
+        instances.append(
+            InstanceData(
+                bboxes=torch.cat([low, high], 1), labels=torch.randint(num_classes, (count,), generator=generator)
+            )
+        )
     return instances, [dict(img_shape=shape) for shape in IMAGE_SHAPES]
 
 

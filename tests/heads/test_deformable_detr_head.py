@@ -1,4 +1,5 @@
 """The head's losses equal MMDetection's, with one transfer to the host; what is not covered runs MMDetection's code."""
+
 import copy
 import logging
 
@@ -13,15 +14,25 @@ from mmengine.structures import InstanceData
 from msda_plugin.heads import losses, matching, set_prediction
 from msda_plugin.registry import MODELS
 
-ASSIGNER = dict(type='mmdet.HungarianAssigner', match_costs=[
-    dict(type='mmdet.FocalLossCost', weight=2.0),
-    dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
-    dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)])
-FIELDS = dict(num_classes=5, embed_dims=16, num_pred_layer=LAYERS, sync_cls_avg_factor=True,
-              loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0),
-              loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
-              loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
-              train_cfg=dict(assigner=ASSIGNER), test_cfg=dict(max_per_img=10))
+ASSIGNER = dict(
+    type='mmdet.HungarianAssigner',
+    match_costs=[
+        dict(type='mmdet.FocalLossCost', weight=2.0),
+        dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+        dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0),
+    ],
+)
+FIELDS = dict(
+    num_classes=5,
+    embed_dims=16,
+    num_pred_layer=LAYERS,
+    sync_cls_avg_factor=True,
+    loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0),
+    loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
+    loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
+    train_cfg=dict(assigner=ASSIGNER),
+    test_cfg=dict(max_per_img=10),
+)
 
 
 def make_inputs(counts, num_classes=5, two_stage=True):
@@ -31,13 +42,11 @@ def make_inputs(counts, num_classes=5, two_stage=True):
 
 
 class SquaredCost(BBoxL1Cost):
-
     def __call__(self, *args, **kwargs):
-        return super().__call__(*args, **kwargs)**2
+        return super().__call__(*args, **kwargs) ** 2
 
 
 class HalvedLoss(FocalLoss):
-
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs) / 2
 
@@ -55,25 +64,48 @@ def test_losses_equal_mmdetections(counts, two_stage):
     inputs = make_inputs(counts, two_stage=two_stage)
     assert_same(ours, theirs, inputs)
     names = set(ours.loss_by_feat(*inputs))
-    assert names == {f'{prefix}loss_{name}' for prefix in ('', 'd0.', 'd1.', *(['enc_'] if two_stage else []))
-                     for name in ('cls', 'bbox', 'iou')}
+    assert names == {
+        f'{prefix}loss_{name}'
+        for prefix in ('', 'd0.', 'd1.', *(['enc_'] if two_stage else []))
+        for name in ('cls', 'bbox', 'iou')
+    }
 
 
-@pytest.mark.parametrize('changes', [
-    dict(num_classes=1),
-    dict(num_classes=40),
-    dict(sync_cls_avg_factor=False),
-    dict(loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.4, loss_weight=0.7),
-         loss_bbox=dict(type='mmdet.L1Loss', loss_weight=1.3),
-         loss_iou=dict(type='mmdet.GIoULoss', loss_weight=3.0, eps=1e-3)),
-    dict(loss_cls=dict(type='mmdet.QualityFocalLoss', use_sigmoid=True, beta=1.7, loss_weight=0.7)),
-    dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-        dict(type='mmdet.FocalLossCost', weight=1.0, alpha=0.4, gamma=1.5, eps=1e-6),
-        dict(type='mmdet.BBoxL1Cost', weight=2.0, box_format='xyxy'),
-        dict(type='mmdet.IoUCost', iou_mode='giou', weight=3.0)]))),
-    dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-        dict(type='mmdet.BBoxL1Cost', weight=1.0, box_format='xywh')]))),
-], ids=['1 class', '40 classes', 'no sync', 'losses', 'quality', 'costs', 'one cost'])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(num_classes=1),
+        dict(num_classes=40),
+        dict(sync_cls_avg_factor=False),
+        dict(
+            loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.4, loss_weight=0.7),
+            loss_bbox=dict(type='mmdet.L1Loss', loss_weight=1.3),
+            loss_iou=dict(type='mmdet.GIoULoss', loss_weight=3.0, eps=1e-3),
+        ),
+        dict(loss_cls=dict(type='mmdet.QualityFocalLoss', use_sigmoid=True, beta=1.7, loss_weight=0.7)),
+        dict(
+            train_cfg=dict(
+                assigner=dict(
+                    type='mmdet.HungarianAssigner',
+                    match_costs=[
+                        dict(type='mmdet.FocalLossCost', weight=1.0, alpha=0.4, gamma=1.5, eps=1e-6),
+                        dict(type='mmdet.BBoxL1Cost', weight=2.0, box_format='xyxy'),
+                        dict(type='mmdet.IoUCost', iou_mode='giou', weight=3.0),
+                    ],
+                )
+            )
+        ),
+        dict(
+            train_cfg=dict(
+                assigner=dict(
+                    type='mmdet.HungarianAssigner',
+                    match_costs=[dict(type='mmdet.BBoxL1Cost', weight=1.0, box_format='xywh')],
+                )
+            )
+        ),
+    ],
+    ids=['1 class', '40 classes', 'no sync', 'losses', 'quality', 'costs', 'one cost'],
+)
 def test_settings_are_honoured(changes):
     ours = build('msda_plugin', **changes)
     assert ours.matcher is not None
@@ -82,9 +114,15 @@ def test_settings_are_honoured(changes):
 
 @pytest.mark.parametrize('cost', ['FocalLossCost', 'ClassificationCost'])
 def test_softmax_over_one_class_more(cost):
-    changes = dict(loss_cls=dict(type='mmdet.CrossEntropyLoss', loss_weight=2.0, class_weight=[1.0] * 5 + [0.1]),
-                   train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-                       dict(type=f'mmdet.{cost}', weight=1.0), dict(type='mmdet.BBoxL1Cost', box_format='xywh')])))
+    changes = dict(
+        loss_cls=dict(type='mmdet.CrossEntropyLoss', loss_weight=2.0, class_weight=[1.0] * 5 + [0.1]),
+        train_cfg=dict(
+            assigner=dict(
+                type='mmdet.HungarianAssigner',
+                match_costs=[dict(type=f'mmdet.{cost}', weight=1.0), dict(type='mmdet.BBoxL1Cost', box_format='xywh')],
+            )
+        ),
+    )
     ours = build('msda_plugin', **changes)
     assert ours.matcher is not None
     inputs = [*make_predictions(6, LAYERS, 3, QUERIES), *make_predictions(6, 3, KEYS), *make_objects((3, 7, 1))]
@@ -133,15 +171,37 @@ def test_low_precision_predictions_are_costed_in_float32():
         torch.testing.assert_close(losses[name], loss.squeeze(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('changes, reason', [
-    (dict(loss_cls=dict(type=HalvedLoss, use_sigmoid=True)), 'HalvedLoss'),
-    (dict(loss_bbox=dict(type='mmdet.SmoothL1Loss')), 'SmoothL1Loss'),
-    (dict(loss_iou=dict(type='mmdet.DIoULoss')), 'DIoULoss'),
-    (dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-        dict(type='mmdet.FocalLossCost'), dict(type='mmdet.IoUCost', iou_mode='iou')]))), 'IoUCost'),
-    (dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-        dict(type='mmdet.FocalLossCost'), dict(type=SquaredCost)]))), 'SquaredCost'),
-], ids=lambda value: value if isinstance(value, str) else '')
+@pytest.mark.parametrize(
+    'changes, reason',
+    [
+        (dict(loss_cls=dict(type=HalvedLoss, use_sigmoid=True)), 'HalvedLoss'),
+        (dict(loss_bbox=dict(type='mmdet.SmoothL1Loss')), 'SmoothL1Loss'),
+        (dict(loss_iou=dict(type='mmdet.DIoULoss')), 'DIoULoss'),
+        (
+            dict(
+                train_cfg=dict(
+                    assigner=dict(
+                        type='mmdet.HungarianAssigner',
+                        match_costs=[dict(type='mmdet.FocalLossCost'), dict(type='mmdet.IoUCost', iou_mode='iou')],
+                    )
+                )
+            ),
+            'IoUCost',
+        ),
+        (
+            dict(
+                train_cfg=dict(
+                    assigner=dict(
+                        type='mmdet.HungarianAssigner',
+                        match_costs=[dict(type='mmdet.FocalLossCost'), dict(type=SquaredCost)],
+                    )
+                )
+            ),
+            'SquaredCost',
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
 def test_what_is_not_covered_runs_mmdetections_code_and_says_so(changes, reason, monkeypatch):
     said = []
     monkeypatch.setattr(set_prediction, 'print_log', lambda message, **how: said.append((message, how['level'])))
@@ -149,7 +209,7 @@ def test_what_is_not_covered_runs_mmdetections_code_and_says_so(changes, reason,
     inputs = make_inputs((3, 7, 1))
     assert_same(ours, build('mmdet', **changes), inputs)
     ours.loss_by_feat(*inputs)
-    (message, level), = said
+    ((message, level),) = said
     assert ours.matcher is None and reason in message and level == logging.WARNING
 
 
@@ -185,9 +245,14 @@ def test_ignored_regions_are_refused():
         build('msda_plugin').loss_by_feat(*make_inputs((1, 1, 1)), [InstanceData()])
 
 
-@pytest.mark.parametrize('fields, coordinates', [
-    (dict(share_pred_layer=True), (2, 2, 2)), (dict(share_pred_layer=False), (2, 4, 4)),
-    (dict(share_pred_layer=False, num_pred_layer=LAYERS + 1, as_two_stage=True), (4, 4, 4))])
+@pytest.mark.parametrize(
+    'fields, coordinates',
+    [
+        (dict(share_pred_layer=True), (2, 2, 2)),
+        (dict(share_pred_layer=False), (2, 4, 4)),
+        (dict(share_pred_layer=False, num_pred_layer=LAYERS + 1, as_two_stage=True), (4, 4, 4)),
+    ],
+)
 def test_forward_equals_mmdetections(fields, coordinates):
     ours, theirs = build('msda_plugin', **fields), build('mmdet', **fields)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -200,7 +265,7 @@ def test_forward_equals_mmdetections(fields, coordinates):
 
 
 def test_generalized_iou_of_known_boxes():
-    boxes = torch.tensor([[0., 0, 2, 2], [1, 1, 3, 3], [4, 0, 6, 2]])
+    boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3], [4, 0, 6, 2]])
     # Apart from itself: overlap 1 of union 7 in a hull of 9; none of union 8 in a hull of 12.
     expected = torch.tensor([[1, 1 / 7 - 2 / 9, -4 / 12]])
     torch.testing.assert_close(matching.generalized_iou(boxes[:1, None], boxes[None]), expected)
@@ -212,7 +277,7 @@ def test_focal_loss_by_its_definition():
     targets = torch.zeros_like(logits).scatter_(1, positives, 1)
     p = torch.where(targets == 1, logits.sigmoid(), 1 - logits.sigmoid())
     alpha = torch.where(targets == 1, 0.3, 0.7).double()
-    expected = (-alpha * (1 - p)**1.5 * p.log()).sum(1)
+    expected = (-alpha * (1 - p) ** 1.5 * p.log()).sum(1)
     torch.testing.assert_close(losses.focal_loss(logits, positives, 0.3, 1.5), expected)
 
 

@@ -1,4 +1,5 @@
 """The losses of DETR's head equal MMDetection's, with one transfer to the host."""
+
 import copy
 import logging
 
@@ -10,19 +11,31 @@ from head_cases import LAYERS, QUERIES, assert_same, losses_and_gradients, make_
 from msda_plugin.heads import losses, set_prediction
 from msda_plugin.registry import MODELS
 
-CROSS_ENTROPY = dict(type='mmdet.CrossEntropyLoss', bg_cls_weight=0.1, use_sigmoid=False, loss_weight=1.0,
-                     class_weight=1.0)
-COSTS = [dict(type='mmdet.ClassificationCost', weight=1.0),
-         dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
-         dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)]
-FIELDS = dict(num_classes=5, embed_dims=16, loss_cls=CROSS_ENTROPY,
-              loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
-              loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
-              train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=COSTS)),
-              test_cfg=dict(max_per_img=10))
-FOCAL = dict(loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, loss_weight=2.0),
-             train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-                 dict(type='mmdet.FocalLossCost', weight=2.0), *COSTS[1:]])))
+CROSS_ENTROPY = dict(
+    type='mmdet.CrossEntropyLoss', bg_cls_weight=0.1, use_sigmoid=False, loss_weight=1.0, class_weight=1.0
+)
+COSTS = [
+    dict(type='mmdet.ClassificationCost', weight=1.0),
+    dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+    dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0),
+]
+FIELDS = dict(
+    num_classes=5,
+    embed_dims=16,
+    loss_cls=CROSS_ENTROPY,
+    loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
+    loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
+    train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=COSTS)),
+    test_cfg=dict(max_per_img=10),
+)
+FOCAL = dict(
+    loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, loss_weight=2.0),
+    train_cfg=dict(
+        assigner=dict(
+            type='mmdet.HungarianAssigner', match_costs=[dict(type='mmdet.FocalLossCost', weight=2.0), *COSTS[1:]]
+        )
+    ),
+)
 
 
 def build(scope, **changes):
@@ -41,16 +54,29 @@ def test_losses_equal_mmdetections(counts):
     assert_same(ours, build('mmdet'), make_inputs(counts))
 
 
-@pytest.mark.parametrize('changes, num_outputs', [
-    (dict(sync_cls_avg_factor=True), 6),
-    (dict(loss_cls=CROSS_ENTROPY | dict(bg_cls_weight=0.3, loss_weight=0.7, class_weight=2.0)), 6),
-    (dict(loss_cls=dict(type='mmdet.CrossEntropyLoss', class_weight=0.5)), 6),
-    (dict(loss_cls=dict(type='mmdet.CrossEntropyLoss')), 6),
-    (dict(train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[
-        dict(type='mmdet.ClassificationCost', weight=3.0), *COSTS[1:]]))), 6),
-    (FOCAL, 5),
-    (dict(loss_cls=FOCAL['loss_cls']), 5),
-], ids=['sync', 'weights', 'one weight', 'no weight', 'costs', 'focal', 'focal loss, softmax cost'])
+@pytest.mark.parametrize(
+    'changes, num_outputs',
+    [
+        (dict(sync_cls_avg_factor=True), 6),
+        (dict(loss_cls=CROSS_ENTROPY | dict(bg_cls_weight=0.3, loss_weight=0.7, class_weight=2.0)), 6),
+        (dict(loss_cls=dict(type='mmdet.CrossEntropyLoss', class_weight=0.5)), 6),
+        (dict(loss_cls=dict(type='mmdet.CrossEntropyLoss')), 6),
+        (
+            dict(
+                train_cfg=dict(
+                    assigner=dict(
+                        type='mmdet.HungarianAssigner',
+                        match_costs=[dict(type='mmdet.ClassificationCost', weight=3.0), *COSTS[1:]],
+                    )
+                )
+            ),
+            6,
+        ),
+        (FOCAL, 5),
+        (dict(loss_cls=FOCAL['loss_cls']), 5),
+    ],
+    ids=['sync', 'weights', 'one weight', 'no weight', 'costs', 'focal', 'focal loss, softmax cost'],
+)
 def test_settings_are_honoured(changes, num_outputs):
     ours = build('msda_plugin', **changes)
     assert ours.matcher is not None
@@ -98,15 +124,18 @@ def test_all_losses_reach_all_predictions_without_objects():
     assert all(gradient.isfinite().all() for gradient in losses_and_gradients(build('msda_plugin'), inputs)[1])
 
 
-@pytest.mark.parametrize('loss_cls, reason', [
-    (CROSS_ENTROPY | dict(ignore_index=3), 'ignore_index=None'),
-    (CROSS_ENTROPY | dict(reduction='sum'), 'CrossEntropyLoss'),
-])
+@pytest.mark.parametrize(
+    'loss_cls, reason',
+    [
+        (CROSS_ENTROPY | dict(ignore_index=3), 'ignore_index=None'),
+        (CROSS_ENTROPY | dict(reduction='sum'), 'CrossEntropyLoss'),
+    ],
+)
 def test_what_is_not_covered_runs_mmdetections_code_and_says_so(loss_cls, reason, monkeypatch):
     said = []
     monkeypatch.setattr(set_prediction, 'print_log', lambda message, **how: said.append((message, how['level'])))
     ours = build('msda_plugin', loss_cls=loss_cls)
-    (message, level), = said
+    ((message, level),) = said
     assert ours.matcher is None and reason in message and level == logging.WARNING
     if 'ignore_index' in loss_cls:
         assert_same(ours, build('mmdet', loss_cls=loss_cls), make_inputs((3, 7, 1)))
@@ -140,8 +169,9 @@ def test_predictions_equal_mmdetections():
     for output, expected in zip(ours(hidden), theirs(hidden), strict=True):
         assert torch.equal(output, expected)
     metas = [meta | dict(scale_factor=(2.0, 0.5)) for meta in make_inputs((1, 1, 1))[3]]
-    for found, expected in zip(ours.predict_by_feat(*ours(hidden), metas), theirs.predict_by_feat(*ours(hidden), metas),
-                               strict=True):
+    for found, expected in zip(
+        ours.predict_by_feat(*ours(hidden), metas), theirs.predict_by_feat(*ours(hidden), metas), strict=True
+    ):
         assert all(torch.equal(found[name], expected[name]) for name in ('bboxes', 'scores', 'labels'))
 
 

@@ -1,4 +1,5 @@
 """One-scale deformable attention is the multi-scale layer with one level, on tokens and on maps."""
+
 import pytest
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MMCVLayer
@@ -33,14 +34,22 @@ def tokens_of(fmap):
 def make_inputs(coordinates=2, num_queries=11):
     """Keywords that both layers take."""
     generator = torch.Generator().manual_seed(2)
-    query, query_pos, identity = (torch.randn(2, num_queries, 32, dtype=torch.float64, generator=generator)
-                                  .requires_grad_() for _ in range(3))
+    query, query_pos, identity = (
+        torch.randn(2, num_queries, 32, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)
+    )
     mask = torch.zeros(2, SHAPE[0] * SHAPE[1], dtype=torch.bool)
     mask[1, 20:] = True
     points = torch.rand(2, num_queries, 1, coordinates, dtype=torch.float64, generator=generator).requires_grad_()
-    return dict(query=query, value=tokens_of(make_map()), query_pos=query_pos, identity=identity,
-                key_padding_mask=mask, reference_points=points, spatial_shapes=torch.tensor([SHAPE]),
-                level_start_index=torch.tensor([0]))
+    return dict(
+        query=query,
+        value=tokens_of(make_map()),
+        query_pos=query_pos,
+        identity=identity,
+        key_padding_mask=mask,
+        reference_points=points,
+        spatial_shapes=torch.tensor([SHAPE]),
+        level_start_index=torch.tensor([0]),
+    )
 
 
 def gradients(out, leaves):
@@ -50,8 +59,9 @@ def gradients(out, leaves):
 
 def centers(height, width):
     """(1, height * width, 1, 2), in float64 written out."""
-    return torch.tensor([[[[(x + 0.5) / width, (y + 0.5) / height]] for y in range(height) for x in range(width)]],
-                        dtype=torch.float64)
+    return torch.tensor(
+        [[[[(x + 0.5) / width, (y + 0.5) / height]] for y in range(height) for x in range(width)]], dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize('coordinates', [2, 4])
@@ -108,8 +118,12 @@ def test_a_map_attends_to_itself(shape, batch):
     ours, theirs = build_pair()
     fmap, position = make_map(shape, batch), make_map(shape, batch, seed=5)
     out = ours(fmap, query_pos=position)
-    expected = theirs(tokens_of(fmap), query_pos=tokens_of(position), spatial_shapes=[shape],
-                      reference_points=centers(*shape).expand(batch, -1, -1, -1))
+    expected = theirs(
+        tokens_of(fmap),
+        query_pos=tokens_of(position),
+        spatial_shapes=[shape],
+        reference_points=centers(*shape).expand(batch, -1, -1, -1),
+    )
     assert out.shape == fmap.shape
     # Pixel centres are computed in float32.
     torch.testing.assert_close(tokens_of(out), expected, rtol=0, atol=1e-5)
@@ -123,16 +137,26 @@ def test_a_map_attends_to_itself(shape, batch):
 
 def test_a_config_chooses_it_for_an_encoder_of_one_level():
     torch.manual_seed(0)
-    fields = dict(num_layers=2, layer_cfg=dict(
-        self_attn_cfg=dict(type='msda_plugin.DeformableAttention', **FIELDS),
-        ffn_cfg=dict(embed_dims=32, feedforward_channels=64)))
+    fields = dict(
+        num_layers=2,
+        layer_cfg=dict(
+            self_attn_cfg=dict(type='msda_plugin.DeformableAttention', **FIELDS),
+            ffn_cfg=dict(embed_dims=32, feedforward_channels=64),
+        ),
+    )
     ours = MODELS.build(dict(type='msda_plugin.DeformableDetrTransformerEncoder', **fields))
     fields['layer_cfg']['self_attn_cfg'] = dict(num_levels=1, **FIELDS)
     theirs = DeformableDetrTransformerEncoder(**fields)
     theirs.load_state_dict(ours.state_dict())
     tokens, position = (tokens_of(make_map(seed=seed)).float() for seed in (1, 2))
-    inputs = dict(query=tokens, query_pos=position, key_padding_mask=None, spatial_shapes=(SHAPE,),
-                  level_start_index=torch.tensor([0]), valid_ratios=torch.tensor([[[1., 1.]], [[0.7, 0.9]]]))
+    inputs = dict(
+        query=tokens,
+        query_pos=position,
+        key_padding_mask=None,
+        spatial_shapes=(SHAPE,),
+        level_start_index=torch.tensor([0]),
+        valid_ratios=torch.tensor([[[1.0, 1.0]], [[0.7, 0.9]]]),
+    )
     assert torch.equal(ours(**inputs), theirs(**inputs))
 
 
@@ -152,13 +176,16 @@ def test_batch_second_is_refused():
         DeformableAttention(**FIELDS, batch_first=False)
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(spatial_shapes=None), r'value is \(2, 35, 32\) and spatial_shapes None; expected a map'),
-    (dict(spatial_shapes=[(5, 7), (3, 4)]), 'has 2 levels, but the layer was built with num_levels=1'),
-    (dict(spatial_shapes=(5, 6)), 'num_keys = 35'),
-    (dict(reference_points=None), 'reference_points is None, but there are 11 queries for the 35 pixels'),
-    (dict(key_padding_mask=torch.zeros(2, 36)), r'\(bs, num_keys\) = \(2, 35\)'),
-])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(spatial_shapes=None), r'value is \(2, 35, 32\) and spatial_shapes None; expected a map'),
+        (dict(spatial_shapes=[(5, 7), (3, 4)]), 'has 2 levels, but the layer was built with num_levels=1'),
+        (dict(spatial_shapes=(5, 6)), 'num_keys = 35'),
+        (dict(reference_points=None), 'reference_points is None, but there are 11 queries for the 35 pixels'),
+        (dict(key_padding_mask=torch.zeros(2, 36)), r'\(bs, num_keys\) = \(2, 35\)'),
+    ],
+)
 def test_bad_input_is_explained(changes, message):
     ours, _ = build_pair()
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
 """DAT's deformable attention against the published numbers, and against its arithmetic with the scores in memory."""
+
 import json
 import sys
 from pathlib import Path
@@ -23,8 +24,10 @@ CASES = {
     'v2_rpe': ((2, 96, 14, 14), dict(num_heads=6, num_groups=3, map_size=14, offset_range_factor=-1, **V2)),
     'v2_rpe_tanh_stride2': ((1, 64, 16, 16), dict(num_heads=4, num_groups=2, map_size=16, stride=2, **V2)),
     'v2_dwc': ((1, 64, 12, 18), dict(num_heads=4, num_groups=2, kernel_size=3, positional='dwc_pe', **V2)),
-    'v2_cpb': ((1, 64, 14, 14), dict(num_heads=4, num_groups=2, kernel_size=3, positional='log_cpb',
-                                     offset_range_factor=-1, **V2)),
+    'v2_cpb': (
+        (1, 64, 14, 14),
+        dict(num_heads=4, num_groups=2, kernel_size=3, positional='log_cpb', offset_range_factor=-1, **V2),
+    ),
 }
 # Every positional mode and rule for the offsets, on a map of another size than the tables'.
 FORMS = {
@@ -61,29 +64,37 @@ def plain_attention(layer, x, form):
 
     def axis(side, first):
         i = torch.arange(side, dtype=x.dtype)
-        return (i + .5) / side * 2 - 1 if v1 else (i + first) / (side - 1) * 2 - 1
+        return (i + 0.5) / side * 2 - 1 if v1 else (i + first) / (side - 1) * 2 - 1
 
     def grid(h, w, first):
         return torch.stack(torch.meshgrid(axis(h, first), axis(w, first), indexing='ij'), -1)
 
     query = conv1x1(layer.query, x)
     padding = 0 if not v1 and options['kernel_size'] == options['stride'] else options['kernel_size'] // 2
-    offset = F.conv2d(query.reshape(batch * groups, -1, height, width), layer.offset_conv.weight,
-                      layer.offset_conv.bias, options['stride'], padding, groups=dims // groups)
+    offset = F.conv2d(
+        query.reshape(batch * groups, -1, height, width),
+        layer.offset_conv.weight,
+        layer.offset_conv.bias,
+        options['stride'],
+        padding,
+        groups=dims // groups,
+    )
     offset = F.gelu(layer.offset_norm(offset.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
     offset = conv1x1(layer.offset_proj, offset)
     hk, wk = offset.shape[2:]
     if factor > 0 or (factor == 0 and not v1):
         cells = torch.tensor([hk, wk] if v1 else [hk - 1, wk - 1]).view(1, 2, 1, 1)
         offset = offset.tanh() * factor / cells
-    position = offset.permute(0, 2, 3, 1) + grid(hk, wk, .5)
+    position = offset.permute(0, 2, 3, 1) + grid(hk, wk, 0.5)
     if factor < 0:
         position = position.tanh() if v1 else position.clamp(-1, 1)
     sampled = F.grid_sample(x.reshape(batch * groups, -1, height, width), position[..., (1, 0)], align_corners=True)
     sampled = sampled.reshape(batch, dims, hk, wk)
-    q, k, v = (t.reshape(batch, heads, dims // heads, -1)
-               for t in (query, conv1x1(layer.key, sampled), conv1x1(layer.value, sampled)))
-    scores = q.transpose(2, 3) @ k / (dims // heads) ** .5
+    q, k, v = (
+        t.reshape(batch, heads, dims // heads, -1)
+        for t in (query, conv1x1(layer.key, sampled), conv1x1(layer.value, sampled))
+    )
+    scores = q.transpose(2, 3) @ k / (dims // heads) ** 0.5
     delta = grid(height, width, 0).view(1, -1, 1, 2) - position.view(batch * groups, 1, -1, 2)
     if positional == 'rpe_table':
         table = layer.position_bias.table
@@ -94,9 +105,9 @@ def plain_attention(layer, x, form):
         scores = scores + bias.reshape(batch, heads, height * width, -1)
     elif positional == 'fixed_pe':
         table = layer.position_bias.table.unflatten(1, layer.position_bias.map_size)
-        table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode='bicubic')     # the queries' axes
+        table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode='bicubic')  # the queries' axes
         table = table.flatten(2).transpose(1, 2).unflatten(2, layer.position_bias.num_points)
-        scores = scores + F.interpolate(table, (hk, wk), mode='bicubic').flatten(2)           # the points'
+        scores = scores + F.interpolate(table, (hk, wk), mode='bicubic').flatten(2)  # the points'
     elif positional == 'log_cpb':
         bias = layer.position_bias.mlp((4 * delta).sign() * (4 * delta).abs().add(1).log2() / np.log2(8))
         scores = scores + bias.unflatten(0, (batch, groups)).permute(0, 1, 4, 2, 3).flatten(1, 2)
@@ -119,10 +130,10 @@ def test_matches_the_published_numbers(case):
     for value, key in ((out, 'y'), (points.positions, 'pos'), (points.references, 'ref')):
         expected = torch.from_numpy(golden[key])
         assert value.shape == expected.shape
-        assert (value - expected).abs().max() <= 1e-4 * max(1., expected.abs().max())
+        assert (value - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())
 
 
-@pytest.mark.parametrize('chunk_bytes', [2 ** 25, 10000])
+@pytest.mark.parametrize('chunk_bytes', [2**25, 10000])
 @pytest.mark.parametrize('form', FORMS)
 def test_matches_plain_attention_in_float64(form, chunk_bytes, monkeypatch):
     monkeypatch.setattr(module, 'CHUNK_BYTES', chunk_bytes)
@@ -132,9 +143,11 @@ def test_matches_plain_attention_in_float64(form, chunk_bytes, monkeypatch):
     out, expected = layer(x), plain_attention(layer, x, form)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     inputs = [x, *layer.parameters()]
-    for grad, reference in zip(torch.autograd.grad((out * weight).sum(), inputs, materialize_grads=True),
-                               torch.autograd.grad((expected * weight).sum(), inputs, materialize_grads=True),
-                               strict=True):
+    for grad, reference in zip(
+        torch.autograd.grad((out * weight).sum(), inputs, materialize_grads=True),
+        torch.autograd.grad((expected * weight).sum(), inputs, materialize_grads=True),
+        strict=True,
+    ):
         torch.testing.assert_close(grad, reference, rtol=0, atol=1e-10)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
@@ -158,7 +171,7 @@ def test_queries_are_split_where_their_biases_are_large(monkeypatch):
     assert parts == [(1, 4, 16, 35), (1, 4, 16, 35), (1, 4, 3, 35)]
 
 
-@pytest.mark.parametrize('chunk_bytes', [2 ** 25, 1000])
+@pytest.mark.parametrize('chunk_bytes', [2**25, 1000])
 @pytest.mark.parametrize('form', ['v1 rpe', 'v1 fixed', 'v2 cpb, clamped', 'v2 dwc'])
 def test_gradcheck(form, chunk_bytes, monkeypatch):
     monkeypatch.setattr(module, 'CHUNK_BYTES', chunk_bytes)
@@ -190,9 +203,9 @@ def test_returned_points():
     assert all(t.shape == (3, 2, 5, 7, 2) for t in points)
     assert torch.equal(points.positions, points.references + points.offsets)
     reach = points.offsets.abs().amax((0, 1, 2, 3))
-    assert (reach <= 2 / torch.tensor([5, 7])).all() and (reach > .5 / torch.tensor([5, 7])).all()
+    assert (reach <= 2 / torch.tensor([5, 7])).all() and (reach > 0.5 / torch.tensor([5, 7])).all()
     # (y, x), y changes along the rows.
-    assert points.references[0, 0, :, 0, 0].tolist() == pytest.approx([-.8, -.4, 0, .4, .8])
+    assert points.references[0, 0, :, 0, 0].tolist() == pytest.approx([-0.8, -0.4, 0, 0.4, 0.8])
 
 
 def test_layouts_give_the_same_numbers():
@@ -213,45 +226,51 @@ def test_halves_keep_positions_in_float32(form, dtype):
     assert out.dtype == dtype and points.positions.dtype == torch.float32
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
     torch.testing.assert_close(points.references, reference.references)
-    torch.testing.assert_close(out.float(), expected, rtol=.1, atol=.1)
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
     halved = layer.to(dtype)(x.to(dtype))
     assert halved.dtype == dtype
-    torch.testing.assert_close(halved.float(), expected, rtol=.1, atol=.1)
+    torch.testing.assert_close(halved.float(), expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize('chunk_bytes', [2 ** 25, 20000])
+@pytest.mark.parametrize('chunk_bytes', [2**25, 20000])
 def test_dropout_acts_in_training_only(chunk_bytes, monkeypatch):
     monkeypatch.setattr(module, 'CHUNK_BYTES', chunk_bytes)
-    layer = make_layer('v1 rpe', attn_drop_rate=.5)
+    layer = make_layer('v1 rpe', attn_drop_rate=0.5)
     x = torch.randn(1, 16, 5, 7, dtype=torch.float64)
     assert torch.equal(layer.eval()(x), layer(x))
     assert not torch.equal(layer.train()(x), layer(x))
     # The backward pass has the forward's dropout, also where a part is computed again: the step is linear in `value`.
     torch.manual_seed(3)
     out = layer(x)
-    grad, = torch.autograd.grad(out.sum(), layer.value.weight)
+    (grad,) = torch.autograd.grad(out.sum(), layer.value.weight)
     with torch.no_grad():
-        layer.value.weight[3, 5] += 1.
+        layer.value.weight[3, 5] += 1.0
     torch.manual_seed(3)
     assert (layer(x) - out).sum().item() == pytest.approx(grad[3, 5].item(), abs=1e-9)
 
 
 def test_builds_from_the_registry():
-    layer = MODELS.build(dict(type='msda_plugin.DeformableMultiHeadAttention', embed_dims=16, num_heads=4,
-                              num_groups=2, positional='none'))
+    layer = MODELS.build(
+        dict(
+            type='msda_plugin.DeformableMultiHeadAttention', embed_dims=16, num_heads=4, num_groups=2, positional='none'
+        )
+    )
     assert layer(torch.rand(1, 16, 3, 5)).shape == (1, 16, 3, 5)
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(embed_dims=30, num_heads=4), 'embed_dims=30 is not a multiple of num_heads=4'),
-    (dict(num_groups=3), 'num_heads=4 is not a multiple of num_groups=3'),
-    (dict(num_groups=0), 'not a multiple of num_groups=0'),
-    (dict(version='v3'), "unknown version 'v3'; known: \\['v1', 'v2'\\]"),
-    (dict(positional='rpe'), "unknown positional 'rpe'; known: \\['rpe_table', "),
-    (dict(map_size=None), "map_size=None does not fit; the table of positional='rpe_table' .* give \\(H, W\\)"),
-    (dict(map_size=(0, 3)), 'map_size=\\(0, 3\\) does not fit'),
-    (dict(stride=0), 'stride=0 do not fit; expected 1 or more'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(embed_dims=30, num_heads=4), 'embed_dims=30 is not a multiple of num_heads=4'),
+        (dict(num_groups=3), 'num_heads=4 is not a multiple of num_groups=3'),
+        (dict(num_groups=0), 'not a multiple of num_groups=0'),
+        (dict(version='v3'), "unknown version 'v3'; known: \\['v1', 'v2'\\]"),
+        (dict(positional='rpe'), "unknown positional 'rpe'; known: \\['rpe_table', "),
+        (dict(map_size=None), "map_size=None does not fit; the table of positional='rpe_table' .* give \\(H, W\\)"),
+        (dict(map_size=(0, 3)), 'map_size=\\(0, 3\\) does not fit'),
+        (dict(stride=0), 'stride=0 do not fit; expected 1 or more'),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         DeformableMultiHeadAttention(**dict(embed_dims=32, num_heads=4, num_groups=2, map_size=7) | options)

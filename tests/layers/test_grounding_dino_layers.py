@@ -1,4 +1,5 @@
 """The image encoder is the image part of MMDetection's Grounding DINO, in weights and numbers."""
+
 import pytest
 import torch
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerEncoder
@@ -17,14 +18,18 @@ SMALL = dict(self_attn_cfg=dict(embed_dims=32, num_heads=4, num_levels=3), ffn_c
 def build_theirs(num_layers, embed_dims, num_heads, num_levels, feedforward_channels):
     """MMDetection's encoder with fusion and text layers, with the image layers' settings of its configs."""
     return GroundingDinoTransformerEncoder(
-        num_layers=num_layers, num_cp=-1,
+        num_layers=num_layers,
+        num_cp=-1,
         layer_cfg=dict(
             self_attn_cfg=dict(embed_dims=embed_dims, num_heads=num_heads, num_levels=num_levels, dropout=0.0),
-            ffn_cfg=dict(embed_dims=embed_dims, feedforward_channels=feedforward_channels, ffn_drop=0.0)),
+            ffn_cfg=dict(embed_dims=embed_dims, feedforward_channels=feedforward_channels, ffn_drop=0.0),
+        ),
         text_layer_cfg=dict(
             self_attn_cfg=dict(num_heads=4, embed_dims=embed_dims, dropout=0.0),
-            ffn_cfg=dict(embed_dims=embed_dims, feedforward_channels=64, ffn_drop=0.0)),
-        fusion_layer_cfg=dict(v_dim=embed_dims, l_dim=embed_dims, embed_dim=32, num_heads=4, init_values=1e-4))
+            ffn_cfg=dict(embed_dims=embed_dims, feedforward_channels=64, ffn_drop=0.0),
+        ),
+        fusion_layer_cfg=dict(v_dim=embed_dims, l_dim=embed_dims, embed_dim=32, num_heads=4, init_values=1e-4),
+    )
 
 
 def image_weights(theirs):
@@ -37,9 +42,14 @@ def make_inputs(dims=32):
     mask = torch.zeros(2, NUM_KEYS, dtype=torch.bool)
     mask[1, 40:54] = True
     shapes = torch.tensor(SHAPES)
-    return dict(query=query.requires_grad_(), query_pos=query_pos, key_padding_mask=mask, spatial_shapes=shapes,
-                level_start_index=shapes.prod(1).cumsum(0) - shapes.prod(1),
-                valid_ratios=torch.tensor([[[1., 1.]] * 3, [[0.7, 0.9]] * 3]))
+    return dict(
+        query=query.requires_grad_(),
+        query_pos=query_pos,
+        key_padding_mask=mask,
+        spatial_shapes=shapes,
+        level_start_index=shapes.prod(1).cumsum(0) - shapes.prod(1),
+        valid_ratios=torch.tensor([[[1.0, 1.0]] * 3, [[0.7, 0.9]] * 3]),
+    )
 
 
 def test_equals_the_image_layers_of_mmdetection():
@@ -54,8 +64,10 @@ def test_equals_the_image_layers_of_mmdetection():
     out, (expected, _) = ours.train()(**inputs), theirs.train()(**inputs)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)  # reference points are computed in float32
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
-    mine, reference = (torch.autograd.grad((o * weights).sum(), [inputs['query'], *layers.parameters()])
-                       for o, layers in ((out, ours), (expected, theirs.layers)))
+    mine, reference = (
+        torch.autograd.grad((o * weights).sum(), [inputs['query'], *layers.parameters()])
+        for o, layers in ((out, ours), (expected, theirs.layers))
+    )
     for gradient, expected_gradient in zip(mine, reference, strict=True):
         assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm() + 1e-6
 
@@ -95,21 +107,46 @@ class OneMap(nn.Module):
 def test_a_config_chooses_it_for_deformable_detr():
     attention = dict(embed_dims=32, num_heads=4, dropout=0.0, batch_first=True)
     torch.manual_seed(0)
-    model = MODELS.build(dict(
-        type='msda_plugin.DeformableDETR', num_queries=9, num_feature_levels=2,
-        backbone=dict(type=OneMap),
-        neck=dict(type='mmdet.ChannelMapper', in_channels=[32], kernel_size=1, out_channels=32, act_cfg=None,
-                  norm_cfg=dict(type='GN', num_groups=8), num_outs=2),
-        encoder=dict(type='msda_plugin.GroundingDinoImageEncoder', num_layers=2,
-                     layer_cfg=dict(self_attn_cfg=dict(embed_dims=32, num_heads=4))),
-        decoder=dict(num_layers=1, layer_cfg=dict(
-            self_attn_cfg=attention, cross_attn_cfg=dict(attention),
-            ffn_cfg=dict(embed_dims=32, feedforward_channels=64))),
-        positional_encoding=dict(num_feats=16, normalize=True, offset=0.0, temperature=20),
-        bbox_head=dict(type='msda_plugin.DeformableDETRHead', num_classes=3, embed_dims=32, sync_cls_avg_factor=True,
-                       loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, loss_weight=2.0),
-                       loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
-                       loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0))))
+    model = MODELS.build(
+        dict(
+            type='msda_plugin.DeformableDETR',
+            num_queries=9,
+            num_feature_levels=2,
+            backbone=dict(type=OneMap),
+            neck=dict(
+                type='mmdet.ChannelMapper',
+                in_channels=[32],
+                kernel_size=1,
+                out_channels=32,
+                act_cfg=None,
+                norm_cfg=dict(type='GN', num_groups=8),
+                num_outs=2,
+            ),
+            encoder=dict(
+                type='msda_plugin.GroundingDinoImageEncoder',
+                num_layers=2,
+                layer_cfg=dict(self_attn_cfg=dict(embed_dims=32, num_heads=4)),
+            ),
+            decoder=dict(
+                num_layers=1,
+                layer_cfg=dict(
+                    self_attn_cfg=attention,
+                    cross_attn_cfg=dict(attention),
+                    ffn_cfg=dict(embed_dims=32, feedforward_channels=64),
+                ),
+            ),
+            positional_encoding=dict(num_feats=16, normalize=True, offset=0.0, temperature=20),
+            bbox_head=dict(
+                type='msda_plugin.DeformableDETRHead',
+                num_classes=3,
+                embed_dims=32,
+                sync_cls_avg_factor=True,
+                loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, loss_weight=2.0),
+                loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
+                loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
+            ),
+        )
+    )
     assert type(model.encoder) is GroundingDinoImageEncoder and model.encoder.layers[0].self_attn.num_levels == 2
     assert (model.positional_encoding.temperature, model.positional_encoding.offset) == (20, 0.0)
     samples = [DetDataSample(metainfo=dict(img_shape=(64, 80), batch_input_shape=(64, 96)))]

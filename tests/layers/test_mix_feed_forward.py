@@ -1,4 +1,5 @@
 """The feed-forward layer is PVT's, with the convolution and without."""
+
 import pytest
 import torch
 from mmdet.models.backbones.pvt import MixFFN

@@ -1,4 +1,5 @@
 """The layer equals mmcv's, keeps its precision under autocast, reads nothing back from the device, explains errors."""
+
 import pytest
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MMCVLayer
@@ -33,10 +34,16 @@ def make_inputs(coordinates=2, batch_first=True, masked=False, num_queries=11):
     shapes = torch.tensor(SHAPES)
     mask = torch.zeros(2, NUM_KEYS, dtype=torch.bool)
     mask[1, 20:] = True
-    return dict(query=leaf(2, num_queries), value=leaf(2, NUM_KEYS), query_pos=leaf(2, num_queries),
-                identity=leaf(2, num_queries), key_padding_mask=mask if masked else None,
-                reference_points=torch.rand(2, num_queries, 3, coordinates, generator=generator).requires_grad_(),
-                spatial_shapes=shapes, level_start_index=shapes.prod(1).cumsum(0) - shapes.prod(1))
+    return dict(
+        query=leaf(2, num_queries),
+        value=leaf(2, NUM_KEYS),
+        query_pos=leaf(2, num_queries),
+        identity=leaf(2, num_queries),
+        key_padding_mask=mask if masked else None,
+        reference_points=torch.rand(2, num_queries, 3, coordinates, generator=generator).requires_grad_(),
+        spatial_shapes=shapes,
+        level_start_index=shapes.prod(1).cumsum(0) - shapes.prod(1),
+    )
 
 
 def run(layer, inputs):
@@ -59,8 +66,9 @@ def test_equals_mmcv(coordinates, batch_first, masked):
     expected, expected_gradients = run(theirs, inputs)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-4,
-                                   msg=lambda m, name=name: f'{name}: {m}')
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f'{name}: {m}'
+        )
 
 
 def test_value_and_identity_default_to_the_query():
@@ -119,7 +127,7 @@ def test_autocast_rounds_the_value_once_and_no_location(dtype, monkeypatch):
 
     def record(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits):
         seen.update(value=value, reference_points=reference_points)
-        return value[:, :sampling_offsets.shape[1]].flatten(2)
+        return value[:, : sampling_offsets.shape[1]].flatten(2)
 
     monkeypatch.setattr(module, 'ms_deform_attn_fused', record)
     with torch.autocast('cpu', dtype):
@@ -134,22 +142,26 @@ def test_reads_nothing_back_from_the_device(monkeypatch):
     """A tensor on the meta device has no values to read."""
     ours, _ = build_pair(batch_first=True)
     inputs = {name: tensor.to('meta') for name, tensor in make_inputs(masked=True).items()}
-    monkeypatch.setattr(module, 'ms_deform_attn_fused',
-                        lambda value, *others: value[:, :inputs['query'].shape[1]].flatten(2))
+    monkeypatch.setattr(
+        module, 'ms_deform_attn_fused', lambda value, *others: value[:, : inputs['query'].shape[1]].flatten(2)
+    )
     assert ours.to('meta')(**inputs).shape == (2, 11, 32)
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(reference_points=None), 'reference_points is None'),
-    (dict(spatial_shapes=None), 'spatial_shapes is None'),
-    (dict(spatial_shapes=SHAPES[:2]), 'has 2 levels, but the layer was built with num_levels=3'),
-    (dict(spatial_shapes=[(6, 9), (3, 5), (2, 2)], level_start_index=None), 'num_keys = 71'),
-    (dict(query=torch.zeros(2, 11, 16), query_pos=None), r'\(bs, num_queries, 32\)'),
-    (dict(value=torch.zeros(NUM_KEYS, 2, 32)), 'batch_first=True'),
-    (dict(reference_points=torch.zeros(11, 2, 3, 2)), r'bs, num_queries = \(2, 11\)'),
-    (dict(reference_points=torch.zeros(2, 11, 3, 3)), '2 or 4'),
-    (dict(key_padding_mask=torch.zeros(NUM_KEYS, 2)), r'\(bs, num_keys\) = \(2, 71\)'),
-])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(reference_points=None), 'reference_points is None'),
+        (dict(spatial_shapes=None), 'spatial_shapes is None'),
+        (dict(spatial_shapes=SHAPES[:2]), 'has 2 levels, but the layer was built with num_levels=3'),
+        (dict(spatial_shapes=[(6, 9), (3, 5), (2, 2)], level_start_index=None), 'num_keys = 71'),
+        (dict(query=torch.zeros(2, 11, 16), query_pos=None), r'\(bs, num_queries, 32\)'),
+        (dict(value=torch.zeros(NUM_KEYS, 2, 32)), 'batch_first=True'),
+        (dict(reference_points=torch.zeros(11, 2, 3, 2)), r'bs, num_queries = \(2, 11\)'),
+        (dict(reference_points=torch.zeros(2, 11, 3, 3)), '2 or 4'),
+        (dict(key_padding_mask=torch.zeros(NUM_KEYS, 2)), r'\(bs, num_keys\) = \(2, 71\)'),
+    ],
+)
 def test_bad_input_is_explained(changes, message):
     ours, _ = build_pair(batch_first=True)
     with pytest.raises(ValueError, match=message):

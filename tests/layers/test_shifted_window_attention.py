@@ -1,4 +1,5 @@
 """Window attention is MMDetection's in weights and numbers, at any size, and forms no mask of all windows."""
+
 import pytest
 import torch
 from mmdet.models.backbones.swin import ShiftWindowMSA
@@ -110,13 +111,16 @@ def test_autocast(shift_size, dtype):
     assert (out - exact).abs().mean() <= 2 * (reference - exact).abs().mean()
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(embed_dims=30, num_heads=4), 'embed_dims=30 is not a multiple of num_heads=4'),
-    (dict(embed_dims=32, num_heads=0), 'embed_dims=32 is not a multiple of num_heads=0'),
-    (dict(embed_dims=32, num_heads=4, window_size=7, shift_size=7), 'shift_size=7 does not fit window_size=7'),
-    (dict(embed_dims=32, num_heads=4, shift_size=-1), 'shift_size=-1 does not fit'),
-    (dict(embed_dims=32, num_heads=4, window_size=0), 'window_size=0'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(embed_dims=30, num_heads=4), 'embed_dims=30 is not a multiple of num_heads=4'),
+        (dict(embed_dims=32, num_heads=0), 'embed_dims=32 is not a multiple of num_heads=0'),
+        (dict(embed_dims=32, num_heads=4, window_size=7, shift_size=7), 'shift_size=7 does not fit window_size=7'),
+        (dict(embed_dims=32, num_heads=4, shift_size=-1), 'shift_size=-1 does not fit'),
+        (dict(embed_dims=32, num_heads=4, window_size=0), 'window_size=0'),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ShiftedWindowAttention(**options)

@@ -1,4 +1,5 @@
 """Shunted self-attention against the published arithmetic, written out with the scores in memory."""
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ def plain_attention(layer, x, hw_shape):
         outs = []
         for i in range(heads):
             part = slice(i * head_dim, (i + 1) * head_dim)
-            scores = queries[first + i] @ key[..., part].transpose(1, 2) / head_dim ** .5
+            scores = queries[first + i] @ key[..., part].transpose(1, 2) / head_dim**0.5
             outs.append(scores.softmax(-1) @ value[..., part])
         return outs
 
@@ -52,24 +53,30 @@ def test_matches_plain_attention_in_float64(sr_ratio, num_heads, hw_shape):
     out, expected = layer(x, hw_shape), plain_attention(layer, x, hw_shape)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     inputs = [x, *layer.parameters()]
-    for grad, reference in zip(torch.autograd.grad((out * weight).sum(), inputs),
-                               torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+    for grad, reference in zip(
+        torch.autograd.grad((out * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        strict=True,
+    ):
         torch.testing.assert_close(grad, reference, rtol=0, atol=1e-10)
 
 
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
-    layer = ShuntedSelfAttention(32, 2, 2, attn_drop_rate=.5, proj_drop_rate=.5)
+    layer = ShuntedSelfAttention(32, 2, 2, attn_drop_rate=0.5, proj_drop_rate=0.5)
     x = torch.randn(1, 64, 32)
     assert torch.equal(layer.eval()(x, (8, 8)), layer(x, (8, 8)))
     assert not torch.equal(layer.train()(x, (8, 8)), layer(x, (8, 8)))
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(embed_dims=30, num_heads=4), 'embed_dims=30 is not a multiple of num_heads=4'),
-    (dict(embed_dims=32, num_heads=1, sr_ratio=2), 'num_heads=1 is odd'),
-    (dict(embed_dims=32, num_heads=2, sr_ratio=3), 'sr_ratio=3 does not fit'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(embed_dims=30, num_heads=4), 'embed_dims=30 is not a multiple of num_heads=4'),
+        (dict(embed_dims=32, num_heads=1, sr_ratio=2), 'num_heads=1 is odd'),
+        (dict(embed_dims=32, num_heads=2, sr_ratio=3), 'sr_ratio=3 does not fit'),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ShuntedSelfAttention(**options)

@@ -1,4 +1,5 @@
 """Spatial-reduction attention is MMDetection's in weights and numbers, works at any size, and has the linear form."""
+
 import pytest
 import torch
 from mmdet.models.backbones.pvt import PVTEncoderLayer
@@ -40,15 +41,18 @@ def run(layer, x, *args, **kwargs):
 def plain_attention(layer, query, key):
     """softmax(q k^T / sqrt(d)) v, head by head, with the scores in memory: (B, N, C), (B, M, C) -> (B, N, C)."""
     weights, biases = layer.attn.in_proj_weight.chunk(3), layer.attn.in_proj_bias.chunk(3)
-    query, key, value = (F.linear(x, weight, bias).split(query.shape[-1] // layer.num_heads, -1)
-                         for x, weight, bias in zip((query, key, key), weights, biases, strict=True))
+    query, key, value = (
+        F.linear(x, weight, bias).split(query.shape[-1] // layer.num_heads, -1)
+        for x, weight, bias in zip((query, key, key), weights, biases, strict=True)
+    )
     outs = [(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in zip(query, key, value, strict=True)]
     return F.linear(torch.cat(outs, -1), layer.attn.out_proj.weight, layer.attn.out_proj.bias)
 
 
 @pytest.mark.parametrize('batch', [1, 3])
-@pytest.mark.parametrize('sr_ratio, hw_shape', [
-    (8, (16, 24)), (8, (19, 9)), (4, (4, 7)), (2, (5, 5)), (1, (3, 5)), (1, (1, 1))], ids=str)
+@pytest.mark.parametrize(
+    'sr_ratio, hw_shape', [(8, (16, 24)), (8, (19, 9)), (4, (4, 7)), (2, (5, 5)), (1, (3, 5)), (1, (1, 1))], ids=str
+)
 def test_equals_mmdetection(sr_ratio, hw_shape, batch):
     ours, theirs = build_pair(sr_ratio=sr_ratio)
     x = make_tokens(hw_shape, batch)
@@ -86,7 +90,7 @@ def test_a_side_shorter_than_the_reduction_is_padded_with_zeros(hw_shape, padded
     layer = build(sr_ratio=4)
     x = make_tokens(hw_shape)
     fmap = x.new_zeros(2, 16, *padded)
-    fmap[:, :, :hw_shape[0], :hw_shape[1]] = x.mT.reshape(2, 16, *hw_shape)
+    fmap[:, :, : hw_shape[0], : hw_shape[1]] = x.mT.reshape(2, 16, *hw_shape)
     reduced = layer.norm(layer.sr(fmap).flatten(2).mT)
     assert reduced.shape[1] == (padded[0] // 4) * (padded[1] // 4)
     torch.testing.assert_close(layer(x, hw_shape), x + plain_attention(layer, x, reduced), rtol=0, atol=1e-12)
@@ -150,10 +154,13 @@ def test_autocast(fields, dtype):
     torch.testing.assert_close(out.float(), exact, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(embed_dims=30, num_heads=4), 'embed_dims=30 is not a multiple of num_heads=4'),
-    (dict(embed_dims=32, num_heads=4, sr_ratio=0), 'sr_ratio=0 does not fit'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(embed_dims=30, num_heads=4), 'embed_dims=30 is not a multiple of num_heads=4'),
+        (dict(embed_dims=32, num_heads=4, sr_ratio=0), 'sr_ratio=0 does not fit'),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         SpatialReductionAttention(**options)

@@ -1,4 +1,5 @@
 """What PVTNeck and SwinNeck share: they begin as their ChannelMapper, take any size, and serve heads of every kind."""
+
 from pathlib import Path
 
 import mmdet
@@ -24,8 +25,14 @@ NECKS = ['PVTNeck', 'SwinNeck']
 FUSIONS = [None, 'add', 'cross_attention']
 CHANNELS = [24, 40, 64]
 SIZES = [(19, 13), (10, 7), (5, 4)]
-MAPPER = dict(in_channels=CHANNELS, kernel_size=1, out_channels=32, act_cfg=None,
-              norm_cfg=dict(type='GN', num_groups=8), num_outs=5)
+MAPPER = dict(
+    in_channels=CHANNELS,
+    kernel_size=1,
+    out_channels=32,
+    act_cfg=None,
+    norm_cfg=dict(type='GN', num_groups=8),
+    num_outs=5,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +63,10 @@ def build_awake(kind, **fields):
 
 def make_maps(sizes=SIZES, batch=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(batch, channels, *size, dtype=dtype, generator=generator).requires_grad_()
-            for channels, size in zip(CHANNELS, sizes, strict=True)]
+    return [
+        torch.randn(batch, channels, *size, dtype=dtype, generator=generator).requires_grad_()
+        for channels, size in zip(CHANNELS, sizes, strict=True)
+    ]
 
 
 def gradients(outs, leaves):
@@ -95,8 +104,11 @@ def test_the_defaults_are_the_contract():
         convs = [conv.conv for conv in neck.convs]
         assert all(conv.kernel_size == (1, 1) and conv.out_channels == 256 and conv.bias is not None for conv in convs)
         assert all(conv.gn.num_groups == 32 and not conv.with_activation for conv in neck.convs)
-        assert neck.extra_convs is None and not neck.input_norms and not any(
-            parameter.any() for name, parameter in neck.named_parameters() if 'scale' in name)
+        assert (
+            neck.extra_convs is None
+            and not neck.input_norms
+            and not any(parameter.any() for name, parameter in neck.named_parameters() if 'scale' in name)
+        )
 
 
 @pytest.mark.parametrize('kind', NECKS)
@@ -155,8 +167,10 @@ def test_batch_and_memory_layout_do_not_matter(kind):
 def test_input_norm(kind):
     neck, plain, inputs = build_awake(kind, input_norm=True), build_awake(kind), make_maps()
     plain.load_state_dict(neck.state_dict(), strict=False)
-    normed = [F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, 1e-6).permute(0, 3, 1, 2)
-              for x, norm in zip(inputs, neck.input_norms, strict=True)]
+    normed = [
+        F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, 1e-6).permute(0, 3, 1, 2)
+        for x, norm in zip(inputs, neck.input_norms, strict=True)
+    ]
     torch.testing.assert_close(neck(inputs), plain(normed), rtol=0, atol=1e-12)
 
 
@@ -207,11 +221,14 @@ def detector(kind, neck):
         cfg.backbone = dict(backbone, out_indices=(1, 2, 3))
         cfg.neck.update(type=f'msda_plugin.{neck}', in_channels=[128, 256, 512], fusion='cross_attention')
         return cfg
-    cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/_base_/models' / {
-        'RetinaNet': 'retinanet_r50_fpn.py', 'MaskRCNN': 'mask-rcnn_r50_fpn.py'}[kind]).model
+    cfg = Config.fromfile(
+        Path(mmdet.__file__).parent
+        / '.mim/configs/_base_/models'
+        / {'RetinaNet': 'retinanet_r50_fpn.py', 'MaskRCNN': 'mask-rcnn_r50_fpn.py'}[kind]
+    ).model
     stages = (1, 2, 3) if kind == 'RetinaNet' else (0, 1, 2, 3)
     cfg.backbone = dict(backbone, out_indices=stages)
-    cfg.neck = dict(type=f'msda_plugin.{neck}', in_channels=[64 * 2 ** i for i in stages], out_channels=256, num_outs=5)
+    cfg.neck = dict(type=f'msda_plugin.{neck}', in_channels=[64 * 2**i for i in stages], out_channels=256, num_outs=5)
     return cfg
 
 
@@ -224,10 +241,15 @@ def test_a_detector_trains_and_predicts(neck, kind):
     assert type(model.neck).__name__ == neck
     model.init_weights()
     meta = dict(img_shape=(64, 96), ori_shape=(64, 96), scale_factor=(1.0, 1.0))
-    objects = InstanceData(bboxes=torch.tensor([[8.0, 12.0, 40.0, 60.0]]), labels=torch.tensor([1]),
-                           masks=BitmapMasks([np.ones((64, 96), np.uint8)], 64, 96))
-    batch = dict(inputs=[torch.randint(256, (3, 64, 96), dtype=torch.uint8)],
-                 data_samples=[DetDataSample(metainfo=meta, gt_instances=objects)])
+    objects = InstanceData(
+        bboxes=torch.tensor([[8.0, 12.0, 40.0, 60.0]]),
+        labels=torch.tensor([1]),
+        masks=BitmapMasks([np.ones((64, 96), np.uint8)], 64, 96),
+    )
+    batch = dict(
+        inputs=[torch.randint(256, (3, 64, 96), dtype=torch.uint8)],
+        data_samples=[DetDataSample(metainfo=meta, gt_instances=objects)],
+    )
     reached = set()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
@@ -241,16 +263,22 @@ def test_a_detector_trains_and_predicts(neck, kind):
 
 
 @pytest.mark.parametrize('kind', NECKS)
-@pytest.mark.parametrize('fields, message', [
-    (dict(in_channels=64), r'in_channels=64; expected the channels of each map of the backbone'),
-    (dict(in_channels=[]), r'in_channels=\[\]; expected the channels'),
-    (dict(num_outs=2), r'num_outs=2, but there are 3 in_channels \[24, 40, 64\]'),
-    (dict(depth=-2), r'depth=-2; expected 0 \(no attention\) or more'),
-    (dict(num_heads=5), 'out_channels=32, which is not a multiple of num_heads=5'),
-    (dict(norm_cfg=dict(type='GN', num_groups=12)), 'out_channels=32, .* not a multiple of the 12 groups of norm_cfg'),
-    (dict(fusion='sum'), "fusion='sum'; expected 'add', 'cross_attention' or None"),
-    (dict(sr_ratios=[2, 1]), r'2 sr_ratios \[2, 1\]; expected one for each of the 3 in_channels'),
-])
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        (dict(in_channels=64), r'in_channels=64; expected the channels of each map of the backbone'),
+        (dict(in_channels=[]), r'in_channels=\[\]; expected the channels'),
+        (dict(num_outs=2), r'num_outs=2, but there are 3 in_channels \[24, 40, 64\]'),
+        (dict(depth=-2), r'depth=-2; expected 0 \(no attention\) or more'),
+        (dict(num_heads=5), 'out_channels=32, which is not a multiple of num_heads=5'),
+        (
+            dict(norm_cfg=dict(type='GN', num_groups=12)),
+            'out_channels=32, .* not a multiple of the 12 groups of norm_cfg',
+        ),
+        (dict(fusion='sum'), "fusion='sum'; expected 'add', 'cross_attention' or None"),
+        (dict(sr_ratios=[2, 1]), r'2 sr_ratios \[2, 1\]; expected one for each of the 3 in_channels'),
+    ],
+)
 def test_bad_configs(kind, fields, message):
     with pytest.raises(ValueError, match=message):
         MODELS.build(dict(MAPPER, type=f'msda_plugin.{kind}') | fields)

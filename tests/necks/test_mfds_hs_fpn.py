@@ -1,4 +1,5 @@
 """HS-FPN against the published numbers (tests/golden), and in front of dense and of DETR-style heads."""
+
 import json
 import sys
 from pathlib import Path
@@ -30,15 +31,17 @@ def upstream_state_dict():
 
 def maps(sizes, channels=(32, 48, 64), bs=2, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(bs, c, *size, generator=generator, dtype=dtype)
-            for c, size in zip(channels, sizes, strict=True)]
+    return [
+        torch.randn(bs, c, *size, generator=generator, dtype=dtype) for c, size in zip(channels, sizes, strict=True)
+    ]
 
 
 def test_matches_the_published_numbers():
     neck = MFDSHSFPN([64, 128, 256], 64)
     neck.load_state_dict(convert_state_dict(upstream_state_dict(), 'hs_fpn'))
-    inputs = [recipe.tensor(f'feat2x{c}x{h}x{w}', (2, c, h, w))
-              for c, h, w in ((64, 16, 24), (128, 8, 12), (256, 4, 6))]
+    inputs = [
+        recipe.tensor(f'feat2x{c}x{h}x{w}', (2, c, h, w)) for c, h, w in ((64, 16, 24), (128, 8, 12), (256, 4, 6))
+    ]
     with torch.inference_mode():
         outs = neck(inputs)
     golden = np.load(GOLDEN / 'hs_fpn_2x_64_128_256_to_64.npz')
@@ -46,7 +49,7 @@ def test_matches_the_published_numbers():
     for i, out in enumerate(outs):
         expected = torch.from_numpy(golden[f'out{i}'])
         assert out.shape == expected.shape
-        assert (out - expected).abs().max() <= 1e-4 * max(1., expected.abs().max())
+        assert (out - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())
 
 
 def test_parameters_on_a_resnet50():
@@ -99,8 +102,11 @@ def detector(kind):
         cfg.backbone = dict(backbone, out_indices=(1, 2, 3))
         cfg.neck = dict(type='msda_plugin.MFDSHSFPN', in_channels=[128, 256, 512], out_channels=128)
         return cfg
-    cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/_base_/models' / {
-        'RetinaNet': 'retinanet_r50_fpn.py', 'MaskRCNN': 'mask-rcnn_r50_fpn.py'}[kind]).model
+    cfg = Config.fromfile(
+        Path(mmdet.__file__).parent
+        / '.mim/configs/_base_/models'
+        / {'RetinaNet': 'retinanet_r50_fpn.py', 'MaskRCNN': 'mask-rcnn_r50_fpn.py'}[kind]
+    ).model
     cfg.backbone = dict(backbone, out_indices=(0, 1, 2, 3))
     cfg.neck = dict(type='msda_plugin.MFDSHSFPN', in_channels=[64, 128, 256, 512], out_channels=256)
     return cfg
@@ -112,10 +118,15 @@ def test_in_front_of_a_head(kind):
     torch.manual_seed(0)
     model = MMDET_MODELS.build(detector(kind))
     meta = dict(img_shape=(64, 96), ori_shape=(64, 96), scale_factor=(1.0, 1.0))
-    objects = InstanceData(bboxes=torch.tensor([[8.0, 12.0, 40.0, 60.0]]), labels=torch.tensor([1]),
-                           masks=BitmapMasks([np.ones((64, 96), np.uint8)], 64, 96))
-    batch = {'inputs': [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)],
-             'data_samples': [DetDataSample(metainfo=meta, gt_instances=objects)]}
+    objects = InstanceData(
+        bboxes=torch.tensor([[8.0, 12.0, 40.0, 60.0]]),
+        labels=torch.tensor([1]),
+        masks=BitmapMasks([np.ones((64, 96), np.uint8)], 64, 96),
+    )
+    batch = {
+        'inputs': [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)],
+        'data_samples': [DetDataSample(metainfo=meta, gt_instances=objects)],
+    }
     loss, _ = model.parse_losses(model(**model.data_preprocessor(batch, training=True), mode='loss'))
     loss.backward()
     assert loss.isfinite()
@@ -125,12 +136,16 @@ def test_in_front_of_a_head(kind):
         assert model.test_step(batch)[0].pred_instances.bboxes.shape[1] == 4
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (dict(num_outs=5), 'num_outs is 5 with 3 in_channels, .*: set num_outs to 3 or 4'),
-    (dict(out_channels=48), 'out_channels is 48 .* must be a multiple of 32'),
-    (dict(in_channels=[32, 64, 40]), 'the last of in_channels 40, .* the last input of 16'),
-    (dict(in_channels=[]), 'in_channels is empty'),
-    (dict(in_channels=[3, 64, 64]), 'needs at least 4')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(num_outs=5), 'num_outs is 5 with 3 in_channels, .*: set num_outs to 3 or 4'),
+        (dict(out_channels=48), 'out_channels is 48 .* must be a multiple of 32'),
+        (dict(in_channels=[32, 64, 40]), 'the last of in_channels 40, .* the last input of 16'),
+        (dict(in_channels=[]), 'in_channels is empty'),
+        (dict(in_channels=[3, 64, 64]), 'needs at least 4'),
+    ],
+)
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         MFDSHSFPN(**dict(dict(in_channels=[32, 48, 64], out_channels=32), **arguments))
@@ -148,6 +163,9 @@ def test_conversion_accounts_for_every_key_and_refuses_what_does_not_fit():
     assert conversion.taken.keys() == upstream.keys() and not conversion.dropped
     assert convert_state_dict(conversion.state_dict, 'hs_fpn') == conversion.state_dict
     upstream['lateral_conv.2.2.weight'] = upstream.pop('weight_conv.1.0.conv1.weight')
-    with pytest.raises(ValueError, match=r"missing keys \['weight_conv.1.0.conv1.weight'\], "
-                                         r"unexpected keys \['lateral_conv.2.2.weight'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing keys \['weight_conv.1.0.conv1.weight'\], "
+        r"unexpected keys \['lateral_conv.2.2.weight'\]",
+    ):
         convert_state_dict(upstream, 'hs_fpn')

@@ -1,4 +1,5 @@
 """PVTNeck's blocks are PVT's, and its cross-attention is the one of the contract."""
+
 import pytest
 import torch
 from mmdet.models.backbones.pvt import PVTEncoderLayer
@@ -24,13 +25,16 @@ def build(**fields):
 
 def make_maps(sizes=((13, 10), (7, 5))):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(2, channels, *size, dtype=torch.float64, generator=generator)
-            for channels, size in zip(CHANNELS, sizes, strict=True)]
+    return [
+        torch.randn(2, channels, *size, dtype=torch.float64, generator=generator)
+        for channels, size in zip(CHANNELS, sizes, strict=True)
+    ]
 
 
 def channel_maps(neck, inputs):
-    mapper = ChannelMapper(CHANNELS, 32, 1, norm_cfg=dict(type='GN', num_groups=32), act_cfg=None, bias=True,
-                           num_outs=3)
+    mapper = ChannelMapper(
+        CHANNELS, 32, 1, norm_cfg=dict(type='GN', num_groups=32), act_cfg=None, bias=True, num_outs=3
+    )
     mapper.double().load_state_dict(neck.state_dict(), strict=False)
     return mapper(inputs)
 
@@ -71,7 +75,8 @@ def test_the_finer_map_attends_to_the_reduced_coarser_map():
     reduced = attn.norm(F.conv2d(key.mT.unflatten(2, (7, 5)), attn.sr.weight, attn.sr.bias, stride=2).flatten(2).mT)
     assert reduced.shape[1] == 3 * 2
     attended, _ = torch.nn.MultiheadAttention.forward(
-        attn.attn, query.transpose(0, 1), reduced.transpose(0, 1), reduced.transpose(0, 1))
+        attn.attn, query.transpose(0, 1), reduced.transpose(0, 1), reduced.transpose(0, 1)
+    )
     expected = fine + attended.permute(1, 2, 0).unflatten(2, (13, 10))
     torch.testing.assert_close(outs[0], expected, rtol=0, atol=1e-10)
     assert torch.equal(outs[1], coarse)

@@ -1,4 +1,5 @@
 """ViTDet's pyramid: its arithmetic, its levels at any size, and detectors that train and predict on it."""
+
 import pytest
 import torch
 from mmdet.registry import MODELS as DETECTORS
@@ -13,9 +14,15 @@ from torch.nn import functional as F
 from msda_plugin.necks.simple_feature_pyramid import SimpleFeaturePyramid
 from msda_plugin.registry import MODELS
 
-BACKBONE = dict(type='msda_plugin.VisionTransformer', img_size=64, window_size=3, with_cls_token=False,
-                arch=dict(embed_dims=32, depth=4, num_heads=2, mlp_ratio=2), use_rel_pos=True)
-PREPROCESSOR = dict(type='mmdet.DetDataPreprocessor', mean=[100.] * 3, std=[50.] * 3)
+BACKBONE = dict(
+    type='msda_plugin.VisionTransformer',
+    img_size=64,
+    window_size=3,
+    with_cls_token=False,
+    arch=dict(embed_dims=32, depth=4, num_heads=2, mlp_ratio=2),
+    use_rel_pos=True,
+)
+PREPROCESSOR = dict(type='mmdet.DetDataPreprocessor', mean=[100.0] * 3, std=[50.0] * 3)
 SHAPES = [(75, 101), (64, 96)]
 
 
@@ -57,12 +64,15 @@ def test_parameter_count():
     assert sum(p.numel() for p in neck.parameters()) == enlarging + lateral + 4 * (9 * 256 * 256 + 4 * 256)
 
 
-@pytest.mark.parametrize('options, sides', [
-    (dict(), [(20, 28), (10, 14), (5, 7), (3, 4)]),
-    (dict(num_outs=6), [(20, 28), (10, 14), (5, 7), (3, 4), (2, 2), (1, 1)]),
-    (dict(scale_factors=(2, 1, .5), num_outs=4), [(10, 14), (5, 7), (3, 4), (2, 2)]),
-    (dict(scale_factors=[1.]), [(5, 7)]),
-])
+@pytest.mark.parametrize(
+    'options, sides',
+    [
+        (dict(), [(20, 28), (10, 14), (5, 7), (3, 4)]),
+        (dict(num_outs=6), [(20, 28), (10, 14), (5, 7), (3, 4), (2, 2), (1, 1)]),
+        (dict(scale_factors=(2, 1, 0.5), num_outs=4), [(10, 14), (5, 7), (3, 4), (2, 2)]),
+        (dict(scale_factors=[1.0]), [(5, 7)]),
+    ],
+)
 def test_levels(options, sides):
     neck = MODELS.build(dict(type='msda_plugin.SimpleFeaturePyramid', in_channels=8, out_channels=16, **options))
     outs = neck([torch.rand(1, 8, 5, 7)])
@@ -81,14 +91,20 @@ def test_autocast_is_finite(dtype):
     assert all(p.grad.isfinite().all() for p in neck.parameters())
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(in_channels=[32]), r'in_channels is \[32\]; expected one number'),
-    (dict(in_channels=30), 'in_channels is 30; expected .* a multiple of 4'),
-    (dict(num_outs=3), 'num_outs is 3, but there are 4 scale_factors'),
-    (dict(scale_factors=(1, 2)), r'scale_factors is \(1, 2\); expected some of \(4.0, 2.0, 1.0, 0.5\), in this order'),
-    (dict(scale_factors=(8, 4)), 'scale_factors is'),
-    (dict(scale_factors=()), 'scale_factors is'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(in_channels=[32]), r'in_channels is \[32\]; expected one number'),
+        (dict(in_channels=30), 'in_channels is 30; expected .* a multiple of 4'),
+        (dict(num_outs=3), 'num_outs is 3, but there are 4 scale_factors'),
+        (
+            dict(scale_factors=(1, 2)),
+            r'scale_factors is \(1, 2\); expected some of \(4.0, 2.0, 1.0, 0.5\), in this order',
+        ),
+        (dict(scale_factors=(8, 4)), 'scale_factors is'),
+        (dict(scale_factors=()), 'scale_factors is'),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         SimpleFeaturePyramid(**dict(in_channels=32) | options)
@@ -106,13 +122,16 @@ def batch():
     inputs = [torch.randint(256, (3, *shape), dtype=torch.uint8, generator=generator) for shape in SHAPES]
     samples = []
     for height, width in SHAPES:
-        sample = DetDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width),
-                                             scale_factor=(1.0, 1.0)))
+        sample = DetDataSample(
+            metainfo=dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0))
+        )
         masks = torch.zeros(2, height, width, dtype=torch.uint8)
         masks[0, 10:50, 8:40] = masks[1, 5:30, 50:90] = 1
         sample.gt_instances = InstanceData(
-            bboxes=torch.tensor([[8., 10., 40., 50.], [50., 5., 90., 30.]]), labels=torch.tensor([0, 2]),
-            masks=BitmapMasks(masks.numpy(), height, width))
+            bboxes=torch.tensor([[8.0, 10.0, 40.0, 50.0], [50.0, 5.0, 90.0, 30.0]]),
+            labels=torch.tensor([0, 2]),
+            masks=BitmapMasks(masks.numpy(), height, width),
+        )
         samples.append(sample)
     return dict(inputs=inputs, data_samples=samples)
 
@@ -120,47 +139,88 @@ def batch():
 def mask_rcnn():
     head = dict(in_channels=16, num_classes=3)
     roi_extractor = dict(type='SingleRoIExtractor', out_channels=16, featmap_strides=[4, 8, 16, 32])
-    sampler = dict(type='RandomSampler', num=16, pos_fraction=.5, neg_pos_ub=-1)
-    assigner = dict(type='MaxIoUAssigner', pos_iou_thr=.5, neg_iou_thr=.5, min_pos_iou=.5, ignore_iof_thr=-1)
-    coder = dict(type='DeltaXYWHBBoxCoder', target_means=[0.] * 4, target_stds=[1.] * 4)
-    proposals = dict(nms_pre=50, max_per_img=20, nms=dict(type='nms', iou_threshold=.7), min_bbox_size=0)
+    sampler = dict(type='RandomSampler', num=16, pos_fraction=0.5, neg_pos_ub=-1)
+    assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.5, ignore_iof_thr=-1)
+    coder = dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4)
+    proposals = dict(nms_pre=50, max_per_img=20, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
     return dict(
-        type='MaskRCNN', data_preprocessor=PREPROCESSOR | dict(pad_mask=True), backbone=BACKBONE,
+        type='MaskRCNN',
+        data_preprocessor=PREPROCESSOR | dict(pad_mask=True),
+        backbone=BACKBONE,
         neck=dict(type='msda_plugin.SimpleFeaturePyramid', in_channels=32, out_channels=16, num_outs=5),
         rpn_head=dict(
-            type='RPNHead', in_channels=16, feat_channels=16, bbox_coder=coder,
-            anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[.5, 1., 2.], strides=[4, 8, 16, 32, 64])),
+            type='RPNHead',
+            in_channels=16,
+            feat_channels=16,
+            bbox_coder=coder,
+            anchor_generator=dict(
+                type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]
+            ),
+        ),
         roi_head=dict(
             type='StandardRoIHead',
             bbox_roi_extractor=roi_extractor | dict(roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0)),
             bbox_head=dict(type='Shared2FCBBoxHead', fc_out_channels=32, roi_feat_size=7, bbox_coder=coder, **head),
             mask_roi_extractor=roi_extractor | dict(roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0)),
-            mask_head=dict(type='FCNMaskHead', num_convs=1, conv_out_channels=16,
-                           loss_mask=dict(type='CrossEntropyLoss', use_mask=True), **head)),
-        train_cfg=dict(rpn=dict(assigner=assigner, sampler=sampler, pos_weight=-1, allowed_border=-1),
-                       rpn_proposal=proposals,
-                       rcnn=dict(assigner=assigner, sampler=sampler, mask_size=28, pos_weight=-1)),
-        test_cfg=dict(rpn=proposals, rcnn=dict(score_thr=0., nms=dict(type='nms', iou_threshold=.5), max_per_img=10,
-                                               mask_thr_binary=.5)))
+            mask_head=dict(
+                type='FCNMaskHead',
+                num_convs=1,
+                conv_out_channels=16,
+                loss_mask=dict(type='CrossEntropyLoss', use_mask=True),
+                **head,
+            ),
+        ),
+        train_cfg=dict(
+            rpn=dict(assigner=assigner, sampler=sampler, pos_weight=-1, allowed_border=-1),
+            rpn_proposal=proposals,
+            rcnn=dict(assigner=assigner, sampler=sampler, mask_size=28, pos_weight=-1),
+        ),
+        test_cfg=dict(
+            rpn=proposals,
+            rcnn=dict(score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=10, mask_thr_binary=0.5),
+        ),
+    )
 
 
 def deformable_detr():
-    attention = dict(embed_dims=16, num_heads=2, dropout=0., batch_first=True)
+    attention = dict(embed_dims=16, num_heads=2, dropout=0.0, batch_first=True)
     layer = dict(self_attn_cfg=attention, ffn_cfg=dict(embed_dims=16, feedforward_channels=32))
     return dict(
-        type='msda_plugin.DeformableDETR', data_preprocessor=PREPROCESSOR, num_queries=10, backbone=BACKBONE,
-        neck=dict(type='msda_plugin.SimpleFeaturePyramid', in_channels=32, out_channels=16, scale_factors=[2, 1, .5],
-                  num_outs=4),
+        type='msda_plugin.DeformableDETR',
+        data_preprocessor=PREPROCESSOR,
+        num_queries=10,
+        backbone=BACKBONE,
+        neck=dict(
+            type='msda_plugin.SimpleFeaturePyramid',
+            in_channels=32,
+            out_channels=16,
+            scale_factors=[2, 1, 0.5],
+            num_outs=4,
+        ),
         encoder=dict(num_layers=1, layer_cfg=layer),
         decoder=dict(num_layers=1, return_intermediate=True, layer_cfg=layer | dict(cross_attn_cfg=dict(attention))),
-        positional_encoding=dict(num_feats=8, normalize=True, offset=-.5),
-        bbox_head=dict(type='msda_plugin.DeformableDETRHead', num_classes=3, embed_dims=16, sync_cls_avg_factor=True,
-                       loss_cls=dict(type='FocalLoss', use_sigmoid=True, loss_weight=2.),
-                       loss_bbox=dict(type='L1Loss', loss_weight=5.), loss_iou=dict(type='GIoULoss', loss_weight=2.)),
-        train_cfg=dict(assigner=dict(type='HungarianAssigner', match_costs=[
-            dict(type='FocalLossCost', weight=2.), dict(type='BBoxL1Cost', weight=5., box_format='xywh'),
-            dict(type='IoUCost', iou_mode='giou', weight=2.)])),
-        test_cfg=dict(max_per_img=10))
+        positional_encoding=dict(num_feats=8, normalize=True, offset=-0.5),
+        bbox_head=dict(
+            type='msda_plugin.DeformableDETRHead',
+            num_classes=3,
+            embed_dims=16,
+            sync_cls_avg_factor=True,
+            loss_cls=dict(type='FocalLoss', use_sigmoid=True, loss_weight=2.0),
+            loss_bbox=dict(type='L1Loss', loss_weight=5.0),
+            loss_iou=dict(type='GIoULoss', loss_weight=2.0),
+        ),
+        train_cfg=dict(
+            assigner=dict(
+                type='HungarianAssigner',
+                match_costs=[
+                    dict(type='FocalLossCost', weight=2.0),
+                    dict(type='BBoxL1Cost', weight=5.0, box_format='xywh'),
+                    dict(type='IoUCost', iou_mode='giou', weight=2.0),
+                ],
+            )
+        ),
+        test_cfg=dict(max_per_img=10),
+    )
 
 
 @pytest.mark.parametrize('config', [mask_rcnn, deformable_detr], ids=lambda config: config.__name__)

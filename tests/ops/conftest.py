@@ -1,4 +1,5 @@
 """Lets the tests here import operator_cases, which stands next to them, and keeps their small work on one thread."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Runs the compiled CPU kernels on odd sizes; a process of its own, for sanitizers."""
+
 import itertools
 import random
 import sys
@@ -16,10 +17,15 @@ def main() -> None:
     assert backend_for('cpu', torch.float32).name == 'cpu', backend_for('cpu', torch.float32)
     sizes = list(itertools.product((1, 7, 8, 16, 33, 71), (1, 3, 70), (0, 1, 50), (0, 1, 2), (2, 4)))
     for head_dim, points, queries, batch, reference_size in random.Random(0).sample(sizes, 30):
-        for dtype, coordinates in ((torch.float32, torch.float32), (torch.float64, torch.float64),
-                                   (torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
-            case = make_case(head_dim=head_dim, points=points, queries=queries, batch=batch,
-                             reference_size=reference_size)
+        for dtype, coordinates in (
+            (torch.float32, torch.float32),
+            (torch.float64, torch.float64),
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float16),
+        ):
+            case = make_case(
+                head_dim=head_dim, points=points, queries=queries, batch=batch, reference_size=reference_size
+            )
             levels = (torch.tensor(case.shapes), torch.tensor([0, 35, 41]))
             value = case.value.to(dtype)
             if case.locations.numel():

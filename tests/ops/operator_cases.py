@@ -1,4 +1,5 @@
 """Inputs of the operator for its tests, and two definitions to test against, written apart from the package's."""
+
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 @dataclass
 class Case:
     """One set of inputs; ``plain()`` and ``fused()`` are the arguments of the two forms."""
+
     shapes: list[tuple[int, int]]
     value: Tensor
     locations: Tensor
@@ -33,8 +35,18 @@ class Case:
         return self
 
 
-def make_case(shapes=((5, 7), (3, 2), (1, 1)), batch=2, queries=4, heads=2, head_dim=6, points=3, reference_size=2,
-              seed=0, dtype=torch.float64, spread=0.3) -> Case:
+def make_case(
+    shapes=((5, 7), (3, 2), (1, 1)),
+    batch=2,
+    queries=4,
+    heads=2,
+    head_dim=6,
+    points=3,
+    reference_size=2,
+    seed=0,
+    dtype=torch.float64,
+    spread=0.3,
+) -> Case:
     """Random inputs; ``spread`` is how far the locations reach beyond the level, as a fraction of it."""
     g = torch.Generator().manual_seed(seed)
     levels, keys = len(shapes), sum(h * w for h, w in shapes)
@@ -44,10 +56,14 @@ def make_case(shapes=((5, 7), (3, 2), (1, 1)), batch=2, queries=4, heads=2, head
         return torch.rand(*size, generator=g, dtype=torch.float64).to(dtype)
 
     return Case(
-        shapes=list(shapes), value=rand(batch, keys, heads, head_dim) - 0.5,
-        locations=rand(*sampling, 2) * (1 + 2 * spread) - spread, weights=rand(*sampling),
-        reference_points=rand(batch, queries, levels, reference_size), offsets=(rand(*sampling, 2) - 0.5) * 6,
-        logits=(rand(*sampling) - 0.5) * 4)
+        shapes=list(shapes),
+        value=rand(batch, keys, heads, head_dim) - 0.5,
+        locations=rand(*sampling, 2) * (1 + 2 * spread) - spread,
+        weights=rand(*sampling),
+        reference_points=rand(batch, queries, levels, reference_size),
+        offsets=(rand(*sampling, 2) - 0.5) * 6,
+        logits=(rand(*sampling) - 0.5) * 4,
+    )
 
 
 def grid_sample_attention(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """The CUDA kernels, run on the host by an emulator, against definitions in float64."""
+
 import ctypes
 import importlib.util
 import os
@@ -30,8 +31,19 @@ def build():
 
 def compile_host(build, *arguments):
     """Run nvcc as a compiler of C++ for the host."""
-    subprocess.run([build.find_nvcc(), '-x', 'c++', '-std=c++20', '-O1', '-Xcompiler=-fPIC,-w', '-cudart=none',
-                    *map(str, arguments)], check=True)
+    subprocess.run(
+        [
+            build.find_nvcc(),
+            '-x',
+            'c++',
+            '-std=c++20',
+            '-O1',
+            '-Xcompiler=-fPIC,-w',
+            '-cudart=none',
+            *map(str, arguments),
+        ],
+        check=True,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -55,11 +67,32 @@ def binding(build, emulator_object):
     """A folder with the CUDA binding as the library of the CPU."""
     torch_dir, folder = build.find_torch(), emulator_object.parent / 'binding'
     folder.mkdir()
-    compile_host(build, '-DUSE_CUDA', *build.STABLE_ABI_FLAGS, '-isystem', torch_dir / 'include', '-c',
-                 HERE / 'cuda_binding.cpp', '-o', folder / 'binding.o')
-    subprocess.run([*build.find_compiler(), '-shared', str(folder / 'binding.o'), str(emulator_object), '-o',
-                    str(folder / 'libmsda_cpu.so'), '-Wl,-Bsymbolic', '-Wl,--no-as-needed',
-                    f'-L{torch_dir / "lib"}', '-ltorch_cpu'], check=True)
+    compile_host(
+        build,
+        '-DUSE_CUDA',
+        *build.STABLE_ABI_FLAGS,
+        '-isystem',
+        torch_dir / 'include',
+        '-c',
+        HERE / 'cuda_binding.cpp',
+        '-o',
+        folder / 'binding.o',
+    )
+    subprocess.run(
+        [
+            *build.find_compiler(),
+            '-shared',
+            str(folder / 'binding.o'),
+            str(emulator_object),
+            '-o',
+            str(folder / 'libmsda_cpu.so'),
+            '-Wl,-Bsymbolic',
+            '-Wl,--no-as-needed',
+            f'-L{torch_dir / "lib"}',
+            '-ltorch_cpu',
+        ],
+        check=True,
+    )
     return folder
 
 
@@ -75,19 +108,36 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
     areas = levels.prod(1)
     starts = areas.cumsum(0) - areas
     reference_size = 0 if reference_points is None else reference_points.shape[-1]
-    sizes = (ctypes.c_int64 * 10)(batch, keys, heads, channels, len(shapes), queries, points, reference_size,
-                                  DTYPES[value.dtype], DTYPES[coordinates.dtype])
+    sizes = (ctypes.c_int64 * 10)(
+        batch,
+        keys,
+        heads,
+        channels,
+        len(shapes),
+        queries,
+        points,
+        reference_size,
+        DTYPES[value.dtype],
+        DTYPES[coordinates.dtype],
+    )
     inputs = pointers(value, levels, starts, reference_points, coordinates, weights)
     output = value.new_full((batch, queries, heads * channels), float('nan'))
     assert library.emulate_forward(sizes, inputs, ctypes.c_void_p(output.data_ptr())) == 0
 
     accumulation = torch.float64 if value.dtype == torch.float64 else torch.float32
-    grads = [None if t is None else torch.full_like(t, float('nan'))
-             for t in (value, reference_points, coordinates, weights)]
+    grads = [
+        None if t is None else torch.full_like(t, float('nan')) for t in (value, reference_points, coordinates, weights)
+    ]
     wide = value.dtype == accumulation or deterministic
     scratch = [None if wide else torch.full_like(value, float('nan'), dtype=accumulation)]
-    scratch += [torch.full((batch, heads, queries, len(shapes), reference_size), float('nan'), dtype=accumulation),
-                torch.full_like(weights, float('nan'), dtype=accumulation)] if reference_size else [None, None]
+    scratch += (
+        [
+            torch.full((batch, heads, queries, len(shapes), reference_size), float('nan'), dtype=accumulation),
+            torch.full_like(weights, float('nan'), dtype=accumulation),
+        ]
+        if reference_size
+        else [None, None]
+    )
     if not deterministic:
         scratch[2] = None
     elements = library.emulate_sort_elements(sizes)
@@ -101,14 +151,38 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
 
 @pytest.mark.parametrize('deterministic', [False, True])
 @pytest.mark.parametrize('reference_size', [0, 2, 4])
-@pytest.mark.parametrize('sizes', [
-    {}, {'head_dim': 1, 'points': 1}, {'head_dim': 32, 'queries': 9}, {'head_dim': 3, 'points': 37, 'queries': 2},
-    {'head_dim': 71, 'heads': 1}, {'shapes': [(12, 13), (1, 1)], 'head_dim': 16, 'queries': 70, 'batch': 1},
-    {'shapes': [(11, 9), (3, 2), (1, 1)], 'queries': 106, 'head_dim': 8, 'batch': 1},  # an encoder's: in bands
-    {'shapes': [(20, 15), (1, 1)], 'queries': 301, 'points': 4, 'head_dim': 8, 'heads': 1, 'batch': 1},  # sort in parts
-    {'queries': 0}], ids=str)
-@pytest.mark.parametrize('dtypes', [(torch.float64, torch.float64), (torch.float32, torch.float32),
-                                    (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    'sizes',
+    [
+        {},
+        {'head_dim': 1, 'points': 1},
+        {'head_dim': 32, 'queries': 9},
+        {'head_dim': 3, 'points': 37, 'queries': 2},
+        {'head_dim': 71, 'heads': 1},
+        {'shapes': [(12, 13), (1, 1)], 'head_dim': 16, 'queries': 70, 'batch': 1},
+        {'shapes': [(11, 9), (3, 2), (1, 1)], 'queries': 106, 'head_dim': 8, 'batch': 1},  # an encoder's: in bands
+        {
+            'shapes': [(20, 15), (1, 1)],
+            'queries': 301,
+            'points': 4,
+            'head_dim': 8,
+            'heads': 1,
+            'batch': 1,
+        },  # sort in parts
+        {'queries': 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    'dtypes',
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+    ids=str,
+)
 def test_against_grid_sample(emulator, deterministic, reference_size, sizes, dtypes):
     dtype, coordinate_dtype = dtypes
     case = make_case(reference_size=reference_size or 2, spread=0.5, **sizes)
@@ -129,8 +203,9 @@ def test_against_grid_sample(emulator, deterministic, reference_size, sizes, dty
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.isfinite().all(), f'tensor {index}'
         scale = e.abs().max().item() if e.numel() else 1.0
-        torch.testing.assert_close(a.double(), e, rtol=0, atol=tolerance * scale,
-                                   msg=lambda m, i=index: f'tensor {i}: {m}')
+        torch.testing.assert_close(
+            a.double(), e, rtol=0, atol=tolerance * scale, msg=lambda m, i=index: f'tensor {i}: {m}'
+        )
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
@@ -200,8 +275,10 @@ for function, inputs in (ms_deform_attn, case.plain()), (ms_deform_attn_fused, c
 
 def test_binding(binding):
     """The operator's own tests, with the CUDA binding and kernels in the place of the CPU's."""
-    chosen = ('portable and (dtypes or non_contiguous or unaligned or empty or level_forms or excluded or extreme or '
-              'never_read or nan_reaches)')
+    chosen = (
+        'portable and (dtypes or non_contiguous or unaligned or empty or level_forms or excluded or extreme or '
+        'never_read or nan_reaches)'
+    )
     done = run_with(binding, '-m', 'pytest', '-p', 'no:cacheprovider', 'tests/ops/test_operator.py', '-k', chosen)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert int(re.search(r'(\d+) passed', done.stdout)[1]) > 15

@@ -1,4 +1,5 @@
 """What is read from the machine code of the CUDA kernels: registers, spills, inner loops."""
+
 import importlib.util
 import re
 from pathlib import Path
@@ -39,7 +40,7 @@ def sass():
 def test_inner_loops_and_resources(sass):
     loops = sass.inner_loops(SASS)
     assert set(loops) == {'forward_kernelIffLi4E', 'plain_function'}
-    loop, = loops['forward_kernelIffLi4E']
+    (loop,) = loops['forward_kernelIffLi4E']
     assert loop == {'LDG': 1, 'FFMA': 1, 'BRA': 1}
     assert sass.resources(RESOURCES) == {'forward_kernelIffLi4E': (63, 8)}
 
@@ -62,8 +63,11 @@ def library(sass):
 
 
 def test_no_kernel_spills(sass, library):
-    found = [(arch, name, stack) for arch in ('sm_75', 'sm_80', 'sm_86', 'sm_89', 'sm_90', 'sm_100', 'sm_120')
-             for name, (_, stack) in sass.resources(sass.dump(library, arch, 'resource-usage')).items()]
+    found = [
+        (arch, name, stack)
+        for arch in ('sm_75', 'sm_80', 'sm_86', 'sm_89', 'sm_90', 'sm_100', 'sm_120')
+        for name, (_, stack) in sass.resources(sass.dump(library, arch, 'resource-usage')).items()
+    ]
     assert found and not [one for one in found if one[2]]
 
 

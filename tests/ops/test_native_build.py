@@ -1,4 +1,5 @@
 """The compiled libraries: what they need of torch, and that they build, also with sanitizers."""
+
 import importlib.util
 import os
 import re
@@ -33,7 +34,8 @@ def check_stable_abi(library):
     mangled = {name for name in symbols if re.match(r'_ZNK?\d*(N?\d*)?(2at|3c10|5torch)', name)}
     assert not mangled
     others = {name for name in symbols if re.match(r'(aoti|torch|c10|at_|cu)', name)} - {
-        name for name in symbols if name.startswith(('aoti_torch_', 'torch_'))}
+        name for name in symbols if name.startswith(('aoti_torch_', 'torch_'))
+    }
     assert not others
 
 
@@ -46,8 +48,11 @@ def test_only_the_stable_abi_is_used(library):
 
 def ptxas_report(log):
     """(kernel, (bytes of stack, of spill stores, of spill loads)) of each kernel."""
-    found = re.findall(r"entry function '\w*?([a-z]+)_kernel\w*' for .*\n.*\n\s+(\d+) bytes stack frame, "
-                       r'(\d+) bytes spill stores, (\d+) bytes spill loads', log)
+    found = re.findall(
+        r"entry function '\w*?([a-z]+)_kernel\w*' for .*\n.*\n\s+(\d+) bytes stack frame, "
+        r'(\d+) bytes spill stores, (\d+) bytes spill loads',
+        log,
+    )
     return [(name, tuple(map(int, sizes))) for name, *sizes in found]
 
 
@@ -76,8 +81,10 @@ def test_errors_name_the_remedy(build, monkeypatch, tmp_path):
 
 
 def test_torch_is_found_without_importing_it():
-    code = ('import sys; sys.path.insert(0, sys.argv[1]); import build; build.find_torch(); '
-            'assert "torch" not in sys.modules')
+    code = (
+        'import sys; sys.path.insert(0, sys.argv[1]); import build; build.find_torch(); '
+        'assert "torch" not in sys.modules'
+    )
     assert subprocess.run([sys.executable, '-c', code, str(ROOT / 'csrc')]).returncode == 0
 
 
@@ -104,11 +111,17 @@ def test_kernels_under_sanitizers(build, tmp_path, long_run):
     runtime = subprocess.run(where, capture_output=True, text=True).stdout.strip()
     if not Path(runtime).exists():
         pytest.skip('the compiler has no libasan.so')
-    library, = build.build(tmp_path, 'off', sanitize='address,undefined')
+    (library,) = build.build(tmp_path, 'off', sanitize='address,undefined')
     script = ROOT / 'tests' / 'ops' / 'exercise_kernels.py'
-    environment = {**os.environ, 'LD_PRELOAD': runtime, 'ASAN_OPTIONS': 'detect_leaks=0', 'PYTHONPATH': str(ROOT),
-                   'MSDA_LIBRARY_DIR': str(library.parent)}
+    environment = {
+        **os.environ,
+        'LD_PRELOAD': runtime,
+        'ASAN_OPTIONS': 'detect_leaks=0',
+        'PYTHONPATH': str(ROOT),
+        'MSDA_LIBRARY_DIR': str(library.parent),
+    }
     for isa in ('avx512', 'avx2', 'portable'):
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
-                              env={**environment, 'MSDA_CPU_ISA': isa})
+        done = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, env={**environment, 'MSDA_CPU_ISA': isa}
+        )
         assert done.returncode == 0, done.stdout + done.stderr

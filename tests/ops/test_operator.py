@@ -1,4 +1,5 @@
 """The operator against definitions in float64, over its semantics, on every backend and instruction set there is."""
+
 from pathlib import Path
 
 import numpy as np
@@ -38,16 +39,23 @@ def plain_pair(case):
 def fused_pair(case):
     actual = value_and_grads(lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest), case.fused())
     expected = value_and_grads(
-        lambda v, *rest: grid_sample_attention(v, case.shapes, *locations_and_weights(case.shapes, *rest)),
-        case.fused())
+        lambda v, *rest: grid_sample_attention(v, case.shapes, *locations_and_weights(case.shapes, *rest)), case.fused()
+    )
     return actual, expected
 
 
 cases = st.builds(
-    make_case, shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
-    batch=st.integers(0, 3), queries=st.integers(0, 70), heads=st.integers(1, 5), head_dim=st.integers(1, 40),
-    points=st.integers(1, 6), reference_size=st.sampled_from([2, 4]), seed=st.integers(0, 2**31),
-    spread=st.sampled_from([0, 0.1, 1.0]))
+    make_case,
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    batch=st.integers(0, 3),
+    queries=st.integers(0, 70),
+    heads=st.integers(1, 5),
+    head_dim=st.integers(1, 40),
+    points=st.integers(1, 6),
+    reference_size=st.sampled_from([2, 4]),
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0, 0.1, 1.0]),
+)
 
 
 @given(case=cases)
@@ -84,10 +92,17 @@ def test_dtypes(backend, dtype, coordinate_dtype, reference_size):
     """A 16-bit result is at most twice as far from float64 as plain PyTorch in that dtype; float32 is exact to 1e-5."""
     case = make_case(shapes=[(9, 11), (4, 5)], queries=30, head_dim=32, points=4, reference_size=reference_size)
     for arguments, native, plain in (
-            (case.plain(), lambda v, *rest: ms_deform_attn(v, case.shapes, None, *rest),
-             lambda v, *rest: grid_sample_attention(v, case.shapes, *rest)),
-            (case.fused(), lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest),
-             lambda v, *rest: grid_sample_attention(v, case.shapes, *locations_and_weights(case.shapes, *rest)))):
+        (
+            case.plain(),
+            lambda v, *rest: ms_deform_attn(v, case.shapes, None, *rest),
+            lambda v, *rest: grid_sample_attention(v, case.shapes, *rest),
+        ),
+        (
+            case.fused(),
+            lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest),
+            lambda v, *rest: grid_sample_attention(v, case.shapes, *locations_and_weights(case.shapes, *rest)),
+        ),
+    ):
         value, *rest = arguments
         low = [value.to(dtype), *(t.to(coordinate_dtype or dtype) for t in rest)]
         exact = value_and_grads(plain, [t.double() for t in low])
@@ -190,8 +205,11 @@ def test_unaligned_memory(backend):
     torch.testing.assert_close(ms_deform_attn(value, case.shapes, None, case.locations, case.weights), expected)
 
 
-@pytest.mark.parametrize('dtype, head_dim', [(torch.float32, 32), (torch.float64, 8), (torch.bfloat16, 32),
-                                            (torch.float16, 24), (torch.float32, 36)], ids=str)
+@pytest.mark.parametrize(
+    'dtype, head_dim',
+    [(torch.float32, 32), (torch.float64, 8), (torch.bfloat16, 32), (torch.float16, 24), (torch.float32, 36)],
+    ids=str,
+)
 def test_outputs_larger_than_the_caches(backend, dtype, head_dim):
     """Large outputs bypass the caches; each query's result is the one that it has in a small output."""
     queries = 9 * 2**20 // (2 * head_dim * dtype.itemsize)
@@ -229,8 +247,11 @@ def test_level_forms(backend):
     shapes = torch.tensor(case.shapes)
     starts = torch.tensor([0, 35, 41])
     forms = (case.shapes, tuple(map(list, case.shapes)), shapes, shapes.int())
-    outputs = [ms_deform_attn(case.value, form, start, case.locations, case.weights)
-               for form in forms for start in (None, starts, starts.int())]
+    outputs = [
+        ms_deform_attn(case.value, form, start, case.locations, case.weights)
+        for form in forms
+        for start in (None, starts, starts.int())
+    ]
     assert all(torch.equal(outputs[0], other) for other in outputs)
 
 
@@ -265,8 +286,9 @@ def test_published_gradcheck(head_dim):
     case = make_case(shapes=[(6, 4), (3, 2)], batch=1, queries=2, heads=2, head_dim=head_dim, points=2, spread=0)
     case.weights.div_(case.weights.sum((-1, -2), keepdim=True))
     case.requires_grad()
-    assert torch.autograd.gradcheck(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), case.plain(),
-                                    fast_mode=head_dim > 32)
+    assert torch.autograd.gradcheck(
+        lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), case.plain(), fast_mode=head_dim > 32
+    )
 
 
 def test_published_forward():
@@ -298,8 +320,15 @@ def test_scratch_memory_does_not_grow_with_the_samples():
 
     extra = []
     for queries, points in ((500, 1), (4000, 8)):
-        case = make_case(shapes=[(20, 30), (10, 15)], batch=1, queries=queries, heads=8, head_dim=16, points=points,
-                         dtype=torch.float32)
+        case = make_case(
+            shapes=[(20, 30), (10, 15)],
+            batch=1,
+            queries=queries,
+            heads=8,
+            head_dim=16,
+            points=points,
+            dtype=torch.float32,
+        )
         levels = (torch.tensor(case.shapes), torch.tensor([0, 600]))
         inputs = (case.value, *levels, *case.fused()[1:])
         results = []
@@ -322,8 +351,9 @@ def test_scratch_memory_does_not_grow_with_the_samples():
 @pytest.mark.parametrize('queries', [7, 333])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_bitwise_equal_for_any_number_of_threads(batch, queries, dtype):
-    case = make_case(shapes=[(12, 13), (5, 6)], batch=batch, queries=queries, head_dim=32, dtype=dtype,
-                     reference_size=4)
+    case = make_case(
+        shapes=[(12, 13), (5, 6)], batch=batch, queries=queries, head_dim=32, dtype=dtype, reference_size=4
+    )
     threads = torch.get_num_threads()
     results = []
     try:
@@ -331,7 +361,8 @@ def test_bitwise_equal_for_any_number_of_threads(batch, queries, dtype):
             torch.set_num_threads(count)
             results.append(
                 value_and_grads(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), case.plain())
-                + value_and_grads(lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest), case.fused()))
+                + value_and_grads(lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest), case.fused())
+            )
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

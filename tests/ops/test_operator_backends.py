@@ -1,4 +1,5 @@
 """Which backend runs, and why."""
+
 import os
 import subprocess
 import sys
@@ -65,8 +66,9 @@ def test_missing_and_broken_libraries_have_reasons(monkeypatch, tmp_path):
 @pytest.mark.parametrize('name, expected', [('reference', 'reference'), ('', None), ('gpu', 'ValueError')])
 def test_environment_variable(name, expected):
     code = 'import torch, msda_plugin.ops as o; print(o.backend_for("cpu", torch.float32).name)'
-    done = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MSDA_BACKEND': name}, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', code], env={**os.environ, 'MSDA_BACKEND': name}, capture_output=True, text=True
+    )
     expected = expected or backend_for('cpu', torch.float32).name
     assert expected in done.stdout + done.stderr
 

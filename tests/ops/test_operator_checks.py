@@ -1,4 +1,5 @@
 """Bad input: one error that names the argument, what came and what was expected."""
+
 import pytest
 import torch
 from operator_cases import make_case
@@ -24,58 +25,88 @@ def raises(function, names, error, match, **changes):
         function(*given.values())
 
 
-@pytest.mark.parametrize('error, match, changes', [
-    (TypeError, r'value is a list, but a tensor', {'value': [1.0]}),
-    (ValueError, r'value has shape \(2, 42, 12\)', {'value': lambda t: t.flatten(2)}),
-    (TypeError, r'value has dtype torch.int64.*value.float', {'value': lambda t: t.long()}),
-    (ValueError, r'value has shape \(2, 42, 2, 0\).*at least 1', {'value': lambda t: t[..., :0]}),
-    (ValueError, r'spatial_shapes is \[\[5, 7\], \[3, 2\], \[1, 1\]\], whose areas add up to 42.*num_keys = 41',
-     {'value': lambda t: t[:, 1:]}),
-    (ValueError, r'spatial_shapes is .*, but every level needs h >= 1', {'spatial_shapes': [(6, 7), (0, 2), (1, 0)]}),
-    (ValueError, r'spatial_shapes has shape \(0, 2\).*at least one level', {'spatial_shapes': lambda t: t[:0]}),
-    (ValueError, r'spatial_shapes has shape', {'spatial_shapes': []}),
-    (ValueError, r'spatial_shapes has shape \(6,\)', {'spatial_shapes': lambda t: t.flatten()}),
-    (TypeError, r'spatial_shapes has dtype torch.float32.*long', {'spatial_shapes': lambda t: t.float()}),
-    (TypeError, r'spatial_shapes is \(5, 7\), but', {'spatial_shapes': (5, 7)}),
-    (TypeError, r'spatial_shapes is .*must be integers', {'spatial_shapes': [(5.0, 7), (3, 2), (1, 1)]}),
-    (ValueError, r'spatial_shapes is on meta, but value is on cpu', {'spatial_shapes': lambda t: t.to('meta')}),
-    (TypeError, r'level_start_index is a list', {'level_start_index': [0, 35, 41]}),
-    (ValueError, r'level_start_index has shape \(2,\), but \(3,\)', {'level_start_index': lambda t: t[:2]}),
-    (TypeError, r'level_start_index has dtype torch.float32', {'level_start_index': lambda t: t.float()}),
-    (ValueError, r'level_start_index is \[0, 36, 41\]', {'level_start_index': torch.tensor([0, 36, 41])}),
-    (ValueError, r'level_start_index is \[0, 0, 0\]', {'level_start_index': torch.tensor([0, 0, 0])}),
-])
-@pytest.mark.parametrize('function, names', [(ms_deform_attn, PLAIN), (ms_deform_attn_fused, FUSED),
-                                             (ms_deform_attn_reference, PLAIN)])
+@pytest.mark.parametrize(
+    'error, match, changes',
+    [
+        (TypeError, r'value is a list, but a tensor', {'value': [1.0]}),
+        (ValueError, r'value has shape \(2, 42, 12\)', {'value': lambda t: t.flatten(2)}),
+        (TypeError, r'value has dtype torch.int64.*value.float', {'value': lambda t: t.long()}),
+        (ValueError, r'value has shape \(2, 42, 2, 0\).*at least 1', {'value': lambda t: t[..., :0]}),
+        (
+            ValueError,
+            r'spatial_shapes is \[\[5, 7\], \[3, 2\], \[1, 1\]\], whose areas add up to 42.*num_keys = 41',
+            {'value': lambda t: t[:, 1:]},
+        ),
+        (
+            ValueError,
+            r'spatial_shapes is .*, but every level needs h >= 1',
+            {'spatial_shapes': [(6, 7), (0, 2), (1, 0)]},
+        ),
+        (ValueError, r'spatial_shapes has shape \(0, 2\).*at least one level', {'spatial_shapes': lambda t: t[:0]}),
+        (ValueError, r'spatial_shapes has shape', {'spatial_shapes': []}),
+        (ValueError, r'spatial_shapes has shape \(6,\)', {'spatial_shapes': lambda t: t.flatten()}),
+        (TypeError, r'spatial_shapes has dtype torch.float32.*long', {'spatial_shapes': lambda t: t.float()}),
+        (TypeError, r'spatial_shapes is \(5, 7\), but', {'spatial_shapes': (5, 7)}),
+        (TypeError, r'spatial_shapes is .*must be integers', {'spatial_shapes': [(5.0, 7), (3, 2), (1, 1)]}),
+        (ValueError, r'spatial_shapes is on meta, but value is on cpu', {'spatial_shapes': lambda t: t.to('meta')}),
+        (TypeError, r'level_start_index is a list', {'level_start_index': [0, 35, 41]}),
+        (ValueError, r'level_start_index has shape \(2,\), but \(3,\)', {'level_start_index': lambda t: t[:2]}),
+        (TypeError, r'level_start_index has dtype torch.float32', {'level_start_index': lambda t: t.float()}),
+        (ValueError, r'level_start_index is \[0, 36, 41\]', {'level_start_index': torch.tensor([0, 36, 41])}),
+        (ValueError, r'level_start_index is \[0, 0, 0\]', {'level_start_index': torch.tensor([0, 0, 0])}),
+    ],
+)
+@pytest.mark.parametrize(
+    'function, names', [(ms_deform_attn, PLAIN), (ms_deform_attn_fused, FUSED), (ms_deform_attn_reference, PLAIN)]
+)
 def test_value_and_levels(function, names, error, match, changes):
     raises(function, names, error, match, **changes)
 
 
-@pytest.mark.parametrize('error, match, changes', [
-    (ValueError, r'sampling_locations has shape \(2, 4, 2, 3, 3\), but \(bs, num_queries',
-     {'sampling_locations': lambda t: t[..., 0]}),
-    (ValueError, r'sampling_locations has shape \(2, 4, 2, 2, 3, 2\).*\(2, 4, 2, 3, 3, 2\)',
-     {'sampling_locations': lambda t: t[:, :, :, :2]}),
-    (ValueError, r'sampling_locations has shape \(1, 4, 2, 3, 3, 2\)', {'sampling_locations': lambda t: t[:1]}),
-    (ValueError, r'sampling_locations has shape .*num_points >= 1', {'sampling_locations': lambda t: t[..., :0, :]}),
-    (TypeError, r'sampling_locations has dtype torch.int32', {'sampling_locations': lambda t: t.int()}),
-    (ValueError, r'sampling_locations is on meta', {'sampling_locations': lambda t: t.to('meta')}),
-    (ValueError, r'attention_weights has shape \(2, 3, 2, 3, 3\).*\(2, 4, 2, 3, 3\)',
-     {'attention_weights': lambda t: t[:, :3]}),
-    (TypeError, r'attention_weights is a NoneType', {'attention_weights': None}),
-])
+@pytest.mark.parametrize(
+    'error, match, changes',
+    [
+        (
+            ValueError,
+            r'sampling_locations has shape \(2, 4, 2, 3, 3\), but \(bs, num_queries',
+            {'sampling_locations': lambda t: t[..., 0]},
+        ),
+        (
+            ValueError,
+            r'sampling_locations has shape \(2, 4, 2, 2, 3, 2\).*\(2, 4, 2, 3, 3, 2\)',
+            {'sampling_locations': lambda t: t[:, :, :, :2]},
+        ),
+        (ValueError, r'sampling_locations has shape \(1, 4, 2, 3, 3, 2\)', {'sampling_locations': lambda t: t[:1]}),
+        (
+            ValueError,
+            r'sampling_locations has shape .*num_points >= 1',
+            {'sampling_locations': lambda t: t[..., :0, :]},
+        ),
+        (TypeError, r'sampling_locations has dtype torch.int32', {'sampling_locations': lambda t: t.int()}),
+        (ValueError, r'sampling_locations is on meta', {'sampling_locations': lambda t: t.to('meta')}),
+        (
+            ValueError,
+            r'attention_weights has shape \(2, 3, 2, 3, 3\).*\(2, 4, 2, 3, 3\)',
+            {'attention_weights': lambda t: t[:, :3]},
+        ),
+        (TypeError, r'attention_weights is a NoneType', {'attention_weights': None}),
+    ],
+)
 def test_plain(error, match, changes):
     raises(ms_deform_attn, PLAIN, error, match, **changes)
 
 
-@pytest.mark.parametrize('error, match, changes', [
-    (ValueError, r'reference_points has shape \(2, 4, 3, 1\).*2 or 4', {'reference_points': lambda t: t[..., :1]}),
-    (ValueError, r'reference_points has shape \(2, 4, 2\)', {'reference_points': lambda t: t[:, :, 0]}),
-    (ValueError, r'reference_points has shape \(2, 4, 1, 2\).*repeat', {'reference_points': lambda t: t[:, :, :1]}),
-    (TypeError, r'reference_points has dtype torch.int64', {'reference_points': lambda t: t.long()}),
-    (ValueError, r'sampling_offsets has shape', {'sampling_offsets': lambda t: t[..., :1]}),
-    (ValueError, r'attention_logits has shape \(2, 4, 2, 9\)', {'attention_logits': lambda t: t.flatten(-2)}),
-])
+@pytest.mark.parametrize(
+    'error, match, changes',
+    [
+        (ValueError, r'reference_points has shape \(2, 4, 3, 1\).*2 or 4', {'reference_points': lambda t: t[..., :1]}),
+        (ValueError, r'reference_points has shape \(2, 4, 2\)', {'reference_points': lambda t: t[:, :, 0]}),
+        (ValueError, r'reference_points has shape \(2, 4, 1, 2\).*repeat', {'reference_points': lambda t: t[:, :, :1]}),
+        (TypeError, r'reference_points has dtype torch.int64', {'reference_points': lambda t: t.long()}),
+        (ValueError, r'sampling_offsets has shape', {'sampling_offsets': lambda t: t[..., :1]}),
+        (ValueError, r'attention_logits has shape \(2, 4, 2, 9\)', {'attention_logits': lambda t: t.flatten(-2)}),
+    ],
+)
 def test_fused(error, match, changes):
     raises(ms_deform_attn_fused, FUSED, error, match, **changes)
 
@@ -95,7 +126,15 @@ def test_the_operator_itself_keeps_memory_safe():
     shapes, starts = torch.tensor(case.shapes), torch.tensor([0, 35, 41])
     good = (case.value, shapes, starts, case.locations, case.weights)
     assert op(*good, False).shape == (2, 4, 12)
-    for index, bad in ((0, case.value[:, :41]), (1, shapes * 2), (1, shapes * 0), (1, shapes.int()), (2, starts + 1),
-                       (3, case.locations[:, :3]), (3, case.locations.double()), (4, case.weights[..., :2])):
+    for index, bad in (
+        (0, case.value[:, :41]),
+        (1, shapes * 2),
+        (1, shapes * 0),
+        (1, shapes.int()),
+        (2, starts + 1),
+        (3, case.locations[:, :3]),
+        (3, case.locations.double()),
+        (4, case.weights[..., :2]),
+    ):
         with pytest.raises(RuntimeError):
             op(*(bad if i == index else t for i, t in enumerate(good)), False)

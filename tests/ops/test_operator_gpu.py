@@ -1,4 +1,5 @@
 """The CUDA kernels against definitions in float64, where there is a GPU."""
+
 import pytest
 import torch
 from operator_cases import grid_sample_attention, locations_and_weights, make_case, value_and_grads
@@ -16,11 +17,17 @@ DEVICES = [f'cuda:{index}' for index in range(torch.cuda.device_count())]
 def pairs(case, deterministic, dtype=torch.float64, coordinate_dtype=torch.float64):
     """(actual, expected) of the plain and of the fused form."""
     for arguments, native, exact in (
-            (case.plain(), lambda v, *rest: ms_deform_attn(v, case.shapes, None, *rest, deterministic=deterministic),
-             lambda v, *rest: grid_sample_attention(v, case.shapes, *rest)),
-            (case.fused(),
-             lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest, deterministic=deterministic),
-             lambda v, *rest: grid_sample_attention(v, case.shapes, *locations_and_weights(case.shapes, *rest)))):
+        (
+            case.plain(),
+            lambda v, *rest: ms_deform_attn(v, case.shapes, None, *rest, deterministic=deterministic),
+            lambda v, *rest: grid_sample_attention(v, case.shapes, *rest),
+        ),
+        (
+            case.fused(),
+            lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest, deterministic=deterministic),
+            lambda v, *rest: grid_sample_attention(v, case.shapes, *locations_and_weights(case.shapes, *rest)),
+        ),
+    ):
         low = [arguments[0].to(dtype), *(t.to(coordinate_dtype) for t in arguments[1:])]
         yield value_and_grads(native, low), value_and_grads(exact, [t.double() for t in low])
 
@@ -37,9 +44,16 @@ def test_float64(device, deterministic, head_dim, points, reference_size):
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
-@pytest.mark.parametrize('dtype, coordinate_dtype, tolerance', [
-    (torch.float32, torch.float32, 1e-5), (torch.float16, torch.float32, 2e-3), (torch.float16, torch.float16, 4e-3),
-    (torch.bfloat16, torch.float32, 2e-2), (torch.bfloat16, torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(
+    'dtype, coordinate_dtype, tolerance',
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.float16, torch.float32, 2e-3),
+        (torch.float16, torch.float16, 4e-3),
+        (torch.bfloat16, torch.float32, 2e-2),
+        (torch.bfloat16, torch.bfloat16, 4e-2),
+    ],
+)
 def test_dtypes(deterministic, dtype, coordinate_dtype, tolerance):
     case = make_case(shapes=[(9, 11), (4, 5)], queries=60, head_dim=32, points=4).to('cuda')
     for actual, expected in pairs(case, deterministic, dtype, coordinate_dtype):
@@ -48,10 +62,14 @@ def test_dtypes(deterministic, dtype, coordinate_dtype, tolerance):
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
-@pytest.mark.parametrize('size', [
-    {'shapes': [(21, 13), (4, 5), (1, 1)], 'queries': 294},            # an encoder's queries: taken in bands
-    {'shapes': [(1, 1)], 'queries': 5000},                             # all samples on one pixel
-    {'shapes': [(300, 250), (3, 2)], 'queries': 900, 'batch': 1}])     # keys of three digits
+@pytest.mark.parametrize(
+    'size',
+    [
+        {'shapes': [(21, 13), (4, 5), (1, 1)], 'queries': 294},  # an encoder's queries: taken in bands
+        {'shapes': [(1, 1)], 'queries': 5000},  # all samples on one pixel
+        {'shapes': [(300, 250), (3, 2)], 'queries': 900, 'batch': 1},
+    ],
+)  # keys of three digits
 def test_sizes(deterministic, size):
     case = make_case(head_dim=16, points=4, **size).to('cuda')
     for actual, expected in pairs(case, deterministic):

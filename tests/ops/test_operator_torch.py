@@ -1,4 +1,5 @@
 """The operator as a citizen of PyTorch 2: opcheck, compile, export, autocast, ONNX."""
+
 import io
 import warnings
 
@@ -23,8 +24,9 @@ def op_arguments(name, dtype=torch.float32, requires_grad=True, reference_size=2
 
 
 @needs_cpu
-@pytest.mark.parametrize('name', ['ms_deform_attn', 'ms_deform_attn_backward', 'ms_deform_attn_fused',
-                                  'ms_deform_attn_fused_backward'])
+@pytest.mark.parametrize(
+    'name', ['ms_deform_attn', 'ms_deform_attn_backward', 'ms_deform_attn_fused', 'ms_deform_attn_fused_backward']
+)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_opcheck(name, dtype):
     # A second derivative is not traced ahead of time, so the backward operators are checked without gradients.
@@ -36,8 +38,9 @@ class Attention(nn.Module):
     """Both forms, on levels given as a tensor."""
 
     def forward(self, value, shapes, locations, weights, reference_points, offsets, logits):
-        return (ms_deform_attn(value, shapes, None, locations, weights)
-                + ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits))
+        return ms_deform_attn(value, shapes, None, locations, weights) + ms_deform_attn_fused(
+            value, shapes, None, reference_points, offsets, logits
+        )
 
 
 def module_inputs(dtype=torch.float32, **sizes):
@@ -64,8 +67,11 @@ def test_compile_once_for_all_sizes(backend):
     with use_backend(backend):
         compiled = torch.compile(Attention(), fullgraph=True, dynamic=True, backend=counting)
         # Sizes that are equal at first share a symbol, so they all differ here.
-        for sizes in ({'batch': 5, 'queries': 8}, {'batch': 4, 'queries': 19},
-                      {'batch': 7, 'shapes': [(8, 9), (4, 4), (2, 3)], 'queries': 13}):
+        for sizes in (
+            {'batch': 5, 'queries': 8},
+            {'batch': 4, 'queries': 19},
+            {'batch': 7, 'shapes': [(8, 9), (4, 4), (2, 3)], 'queries': 13},
+        ):
             case, inputs = module_inputs(**sizes)
             torch.testing.assert_close(compiled(*inputs), expected_output(case), rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1
@@ -90,8 +96,9 @@ def test_compile_with_pairs_and_choices():
     """Pairs for the levels; and a choice of backend made later is not lost in a compiled function."""
     torch._dynamo.reset()
     case = make_case(dtype=torch.float32)
-    compiled = torch.compile(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), fullgraph=True,
-                             backend='eager')
+    compiled = torch.compile(
+        lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), fullgraph=True, backend='eager'
+    )
     expected = grid_sample_attention(case.value, case.shapes, case.locations, case.weights)
     torch.testing.assert_close(compiled(*case.plain()), expected)
     with use_backend('reference'):
@@ -126,7 +133,7 @@ def test_onnx(dynamo):
         names = ['value', 'shapes', 'locations', 'weights', 'points', 'offsets', 'logits']
         torch.onnx.export(Attention().eval(), inputs, file, input_names=names, dynamo=dynamo, opset_version=18)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider'])
-    output, = session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)})
+    (output,) = session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)})
     torch.testing.assert_close(torch.from_numpy(output), Attention()(*inputs), rtol=1e-4, atol=1e-5)
 
 
@@ -172,8 +179,10 @@ def test_deterministic_argument(deterministic):
     case = make_case(dtype=torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
-        outputs = [ms_deform_attn(case.value, case.shapes, None, case.locations, case.weights,
-                                  deterministic=deterministic) for _ in range(2)]
+        outputs = [
+            ms_deform_attn(case.value, case.shapes, None, case.locations, case.weights, deterministic=deterministic)
+            for _ in range(2)
+        ]
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*outputs)

@@ -3,6 +3,7 @@
 That interpreter needs torch >= 2.10, numpy, pytest and hypothesis, and not this package: it comes by PYTHONPATH, with
 the libraries that are built here (or those in MSDA_LIBRARY_DIR).
 """
+
 import os
 import re
 import subprocess
@@ -15,8 +16,10 @@ ROOT = Path(__file__).parents[2]
 OTHER = os.environ.get('MSDA_OTHER_PYTHON')
 FILES = ['test_operator.py', 'test_operator_checks.py', 'test_operator_torch.py', 'test_operator_backends.py']
 
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(not OTHER, reason='MSDA_OTHER_PYTHON names no interpreter with another torch')]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not OTHER, reason='MSDA_OTHER_PYTHON names no interpreter with another torch'),
+]
 
 
 def run(*arguments):
@@ -26,8 +29,10 @@ def run(*arguments):
 
 
 def test_operator_under_another_torch():
-    code = ('import torch; from msda_plugin.ops import backend_for; '
-            'print(torch.__version__, backend_for("cpu", torch.float32).name)')
+    code = (
+        'import torch; from msda_plugin.ops import backend_for; '
+        'print(torch.__version__, backend_for("cpu", torch.float32).name)'
+    )
     done = run('-c', code)
     assert done.returncode == 0, done.stderr
     version, backend = done.stdout.split()

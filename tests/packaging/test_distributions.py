@@ -1,4 +1,5 @@
 """What wheel and sdist carry, and what a machine without a compiler gets."""
+
 import os
 import subprocess
 import sys
@@ -15,8 +16,14 @@ pytestmark = pytest.mark.slow
 def build(folder, *, hook, **environment):
     """Call the build backend as pip does, without an isolated environment."""
     program = f'import setuptools.build_meta as b, sys; print(b.{hook}(sys.argv[1]))'
-    return subprocess.run([sys.executable, '-c', program, str(folder)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=600, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, '-c', program, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.fixture(scope='module')
@@ -32,8 +39,13 @@ def test_wheel_carries_what_mim_looks_for(without_compiler):
     [wheel] = folder.glob('*.whl')
     assert wheel.name.startswith('msda_plugin-') and '-py3-none-' in wheel.name and 'any' not in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ('model-index.yml', 'tools/train.py', 'tools/test.py', 'configs/shapes/metafile.yml',
-                 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'):
+    for name in (
+        'model-index.yml',
+        'tools/train.py',
+        'tools/test.py',
+        'configs/shapes/metafile.yml',
+        'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py',
+    ):
         assert f'msda_plugin/.mim/{name}' in names
     assert not any(name.startswith(('tests/', 'csrc/', 'projects/')) for name in names)
 
@@ -44,7 +56,7 @@ def test_without_a_compiler_the_reference_backend_is_left_and_said(without_compi
     [wheel] = folder.glob('*.whl')
     zipfile.ZipFile(wheel).extractall(tmp_path)
     assert not list(tmp_path.rglob('*.so'))
-    program = '''
+    program = """
 import sys, warnings; sys.path.insert(0, sys.argv[1])
 import torch
 with warnings.catch_warnings(record=True) as caught:
@@ -56,9 +68,15 @@ with warnings.catch_warnings(record=True) as caught:
 assert ops.__file__.startswith(sys.argv[1]) and out.shape == (1, 3, 16)
 assert ops.backend_for('cpu', torch.float32).name == 'reference'
 print(sum('libmsda_cpu.so was not built' in str(warning.message) for warning in caught))
-'''
-    done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=300, env={k: v for k, v in os.environ.items() if k != 'MSDA_BACKEND'})
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        env={k: v for k, v in os.environ.items() if k != 'MSDA_BACKEND'},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == '1'
 
@@ -73,15 +91,24 @@ from msda_plugin.tools.custom_data import config
 files = config.model_files()
 assert config.config_folder().is_relative_to(sys.argv[1]) and config.DEFAULT_MODEL in files
 """
-    done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=300)
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(Path('/usr/local/cuda/bin/nvcc').exists(), reason='nvcc is in its usual place, not to be hidden')
 def test_a_demanded_cuda_library_fails_without_nvcc(tmp_path):
-    done = build(tmp_path, hook='build_wheel', MSDA_BUILD_CUDA='1', CUDA_HOME='', CUDA_PATH='', NVCC='',
-                 PATH='/nowhere', CXX=sys.executable)
+    done = build(
+        tmp_path,
+        hook='build_wheel',
+        MSDA_BUILD_CUDA='1',
+        CUDA_HOME='',
+        CUDA_PATH='',
+        NVCC='',
+        PATH='/nowhere',
+        CXX=sys.executable,
+    )
     assert done.returncode != 0 and 'nvcc' in done.stderr
 
 
@@ -101,8 +128,9 @@ def test_sdist_becomes_a_compiled_package(tmp_path):
 
     site = tmp_path / 'site'
     pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target', str(site)]
-    done = subprocess.run([*pip, str(sdist)], capture_output=True, text=True, timeout=600,
-                          env={**os.environ, 'MSDA_BUILD_CUDA': '0'})
+    done = subprocess.run(
+        [*pip, str(sdist)], capture_output=True, text=True, timeout=600, env={**os.environ, 'MSDA_BUILD_CUDA': '0'}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     program = """
 import sys; sys.path.insert(0, sys.argv[1])
@@ -111,7 +139,13 @@ from msda_plugin import ops
 assert ops.__file__.startswith(sys.argv[1])
 print(ops.backend_for('cpu', torch.float32).name)
 """
-    done = subprocess.run([sys.executable, '-c', program, str(site)], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=300, env={k: v for k, v in os.environ.items() if not k.startswith('MSDA_')})
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(site)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        env={k: v for k, v in os.environ.items() if not k.startswith('MSDA_')},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == 'cpu'

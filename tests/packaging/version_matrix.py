@@ -9,6 +9,7 @@ msda_plugin env``, runs tests from a folder in which the package's sources are n
 minutes on two cores where pip has mmcv in its cache, and 10 more where mmcv is compiled. What a row came to is kept
 beside the table, so that rows can be run one by one.
 """
+
 import argparse
 import json
 import os
@@ -21,17 +22,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ('msda_plugin', 'csrc', 'configs', 'projects', 'tests', 'requirements', 'setup.py', 'pyproject.toml',
-           'MANIFEST.in', 'README.md', 'CHANGELOG.md', 'LICENSE', 'model-index.yml')
+SOURCES = (
+    'msda_plugin',
+    'csrc',
+    'configs',
+    'projects',
+    'tests',
+    'requirements',
+    'setup.py',
+    'pyproject.toml',
+    'MANIFEST.in',
+    'README.md',
+    'CHANGELOG.md',
+    'LICENSE',
+    'model-index.yml',
+)
 TORCH = '2.13.0'
 OTHER_TORCH = '2.14.1'
 OLD_TORCH = '2.10.0'
-OPERATOR = ['tests/ops/test_operator.py', 'tests/ops/test_operator_checks.py', 'tests/ops/test_operator_torch.py',
-            'tests/ops/test_operator_backends.py']
+OPERATOR = [
+    'tests/ops/test_operator.py',
+    'tests/ops/test_operator_checks.py',
+    'tests/ops/test_operator_torch.py',
+    'tests/ops/test_operator_backends.py',
+]
 LAYERS = ['tests/layers', 'tests/test_registry.py', 'tests/test_compat.py']
 TRAINING = ['tests/test_end_to_end.py']
-PACKAGES = ('torch', 'onedl-mmengine', 'mmengine', 'onedl-mmcv', 'mmcv', 'onedl-mmdetection', 'mmdet', 'numpy',
-            'setuptools')
+PACKAGES = (
+    'torch',
+    'onedl-mmengine',
+    'mmengine',
+    'onedl-mmcv',
+    'mmcv',
+    'onedl-mmdetection',
+    'mmdet',
+    'numpy',
+    'setuptools',
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,7 @@ class Row:
         numpy: Versions of it that may be taken.
         compiles: Whether mmcv has to be compiled, since pip's cache has it for another torch.
     """
+
     name: str
     python: str = '3.11'
     stack: str | None = None
@@ -87,8 +115,14 @@ class Environment:
         # mim starts the `python` of its own environment by name.
         path = os.pathsep.join([str(self.folder / 'bin'), os.environ['PATH']])
         kept = {key: value for key, value in os.environ.items() if key not in ('PYTHONPATH', 'MSDA_LIBRARY_DIR')}
-        done = subprocess.run(command, cwd=self.tree, capture_output=True, text=True, timeout=timeout,
-                              env={**kept, 'PATH': path, 'PYTHONDONTWRITEBYTECODE': '1', **environment})
+        done = subprocess.run(
+            command,
+            cwd=self.tree,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**kept, 'PATH': path, 'PYTHONDONTWRITEBYTECODE': '1', **environment},
+        )
         if done.returncode:
             raise StepError((done.stdout + done.stderr)[-3000:])
         return done.stdout
@@ -100,8 +134,16 @@ class Environment:
         """What `make setup` installs, in its order; the versions of the row are constraints of every step."""
         row = self.row
         constraints = self.folder / 'constraints.txt'
-        constraints.write_text(''.join(f'{name}{versions}\n' for name, versions in (
-            ('setuptools', row.setuptools), ('numpy', row.numpy), ('torch', f'=={row.torch}' if row.torch else ''))))
+        constraints.write_text(
+            ''.join(
+                f'{name}{versions}\n'
+                for name, versions in (
+                    ('setuptools', row.setuptools),
+                    ('numpy', row.numpy),
+                    ('torch', f'=={row.torch}' if row.torch else ''),
+                )
+            )
+        )
         held = ['-c', str(constraints)]
         if row.torch:
             self.pip(f'torch=={row.torch}')
@@ -122,19 +164,28 @@ class Environment:
             self.pip('--only-binary', ':all:', 'numpy', 'opencv-python-headless')
 
     def versions(self) -> dict[str, str]:
-        code = ('import importlib.util, json, platform; from importlib import metadata\n'
-                f'found = dict(python=platform.python_version())\nfor name in {PACKAGES!r}:\n'
-                '    try: found[name] = metadata.version(name)\n'
-                '    except metadata.PackageNotFoundError: pass\n'
-                "found['pkg_resources'] = 'yes' if importlib.util.find_spec('pkg_resources') else 'no'\n"
-                'print(json.dumps(found))')
+        code = (
+            'import importlib.util, json, platform; from importlib import metadata\n'
+            f'found = dict(python=platform.python_version())\nfor name in {PACKAGES!r}:\n'
+            '    try: found[name] = metadata.version(name)\n'
+            '    except metadata.PackageNotFoundError: pass\n'
+            "found['pkg_resources'] = 'yes' if importlib.util.find_spec('pkg_resources') else 'no'\n"
+            'print(json.dumps(found))'
+        )
         return json.loads(self.run(str(self.python), '-c', code))
 
     def pytest(self, *arguments: str) -> str:
         """Run tests against the installed package; the last line of pytest's report."""
         # Without the project's own -q, which with this one would leave out the counts.
-        output = self.run(str(self.folder / 'bin' / 'pytest'), '-o', 'addopts=--import-mode=importlib', '-q', '-p',
-                          'no:cacheprovider', *arguments)
+        output = self.run(
+            str(self.folder / 'bin' / 'pytest'),
+            '-o',
+            'addopts=--import-mode=importlib',
+            '-q',
+            '-p',
+            'no:cacheprovider',
+            *arguments,
+        )
         return output.strip().splitlines()[-1].strip('= ')
 
 
@@ -161,8 +212,19 @@ def check_env(env: Environment) -> str:
 def check_pure(env: Environment) -> str:
     """Every file compiles without a warning, and what needs no torch runs: the commands' help and the drawn data."""
     package = env.run(str(env.python), '-c', 'import msda_plugin; print(*msda_plugin.__path__)').strip()
-    env.run(str(env.python), '-W', 'error', '-m', 'compileall', '-q', '-f', package, 'configs', 'tests',
-            PYTHONDONTWRITEBYTECODE='')
+    env.run(
+        str(env.python),
+        '-W',
+        'error',
+        '-m',
+        'compileall',
+        '-q',
+        '-f',
+        package,
+        'configs',
+        'tests',
+        PYTHONDONTWRITEBYTECODE='',
+    )
     env.run(str(env.python), '-m', 'msda_plugin', '--help')
     out = env.folder / 'shapes'
     env.run(str(env.python), '-m', 'msda_plugin', 'shapes', '--out', str(out), '--train', '20', '--val', '5')
@@ -179,8 +241,10 @@ def run_row(row: Row, wheel: Path, tree: Path, work: Path) -> dict[str, str]:
     elif row.stack is None:
         checks.append(('tests', lambda env: env.pytest('-m', 'not slow', *OPERATOR)))
     else:
-        checks += [('tests', lambda env: env.pytest('-m', 'not slow', *OPERATOR, *LAYERS)),
-                   ('training', lambda env: env.pytest(*TRAINING))]
+        checks += [
+            ('tests', lambda env: env.pytest('-m', 'not slow', *OPERATOR, *LAYERS)),
+            ('training', lambda env: env.pytest(*TRAINING)),
+        ]
     folder = work / row.name
     try:
         env = Environment(row, folder, tree)
@@ -230,8 +294,23 @@ def prepare(work: Path, wheel: Path | None) -> tuple[Path, Path]:
                 shutil.copy2(ROOT / name, target / name)
     if wheel is not None:
         return wheel.resolve(), tree
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-cache-dir',
-                    '-w', str(work), str(source)], check=True, env={**os.environ, 'MSDA_BUILD_CUDA': '0'})
+    subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'pip',
+            'wheel',
+            '-q',
+            '--no-deps',
+            '--no-build-isolation',
+            '--no-cache-dir',
+            '-w',
+            str(work),
+            str(source),
+        ],
+        check=True,
+        env={**os.environ, 'MSDA_BUILD_CUDA': '0'},
+    )
     return next(work.glob('msda_plugin-*.whl')), tree
 
 
@@ -243,29 +322,53 @@ def cell(text: str | None) -> str:
 
 def table(results: dict[str, dict[str, str]]) -> str:
     """The rows that were run, as Markdown."""
-    lines = ['| row | Python | torch | mmengine, mmcv, mmdet | setuptools | numpy | `env` | tests | training |',
-             '|---|---|---|---|---|---|---|---|---|']
+    lines = [
+        '| row | Python | torch | mmengine, mmcv, mmdet | setuptools | numpy | `env` | tests | training |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
     for row in ROWS:
         result = results.get(row.name)
         if result is None:
             continue
-        stack = [result.get(f'onedl-{name}') or result.get(short)
-                 for name, short in (('mmengine', 'mmengine'), ('mmcv', 'mmcv'), ('mmdetection', 'mmdet'))]
+        stack = [
+            result.get(f'onedl-{name}') or result.get(short)
+            for name, short in (('mmengine', 'mmengine'), ('mmcv', 'mmcv'), ('mmdetection', 'mmdet'))
+        ]
         setuptools = result.get('setuptools', '')
         if setuptools and result['pkg_resources'] == 'no':
             setuptools += ', no pkg_resources'
-        checks = [cell(result.get('install') or result.get('env')), cell(result.get('tests')),
-                  cell(result.get('training'))]
-        lines.append('| ' + ' | '.join([
-            row.name, result.get('python', row.python), result.get('torch', ''),
-            ', '.join(filter(None, stack)), setuptools, result.get('numpy', ''), *checks]) + ' |')
+        checks = [
+            cell(result.get('install') or result.get('env')),
+            cell(result.get('tests')),
+            cell(result.get('training')),
+        ]
+        lines.append(
+            '| '
+            + ' | '.join(
+                [
+                    row.name,
+                    result.get('python', row.python),
+                    result.get('torch', ''),
+                    ', '.join(filter(None, stack)),
+                    setuptools,
+                    result.get('numpy', ''),
+                    *checks,
+                ]
+            )
+            + ' |'
+        )
     return '\n'.join(lines) + '\n'
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rows', nargs='+', choices=[row.name for row in ROWS], metavar='NAME',
-                        help='rows to run (default: all; those with another torch download gigabytes)')
+    parser.add_argument(
+        '--rows',
+        nargs='+',
+        choices=[row.name for row in ROWS],
+        metavar='NAME',
+        help='rows to run (default: all; those with another torch download gigabytes)',
+    )
     parser.add_argument('--out', type=Path, default=Path('version_matrix.md'), help='default: %(default)s')
     parser.add_argument('--wheel', type=Path, help='a wheel that was built before, with the library')
     parser.add_argument('--work', type=Path, help='folder for the environments (default: a temporary one)')

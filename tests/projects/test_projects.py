@@ -1,4 +1,5 @@
 """The worked projects do what their READMEs say."""
+
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PROJECTS = Path(__file__).parents[2] / 'projects'
-LOOKUP = '''
+LOOKUP = """
 import sys
 import torch
 from mmengine.registry import MODELS
@@ -19,7 +20,7 @@ neck = MODELS.build(dict(
 assert type(neck.attention).__module__ == 'msda_plugin.layers.deformable_attention'
 outs = neck([torch.rand(1, 16, 8, 6), torch.rand(1, 32, 4, 3)])
 assert [tuple(out.shape) for out in outs] == [(1, 8, 8, 6), (1, 8, 4, 3)]
-'''
+"""
 
 
 def run(*command, cwd=PROJECTS / 'example_project'):
@@ -30,33 +31,58 @@ def run(*command, cwd=PROJECTS / 'example_project'):
 
 def test_another_package_finds_our_layers_by_name_alone():
     sources = (PROJECTS / 'example_project' / 'example_project').glob('*.py')
-    assert not any('import msda_plugin' in text or 'from msda_plugin' in text
-                   for text in (path.read_text() for path in sources))
+    assert not any(
+        'import msda_plugin' in text or 'from msda_plugin' in text for text in (path.read_text() for path in sources)
+    )
     run('-c', LOOKUP)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('project, config', [
-    ('example_project', 'retinanet_r18-context-neck_1xb4-1e_shapes.py'),
-    ('mfds_detr', 'mfds-detr_r18_1xb1-44e_bccd.py')])
+@pytest.mark.parametrize(
+    'project, config',
+    [
+        ('example_project', 'retinanet_r18-context-neck_1xb4-1e_shapes.py'),
+        ('mfds_detr', 'mfds-detr_r18_1xb1-44e_bccd.py'),
+    ],
+)
 def test_trains(project, config, tmp_path):
     """One iteration on four images; a small training and its evaluation, through the command line."""
     from msda_plugin.tools import shapes
+
     shapes.main(['--out', str(tmp_path / 'data'), '--train', '4', '--val', '2'])
-    options = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1', f'data_root={tmp_path / "data"}/',
-               'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
-               'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False']
+    options = [
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1',
+        f'data_root={tmp_path / "data"}/',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        'val_dataloader.num_workers=0',
+        'val_dataloader.persistent_workers=False',
+    ]
     if project == 'example_project':  # a warm-up that fits one iteration
         options.append('param_scheduler.0.end=1')
     if project == 'mfds_detr':  # the shapes stand in for the photographs
         categories = json.loads((tmp_path / 'data/annotations/train.json').read_text())['categories']
         names = ','.join(category['name'] for category in categories)
-        options += [f'model.bbox_head.num_classes={len(categories)}',
-                    f'val_evaluator.ann_file={tmp_path / "data/annotations/val.json"}']
+        options += [
+            f'model.bbox_head.num_classes={len(categories)}',
+            f'val_evaluator.ann_file={tmp_path / "data/annotations/val.json"}',
+        ]
         for split in ('train', 'val'):
             dataset = f'{split}_dataloader.dataset'
-            options += [f'{dataset}.metainfo.classes=[{names}]', f'{dataset}.ann_file=annotations/{split}.json',
-                        f'{dataset}.data_prefix.img={split}/']
-    run('-m', 'msda_plugin', 'train', PROJECTS / project / 'configs' / config, '--work-dir', tmp_path / 'work',
-        '--cfg-options', *options)
+            options += [
+                f'{dataset}.metainfo.classes=[{names}]',
+                f'{dataset}.ann_file=annotations/{split}.json',
+                f'{dataset}.data_prefix.img={split}/',
+            ]
+    run(
+        '-m',
+        'msda_plugin',
+        'train',
+        PROJECTS / project / 'configs' / config,
+        '--work-dir',
+        tmp_path / 'work',
+        '--cfg-options',
+        *options,
+    )
     assert list((tmp_path / 'work').glob('epoch_1.pth'))

@@ -1,4 +1,5 @@
 """How the tests of bad input draw their cases: the same ones in each run, more of them in the long form."""
+
 import signal
 from collections.abc import Callable
 
@@ -12,8 +13,14 @@ def fuzz(name: str, strategy: SearchStrategy, cases: int, check: Callable[[objec
     """Call ``check`` with drawn cases; it returns how a case ended, which is counted and printed."""
     ends: dict[str, int] = {}
 
-    @settings(max_examples=cases, derandomize=True, database=None, deadline=None, print_blob=False,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=cases,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def run(case):
         signal.alarm(SECONDS)

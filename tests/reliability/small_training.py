@@ -1,4 +1,5 @@
 """The main job made small: seconds instead of minutes, with dropout, drop path, flips and averaged weights in it."""
+
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from msda_plugin.tools.shapes import generate
 ROOT = Path(__file__).resolve().parents[2]
 MAIN_JOB = ROOT / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
 EPOCHS = 4
-CONFIG = f'''
+CONFIG = f"""
 _base_ = {str(MAIN_JOB)!r}
 model = dict(
     num_queries=10,
@@ -36,7 +37,7 @@ param_scheduler = [
 default_hooks = dict(logger=dict(interval=1))
 custom_hooks = [dict(type='EMAHook', momentum=0.1), dict(type='msda_plugin.TrainingReportHook')]
 val_dataloader = dict(batch_size=2)
-'''
+"""
 
 
 def make_data(folder, train=12, val=4):
@@ -57,8 +58,12 @@ class TrainingServer:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name('training_server.py'))], text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONHASHSEED='random'))
+            [sys.executable, str(Path(__file__).with_name('training_server.py'))],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONHASHSEED='random'),
+        )
         self.sessions = []
         while (line := self.process.stdout.readline().strip()) != 'ready':
             assert line or self.process.poll() is None, 'the server did not start'
@@ -107,8 +112,11 @@ def differences(first, second):
     one, other = (torch.load(path, map_location='cpu', weights_only=True) for path in (first, second))
     leaves = [dict(_leaves({part: content.get(part) for part in parts})) for content in (one, other)]
     assert len(leaves[0]) > 50
-    return sorted(name for name in leaves[0].keys() | leaves[1].keys()
-                  if name not in leaves[0] or name not in leaves[1] or not _equal(leaves[0][name], leaves[1][name]))
+    return sorted(
+        name
+        for name in leaves[0].keys() | leaves[1].keys()
+        if name not in leaves[0] or name not in leaves[1] or not _equal(leaves[0][name], leaves[1][name])
+    )
 
 
 def _equal(one, other):

@@ -1,4 +1,5 @@
 """The same seed gives the same weights, bit for bit, in another process and with any number of workers."""
+
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ pytestmark = pytest.mark.slow
 
 def workers(number):
     persistent = bool(number)
-    return [f'{split}_dataloader.{field}' for split in ('train', 'val') for field in (
-        f'num_workers={number}', f'persistent_workers={persistent}')]
+    return [
+        f'{split}_dataloader.{field}'
+        for split in ('train', 'val')
+        for field in (f'num_workers={number}', f'persistent_workers={persistent}')
+    ]
 
 
 def test_another_process_and_another_number_of_workers(small_data, undisturbed, tmp_path, long_run):
@@ -21,7 +25,10 @@ def test_another_process_and_another_number_of_workers(small_data, undisturbed, 
         work_dir = tmp_path / str(number)
         done = subprocess.run(
             [sys.executable, '-m', 'msda_plugin', 'train', *arguments(small_data, work_dir, *workers(number))],
-            env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONHASHSEED=str(number)), capture_output=True, text=True)
+            env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONHASHSEED=str(number)),
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         for name in (f'epoch_{EPOCHS}.pth', f'epoch_{EPOCHS - 1}.pth'):
             assert differences(work_dir / name, undisturbed[0] / name) == []

@@ -1,4 +1,5 @@
 """Images of extreme sizes and all kinds of files, with no boxes and with hundreds, in one training."""
+
 import json
 import math
 import random
@@ -49,10 +50,19 @@ def annotations(sizes, generator):
         for _ in range(generator.choice((0, 1, 7, 500))):
             x, y = generator.randrange(width), generator.randrange(height)
             box = [x, y, generator.randint(1, width - x), generator.randint(1, height - y)]
-            boxes.append(dict(id=len(boxes), image_id=number, category_id=generator.randrange(len(CLASSES)), bbox=box,
-                              area=box[2] * box[3], iscrowd=0))
-    return dict(images=images, annotations=boxes,
-                categories=[dict(id=number, name=name) for number, name in enumerate(CLASSES)])
+            boxes.append(
+                dict(
+                    id=len(boxes),
+                    image_id=number,
+                    category_id=generator.randrange(len(CLASSES)),
+                    bbox=box,
+                    area=box[2] * box[3],
+                    iscrowd=0,
+                )
+            )
+    return dict(
+        images=images, annotations=boxes, categories=[dict(id=number, name=name) for number, name in enumerate(CLASSES)]
+    )
 
 
 def write_data(root, sizes, seed):
@@ -82,13 +92,18 @@ def test_a_training_on_extreme_images(training_server, tmp_path, long_run):
         answer = training_server.run(arguments(tmp_path / str(seed) / 'data', work_dir, *options), log)
         assert answer['status'] == 0, log.read_text()[-3000:]
         peaks.append(answer['peak'])
-        records = [json.loads(line) for path in work_dir.glob('*/vis_data/scalars.json')
-                   for line in path.read_text().splitlines()]
+        records = [
+            json.loads(line)
+            for path in work_dir.glob('*/vis_data/scalars.json')
+            for line in path.read_text().splitlines()
+        ]
         losses = [record['loss'] for record in records if 'loss' in record]
         assert len(losses) >= math.ceil(count / 4) and all(map(math.isfinite, losses))
         assert (work_dir / 'predictions.png').is_file()
-    print(f'\n{rounds} trainings on {count} images each, of {min(sizes)} to {max(sizes)} pixels, 0 to 500 boxes: all '
-          f'complete, losses finite; peak memory of a process {max(peaks) / 2**20:.0f} MB')
+    print(
+        f'\n{rounds} trainings on {count} images each, of {min(sizes)} to {max(sizes)} pixels, 0 to 500 boxes: all '
+        f'complete, losses finite; peak memory of a process {max(peaks) / 2**20:.0f} MB'
+    )
     assert max(peaks) < 2**30 + 8000 * 8000 * 3 * 4
 
 
@@ -97,6 +112,7 @@ def load():
     """The loading and resizing of the main job: path → what it makes of the image."""
     from mmcv.transforms import Compose
     from mmdet.utils import register_all_modules
+
     register_all_modules(init_default_scope=True)
     accept_sides_of_one_pixel()
     pipeline = Compose(Config.fromfile(str(MAIN_JOB)).test_pipeline[:2])  # load, resize
@@ -119,10 +135,11 @@ def test_every_size_is_fitted_into_the_scale(load, size, tmp_path):
 def test_every_size_is_flipped(load, size, direction):
     import mmcv
     from mmdet.datasets.transforms import PackDetInputs
+
     image = np.asarray(picture(size, seed=2))
     flipped = mmcv.imflip(image, direction)
     vertical, horizontal = direction != 'horizontal', direction != 'vertical'
-    assert np.array_equal(flipped, image[::-1 if vertical else 1, ::-1 if horizontal else 1])
+    assert np.array_equal(flipped, image[:: -1 if vertical else 1, :: -1 if horizontal else 1])
     packed = PackDetInputs(meta_keys=())(dict(img=flipped))
     assert packed['inputs'].shape == (3, *size[::-1])
 

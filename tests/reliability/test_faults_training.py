@@ -1,4 +1,5 @@
 """A training that is killed, at any moment, or whose disk is full, goes on and ends as if nothing had happened."""
+
 import json
 import random
 import re
@@ -31,7 +32,8 @@ def draw(generator, seconds):
         dict(fault=['rename', generator.randint(1, 4), '.pth', generator.random() < 0.5]),
         dict(fault=['rename', generator.randint(1, 3), 'last_checkpoint', generator.random() < 0.5]),
         dict(fault=['rename', 1, 'metrics.json', True]),
-        dict(fault=['remove', 1])]
+        dict(fault=['remove', 1]),
+    ]
     return generator.choice(some)
 
 
@@ -43,8 +45,10 @@ def ends_like(work_dir, undisturbed):
     for name in theirs:
         if name.endswith('.pth'):
             assert differences(work_dir / name, undisturbed / name) == []
-    histories = [[(entry['iter'], entry['bbox_mAP']) for entry in json.loads(
-        (folder / 'metrics.json').read_text())['history']] for folder in (work_dir, undisturbed)]
+    histories = [
+        [(entry['iter'], entry['bbox_mAP']) for entry in json.loads((folder / 'metrics.json').read_text())['history']]
+        for folder in (work_dir, undisturbed)
+    ]
     assert histories[0] == histories[1]
     return True
 
@@ -65,8 +69,7 @@ def train_through(faults, server, data, work_dir):
         kills.append(fault['fault'][0] if 'fault' in fault else 'at any moment')
 
 
-def test_killed_trainings_end_like_one_without_a_break(
-        small_data, training_server, undisturbed, tmp_path, long_run):
+def test_killed_trainings_end_like_one_without_a_break(small_data, training_server, undisturbed, tmp_path, long_run):
     reference, seconds = undisturbed
     generator, kills, trainings = random.Random(0), Counter(), 0
     while kills.total() < (50 if long_run else len(SURE)):
@@ -75,8 +78,10 @@ def test_killed_trainings_end_like_one_without_a_break(
         faults = [draw(generator, seconds) for _ in range(8)] if long_run else SURE
         kills.update(train_through(faults, training_server, small_data, work_dir))
         assert ends_like(work_dir, reference)
-    print(f'\n{kills.total()} kills in {trainings} trainings, {dict(kills)}: every training ended with the weights of '
-          'one without a break, bit for bit')
+    print(
+        f'\n{kills.total()} kills in {trainings} trainings, {dict(kills)}: every training ended with the weights of '
+        'one without a break, bit for bit'
+    )
     end = time.monotonic() + 20
     while processes_of(training_server.sessions) and time.monotonic() < end:
         time.sleep(0.2)
@@ -91,7 +96,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, small_data, training_server
     shutil.copytree(undisturbed[0], work_dir)
     last = work_dir / f'epoch_{EPOCHS}.pth'
     (work_dir / 'last_checkpoint').write_text(str(last))
-    last.write_bytes(last.read_bytes()[:last.stat().st_size // 2 if damage == 'half' else 0])
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2 if damage == 'half' else 0])
     log = tmp_path / 'log'
     answer = training_server.run([*arguments(small_data, work_dir), '--resume'], log)
     said = log.read_text()

@@ -1,4 +1,5 @@
 """Checkpoints that are damaged or hold something else: read as they were written, or refused in one sentence."""
+
 import io
 from collections import OrderedDict
 
@@ -26,9 +27,12 @@ def files():
     torch.manual_seed(0)
     net = model()
     buffer = HistoryBuffer([1.0, 2.0], [1, 1])
-    content = dict(state_dict=net.state_dict(), meta=dict(epoch=1, dataset_meta=dict(classes=('a', 'b'))),
-                   optimizer=torch.optim.AdamW(net.parameters()).state_dict(),
-                   message_hub=dict(log_scalars={'train/loss': buffer}, runtime_info={'best': np.float64(0.5)}))
+    content = dict(
+        state_dict=net.state_dict(),
+        meta=dict(epoch=1, dataset_meta=dict(classes=('a', 'b'))),
+        optimizer=torch.optim.AdamW(net.parameters()).state_dict(),
+        message_hub=dict(log_scalars={'train/loss': buffer}, runtime_info={'best': np.float64(0.5)}),
+    )
     both = []
     for form in (True, False):
         torch.save(content, file := io.BytesIO(), _use_new_zipfile_serialization=form)
@@ -39,8 +43,13 @@ def files():
 @pytest.mark.slow
 def test_damaged_files(files, tmp_path, long_run):
     path = tmp_path / 'epoch_1.pth'
-    edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(('cut', 'flip', 'flip', 'insert', 'remove', 'swap')),
-                               st.integers(1, 255)), min_size=1, max_size=5)
+    edits = st.lists(
+        st.tuples(
+            st.floats(0, 1), st.sampled_from(('cut', 'flip', 'flip', 'insert', 'remove', 'swap')), st.integers(1, 255)
+        ),
+        min_size=1,
+        max_size=5,
+    )
 
     def check(case):
         number, changes = case
@@ -52,9 +61,9 @@ def test_damaged_files(files, tmp_path, long_run):
             elif how == 'insert':
                 data[at:at] = bytes([byte] * byte)
             elif how == 'remove':
-                del data[at:at + byte]
+                del data[at : at + byte]
             elif how == 'swap':
-                data[at:at + 64], data[:64] = data[:64], data[at:at + 64]
+                data[at : at + 64], data[:64] = data[:64], data[at : at + 64]
             elif data:
                 data[at] ^= byte
         path.write_bytes(data)
@@ -63,21 +72,56 @@ def test_damaged_files(files, tmp_path, long_run):
         except (ValueError, OSError) as error:
             return one_sentence(error)
         return 'read'
+
     fuzz('damaged checkpoints', st.tuples(st.integers(0, 1), edits), 2000 if long_run else 70, check)
 
 
 values = st.recursive(
-    st.one_of(st.none(), st.integers(-3, 3), st.text(max_size=3), st.sampled_from((
-        torch.zeros(()), torch.zeros(8), torch.zeros(0), torch.zeros(2, 8), torch.zeros(1, 2, 8), torch.zeros(91, 8),
-        torch.zeros(3, 3, 3, 3), torch.full((8,), float('nan')), torch.zeros(8, dtype=torch.int32)))),
+    st.one_of(
+        st.none(),
+        st.integers(-3, 3),
+        st.text(max_size=3),
+        st.sampled_from(
+            (
+                torch.zeros(()),
+                torch.zeros(8),
+                torch.zeros(0),
+                torch.zeros(2, 8),
+                torch.zeros(1, 2, 8),
+                torch.zeros(91, 8),
+                torch.zeros(3, 3, 3, 3),
+                torch.full((8,), float('nan')),
+                torch.zeros(8, dtype=torch.int32),
+            )
+        ),
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=2), inner, max_size=2)),
-    max_leaves=4)
-names = st.sampled_from([*model().state_dict(), 'head.weight', 'model', 'state_dict', 'backbone.x', 'stages.0.x',
-                         'block1.0.attn.q.weight', 'class_embed.weight', 'class_embed.0.weight', '', 'x',
-                         'input_proj.0.0.weight', 'transformer.encoder.layers.0.linear1.weight', 'layers.0.ln1.weight',
-                         'selections.0.x',
-                         'transformer.decoder.layers.0.cross_attn.sampling_offsets.weight', 'lateral_conv.0.0.weight',
-                         'upbottom_conv.0.0.conv1.weight', 'encoder.layers.0.x', 'bbox_head.cls_branches.0.weight'])
+    max_leaves=4,
+)
+names = st.sampled_from(
+    [
+        *model().state_dict(),
+        'head.weight',
+        'model',
+        'state_dict',
+        'backbone.x',
+        'stages.0.x',
+        'block1.0.attn.q.weight',
+        'class_embed.weight',
+        'class_embed.0.weight',
+        '',
+        'x',
+        'input_proj.0.0.weight',
+        'transformer.encoder.layers.0.linear1.weight',
+        'layers.0.ln1.weight',
+        'selections.0.x',
+        'transformer.decoder.layers.0.cross_attn.sampling_offsets.weight',
+        'lateral_conv.0.0.weight',
+        'upbottom_conv.0.0.conv1.weight',
+        'encoder.layers.0.x',
+        'bbox_head.cls_branches.0.weight',
+    ]
+)
 
 
 @pytest.mark.slow
@@ -99,9 +143,12 @@ def test_other_contents(tmp_path, long_run):
         content = whole[0] if whole else content
         torch.save(content if wrapper is None else {wrapper: content}, path)
         ends = []
-        for read in (lambda: convert(load_checkpoint_file(path), family),
-                     lambda: VisionTransformer(ARCH, img_size=32, init_cfg=dict(
-                         type='Pretrained', checkpoint=str(path))).init_weights()):
+        for read in (
+            lambda: convert(load_checkpoint_file(path), family),
+            lambda: VisionTransformer(
+                ARCH, img_size=32, init_cfg=dict(type='Pretrained', checkpoint=str(path))
+            ).init_weights(),
+        ):
             try:
                 read()
                 ends.append('read')
@@ -111,5 +158,10 @@ def test_other_contents(tmp_path, long_run):
                 assert 'Error(s) in loading state_dict' in str(error)
                 ends.append('sizes that differ')
         return ', '.join(ends)
-    fuzz('other contents', st.tuples(edits, wrappers, st.sampled_from(FAMILIES), st.lists(values, max_size=1)),
-         1000 if long_run else 40, check)
+
+    fuzz(
+        'other contents',
+        st.tuples(edits, wrappers, st.sampled_from(FAMILIES), st.lists(values, max_size=1)),
+        1000 if long_run else 40,
+        check,
+    )

@@ -1,4 +1,5 @@
 """Command lines with mistakes: status 0, 1 or 2, one sentence, no traceback, and no file that is not whole."""
+
 import contextlib
 import io
 import json
@@ -17,8 +18,22 @@ from msda_plugin.convert import FAMILIES
 from msda_plugin.tools.shapes import generate
 
 NUMBERS = ('0', '1', '2', '-1', '1.5', '1e400', 'nan', 'inf', 'x', '', '99999999999999999999', '0x10', '²')
-ODD = ('', '-', '--', 'ä', '\udcff', 'a b', '--no-such-option', '--help=1', '../..', '/', 'x' * 5000, 'a\0b', '%s',
-       '{}')
+ODD = (
+    '',
+    '-',
+    '--',
+    'ä',
+    '\udcff',
+    'a b',
+    '--no-such-option',
+    '--help=1',
+    '../..',
+    '/',
+    'x' * 5000,
+    'a\0b',
+    '%s',
+    '{}',
+)
 # What is there, mostly, so that the next mistake is reached as well.
 CONFIGS = (*('none.py', 'empty.py', 'syntax.py', 'text.txt', 'strange.py', 'folder') * 5, *ODD)
 CHECKPOINTS = (*('vit.pth', 'vit.pth', 'broken.pth', 'none.pth', 'folder', 'https://127.0.0.1:9/none.pth') * 5, *ODD)
@@ -36,8 +51,9 @@ def option(name, *pool):
 def line(command, positional, *options):
     """Positional arguments, mostly as many as are needed, and some options in any order."""
     rest = st.lists(st.one_of(*options, st.sampled_from((*[[]] * 40, *([value] for value in ODD)))), max_size=3)
-    return st.tuples(positional, rest).map(lambda drawn: [command, *drawn[0], *(part for some in drawn[1]
-                                                                               for part in some)])
+    return st.tuples(positional, rest).map(
+        lambda drawn: [command, *drawn[0], *(part for some in drawn[1] for part in some)]
+    )
 
 
 def each(*pools):
@@ -46,40 +62,97 @@ def each(*pools):
 
 NOTHING = st.just([])
 score, device = option('--score-thr', *NUMBERS), option('--device', *DEVICES)
-model = (option('--config', *CONFIGS), option('--checkpoint', *CHECKPOINTS), option('--out', 'pictures', *ODD), score,
-         device)
+model = (
+    option('--config', *CONFIGS),
+    option('--checkpoint', *CHECKPOINTS),
+    option('--out', 'pictures', *ODD),
+    score,
+    device,
+)
 lines = st.one_of(
     st.lists(st.sampled_from(('trian', 'env', '--version', *ODD)), max_size=2).map(
-        lambda some: [part for part in some if part != 'env'] or ['--help']),
-    line('shapes', NOTHING, option('--out', 'new', 'folder', 'text.txt', 'none/new', *ODD), st.just(['--train', '1']),
-         st.just(['--val', '1']), option('--size', '32', '31', '32x33', '0', '9999', *NUMBERS),
-         option('--train', '0', '1', '-1', 'x'), option('--seed', '1', '-1', 'x', '99999999999999999999'),
-         st.just(['--force'])).map(lambda argv: [*argv, '--train', '1', '--val', '1'] if '--train' not in argv or
-                                   '--val' not in argv else argv),
-    line('convert', each((*FAMILIES, *['vision_transformer'] * 9, 'resnet', ''), CHECKPOINTS, OUTPUTS),
-         option('--prefix', 'backbone', 'x', ''), option('--json', 'account.json', *OUTPUTS), st.just(['--force'])),
-    line('complexity', st.one_of(NOTHING, each(('none.py', 'empty.py', 'syntax.py'))),
-         *(option(f'--{name}', '8', '16', '256', *NUMBERS) for name in (
-             'channels', 'heads', 'queries', 'window', 'reduction', 'points', 'depth')),
-         st.sampled_from((['--map', '4', '6'], ['--map', '4'], ['--size', '0', '9'], ['--measure', '4', '8'],
-                          ['--measure', '8'], ['--plot', 'none/x.png'], ['--map', '100000000', '100000000']))),
-    line('train', each(CONFIGS), option('--resume', *CHECKPOINTS), option('--work-dir', 'work', *ODD),
-         option('--cfg-options', 'a=1', 'a', '=', 'model=1', 'a.b.c=(', 'train_cfg.max_epochs=x'),
-         option('--launcher', 'none', 'x'), st.sampled_from((['--amp'], ['--auto-scale-lr'], ['--epochs', '3']))),
-    line('train', st.sampled_from(DATA).map(lambda data: ['--data', data, '--dry-run', '--work-dir', 'work']),
-         option('--val', *DATA), option('--val-part', *NUMBERS), option('--images', 'folder', *ODD),
-         option('--classes', 'ring', 'moon', ''), option('--epochs', *NUMBERS), option('--batch-size', *NUMBERS),
-         option('--accumulate', *NUMBERS), option('--effective-batch', '6', *NUMBERS), option('--lr', *NUMBERS),
-         option('--image-size', '64', '31', '64x', *NUMBERS), option('--workers', *NUMBERS), device,
-         option('--model', 'none', 'empty.py', *ODD), option('--load-from', *CHECKPOINTS),
-         option('--seed', '3', 'x', '-1')),
+        lambda some: [part for part in some if part != 'env'] or ['--help']
+    ),
+    line(
+        'shapes',
+        NOTHING,
+        option('--out', 'new', 'folder', 'text.txt', 'none/new', *ODD),
+        st.just(['--train', '1']),
+        st.just(['--val', '1']),
+        option('--size', '32', '31', '32x33', '0', '9999', *NUMBERS),
+        option('--train', '0', '1', '-1', 'x'),
+        option('--seed', '1', '-1', 'x', '99999999999999999999'),
+        st.just(['--force']),
+    ).map(lambda argv: [*argv, '--train', '1', '--val', '1'] if '--train' not in argv or '--val' not in argv else argv),
+    line(
+        'convert',
+        each((*FAMILIES, *['vision_transformer'] * 9, 'resnet', ''), CHECKPOINTS, OUTPUTS),
+        option('--prefix', 'backbone', 'x', ''),
+        option('--json', 'account.json', *OUTPUTS),
+        st.just(['--force']),
+    ),
+    line(
+        'complexity',
+        st.one_of(NOTHING, each(('none.py', 'empty.py', 'syntax.py'))),
+        *(
+            option(f'--{name}', '8', '16', '256', *NUMBERS)
+            for name in ('channels', 'heads', 'queries', 'window', 'reduction', 'points', 'depth')
+        ),
+        st.sampled_from(
+            (
+                ['--map', '4', '6'],
+                ['--map', '4'],
+                ['--size', '0', '9'],
+                ['--measure', '4', '8'],
+                ['--measure', '8'],
+                ['--plot', 'none/x.png'],
+                ['--map', '100000000', '100000000'],
+            )
+        ),
+    ),
+    line(
+        'train',
+        each(CONFIGS),
+        option('--resume', *CHECKPOINTS),
+        option('--work-dir', 'work', *ODD),
+        option('--cfg-options', 'a=1', 'a', '=', 'model=1', 'a.b.c=(', 'train_cfg.max_epochs=x'),
+        option('--launcher', 'none', 'x'),
+        st.sampled_from((['--amp'], ['--auto-scale-lr'], ['--epochs', '3'])),
+    ),
+    line(
+        'train',
+        st.sampled_from(DATA).map(lambda data: ['--data', data, '--dry-run', '--work-dir', 'work']),
+        option('--val', *DATA),
+        option('--val-part', *NUMBERS),
+        option('--images', 'folder', *ODD),
+        option('--classes', 'ring', 'moon', ''),
+        option('--epochs', *NUMBERS),
+        option('--batch-size', *NUMBERS),
+        option('--accumulate', *NUMBERS),
+        option('--effective-batch', '6', *NUMBERS),
+        option('--lr', *NUMBERS),
+        option('--image-size', '64', '31', '64x', *NUMBERS),
+        option('--workers', *NUMBERS),
+        device,
+        option('--model', 'none', 'empty.py', *ODD),
+        option('--load-from', *CHECKPOINTS),
+        option('--seed', '3', 'x', '-1'),
+    ),
     line('test', each(CONFIGS, CHECKPOINTS), option('--out', 'x.pkl', 'x.txt', *ODD), option('--work-dir', 'work')),
     line('demo', each(IMAGES), *model),
-    line('visualize', each(IMAGES), *model, option('--query', '1,2', '1', 'x,y', '-1,-1', '9999,9999'),
-         option('--detection', *NUMBERS), option('--layer', 'all', 'none')),
+    line(
+        'visualize',
+        each(IMAGES),
+        *model,
+        option('--query', '1,2', '1', 'x,y', '-1,-1', '9999,9999'),
+        option('--detection', *NUMBERS),
+        option('--layer', 'all', 'none'),
+    ),
     line('benchmark', st.one_of(NOTHING, each(('op', 'backbone', 'head', 'model', 'detectors', 'none')))).map(
-        lambda argv: [*argv, '--no-such-option']),
-    line('env', NOTHING).map(lambda argv: [*argv, '--no-such-option']))
+        lambda argv: [*argv, '--no-such-option']
+    ),
+    line('env', NOTHING).map(lambda argv: [*argv, '--no-such-option']),
+)
 
 
 @pytest.fixture
@@ -91,8 +164,13 @@ def folder(tmp_path, monkeypatch):
     torch.save(vit.state_dict(), tmp_path / 'vit.pth')
     (tmp_path / 'broken.pth').write_bytes((tmp_path / 'vit.pth').read_bytes()[:500])
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / 'image.png')
-    for name, text in (('empty.py', ''), ('syntax.py', 'model = dict('), ('text.txt', 'hello'), ('broken.png', 'hello'),
-                       ('strange.py', "model = dict(type='msda_plugin.ShuntedTransformer', arch='none')\n")):
+    for name, text in (
+        ('empty.py', ''),
+        ('syntax.py', 'model = dict('),
+        ('text.txt', 'hello'),
+        ('broken.png', 'hello'),
+        ('strange.py', "model = dict(type='msda_plugin.ShuntedTransformer', arch='none')\n"),
+    ):
         (tmp_path / name).write_text(text)
     (tmp_path / 'folder').mkdir()
     (tmp_path / 'folder' / 'note.txt').write_text('hello')
@@ -125,4 +203,5 @@ def test_command_lines(folder, long_run):
         for path in folder.glob('out*.pth'):
             torch.load(path, weights_only=True)
         return f'status {status}'
+
     fuzz('command lines', lines, 600 if long_run else 35, check)

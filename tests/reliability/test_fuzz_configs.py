@@ -1,4 +1,5 @@
 """Configs with mistakes: a model that learns from a picture, or one sentence that says what is wrong."""
+
 import copy
 
 import cv2
@@ -18,8 +19,26 @@ from msda_plugin.tools.common.errors import user_errors
 from msda_plugin.tools.custom_data.config import find_model
 from msda_plugin.tools.shapes import generate
 
-ODD = (None, True, 0, -1, 1, 3, 7, 1.5, 64, 'text', 'msda_plugin.ShuntedTransfomer', 'ReLU', (), (1, 2), [8, 16], {},
-       {'type': 'LN'}, {'type': 'NoSuchLayer'})
+ODD = (
+    None,
+    True,
+    0,
+    -1,
+    1,
+    3,
+    7,
+    1.5,
+    64,
+    'text',
+    'msda_plugin.ShuntedTransfomer',
+    'ReLU',
+    (),
+    (1, 2),
+    [8, 16],
+    {},
+    {'type': 'LN'},
+    {'type': 'NoSuchLayer'},
+)
 
 
 def paths(node, path=()):
@@ -35,21 +54,38 @@ def config(tmp_path_factory):
     data = tmp_path_factory.mktemp('data') / 'shapes'
     generate(str(data), train=1, val=1, size=(32, 32))
     cfg = Config.fromfile(str(find_model('deformable-detr-two-stage_shunted-nano')))
-    cfg.merge_from_dict(dict(model=dict(num_queries=4, test_cfg=dict(max_per_img=4), encoder=dict(num_layers=1),
-                                        decoder=dict(num_layers=1))))
-    loaders = {f'{split}_dataloader': dict(batch_size=1, dataset=dict(
-        type='mmdet.CocoDataset', ann_file=f'annotations/{split}.json', data_root=f'{data}/',
-        data_prefix=dict(img=f'{split}/'), metainfo=dict(classes=('circle', 'square', 'triangle', 'star', 'ring',
-                                                                  'cross')))) for split in ('train', 'val')}
-    return dict(model=cfg.model.to_dict(), **loaders, val_evaluator=dict(
-        type='mmdet.CocoMetric', ann_file=f'{data}/annotations/val.json'))
+    cfg.merge_from_dict(
+        dict(
+            model=dict(
+                num_queries=4, test_cfg=dict(max_per_img=4), encoder=dict(num_layers=1), decoder=dict(num_layers=1)
+            )
+        )
+    )
+    loaders = {
+        f'{split}_dataloader': dict(
+            batch_size=1,
+            dataset=dict(
+                type='mmdet.CocoDataset',
+                ann_file=f'annotations/{split}.json',
+                data_root=f'{data}/',
+                data_prefix=dict(img=f'{split}/'),
+                metainfo=dict(classes=('circle', 'square', 'triangle', 'star', 'ring', 'cross')),
+            ),
+        )
+        for split in ('train', 'val')
+    }
+    return dict(
+        model=cfg.model.to_dict(),
+        **loaders,
+        val_evaluator=dict(type='mmdet.CocoMetric', ann_file=f'{data}/annotations/val.json'),
+    )
 
 
 def learn(model):
     """The losses of one picture with one object."""
     image = torch.from_numpy(cv2.circle(np.zeros((32, 32, 3), np.uint8), (16, 16), 8, (255, 0, 0), -1)).permute(2, 0, 1)
     sample = DetDataSample(metainfo=dict(img_shape=(32, 32), ori_shape=(32, 32), scale_factor=(1.0, 1.0)))
-    sample.gt_instances = InstanceData(bboxes=torch.tensor([[8., 8., 24., 24.]]), labels=torch.tensor([0]))
+    sample.gt_instances = InstanceData(bboxes=torch.tensor([[8.0, 8.0, 24.0, 24.0]]), labels=torch.tensor([0]))
     batch = model.data_preprocessor(dict(inputs=[image], data_samples=[sample]), training=True)
     return model(**batch, mode='loss')
 
@@ -57,8 +93,9 @@ def learn(model):
 @pytest.mark.slow
 def test_configs(config, long_run, capsys):
     places = list(paths(config))
-    edits = st.lists(st.tuples(st.sampled_from(places), st.one_of(st.just('remove'), st.sampled_from(ODD))),
-                     min_size=1, max_size=2)
+    edits = st.lists(
+        st.tuples(st.sampled_from(places), st.one_of(st.just('remove'), st.sampled_from(ODD))), min_size=1, max_size=2
+    )
     init_default_scope('mmdet')
 
     def check(case):
@@ -66,8 +103,11 @@ def test_configs(config, long_run, capsys):
         for path, value in case:
             node = changed
             for key in path[:-1]:
-                node = node[key] if isinstance(node, (dict, list)) and (
-                    key in node if isinstance(node, dict) else key < len(node)) else None
+                node = (
+                    node[key]
+                    if isinstance(node, (dict, list)) and (key in node if isinstance(node, dict) else key < len(node))
+                    else None
+                )
             if not isinstance(node, (dict, list)):
                 continue  # an earlier change took it away
             if value == 'remove' and path[-1] in (node if isinstance(node, dict) else range(len(node))):
@@ -89,6 +129,7 @@ def test_configs(config, long_run, capsys):
             return 'sentence'
         assert losses and all(torch.as_tensor(value).isfinite().all() for value in losses.values())
         return 'right'
+
     fuzz('configs', st.one_of(st.just([]), edits), 500 if long_run else 25, check)
 
 

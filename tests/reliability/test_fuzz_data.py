@@ -1,4 +1,5 @@
 """Annotation files and images that are damaged: read as MMDetection reads them, or refused in one sentence."""
+
 import contextlib
 import copy
 import io
@@ -13,31 +14,104 @@ from mmdet.datasets import CocoDataset
 from pycocotools.coco import COCO
 
 from msda_plugin.engine.data_check import check_coco
-from msda_plugin.tools.custom_data import coco
 from msda_plugin.engine.inference import read_image
+from msda_plugin.tools.custom_data import coco
 
 VALID = dict(
     images=[dict(id=index, file_name=f'{index}.png', width=16, height=12) for index in (1, 2, 3)],
-    annotations=[dict(id=index, image_id=1 + index % 3, category_id=1 + index % 2, bbox=[1, 2, 5, 6], area=30,
-                      iscrowd=0) for index in range(5)],
-    categories=[dict(id=1, name='ring'), dict(id=2, name='star')])
-ODD = (None, True, 0, -1, 1, 2, 3, 99, 1.5, float('nan'), float('inf'), 10 ** 30, 10 ** 400, 1e308, '', 'text', '1',
-       '../../1.png', '/etc/passwd', 'x' * 5000, 'a\0b', [], [1], [1, 2, 5, 6], [0, 0, 0, 0], [-5, -5, 1e9, 1e9],
-       [1, 2, float('nan'), 4], ['1', 2, 3, 4], [True, 1, 1, 1], [10 ** 400, 1, 1, 1], {}, {'id': 1}, [[1, 1, 2, 2]])
+    annotations=[
+        dict(id=index, image_id=1 + index % 3, category_id=1 + index % 2, bbox=[1, 2, 5, 6], area=30, iscrowd=0)
+        for index in range(5)
+    ],
+    categories=[dict(id=1, name='ring'), dict(id=2, name='star')],
+)
+ODD = (
+    None,
+    True,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    99,
+    1.5,
+    float('nan'),
+    float('inf'),
+    10**30,
+    10**400,
+    1e308,
+    '',
+    'text',
+    '1',
+    '../../1.png',
+    '/etc/passwd',
+    'x' * 5000,
+    'a\0b',
+    [],
+    [1],
+    [1, 2, 5, 6],
+    [0, 0, 0, 0],
+    [-5, -5, 1e9, 1e9],
+    [1, 2, float('nan'), 4],
+    ['1', 2, 3, 4],
+    [True, 1, 1, 1],
+    [10**400, 1, 1, 1],
+    {},
+    {'id': 1},
+    [[1, 1, 2, 2]],
+)
 KEYS = ('images', 'annotations', 'categories')
-FIELDS = ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'file_name', 'width', 'height', 'name',
-          'segmentation')
+FIELDS = (
+    'id',
+    'image_id',
+    'category_id',
+    'bbox',
+    'area',
+    'iscrowd',
+    'file_name',
+    'width',
+    'height',
+    'name',
+    'segmentation',
+)
 
-records = st.tuples(st.sampled_from(KEYS), st.integers(0, 4), st.sampled_from(FIELDS), st.sampled_from(ODD),
-                    st.sampled_from(('set', 'set', 'set', 'remove', 'repeat', 'replace')))
+records = st.tuples(
+    st.sampled_from(KEYS),
+    st.integers(0, 4),
+    st.sampled_from(FIELDS),
+    st.sampled_from(ODD),
+    st.sampled_from(('set', 'set', 'set', 'remove', 'repeat', 'replace')),
+)
 lists = st.tuples(st.sampled_from(KEYS), st.sampled_from(ODD), st.sampled_from(('set', 'remove', 'append')))
-texts = st.tuples(st.integers(0, 2000), st.sampled_from((
-    b'', b'[', b'\0', b'\xff', b'[' * 200_000, b'{"a":' * 100_000, b'9' * 5000, b'\xef\xbb\xbf', b'null', b'-', b'"')),
-    st.sampled_from(('cut', 'insert', 'only')))
-cases = st.fixed_dictionaries(dict(
-    records=st.lists(records, max_size=3), lists=st.lists(lists, max_size=1),
-    text=st.one_of(st.none(), st.none(), st.none(), texts), evaluated=st.booleans(), annotated=st.booleans(),
-    classes=st.sampled_from((None, None, ('ring', 'star'), ('star',), ('moon',), ('star', 'ring')))))
+texts = st.tuples(
+    st.integers(0, 2000),
+    st.sampled_from(
+        (
+            b'',
+            b'[',
+            b'\0',
+            b'\xff',
+            b'[' * 200_000,
+            b'{"a":' * 100_000,
+            b'9' * 5000,
+            b'\xef\xbb\xbf',
+            b'null',
+            b'-',
+            b'"',
+        )
+    ),
+    st.sampled_from(('cut', 'insert', 'only')),
+)
+cases = st.fixed_dictionaries(
+    dict(
+        records=st.lists(records, max_size=3),
+        lists=st.lists(lists, max_size=1),
+        text=st.one_of(st.none(), st.none(), st.none(), texts),
+        evaluated=st.booleans(),
+        annotated=st.booleans(),
+        classes=st.sampled_from((None, None, ('ring', 'star'), ('star',), ('moon',), ('star', 'ring'))),
+    )
+)
 
 
 @pytest.fixture(scope='module')
@@ -88,16 +162,21 @@ def test_annotations_for_a_config(images, tmp_path, long_run):
     def check(case):
         path.write_bytes(damage(case))
         try:
-            report = check_coco(path, images, case['classes'], evaluated=case['evaluated'],
-                                annotated=case['annotated'])
+            report = check_coco(path, images, case['classes'], evaluated=case['evaluated'], annotated=case['annotated'])
         except (ValueError, FileNotFoundError) as error:
             return one_sentence(error)
         assert report.num_images >= report.num_empty_images >= 0 <= report.num_degenerate_boxes <= report.num_boxes
         if not case['annotated'] and 'annotations' not in json.loads(path.read_bytes()):
             return 'right, without annotations'
-        dataset = quietly(CocoDataset, ann_file=str(path), data_prefix=dict(img=f'{images}/'), pipeline=[],
-                          metainfo=dict(classes=report.classes), filter_cfg=dict(filter_empty_gt=True),
-                          serialize_data=False)  # which would collect garbage in each case
+        dataset = quietly(
+            CocoDataset,
+            ann_file=str(path),
+            data_prefix=dict(img=f'{images}/'),
+            pipeline=[],
+            metainfo=dict(classes=report.classes),
+            filter_cfg=dict(filter_empty_gt=True),
+            serialize_data=False,
+        )  # which would collect garbage in each case
         for index in range(len(dataset)):
             for instance in dataset.get_data_info(index)['instances']:
                 assert np.isfinite(instance['bbox']).all() and 0 <= instance['bbox_label'] < len(report.classes)
@@ -105,6 +184,7 @@ def test_annotations_for_a_config(images, tmp_path, long_run):
             coco = quietly(COCO, str(path))
             assert len(coco.getImgIds()) == report.num_images
         return 'right'
+
     fuzz('annotations for a config', cases, 2000 if long_run else 70, check)
 
 
@@ -128,6 +208,7 @@ def test_annotations_of_own_data(images, tmp_path, long_run):
         report = check_coco(written, images, classes, evaluated=True)
         assert report.num_boxes > 0 or report.warnings
         return 'right'
+
     fuzz('annotations of own data', cases, 1500 if long_run else 50, check)
 
 
@@ -137,8 +218,11 @@ def test_images(tmp_path, long_run):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
     encoded = [cv2.imencode(ending, pixels)[1].tobytes() for ending in ('.png', '.jpg', '.bmp', '.tif', '.webp')]
-    changes = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(('cut', 'flip', 'insert')), st.integers(0, 255)),
-                       min_size=1, max_size=4)
+    changes = st.lists(
+        st.tuples(st.floats(0, 1), st.sampled_from(('cut', 'flip', 'insert')), st.integers(0, 255)),
+        min_size=1,
+        max_size=4,
+    )
 
     def check(case):
         number, edits = case
@@ -161,4 +245,5 @@ def test_images(tmp_path, long_run):
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         assert size in ((image.shape[1], image.shape[0]), None)
         return 'pixels'
+
     fuzz('images', st.tuples(st.integers(0, len(encoded) - 1), changes), 800 if long_run else 30, check)

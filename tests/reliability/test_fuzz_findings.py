@@ -1,4 +1,5 @@
 """What fuzzing found, one case each: all of these crashed, ended in a traceback, or were let pass."""
+
 import json
 
 import pytest
@@ -18,8 +19,15 @@ from msda_plugin.tools.custom_data.coco import load_split
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('layer', [ShuntedSelfAttention, SpatialReductionAttention, ShiftedWindowAttention,
-                                   lambda dims, heads: DeformableMultiHeadAttention(dims, heads, 1, map_size=4)])
+@pytest.mark.parametrize(
+    'layer',
+    [
+        ShuntedSelfAttention,
+        SpatialReductionAttention,
+        ShiftedWindowAttention,
+        lambda dims, heads: DeformableMultiHeadAttention(dims, heads, 1, map_size=4),
+    ],
+)
 @pytest.mark.parametrize('dims, heads', [(0, 1), (-8, 2), (8, 0)])
 def test_channels_and_heads_are_at_least_one(layer, dims, heads):
     with pytest.raises(ValueError, match=f'embed_dims={dims} is not a multiple of num_heads={heads}, both at least 1'):
@@ -43,8 +51,9 @@ def test_a_map_has_pixels(layer, size):
 
 def test_empty_batches():
     layer = MultiScaleDeformableAttention(8, 2, num_levels=1, batch_first=True)
-    out = layer(torch.rand(0, 3, 8), value=torch.rand(0, 6, 8), reference_points=torch.rand(0, 3, 1, 2),
-                spatial_shapes=[(2, 3)])
+    out = layer(
+        torch.rand(0, 3, 8), value=torch.rand(0, 6, 8), reference_points=torch.rand(0, 3, 1, 2), spatial_shapes=[(2, 3)]
+    )
     assert out.shape == (0, 3, 8)
     for positional in ('rpe_table', 'log_cpb', 'fixed_pe', 'none'):
         layer = DeformableMultiHeadAttention(8, 2, 2, map_size=4, positional=positional)
@@ -54,36 +63,47 @@ def test_empty_batches():
 def test_the_channels_of_the_value_are_checked():
     layer = MultiScaleDeformableAttention(8, 2, num_levels=1, batch_first=True)
     with pytest.raises(ValueError, match=r'value \(1, 6, 9\) .* \(bs, num_keys, 8\) are needed'):
-        layer(torch.rand(1, 3, 8), value=torch.rand(1, 6, 9), reference_points=torch.rand(1, 3, 1, 2),
-              spatial_shapes=[(2, 3)])
+        layer(
+            torch.rand(1, 3, 8),
+            value=torch.rand(1, 6, 9),
+            reference_points=torch.rand(1, 3, 1, 2),
+            spatial_shapes=[(2, 3)],
+        )
 
 
 # ---- annotation files -----------------------------------------------------------------------------------------------
 def coco(**changes):
     """A file of one box, with these fields of its records set: ``annotations__area=…``."""
-    content = dict(images=[dict(id=1, file_name='1.png', width=9, height=9)], categories=[dict(id=1, name='ring')],
-                   annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 3, 3], area=9, iscrowd=0)])
+    content = dict(
+        images=[dict(id=1, file_name='1.png', width=9, height=9)],
+        categories=[dict(id=1, name='ring')],
+        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 3, 3], area=9, iscrowd=0)],
+    )
     for path, value in changes.items():
         part, field = path.split('__')
         content[part][0][field] = value
     return content
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(images__id=[]), r'id of images\[0\] must be a number or a string, got \[\]'),
-    (dict(images__id=float('nan')), 'must be a number or a string, got nan'),
-    (dict(annotations__image_id={}), r'image_id of annotations\[0\] must be'),
-    (dict(annotations__category_id=None), r'category_id of annotations\[0\] must be .*, got None'),
-    (dict(categories__name=['ring']), r'name of categories\[0\] must be'),
-    (dict(images__width='9'), "width of images.0. must be a number of pixels, got '9'"),
-    (dict(images__height=10 ** 400), r'height of images\[0\] must be a number of pixels, got 1000000.*…'),
-    (dict(images__file_name=7), r'file_name of images\[0\] must be a string, got 7'),
-    (dict(images__file_name='a\0b'), 'file_name'),
-    (dict(annotations__area=None), r'area of annotations\[0\] must be a finite number, got None'),
-    (dict(annotations__iscrowd='no'), r'iscrowd of annotations\[0\] must be 0 or 1'),
-    (dict(annotations__bbox=[10 ** 400, 1, 1, 1]), r'must be \[x, y, width, height\], got \[1000'),
-    (dict(annotations__bbox=[1e308, 1, 1e308, 1]), r'must be \[x, y, width, height\], got'),
-    (dict(annotations__bbox=[True, 1, 1, 1]), r'must be \[x, y, width, height\], got')])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(images__id=[]), r'id of images\[0\] must be a number or a string, got \[\]'),
+        (dict(images__id=float('nan')), 'must be a number or a string, got nan'),
+        (dict(annotations__image_id={}), r'image_id of annotations\[0\] must be'),
+        (dict(annotations__category_id=None), r'category_id of annotations\[0\] must be .*, got None'),
+        (dict(categories__name=['ring']), r'name of categories\[0\] must be'),
+        (dict(images__width='9'), "width of images.0. must be a number of pixels, got '9'"),
+        (dict(images__height=10**400), r'height of images\[0\] must be a number of pixels, got 1000000.*…'),
+        (dict(images__file_name=7), r'file_name of images\[0\] must be a string, got 7'),
+        (dict(images__file_name='a\0b'), 'file_name'),
+        (dict(annotations__area=None), r'area of annotations\[0\] must be a finite number, got None'),
+        (dict(annotations__iscrowd='no'), r'iscrowd of annotations\[0\] must be 0 or 1'),
+        (dict(annotations__bbox=[10**400, 1, 1, 1]), r'must be \[x, y, width, height\], got \[1000'),
+        (dict(annotations__bbox=[1e308, 1, 1e308, 1]), r'must be \[x, y, width, height\], got'),
+        (dict(annotations__bbox=[True, 1, 1, 1]), r'must be \[x, y, width, height\], got'),
+    ],
+)
 def test_values_of_another_kind(changes, message, tmp_path):
     (tmp_path / '1.png').touch()
     (tmp_path / 'train.json').write_text(json.dumps(coco(**changes)))
@@ -109,8 +129,14 @@ def test_a_file_name_that_no_file_can_have(tmp_path):
 # ---- checkpoints and messages ---------------------------------------------------------------------------------------
 def test_a_checkpoint_of_another_size_is_one_sentence(tmp_path):
     """And no list of torch's, a line for each key."""
-    arch = dict(embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 1), mlp_ratios=(1, 1, 1, 1),
-                sr_ratios=(4, 4, 2, 1), stem_convs=1)
+    arch = dict(
+        embed_dims=(8, 8, 8, 8),
+        depths=(1, 1, 1, 1),
+        num_heads=(2, 2, 2, 1),
+        mlp_ratios=(1, 1, 1, 1),
+        sr_ratios=(4, 4, 2, 1),
+        stem_convs=1,
+    )
     state_dict = ShuntedTransformer(arch).state_dict()
     key = next(key for key in state_dict if key.endswith('mlp.fc1.weight'))
     torch.save(state_dict | {key: torch.zeros(3, 3)}, tmp_path / 'shunted.pth')
@@ -120,8 +146,16 @@ def test_a_checkpoint_of_another_size_is_one_sentence(tmp_path):
     assert '\n' not in str(raised.value)
 
 
-@pytest.mark.parametrize('error', [ZeroDivisionError('division by zero'), OverflowError('too large'), MemoryError(),
-                                   StopIteration(), KeyError('img')])
+@pytest.mark.parametrize(
+    'error',
+    [
+        ZeroDivisionError('division by zero'),
+        OverflowError('too large'),
+        MemoryError(),
+        StopIteration(),
+        KeyError('img'),
+    ],
+)
 def test_every_error_is_said(error, capsys):
     with pytest.raises(SystemExit) as stopped, user_errors('train'):
         raise error

@@ -1,4 +1,5 @@
 """The attention layers with drawn arguments and inputs: finite numbers of the right shape, or what does not fit."""
+
 import warnings
 
 import pytest
@@ -25,21 +26,37 @@ ARGUMENTS = {
     MultiScaleDeformableAttention: dict(common, num_levels=counts, num_points=counts, batch_first=st.booleans()),
     DeformableAttention: dict(common, num_points=counts, batch_first=st.sampled_from((True,) * 7 + (False,))),
     DeformableMultiHeadAttention: dict(
-        common, num_groups=counts, map_size=st.one_of(sizes, st.tuples(sizes, sizes), st.none()), kernel_size=counts,
-        stride=counts, offset_range_factor=st.sampled_from((2., 0., -1.)),
+        common,
+        num_groups=counts,
+        map_size=st.one_of(sizes, st.tuples(sizes, sizes), st.none()),
+        kernel_size=counts,
+        stride=counts,
+        offset_range_factor=st.sampled_from((2.0, 0.0, -1.0)),
         version=st.sampled_from(('v1', 'v2') * 5 + ('v3',)),
-        positional=st.sampled_from(('rpe_table', 'dwc_pe', 'fixed_pe', 'log_cpb', 'none') * 3 + ('other',))),
+        positional=st.sampled_from(('rpe_table', 'dwc_pe', 'fixed_pe', 'log_cpb', 'none') * 3 + ('other',)),
+    ),
     ShuntedSelfAttention: dict(common, sr_ratio=ratios, qkv_bias=st.booleans()),
     SpatialReductionAttention: dict(common, sr_ratio=ratios, linear=st.booleans(), add_identity=st.booleans()),
     ShiftedWindowAttention: dict(common, window_size=counts, shift_size=st.integers(-1, 3), qkv_bias=st.booleans()),
 }
-inputs = st.fixed_dictionaries(dict(
-    batch=st.integers(0, 2), height=sizes, width=sizes, levels=counts, boxes=st.sampled_from((2, 4) * 5 + (3,)),
-    more_tokens=st.sampled_from((0,) * 11 + (1,)), more_channels=st.sampled_from((0,) * 11 + (1,)),
-    less_dimensions=st.sampled_from((False,) * 11 + (True,)), value=st.booleans(), training=st.booleans(),
-    seed=st.integers(0, 99)))
-cases = st.one_of([st.tuples(st.just(layer), st.fixed_dictionaries(drawn), inputs)
-                   for layer, drawn in ARGUMENTS.items()])
+inputs = st.fixed_dictionaries(
+    dict(
+        batch=st.integers(0, 2),
+        height=sizes,
+        width=sizes,
+        levels=counts,
+        boxes=st.sampled_from((2, 4) * 5 + (3,)),
+        more_tokens=st.sampled_from((0,) * 11 + (1,)),
+        more_channels=st.sampled_from((0,) * 11 + (1,)),
+        less_dimensions=st.sampled_from((False,) * 11 + (True,)),
+        value=st.booleans(),
+        training=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+)
+cases = st.one_of(
+    [st.tuples(st.just(layer), st.fixed_dictionaries(drawn), inputs) for layer, drawn in ARGUMENTS.items()]
+)
 
 
 def tokens(drawn, number, channels):

@@ -4,6 +4,7 @@
 them, and lets libFuzzer search where there is one: `pip install atheris`, or ``MSDA_LIBFUZZER`` names
 libclang_rt.fuzzer_no_main.a. GCC traces the program for it (-fsanitize-coverage).
 """
+
 import importlib.util
 import os
 import re
@@ -20,8 +21,10 @@ SANITIZE = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-g1']
 COVERAGE = ['-fsanitize-coverage=trace-pc,trace-cmp']
 ENVIRONMENT = {**os.environ, 'ASAN_OPTIONS': 'detect_leaks=0', 'OMP_NUM_THREADS': '1'}
 TORCH = Path(torch.__file__).parent
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(shutil.which('g++') is None, reason='there is no g++, whose sanitizers are used')]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which('g++') is None, reason='there is no g++, whose sanitizers are used'),
+]
 
 
 @pytest.fixture(scope='module')
@@ -35,18 +38,36 @@ def native():
 def compile_target(native, folder, isa, *, optimise='-O0', define='MSDA_SEEDED', flags=(), libraries=()):
     """The program for one instruction set; hardly optimised, which compiles in less time."""
     common = [flag for flag in native.COMMON_FLAGS if flag != '-O3']
-    driver = ['-O0', f'-D{define}', f'-DMSDA_FUZZ_ISA={isa}', f'-DMSDA_FUZZ_{isa}', *native.STABLE_ABI_FLAGS,
-              '-isystem', str(TORCH / 'include')]
+    driver = [
+        '-O0',
+        f'-D{define}',
+        f'-DMSDA_FUZZ_ISA={isa}',
+        f'-DMSDA_FUZZ_{isa}',
+        *native.STABLE_ABI_FLAGS,
+        '-isystem',
+        str(TORCH / 'include'),
+    ]
     objects = []
-    for source, options in ((ROOT / 'tests' / 'reliability' / 'fuzz_kernels.cpp', driver),
-                            (ROOT / 'csrc' / 'cpu' / 'ms_deform_attn.cpp', ['-O0']),
-                            (ROOT / 'csrc' / 'cpu' / f'ms_deform_attn_{isa}.cpp',
-                             [optimise, *native.KERNEL_FLAGS, *native.ISA_FLAGS[isa]])):
+    for source, options in (
+        (ROOT / 'tests' / 'reliability' / 'fuzz_kernels.cpp', driver),
+        (ROOT / 'csrc' / 'cpu' / 'ms_deform_attn.cpp', ['-O0']),
+        (ROOT / 'csrc' / 'cpu' / f'ms_deform_attn_{isa}.cpp', [optimise, *native.KERNEL_FLAGS, *native.ISA_FLAGS[isa]]),
+    ):
         objects.append(folder / f'{source.stem}.o')
         call('g++', *common, *SANITIZE, *flags, *options, '-c', source, '-o', objects[-1])
     program = folder / f'fuzz_{isa}'
-    call('g++', *SANITIZE[:2], *objects, *libraries, f'-L{TORCH / "lib"}', f'-Wl,-rpath,{TORCH / "lib"}',
-         '-Wl,--no-as-needed', '-ltorch_cpu', '-o', program)
+    call(
+        'g++',
+        *SANITIZE[:2],
+        *objects,
+        *libraries,
+        f'-L{TORCH / "lib"}',
+        f'-Wl,-rpath,{TORCH / "lib"}',
+        '-Wl,--no-as-needed',
+        '-ltorch_cpu',
+        '-o',
+        program,
+    )
     return program
 
 
@@ -87,11 +108,27 @@ def test_libfuzzer_finds_nothing(native, tmp_path, long_run):
         pytest.skip('the long form alone: it searches for minutes')
     if libfuzzer() is None:
         pytest.skip('there is no libFuzzer: pip install atheris, or set MSDA_LIBFUZZER')
-    program = compile_target(native, tmp_path, 'portable', define='MSDA_LIBFUZZER_MAIN', flags=COVERAGE,
-                             libraries=['-Wl,--allow-multiple-definition', libfuzzer(), '-lpthread', '-ldl'])
+    program = compile_target(
+        native,
+        tmp_path,
+        'portable',
+        define='MSDA_LIBFUZZER_MAIN',
+        flags=COVERAGE,
+        libraries=['-Wl,--allow-multiple-definition', libfuzzer(), '-lpthread', '-ldl'],
+    )
     (tmp_path / 'corpus').mkdir()
-    said = call(program, tmp_path / 'corpus', '-runs=100000', '-max_total_time=300', '-max_len=128', '-len_control=0',
-                '-seed=1', '-print_final_stats=1', '-detect_leaks=0', cwd=tmp_path)
+    said = call(
+        program,
+        tmp_path / 'corpus',
+        '-runs=100000',
+        '-max_total_time=300',
+        '-max_len=128',
+        '-len_control=0',
+        '-seed=1',
+        '-print_final_stats=1',
+        '-detect_leaks=0',
+        cwd=tmp_path,
+    )
     done = int(re.search(r'stat::number_of_executed_units: (\d+)', said)[1])
     kept = len(list((tmp_path / 'corpus').iterdir()))
     assert done > 1000 and kept > 10, said[-3000:]
@@ -110,5 +147,15 @@ def test_static_analysis(source, native):
     if clang_tidy() is None:
         pytest.skip('there is no clang-tidy: pip install clang-tidy')
     headers = subprocess.run(['g++', '-print-file-name=include'], capture_output=True, text=True).stdout.strip()
-    call(clang_tidy(), '--quiet', ROOT / 'csrc' / source, '--', '-std=c++20', *native.STABLE_ABI_FLAGS, '-isystem',
-         TORCH / 'include', '-isystem', headers)
+    call(
+        clang_tidy(),
+        '--quiet',
+        ROOT / 'csrc' / source,
+        '--',
+        '-std=c++20',
+        *native.STABLE_ABI_FLAGS,
+        '-isystem',
+        TORCH / 'include',
+        '-isystem',
+        headers,
+    )

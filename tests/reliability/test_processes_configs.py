@@ -5,6 +5,7 @@
 Two iterations: what a process owes the other one in the first, it is asked for in the second. The main job is launched
 so by tests/test_distributed.py.
 """
+
 import json
 import os
 import re
@@ -41,9 +42,17 @@ def write_data(folder, classes, size):
         cv2.imwrite(str(folder / f'images/{index}.png'), generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for (x, y, w, h), label in zip(BOXES, (0, len(classes) - 1), strict=True):
             if index % 2 == 0:
-                annotations.append(dict(
-                    id=len(annotations) + 1, image_id=index, category_id=label + 1, bbox=[x, y, w, h], area=w * h,
-                    iscrowd=0, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]))
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=index,
+                        category_id=label + 1,
+                        bbox=[x, y, w, h],
+                        area=w * h,
+                        iscrowd=0,
+                        segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    )
+                )
     images = [dict(id=index, file_name=f'{index}.png', width=width, height=height) for index in range(4)]
     categories = [dict(id=label + 1, name=name) for label, name in enumerate(classes)]
     (folder / 'ann.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
@@ -64,12 +73,23 @@ def small(path, folder):
     write_data(folder, metainfo['classes'], size)
 
     cfg.train_dataloader = dict(
-        batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dict(
-            type=dataset.type, metainfo=metainfo, data_root=f'{folder}/', ann_file='ann.json',
-            data_prefix=dict(img='images/'), filter_cfg=None, pipeline=[
+        batch_size=1,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(
+            type=dataset.type,
+            metainfo=metainfo,
+            data_root=f'{folder}/',
+            ann_file='ann.json',
+            data_prefix=dict(img='images/'),
+            filter_cfg=None,
+            pipeline=[
                 dict(type='LoadImageFromFile'),
                 dict(type='LoadAnnotations', with_bbox=True, with_mask='mask_head' in cfg.model.get('roi_head', {})),
-                dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape'))]))
+                dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape')),
+            ],
+        ),
+    )
     for split in ('val', 'test'):
         cfg[f'{split}_dataloader'] = cfg[f'{split}_evaluator'] = cfg[f'{split}_cfg'] = None
     cfg.data_root = f'{folder}/'
@@ -97,8 +117,25 @@ def test_config_in_two_processes(path, long_run, tmp_path):
     if path.is_relative_to(ROOT / 'projects'):
         environment['PYTHONPATH'] = str(path.parents[1])
     done = subprocess.run(
-        [MIM, 'train', package, str(config), '--launcher', 'pytorch', '--gpus', '2', '--port', str(port), '--work-dir',
-         str(tmp_path / 'work')], env=environment, capture_output=True, text=True, timeout=1800)
+        [
+            MIM,
+            'train',
+            package,
+            str(config),
+            '--launcher',
+            'pytorch',
+            '--gpus',
+            '2',
+            '--port',
+            str(port),
+            '--work-dir',
+            str(tmp_path / 'work'),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-4000:]
     losses = [float(loss) for loss in re.findall(r'Epoch\(train\) +\[1\]\[[12]/2\].* loss: ([\d.]+)', output)]

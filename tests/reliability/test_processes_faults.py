@@ -1,7 +1,8 @@
 """A process that dies, raises or stalls ends the whole training, within a minute and with a message that names it.
 
-    python -m pytest tests/reliability/test_processes_faults.py --long -s
+python -m pytest tests/reliability/test_processes_faults.py --long -s
 """
+
 import os
 import re
 import signal
@@ -73,18 +74,38 @@ def test_one_process_ends_the_training(fault, processes, rank, long_run, tmp_pat
     config.write_text(
         f"_base_ = '{CONFIG}'\ncustom_imports = dict(imports=['fault_hook'])\n"
         f"custom_hooks = [dict(type='FaultHook', fault='{fault}', rank={rank}, folder='{tmp_path}')]\n"
-        f"env_cfg = dict(dist_cfg=dict(timeout={TIMEOUT if fault == 'SIGSTOP' else 1800}))\n"
+        f'env_cfg = dict(dist_cfg=dict(timeout={TIMEOUT if fault == "SIGSTOP" else 1800}))\n'
         'train_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False)\n'
-        'val_dataloader = dict(num_workers=0, persistent_workers=False)\n')
+        'val_dataloader = dict(num_workers=0, persistent_workers=False)\n'
+    )
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     job = subprocess.Popen(
-        [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', f'--master_port={port}', '-m',
-         'msda_plugin', 'train', str(config), '--launcher', 'pytorch', '--work-dir', str(tmp_path / 'work'),
-         '--cfg-options', f'data_root={tmp_path / "data"}/', 'train_cfg.max_epochs=1'],
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(tmp_path)}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            f'--nproc_per_node={processes}',
+            f'--master_port={port}',
+            '-m',
+            'msda_plugin',
+            'train',
+            str(config),
+            '--launcher',
+            'pytorch',
+            '--work-dir',
+            str(tmp_path / 'work'),
+            '--cfg-options',
+            f'data_root={tmp_path / "data"}/',
+            'train_cfg.max_epochs=1',
+        ],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         output = job.communicate(timeout=600)[0]
     finally:

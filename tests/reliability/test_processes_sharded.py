@@ -4,6 +4,7 @@
 
 Its gradients are compared with those of one process by tests/test_distributed.py.
 """
+
 import os
 import re
 import socket
@@ -29,9 +30,21 @@ def test_fsdp_strategy_trains_and_saves(long_run, tmp_path):
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}',
-         str(Path(__file__).with_name('sharded_training.py')), str(CONFIG), str(tmp_path)],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=1800)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nproc_per_node=2',
+            f'--master_port={port}',
+            str(Path(__file__).with_name('sharded_training.py')),
+            str(CONFIG),
+            str(tmp_path),
+        ],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-4000:]
     losses = re.findall(r'Epoch\(train\) +\[1\]\[[12]/2\].*? loss: ([\d.]+)', output)

@@ -1,4 +1,5 @@
 """Checkpoints that want to run code: whatever their form, and wherever they are read, none of it runs."""
+
 import io
 import itertools
 import pickle
@@ -22,13 +23,16 @@ from torch import nn
 from msda_plugin.__main__ import main
 from msda_plugin.backbones.vision_transformer import VisionTransformer
 from msda_plugin.convert import FAMILIES, load_checkpoint_file
-from msda_plugin.registry import MODELS
 from msda_plugin.engine.inference import load_detector
+from msda_plugin.registry import MODELS
 from msda_plugin.tools.shapes import generate
 
 CONFIG = Path(__file__).parents[2] / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
-WORKERS = [f'{split}_dataloader.{field}' for split in ('train', 'val', 'test')
-           for field in ('num_workers=0', 'persistent_workers=False')]
+WORKERS = [
+    f'{split}_dataloader.{field}'
+    for split in ('train', 'val', 'test')
+    for field in ('num_workers=0', 'persistent_workers=False')
+]
 
 
 class Touch:
@@ -78,32 +82,47 @@ def hidden_metadata(payload):
 
 
 def optimizer(payload):
-    return {'state_dict': {}, 'meta': {'epoch': 1, 'iter': 1}, 'optimizer': {
-        'state': {0: {'exp_avg': payload}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}}
+    return {
+        'state_dict': {},
+        'meta': {'epoch': 1, 'iter': 1},
+        'optimizer': {'state': {0: {'exp_avg': payload}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]},
+    }
 
 
 def message_hub(payload):
     buffer = HistoryBuffer([1.0], [1])
     buffer.extra = payload
-    return {'state_dict': {}, 'meta': {'epoch': 1, 'iter': 1}, 'message_hub': {
-        'log_scalars': {'train/loss': buffer}, 'runtime_info': {}, 'resumed_keys': {}}}
+    return {
+        'state_dict': {},
+        'meta': {'epoch': 1, 'iter': 1},
+        'message_hub': {'log_scalars': {'train/loss': buffer}, 'runtime_info': {}, 'resumed_keys': {}},
+    }
 
 
 def object_array(payload):
     return {'state_dict': {}, 'message_hub': {'runtime_info': {'best': np.array([payload], dtype=object)}}}
 
 
-PLACES = dict(direct=lambda payload: payload, nested=nested, hidden_metadata=hidden_metadata, optimizer=optimizer,
-              message_hub=message_hub, object_array=object_array,
-              meta=lambda payload: {'state_dict': {}, 'meta': {'cfg': payload}})
+PLACES = dict(
+    direct=lambda payload: payload,
+    nested=nested,
+    hidden_metadata=hidden_metadata,
+    optimizer=optimizer,
+    message_hub=message_hub,
+    object_array=object_array,
+    meta=lambda payload: {'state_dict': {}, 'meta': {'cfg': payload}},
+)
 
 
 # ---- in what form ---------------------------------------------------------------------------------------------------
 def as_tar(content, path):
     """The form before torch 0.2: an archive of pickles."""
     with tarfile.open(path, 'w') as archive:
-        for name, data in (('storages', pickle.dumps(content, 2)), ('tensors', pickle.dumps(content, 2)),
-                           ('pickle', pickle.dumps(content, 2))):
+        for name, data in (
+            ('storages', pickle.dumps(content, 2)),
+            ('tensors', pickle.dumps(content, 2)),
+            ('pickle', pickle.dumps(content, 2)),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
@@ -118,11 +137,14 @@ def as_zip_in_zip(content, path):
 
 
 FORMS = dict(
-    zip=torch.save, legacy=partial(torch.save, _use_new_zipfile_serialization=False),
+    zip=torch.save,
+    legacy=partial(torch.save, _use_new_zipfile_serialization=False),
     pickle=lambda content, path: path.write_bytes(pickle.dumps(content, 2)),
     protocol_0=lambda content, path: path.write_bytes(pickle.dumps(content, 0)),
     protocol_5=lambda content, path: path.write_bytes(pickle.dumps(content, 5)),
-    tar=as_tar, zip_in_zip=as_zip_in_zip)
+    tar=as_tar,
+    zip_in_zip=as_zip_in_zip,
+)
 
 
 # ---- where it is read -----------------------------------------------------------------------------------------------
@@ -157,8 +179,13 @@ def run_resume(path, data, tmp_path):
 
 
 def run_init_cfg(path, data, tmp_path):
-    main(['train', str(CONFIG), *options(data, tmp_path, 'model.init_cfg.type=Pretrained',
-                                         f'model.init_cfg.checkpoint={path}')])
+    main(
+        [
+            'train',
+            str(CONFIG),
+            *options(data, tmp_path, 'model.init_cfg.type=Pretrained', f'model.init_cfg.checkpoint={path}'),
+        ]
+    )
 
 
 def run_mmengine_resume(path, data, tmp_path):
@@ -172,25 +199,53 @@ def run_mmengine_resume(path, data, tmp_path):
 
 
 ENTRANCES = {
-    'test': run_test, 'train, load_from': run_load_from, 'train --resume': run_resume, 'train, init_cfg': run_init_cfg,
+    'test': run_test,
+    'train, load_from': run_load_from,
+    'train --resume': run_resume,
+    'train, init_cfg': run_init_cfg,
     'plain runner.resume': run_mmengine_resume,
-    'demo': lambda path, data, tmp_path: main(['demo', str(data / 'image.png'), '--config', str(CONFIG), '--checkpoint',
-                                               str(path), '--out', str(tmp_path / 'out')]),
-    'visualize': lambda path, data, tmp_path: main([
-        'visualize', str(data / 'image.png'), '--config', str(CONFIG), '--checkpoint', str(path), '--out',
-        str(tmp_path / 'out')]),
-    **{f'convert {family}': lambda path, data, tmp_path, family=family: main(
-        ['convert', family, str(path), str(tmp_path / 'out.pth')]) for family in FAMILIES},
+    'demo': lambda path, data, tmp_path: main(
+        [
+            'demo',
+            str(data / 'image.png'),
+            '--config',
+            str(CONFIG),
+            '--checkpoint',
+            str(path),
+            '--out',
+            str(tmp_path / 'out'),
+        ]
+    ),
+    'visualize': lambda path, data, tmp_path: main(
+        [
+            'visualize',
+            str(data / 'image.png'),
+            '--config',
+            str(CONFIG),
+            '--checkpoint',
+            str(path),
+            '--out',
+            str(tmp_path / 'out'),
+        ]
+    ),
+    **{
+        f'convert {family}': lambda path, data, tmp_path, family=family: main(
+            ['convert', family, str(path), str(tmp_path / 'out.pth')]
+        )
+        for family in FAMILIES
+    },
     'load_checkpoint_file': lambda path, data, tmp_path: load_checkpoint_file(path),
     'load_detector': lambda path, data, tmp_path: load_detector(CONFIG, path),
     "mmengine's load_checkpoint": lambda path, data, tmp_path: load_checkpoint(nn.Linear(1, 1), str(path)),
     "mmengine's loader": lambda path, data, tmp_path: CheckpointLoader.load_checkpoint(str(path)),
     'init_cfg of our backbone': lambda path, data, tmp_path: VisionTransformer(
-        dict(embed_dims=8, depth=1, num_heads=1, mlp_ratio=1), img_size=32,
-        init_cfg=dict(type='Pretrained', checkpoint=str(path))).init_weights(),
-    'init_cfg of a stock backbone': lambda path, data, tmp_path: MODELS.build(dict(
-        type='mmdet.ResNet', depth=18, base_channels=4,
-        init_cfg=dict(type='Pretrained', checkpoint=str(path)))).init_weights(),
+        dict(embed_dims=8, depth=1, num_heads=1, mlp_ratio=1),
+        img_size=32,
+        init_cfg=dict(type='Pretrained', checkpoint=str(path)),
+    ).init_weights(),
+    'init_cfg of a stock backbone': lambda path, data, tmp_path: MODELS.build(
+        dict(type='mmdet.ResNet', depth=18, base_channels=4, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    ).init_weights(),
 }
 QUICK = ("mmengine's loader", 'load_checkpoint_file')
 SLOW = ('train, load_from', 'train, init_cfg')  # a runner each; `test` and the backbones take the same ways in CI
@@ -276,8 +331,11 @@ def test_a_storage_larger_than_its_record_is_refused(entrance, data, tmp_path):
     """Read as it says, it would reach beyond its memory."""
     torch.save({'weight': torch.zeros(4)}, tmp_path / 'small.pth')
     four, many = b'K\x04', b'J' + struct.pack('<i', 1 << 30)
-    long = rewritten(tmp_path / 'small.pth', tmp_path / 'long.pth', lambda name, content:
-                     content.replace(four, many) if name.endswith('data.pkl') else content)
+    long = rewritten(
+        tmp_path / 'small.pth',
+        tmp_path / 'long.pth',
+        lambda name, content: content.replace(four, many) if name.endswith('data.pkl') else content,
+    )
     refuse(entrance, long, data, tmp_path, tmp_path / 'ran')
 
 
@@ -285,6 +343,9 @@ def test_a_storage_larger_than_its_record_is_refused(entrance, data, tmp_path):
 def test_a_view_beyond_its_storage_is_refused(entrance, data, tmp_path):
     torch.save({'weight': torch.zeros(4)}, tmp_path / 'small.pth')
     shape, longer = b'K\x04\x85', b'K\x7f\x85'  # the tuple of the sizes
-    long = rewritten(tmp_path / 'small.pth', tmp_path / 'long.pth', lambda name, content:
-                     content.replace(shape, longer) if name.endswith('data.pkl') else content)
+    long = rewritten(
+        tmp_path / 'small.pth',
+        tmp_path / 'long.pth',
+        lambda name, content: content.replace(shape, longer) if name.endswith('data.pkl') else content,
+    )
     refuse(entrance, long, data, tmp_path, tmp_path / 'ran')

@@ -1,4 +1,5 @@
 """Downloads are compared with the hash in their name, run no code, and JSON is read only where it fits into memory."""
+
 import hashlib
 import threading
 from functools import partial
@@ -62,8 +63,9 @@ def load_init_cfg(url):
 
 
 def load_stock_init_cfg(url):
-    MODELS.build(dict(type='mmdet.ResNet', depth=18, base_channels=4,
-                      init_cfg=dict(type='Pretrained', checkpoint=url))).init_weights()
+    MODELS.build(
+        dict(type='mmdet.ResNet', depth=18, base_channels=4, init_cfg=dict(type='Pretrained', checkpoint=url))
+    ).init_weights()
 
 
 READERS = [load_checkpoint_file, CheckpointLoader.load_checkpoint, load_init_cfg, load_stock_init_cfg]
@@ -88,7 +90,7 @@ def test_what_its_name_says_is_read_and_kept(digits, served, tmp_path):
     assert kept(tmp_path) == [path.name]
     path.unlink()  # it is not asked for again
     assert load_checkpoint_file(url(path.name))['weight'].tolist() == [1, 1]
-    found, = (tmp_path / 'home').rglob('*.pth')
+    (found,) = (tmp_path / 'home').rglob('*.pth')
     found.write_bytes(b'something else')
     for read in (load_checkpoint_file, CheckpointLoader.load_checkpoint):
         with pytest.raises(ValueError, match='was damaged or replaced; delete it, and it is downloaded again'):
@@ -107,8 +109,11 @@ def test_no_code_of_a_download_runs(read, served, tmp_path):
     """MMEngine's own function reads URLs without `weights_only`."""
     folder, url = served
     for legacy in (False, True):
-        torch.save({'state_dict': {'weight': Print(tmp_path / 'ran')}}, folder / 'evil.pth',
-                   _use_new_zipfile_serialization=not legacy)
+        torch.save(
+            {'state_dict': {'weight': Print(tmp_path / 'ran')}},
+            folder / 'evil.pth',
+            _use_new_zipfile_serialization=not legacy,
+        )
         path = named_by_hash(folder / 'evil.pth')
         with pytest.raises(ValueError, match='holds more than tensors: it names .*open'):
             read(url(path.name))
@@ -129,6 +134,7 @@ def test_what_is_not_there(read, served, tmp_path):
 def test_a_model_by_name_ends_in_the_same_loader(served, monkeypatch):
     """'torchvision://…' and 'open-mmlab://…' are names of URLs."""
     from mmengine.runner import checkpoint
+
     folder, url = served
     torch.save(nn.Linear(1, 1).state_dict(), folder / 'resnet50-0123abcd.pth')
     monkeypatch.setattr(checkpoint, 'get_external_models', lambda: {'resnet50': url('resnet50-0123abcd.pth')})
@@ -144,8 +150,11 @@ def test_json_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
     path.touch()
     with path.open('r+b') as file:
         file.truncate(1 << 40)  # a hole: it takes no space on the disk
-    with pytest.raises(ValueError, match=r'train.json. has 1,048,576 MiB, and reading JSON takes about 8 times that, '
-                                         r'but [\d,]+ MiB of memory are free'):
+    with pytest.raises(
+        ValueError,
+        match=r'train.json. has 1,048,576 MiB, and reading JSON takes about 8 times that, '
+        r'but [\d,]+ MiB of memory are free',
+    ):
         check_coco(path, tmp_path)
     path.write_text('[' + '0,' * 1000 + '0]')
     monkeypatch.setattr(safe_loading, 'free_memory', lambda: path.stat().st_size * 8 - 1)
@@ -155,8 +164,10 @@ def test_json_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
     assert len(safe_loading.load_json(path)) == 1001
 
 
-@pytest.mark.parametrize('text', ['[' * 200_000, '{"a":' * 200_000, '[' * 200_000 + ']' * 200_000, '9' * 5000, '',
-                                  '\ufeff[]', '{"images": ['])
+@pytest.mark.parametrize(
+    'text',
+    ['[' * 200_000, '{"a":' * 200_000, '[' * 200_000 + ']' * 200_000, '9' * 5000, '', '\ufeff[]', '{"images": ['],
+)
 def test_json_that_is_none(text, tmp_path):
     (tmp_path / 'train.json').write_text(text, encoding='utf-8')
     with pytest.raises(ValueError, match="train.json' is not JSON .*; a file in COCO format is needed"):

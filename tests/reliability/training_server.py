@@ -8,6 +8,7 @@ bytes of that; ``measure``, a file for the memory, threads and file handles in t
 ``status``, negative for the signal that ended it, its ``session``, which the processes that load its data share, and
 the ``peak`` of its memory in bytes, theirs included.
 """
+
 import ctypes
 import gc
 import json
@@ -43,23 +44,32 @@ class Faults:
 
     def hook(self, count, name):
         """When the runner is about to call this method of its hooks."""
-        self._replace(DetectionRunner, 'call_hook', count, lambda original, runner, fn_name, **kwargs: _die(),
-                      lambda runner, fn_name, **kwargs: fn_name == name)
+        self._replace(
+            DetectionRunner,
+            'call_hook',
+            count,
+            lambda original, runner, fn_name, **kwargs: _die(),
+            lambda runner, fn_name, **kwargs: fn_name == name,
+        )
 
     def write(self, count, part):
         """When this part of a checkpoint, from 0 to 1, is written."""
+
         def write_a_part(original, backend, content, path):
             with open(path, 'wb') as file:
-                file.write(content[:round(part * len(content))])
+                file.write(content[: round(part * len(content))])
             _die()
+
         self._replace(LocalBackend, 'put', count, write_a_part)
 
     def rename(self, count, suffix, before):
         """Before or after a file gets its name, which ends so."""
+
         def around(original, path, target):
             if not before:
                 original(path, target)
             _die()
+
         self._replace(Path, 'replace', count, around, lambda path, target: str(target).endswith(suffix))
 
     def remove(self, count):
@@ -76,6 +86,7 @@ class Faults:
             if seen == count and is_one(*args, **kwargs):
                 return fatal(original, *args, **kwargs)
             return original(*args, **kwargs)
+
         setattr(owner, name, method)
 
 
@@ -94,12 +105,19 @@ class Measurements:
             original(runner, fn_name, **kwargs)
             if fn_name == 'after_train_iter':
                 self.take(runner.iter + 1)
+
         DetectionRunner.call_hook = call_hook
 
     def take(self, iteration):
         pages = int(Path('/proc/self/statm').read_text().split()[1])
-        self.rows.append((iteration, pages * resource.getpagesize(), len(os.listdir('/proc/self/task')),
-                          len(os.listdir('/proc/self/fd'))))
+        self.rows.append(
+            (
+                iteration,
+                pages * resource.getpagesize(),
+                len(os.listdir('/proc/self/task')),
+                len(os.listdir('/proc/self/fd')),
+            )
+        )
 
 
 def small_disk(folder, size):
@@ -172,8 +190,10 @@ def main():
                 os.kill(process, signal.SIGKILL)
                 done, status, usage = os.wait4(process, 0)
             time.sleep(0.01)
-        print(json.dumps(dict(status=os.waitstatus_to_exitcode(status), session=process,
-                              peak=usage.ru_maxrss * 1024)), flush=True)
+        print(
+            json.dumps(dict(status=os.waitstatus_to_exitcode(status), session=process, peak=usage.ru_maxrss * 1024)),
+            flush=True,
+        )
 
 
 if __name__ == '__main__':

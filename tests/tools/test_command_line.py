@@ -1,4 +1,5 @@
 """A user's mistake ends in one sentence that names it, and with status 2."""
+
 import logging
 import pickle
 
@@ -6,11 +7,11 @@ import pytest
 
 from msda_plugin.__main__ import COMMANDS, main
 
-BASE = '''
+BASE = """
 runner_type = 'msda_plugin.DetectionRunner'
 default_scope = 'mmdet'
 model = dict(type={model!r}, **{fields!r})
-'''
+"""
 
 
 def write(tmp_path, model, **fields):
@@ -76,9 +77,13 @@ def test_missing_checkpoint(tmp_path, capsys):
     assert 'checkpoint' in message and 'does not exist' in message
 
 
-@pytest.mark.parametrize('where, lines', [
-    ('load_from', "load_from = 'none.pth'"),
-    ('model.init_cfg.checkpoint', "model['init_cfg'] = dict(type='Pretrained', checkpoint='none.pth')")])
+@pytest.mark.parametrize(
+    'where, lines',
+    [
+        ('load_from', "load_from = 'none.pth'"),
+        ('model.init_cfg.checkpoint', "model['init_cfg'] = dict(type='Pretrained', checkpoint='none.pth')"),
+    ],
+)
 def test_missing_weights_are_said_before_anything_is_built(where, lines, tmp_path, capsys):
     config = write(tmp_path, 'msda_plugin.ShuntedTransformer', arch='tiny')
     with open(config, 'a') as file:
@@ -92,13 +97,13 @@ def write_with_data(tmp_path, annotations=None, dataset='CocoDataset'):
     if annotations is not None:
         (tmp_path / 'train.json').write_text(annotations)
     with open(config, 'a') as file:
-        file.write(f'''
+        file.write(f"""
 train_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler'), dataset=dict(
     type={dataset!r}, data_root={str(tmp_path if annotations else tmp_path / 'nowhere')!r},
     ann_file='train.json', data_prefix=dict(img='')))
 train_cfg = dict(by_epoch=True, max_epochs=1)
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
-''')
+""")
     return config
 
 

@@ -1,11 +1,12 @@
 """``complexity`` prints what the formulas, the counter and the clock say, and refuses what makes no sense."""
+
 from pathlib import Path
 
 import pytest
 
 from msda_plugin import costs
-from msda_plugin.tools.benchmarks import growth
 from msda_plugin.tools import complexity
+from msda_plugin.tools.benchmarks import growth
 
 CONFIG = Path(__file__).parents[2] / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
 
@@ -22,10 +23,12 @@ def rows(text):
 def test_formulas(capsys):
     assert complexity.main(['--map', '20', '30', '--channels', '64', '--reduction', '4', '--window', '5']) == 0
     table = rows(capsys.readouterr().out)
-    for name, cost in {'full self-attention (Transformer)': costs.self_attention(600, 64),
-                       'PVT, R = 4': costs.spatial_reduction_attention(20, 30, 64, 4),
-                       'Swin, M = 5': costs.window_attention(20, 30, 64, 5),
-                       'Shunted, R = 4': costs.shunted_attention(20, 30, 64, 4)}.items():
+    for name, cost in {
+        'full self-attention (Transformer)': costs.self_attention(600, 64),
+        'PVT, R = 4': costs.spatial_reduction_attention(20, 30, 64, 4),
+        'Swin, M = 5': costs.window_attention(20, 30, 64, 5),
+        'Shunted, R = 4': costs.shunted_attention(20, 30, 64, 4),
+    }.items():
         assert table[name][3] == f'{cost.multiply_adds / 1e9:.3f}'
         assert table[name][4] == f'{cost.memory * 4 / 2**20:.1f}'
 
@@ -52,21 +55,25 @@ def test_measures_and_draws(tmp_path, monkeypatch, capsys):
 
 def test_growth_is_the_exponent_of_a_power_law():
     sizes = [10, 100, 200, 400]
-    assert growth.exponent(sizes, [5 * size ** 1.5 for size in sizes]) == pytest.approx(1.5)
-    assert growth.exponent(sizes, [1e3, *(2 * size ** 2 for size in sizes[1:])]) == pytest.approx(2)
+    assert growth.exponent(sizes, [5 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert growth.exponent(sizes, [1e3, *(2 * size**2 for size in sizes[1:])]) == pytest.approx(2)
     with pytest.raises(ValueError, match='at least two sizes'):
         growth.exponent([10], [1])
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--channels', '30'], '--channels 30 is not a multiple of --heads 8'),
-    (['--map', '0', '4'], '--map is 0 4, but numbers of at least 1'),
-    (['--reduction', '3'], '--reduction is 3, but shunted attention halves it'),
-    (['--plot', 'x.png'], '--plot draws what --measure measures: add sides'),
-    (['--measure', '8'], 'at least two different sides'),
-    (['--measure', '8', '16', '--plot', 'no/such/folder/x.png'], 'its folder does not exist'),
-    (['--measure', '8', '16', '--device', 'tpu'], "--device is 'tpu', but cpu"),
-    (['missing.py'], 'the config missing.py does not exist')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--channels', '30'], '--channels 30 is not a multiple of --heads 8'),
+        (['--map', '0', '4'], '--map is 0 4, but numbers of at least 1'),
+        (['--reduction', '3'], '--reduction is 3, but shunted attention halves it'),
+        (['--plot', 'x.png'], '--plot draws what --measure measures: add sides'),
+        (['--measure', '8'], 'at least two different sides'),
+        (['--measure', '8', '16', '--plot', 'no/such/folder/x.png'], 'its folder does not exist'),
+        (['--measure', '8', '16', '--device', 'tpu'], "--device is 'tpu', but cpu"),
+        (['missing.py'], 'the config missing.py does not exist'),
+    ],
+)
 def test_mistakes_end_in_a_sentence(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         complexity.main(arguments)

@@ -1,4 +1,5 @@
 """``convert`` gives a whole file and an account of every key, or nothing and one sentence. No code of a file runs."""
+
 import argparse
 import json
 import os
@@ -25,8 +26,10 @@ def published(tmp_path):
     model = VisionTransformer(ARCH, img_size=32)
     model.init_weights()
     path = tmp_path / 'in.pth'
-    torch.save(dict(model=model.state_dict() | {'head.weight': torch.zeros(3, 32)}, epoch=7,
-                    args=argparse.Namespace(lr=1e-3)), path)
+    torch.save(
+        dict(model=model.state_dict() | {'head.weight': torch.zeros(3, 32)}, epoch=7, args=argparse.Namespace(lr=1e-3)),
+        path,
+    )
     return path, model
 
 
@@ -49,13 +52,18 @@ def test_the_result_loads_and_every_key_is_accounted_for(published, tmp_path, ca
     assert main(['convert', 'vision_transformer', str(source), str(out), '--json', str(account)]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = list(model.state_dict())
-    assert lines == [*(f'taken    {name} -> {name}' for name in names),
-                     'dropped  head.weight: the classifier; a backbone has none',
-                     f'{len(names)} keys taken, 1 dropped, none missing; {len(names)} entries in the result',
-                     f'wrote {out}']
+    assert lines == [
+        *(f'taken    {name} -> {name}' for name in names),
+        'dropped  head.weight: the classifier; a backbone has none',
+        f'{len(names)} keys taken, 1 dropped, none missing; {len(names)} entries in the result',
+        f'wrote {out}',
+    ]
     assert json.loads(account.read_text()) == dict(
-        family='vision_transformer', source=str(source), taken=dict(zip(names, names, strict=True)),
-        dropped={'head.weight': 'the classifier; a backbone has none'})
+        family='vision_transformer',
+        source=str(source),
+        taken=dict(zip(names, names, strict=True)),
+        dropped={'head.weight': 'the classifier; a backbone has none'},
+    )
     loaded = VisionTransformer(ARCH, img_size=32)
     load_checkpoint(loaded, str(out), map_location='cpu', strict=True)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
@@ -70,7 +78,7 @@ def test_prefix(published, tmp_path, capsys):
     _, model = published
     torch.save({f'student.{key}': value for key, value in model.state_dict().items()}, tmp_path / 'student.pth')
     argv = ['vision_transformer', tmp_path / 'student.pth', tmp_path / 'out.pth']
-    assert "no key of" in refused([*argv, '--prefix', 'teacher'], capsys)
+    assert 'no key of' in refused([*argv, '--prefix', 'teacher'], capsys)
     assert main(['convert', *map(str, argv), '--prefix', 'student']) == 0
     assert torch.load(tmp_path / 'out.pth', weights_only=True)['state_dict'].keys() == model.state_dict().keys()
 
@@ -116,19 +124,22 @@ def test_no_code_of_a_file_runs(form, published, tmp_path, capsys):
     assert (tmp_path / 'ran').exists()  # the file does what it says where it is let
 
 
-@pytest.mark.parametrize('content', [
-    b'', b'hello', b'<html>404</html>', b'PK\x03\x04 no zip', b'\x80\x02}.', bytes(99), pickle.dumps(1)], ids=repr)
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'hello', b'<html>404</html>', b'PK\x03\x04 no zip', b'\x80\x02}.', bytes(99), pickle.dumps(1)],
+    ids=repr,
+)
 def test_what_is_no_checkpoint(content, tmp_path, capsys):
     (tmp_path / 'in.pth').write_bytes(content)
     message = refused(['vision_transformer', tmp_path / 'in.pth', tmp_path / 'out.pth'], capsys)
     assert 'in.pth cannot be read as a checkpoint' in message or 'holds no state dict' in message
 
 
-@pytest.mark.parametrize('part', [.01, .5, .99])
+@pytest.mark.parametrize('part', [0.01, 0.5, 0.99])
 def test_a_truncated_file(part, published, tmp_path, capsys):
     source, _ = published
     content = source.read_bytes()
-    source.write_bytes(content[:int(len(content) * part)])
+    source.write_bytes(content[: int(len(content) * part)])
     assert 'cut short' in refused(['vision_transformer', source, tmp_path / 'out.pth'], capsys)
 
 
@@ -166,8 +177,9 @@ def test_files_that_are_there_stay_without_force(published, tmp_path, capsys):
     assert torch.load(out, weights_only=True)['state_dict'].keys() == model.state_dict().keys()
     account.write_text('mine')
     capsys.readouterr()
-    assert 'account.json exists' in refused(['vision_transformer', source, tmp_path / 'new.pth', '--json', account],
-                                            capsys)
+    assert 'account.json exists' in refused(
+        ['vision_transformer', source, tmp_path / 'new.pth', '--json', account], capsys
+    )
 
 
 def test_in_place(published):
@@ -176,12 +188,15 @@ def test_in_place(published):
     assert torch.load(source, weights_only=True)['state_dict'].keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize('out, options, message', [
-    ('none/out.pth', [], 'none of out.pth does not exist'),
-    ('', [], 'is a folder'),
-    ('out.pth', ['--json', 'none/account.json'], 'none of account.json does not exist'),
-    ('out.pth', ['--json', 'out.pth'], 'a file of its own'),
-])
+@pytest.mark.parametrize(
+    'out, options, message',
+    [
+        ('none/out.pth', [], 'none of out.pth does not exist'),
+        ('', [], 'is a folder'),
+        ('out.pth', ['--json', 'none/account.json'], 'none of account.json does not exist'),
+        ('out.pth', ['--json', 'out.pth'], 'a file of its own'),
+    ],
+)
 def test_targets_that_cannot_be(out, options, message, published, tmp_path, monkeypatch, capsys):
     source, _ = published
     monkeypatch.chdir(tmp_path)

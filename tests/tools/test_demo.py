@@ -1,4 +1,5 @@
 """Boxes on images, folders and videos: what is read, what is written, what is said."""
+
 import json
 import shutil
 
@@ -12,18 +13,18 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.demo import find_sources, main
 from msda_plugin.tools.custom_data.config import find_model
+from msda_plugin.tools.demo import find_sources, main
 from msda_plugin.tools.shapes import CLASSES, draw_image
 
-DATA = '''
+DATA = """
 default_scope = 'mmdet'
 test_dataloader = dict(dataset=dict(type='CocoDataset', pipeline=[
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(64, 64), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]))
-'''
+"""
 
 
 @pytest.fixture(scope='module')
@@ -38,8 +39,9 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
-    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=CLASSES))),
-               folder / 'epoch_1.pth')
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=CLASSES))), folder / 'epoch_1.pth'
+    )
     return folder / 'epoch_1.pth'
 
 
@@ -79,24 +81,37 @@ def test_a_folder_of_images(checkpoint, pictures, tmp_path, capsys):
     out = tmp_path / 'out'
     assert run(checkpoint, pictures, '--out', out) == 0
     assert {str(path.relative_to(out)) for path in out.rglob('*') if path.is_file()} == {
-        'a.jpg', 'a.png', 'a.bmp.png', 'turned.jpg', 'more/gray.png', 'more/alpha.png', 'results.json', 'images.json'}
+        'a.jpg',
+        'a.png',
+        'a.bmp.png',
+        'turned.jpg',
+        'more/gray.png',
+        'more/alpha.png',
+        'results.json',
+        'images.json',
+    }
     assert '6 images drawn' in capsys.readouterr().out
 
     coco = COCO(str(out / 'images.json'))
     found = coco.loadRes(str(out / 'results.json'))  # pycocotools takes them
     assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(CLASSES)
-    sizes = {image['file_name'].rsplit('/', 1)[-1]: (image['width'], image['height'])
-             for image in coco.loadImgs(coco.getImgIds())}
+    sizes = {
+        image['file_name'].rsplit('/', 1)[-1]: (image['width'], image['height'])
+        for image in coco.loadImgs(coco.getImgIds())
+    }
     assert sizes['a.bmp'] == sizes['gray.png'] == sizes['alpha.png'] == (96, 64) and sizes['turned.jpg'] == (64, 96)
     assert len(found.getAnnIds()) == 6 * 10
     for annotation in found.loadAnns(found.getAnnIds()):
-        image, = coco.loadImgs(annotation['image_id'])
+        (image,) = coco.loadImgs(annotation['image_id'])
         x, y, w, h = annotation['bbox']
         assert 0 <= x <= x + w <= image['width'] + 0.02 and 0 <= y <= y + h <= image['height'] + 0.02
         assert 0 <= annotation['score'] <= 1 and annotation['category_id'] in coco.getCatIds()
     # The same pixels in another file give the same boxes, and something is drawn.
-    boxes = {name: [a['bbox'] for a in found.loadAnns(found.getAnnIds(imgIds=[image['id']]))]
-             for image in coco.dataset['images'] for name in [image['file_name'].rsplit('/', 1)[-1]]}
+    boxes = {
+        name: [a['bbox'] for a in found.loadAnns(found.getAnnIds(imgIds=[image['id']]))]
+        for image in coco.dataset['images']
+        for name in [image['file_name'].rsplit('/', 1)[-1]]
+    }
     assert boxes['a.png'] == boxes['a.bmp'] and boxes['a.png'] != boxes['turned.jpg']
     drawn, plain = (np.array(Image.open(folder / 'a.png').resize((640, 427))) for folder in (out, pictures))
     assert (drawn != plain).mean() > 0.01
@@ -110,7 +125,9 @@ def test_files_that_cannot_be_read_are_said_and_the_others_drawn(checkpoint, pic
     said = capsys.readouterr()
     assert '7 images drawn' in said.out and (tmp_path / 'out/upper.JPG').is_file()
     assert [line.rsplit('/', 1)[-1].split()[0] for line in said.err.splitlines() if 'skipped' in line] == [
-        'empty.jpg', 'text.png']
+        'empty.jpg',
+        'text.png',
+    ]
 
 
 def test_names_that_would_collide(tmp_path):
@@ -121,15 +138,33 @@ def test_names_that_would_collide(tmp_path):
     sources = [tmp_path / 'x', tmp_path / 'y', tmp_path / 'x' / 'a.jpg']
     targets = find_sources(sources, tmp_path / 'out')
     assert [target.name for target in targets.values()] == [
-        'a.jpg', 'b.tif.png', 'clip.avi.mp4', 'a_2.jpg', 'b.tif_2.png', 'clip.avi_2.mp4']
+        'a.jpg',
+        'b.tif.png',
+        'clip.avi.mp4',
+        'a_2.jpg',
+        'b.tif_2.png',
+        'clip.avi_2.mp4',
+    ]
     (tmp_path / 'x' / 'out').mkdir()
     (tmp_path / 'x' / 'out' / 'a.jpg').touch()  # of an earlier run
     assert len(find_sources([tmp_path / 'x'], tmp_path / 'x' / 'out')) == 3
 
 
 def test_a_score_that_nothing_reaches(checkpoint, pictures, tmp_path, capsys):
-    assert main([str(pictures / 'a.jpg'), '--checkpoint', str(checkpoint), '--out', str(tmp_path / 'out'),
-                 '--score-thr', '1']) == 0
+    assert (
+        main(
+            [
+                str(pictures / 'a.jpg'),
+                '--checkpoint',
+                str(checkpoint),
+                '--out',
+                str(tmp_path / 'out'),
+                '--score-thr',
+                '1',
+            ]
+        )
+        == 0
+    )
     assert 'none with a score of 1.0 or more; try a lower --score-thr' in capsys.readouterr().out
     assert json.loads((tmp_path / 'out/results.json').read_text()) == []
     assert max(Image.open(tmp_path / 'out/a.jpg').size) == 640  # small ones are enlarged
@@ -180,7 +215,7 @@ def test_a_video(checkpoint, clip, tmp_path, capsys):
     assert '4 frames of 1 video drawn' in capsys.readouterr().out
     results = json.loads((out / 'clip.avi.mp4.json').read_text())
     assert [result['image_id'] for result in results] == [frame for frame in range(4) for _ in range(10)]
-    video, = json.loads((out / 'images.json').read_text())['videos']
+    (video,) = json.loads((out / 'images.json').read_text())['videos']
     assert (video['num_frames'], video['frames_per_second'], video['width'], video['height']) == (4, 5.0, 96, 64)
     reader = cv2.VideoCapture(str(out / 'clip.avi.mp4'))
     frames = []
@@ -200,6 +235,7 @@ def test_a_file_that_is_no_video(checkpoint, pictures, tmp_path, capsys):
 def test_ctrl_c_keeps_what_is_done(checkpoint, clip, pictures, tmp_path, monkeypatch, capsys):
     from msda_plugin import __main__
     from msda_plugin.tools import demo
+
     real, calls = demo.Demo.detect, []
 
     def detect(self, image, image_id):
@@ -207,9 +243,24 @@ def test_ctrl_c_keeps_what_is_done(checkpoint, clip, pictures, tmp_path, monkeyp
         if len(calls) > 3:
             raise KeyboardInterrupt
         return real(self, image, image_id)
+
     monkeypatch.setattr(demo.Demo, 'detect', detect)
-    assert __main__.main(['demo', str(pictures / 'a.jpg'), str(clip), '--checkpoint', str(checkpoint), '--score-thr',
-                          '0', '--out', str(tmp_path / 'out')]) == 130
+    assert (
+        __main__.main(
+            [
+                'demo',
+                str(pictures / 'a.jpg'),
+                str(clip),
+                '--checkpoint',
+                str(checkpoint),
+                '--score-thr',
+                '0',
+                '--out',
+                str(tmp_path / 'out'),
+            ]
+        )
+        == 130
+    )
     assert 'stopped by Ctrl-C' in capsys.readouterr().err
     assert len(json.loads((tmp_path / 'out/results.json').read_text())) == 10
     assert {r['image_id'] for r in json.loads((tmp_path / 'out/clip.avi.mp4.json').read_text())} == {0, 1}

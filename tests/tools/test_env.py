@@ -1,4 +1,5 @@
 """What the machine has, told whatever is missing or broken."""
+
 import json
 import os
 import struct
@@ -16,6 +17,7 @@ from msda_plugin.tools import env
 @pytest.fixture
 def broken(monkeypatch):
     """Makes the import of some packages raise."""
+
     def break_packages(**errors):
         real = env.import_module
 
@@ -23,7 +25,9 @@ def broken(monkeypatch):
             if name in errors:
                 raise errors[name]
             return real(name)
+
         monkeypatch.setattr(env, 'import_module', import_module)
+
     return break_packages
 
 
@@ -58,9 +62,11 @@ def test_a_chosen_backend_is_in_the_table():
 
 
 def test_missing_and_broken_packages_are_reported(broken, capsys):
-    broken(mmcv=ModuleNotFoundError("No module named 'mmcv'", name='mmcv'),
-           mmdet=AssertionError('MMCV==2.3.6 is used but incompatible. Please install mmcv>=2.0.0rc4, <2.2.0.'),
-           pycocotools=ImportError('numpy.dtype size changed'))
+    broken(
+        mmcv=ModuleNotFoundError("No module named 'mmcv'", name='mmcv'),
+        mmdet=AssertionError('MMCV==2.3.6 is used but incompatible. Please install mmcv>=2.0.0rc4, <2.2.0.'),
+        pycocotools=ImportError('numpy.dtype size changed'),
+    )
     assert env.main([]) == 1
     page = capsys.readouterr().out
     assert 'WRONG: mmcv is not installed\n  remedy: in a clone: pip install --no-build-isolation -r requ' in page
@@ -97,6 +103,7 @@ def test_two_stacks_at_once(monkeypatch):
         if name not in versions:
             raise metadata.PackageNotFoundError(name)
         return versions[name]
+
     monkeypatch.setattr(env.metadata, 'version', version)
     problems = env.Problems()
     stack = env._stack({}, problems)
@@ -107,8 +114,10 @@ def test_two_stacks_at_once(monkeypatch):
 # ---- GPU code -------------------------------------------------------------------------------------------------------
 def fatbin(*entries):
     """Bytes of a fat binary with (kind, architecture, payload size) entries."""
-    body = b''.join(struct.pack('<HHIQIIHHI', kind, 0, 64, size, 0, 0, 0, 0, arch).ljust(64, b'\0') + bytes(size)
-                    for kind, arch, size in entries)
+    body = b''.join(
+        struct.pack('<HHIQIIHHI', kind, 0, 64, size, 0, 0, 0, 0, arch).ljust(64, b'\0') + bytes(size)
+        for kind, arch, size in entries
+    )
     return struct.pack('<IHHQ', env.FATBIN_MAGIC, 1, 16, len(body)) + body
 
 
@@ -119,17 +128,27 @@ def test_architectures_of_a_library():
     assert env.cuda_architectures(fatbin((2, 80, 8))[:40]) == dict(machine_code=[], ptx=[])  # cut off
 
 
-@pytest.mark.parametrize('capability, runs', [(75, True), (86, True), (89, True), (80, False), (87, True), (90, False),
-                                              (100, False), (120, True), (121, True)])
+@pytest.mark.parametrize(
+    'capability, runs',
+    [(75, True), (86, True), (89, True), (80, False), (87, True), (90, False), (100, False), (120, True), (121, True)],
+)
 def test_which_gpus_the_code_runs_on(capability, runs):
     assert env.has_code(capability, machine_code=[75, 86], ptx=[120]) is runs
 
 
 def report_with_gpu(has_code, usable):
-    library = dict(path='lib.so', usable=usable, reason=None if usable else 'libmsda_cuda.so was not built',
-                   machine_code=[75], ptx=[])
-    return dict(libraries=dict(cuda=library), environment={},
-                gpus=[dict(name='Tesla', arch='sm_60', memory_gib=16.0, has_code=has_code)])
+    library = dict(
+        path='lib.so',
+        usable=usable,
+        reason=None if usable else 'libmsda_cuda.so was not built',
+        machine_code=[75],
+        ptx=[],
+    )
+    return dict(
+        libraries=dict(cuda=library),
+        environment={},
+        gpus=[dict(name='Tesla', arch='sm_60', memory_gib=16.0, has_code=has_code)],
+    )
 
 
 def test_a_gpu_that_the_library_has_no_code_for():
@@ -147,12 +166,14 @@ def test_a_gpu_without_the_library():
 
 def test_an_operator_that_fails_or_errs(monkeypatch):
     from msda_plugin import ops
+
     assert env._try('cpu') is None
     monkeypatch.setattr(ops, 'ms_deform_attn', lambda *args: ops.ms_deform_attn_reference(*args) + 1)
     assert 'away from the reference' in env._try('cpu')
 
     def fail(*args):
         raise RuntimeError('no kernel image is available')
+
     monkeypatch.setattr(ops, 'ms_deform_attn', fail)
     assert 'no kernel image' in env._try('cpu')
 
@@ -160,8 +181,13 @@ def test_an_operator_that_fails_or_errs(monkeypatch):
 @pytest.mark.slow
 def test_as_a_process_with_a_broken_mmcv_and_a_wrong_choice(tmp_path):
     (tmp_path / 'mmcv.py').write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
-    done = subprocess.run([sys.executable, '-m', 'msda_plugin', 'env'], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'PYTHONPATH': str(tmp_path), 'MSDA_BACKEND': 'gpu'})
+    done = subprocess.run(
+        [sys.executable, '-m', 'msda_plugin', 'env'],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path), 'MSDA_BACKEND': 'gpu'},
+    )
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert 'mmcv cannot be imported: ImportError: libcudart.so.12' in done.stdout
     assert "msda_plugin.ops cannot be imported: ValueError: MSDA_BACKEND is 'gpu'" in done.stdout

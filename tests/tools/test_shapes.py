@@ -1,4 +1,5 @@
 """The generated data set: valid COCO, deterministic, written whole or not at all."""
+
 import json
 
 import cv2
@@ -65,8 +66,9 @@ def test_variety():
     assert share.min() > 0.12 and share.max() < 0.22
     extent = np.array([max(a.box[2:]) for a in everything])
     assert extent.min() < 13 and 60 < extent.max() <= 80
-    overlapping = sum(_overlap(a.box, b.box) for annotations in drawn for a in annotations for b in annotations
-                      if a is not b)
+    overlapping = sum(
+        _overlap(a.box, b.box) for annotations in drawn for a in annotations for b in annotations if a is not b
+    )
     assert overlapping > 100
 
 
@@ -149,10 +151,14 @@ def test_command(tmp_path, capsys):
     assert (info['width'], info['height']) == (64, 48)
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--size', '8'], 'size must have sides of 32 to 2048 pixels, got 8x8'),
-    (['--train', '0'], 'train is the number of images of a split and must be at least 1, got 0'),
-    (['--seed', '-1'], 'seed must not be negative, got -1')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--size', '8'], 'size must have sides of 32 to 2048 pixels, got 8x8'),
+        (['--train', '0'], 'train is the number of images of a split and must be at least 1, got 0'),
+        (['--seed', '-1'], 'seed must not be negative, got -1'),
+    ],
+)
 def test_bad_values_end_in_one_sentence(tmp_path, capsys, arguments, message):
     assert shapes.main(['--out', str(tmp_path / 'data'), *arguments]) == 2
     captured = capsys.readouterr()

@@ -1,4 +1,5 @@
 """TensorBoard through MMEngine's own backend, with our configs."""
+
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,30 @@ CONFIG = Path(__file__).parents[2] / 'configs/shapes/deformable-detr-two-stage_s
 def test_a_training_of_two_iterations_writes_its_losses(tmp_path):
     pytest.importorskip('tensorboard', reason='tensorboard is not installed; pip install tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     assert shapes.main(['--out', str(tmp_path / 'data'), '--train', '8', '--val', '2', '--size', '64']) == 0
     DetLocalVisualizer._instance_dict.clear()  # MMEngine keeps one a process, with the folder of the last training
-    assert train.main([
-        str(CONFIG), '--work-dir', str(tmp_path / 'work'), '--cfg-options', f'data_root={tmp_path}/data/',
-        'visualizer.vis_backends.0.type=TensorboardVisBackend', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1',
-        'default_hooks.logger.interval=1', 'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0',
-        'val_dataloader.persistent_workers=False']) == 0
-    events, = (tmp_path / 'work').glob('*/vis_data/events.out.tfevents.*')
+    assert (
+        train.main(
+            [
+                str(CONFIG),
+                '--work-dir',
+                str(tmp_path / 'work'),
+                '--cfg-options',
+                f'data_root={tmp_path}/data/',
+                'visualizer.vis_backends.0.type=TensorboardVisBackend',
+                'train_cfg.max_epochs=1',
+                'train_cfg.val_interval=1',
+                'default_hooks.logger.interval=1',
+                'train_dataloader.num_workers=0',
+                'train_dataloader.persistent_workers=False',
+                'val_dataloader.num_workers=0',
+                'val_dataloader.persistent_workers=False',
+            ]
+        )
+        == 0
+    )
+    (events,) = (tmp_path / 'work').glob('*/vis_data/events.out.tfevents.*')
     board = EventAccumulator(str(events))
     board.Reload()
     losses = board.Scalars('loss')

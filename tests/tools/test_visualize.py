@@ -1,4 +1,5 @@
 """The command leaves pictures and a page that show what was asked for; mistakes end in a sentence."""
+
 import json
 import re
 from pathlib import Path
@@ -42,8 +43,19 @@ def quick_pictures(monkeypatch):
 
 
 def visualize(trained, out, *options):
-    return main(['visualize', str(trained / 'image.png'), '--checkpoint', str(trained / 'last.pth'), '--out', str(out),
-                 '--device', 'cpu', *options])
+    return main(
+        [
+            'visualize',
+            str(trained / 'image.png'),
+            '--checkpoint',
+            str(trained / 'last.pth'),
+            '--out',
+            str(out),
+            '--device',
+            'cpu',
+            *options,
+        ]
+    )
 
 
 def page_data(path):
@@ -76,26 +88,35 @@ def test_shows_the_surest_detections_of_different_queries_where_none_is_named(tr
 
 def test_shows_the_centre_where_nothing_is_detected(trained, tmp_path, quick_pictures):
     assert visualize(trained, tmp_path, '--score-thr', '1') == 0
-    query, = page_data(tmp_path / 'image.html')['queries']
+    (query,) = page_data(tmp_path / 'image.html')['queries']
     assert query['at'] == [80, 48] and query['box'] is None
 
 
 def test_draws_chosen_layers_head_by_head(trained, tmp_path, quick_pictures):
     assert visualize(trained, tmp_path, '--detection', '2', '--layer', 'decoder.layers.1', 'stages.0.blocks.0') == 0
     assert {path.name for path in tmp_path.iterdir()} == {
-        'image.html', 'image_detection-2.png', 'image_detection-2_decoder.layers.1.cross_attn.png',
-        'image_detection-2_backbone.stages.0.blocks.0.attn.png'}
+        'image.html',
+        'image_detection-2.png',
+        'image_detection-2_decoder.layers.1.cross_attn.png',
+        'image_detection-2_backbone.stages.0.blocks.0.attn.png',
+    }
 
 
-@pytest.mark.parametrize('options, message', [
-    (['--query', '160,3'], 'the point 160,3 is not in the image, which is 160 wide and 96 high'),
-    (['--detection', '100'], 'there is no detection 100; they are numbered from 0'),
-    (['--layer', 'decoder.layers.9'], 'no layer is called decoder.layers.9; there are backbone.stages.0.blocks.0.attn'),
-    (['--score-thr', '2'], '--score-thr is 2.0, but a number from 0 to 1 is needed'),
-    (['--config', 'none.py'], 'the config none.py does not exist'),
-    (['--device', 'tpu'], "--device is 'tpu'"),
-    (['--query', 'a,b'], "'a,b' is not a point; write X,Y in pixels"),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (['--query', '160,3'], 'the point 160,3 is not in the image, which is 160 wide and 96 high'),
+        (['--detection', '100'], 'there is no detection 100; they are numbered from 0'),
+        (
+            ['--layer', 'decoder.layers.9'],
+            'no layer is called decoder.layers.9; there are backbone.stages.0.blocks.0.attn',
+        ),
+        (['--score-thr', '2'], '--score-thr is 2.0, but a number from 0 to 1 is needed'),
+        (['--config', 'none.py'], 'the config none.py does not exist'),
+        (['--device', 'tpu'], "--device is 'tpu'"),
+        (['--query', 'a,b'], "'a,b' is not a point; write X,Y in pixels"),
+    ],
+)
 def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
         visualize(trained, tmp_path / 'out', *options)

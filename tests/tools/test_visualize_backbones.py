@@ -1,4 +1,5 @@
 """From the command line: DAT's moved points and Shunted attention's two granularities, for any detector around them."""
+
 import json
 import re
 from pathlib import Path
@@ -16,10 +17,25 @@ from msda_plugin.registry import MODELS
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 WIDTH, HEIGHT = 96, 64
-DAT = dict(embed_dims=(8, 16, 32, 64), num_heads=(1, 2, 4, 8), num_groups=(1, 1, 2, 4), kernel_sizes=(9, 7, 5, 3),
-           blocks=('L', 'L', 'LDLD', 'LD'), mlp_ratio=2, window_size=4, image_size=64, drop_path_rate=0.)
-SHUNTED = dict(embed_dims=(16, 32, 64, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4), mlp_ratios=(2, 2, 2, 2),
-               sr_ratios=(8, 4, 2, 1), stem_convs=1)
+DAT = dict(
+    embed_dims=(8, 16, 32, 64),
+    num_heads=(1, 2, 4, 8),
+    num_groups=(1, 1, 2, 4),
+    kernel_sizes=(9, 7, 5, 3),
+    blocks=('L', 'L', 'LDLD', 'LD'),
+    mlp_ratio=2,
+    window_size=4,
+    image_size=64,
+    drop_path_rate=0.0,
+)
+SHUNTED = dict(
+    embed_dims=(16, 32, 64, 64),
+    depths=(1, 1, 2, 1),
+    num_heads=(2, 2, 4, 4),
+    mlp_ratios=(2, 2, 2, 2),
+    sr_ratios=(8, 4, 2, 1),
+    stem_convs=1,
+)
 DETECTORS = {
     'dat': ('dat/retinanet_dat-t_fpn_1x_coco.py', DAT),
     'dat-detr': ('dat/deformable-detr-refine-twostage_dat-t_16xb2-50e_coco.py', DAT),
@@ -30,7 +46,7 @@ DETECTORS = {
 def shrink(cfg, arch):
     """A config of the zoo with a tiny backbone, small images, and no checkpoint to start from."""
     cfg.model.backbone.update(arch=arch, init_cfg=None)
-    cfg.model.neck.in_channels = list(arch['embed_dims'][-len(cfg.model.neck.in_channels):])
+    cfg.model.neck.in_channels = list(arch['embed_dims'][-len(cfg.model.neck.in_channels) :])
     if 'encoder' in cfg.model:
         cfg.model.encoder.num_layers = cfg.model.decoder.num_layers = 1
         cfg.model.num_queries = 10
@@ -64,16 +80,42 @@ def detector(request, tmp_path_factory):
 def page(detector, tmp_path, monkeypatch):
     """What the page of ``--query 50,20 --layer all`` shows; the pictures are drawn for the first layer alone."""
     from msda_plugin.visualization import attention_picture as drawing
+
     drawn = []
-    monkeypatch.setattr('msda_plugin.visualization.draw_heads', lambda image, query, view, title: (
-        drawn.append(view.name) or (drawing.draw_heads(image, query, view, title=title) if len(drawn) == 1 else
-                                    np.zeros((1, 1, 3), np.uint8))))
+    monkeypatch.setattr(
+        'msda_plugin.visualization.draw_heads',
+        lambda image, query, view, title: (
+            drawn.append(view.name)
+            or (
+                drawing.draw_heads(image, query, view, title=title)
+                if len(drawn) == 1
+                else np.zeros((1, 1, 3), np.uint8)
+            )
+        ),
+    )
     monkeypatch.setattr('msda_plugin.visualization.draw_query', lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
     name, folder = detector
-    assert main(['visualize', str(folder / 'image.png'), '--checkpoint', str(folder / 'weights.pth'), '--device', 'cpu',
-                 '--out', str(tmp_path), '--query', '50,20', '--layer', 'all']) == 0
+    assert (
+        main(
+            [
+                'visualize',
+                str(folder / 'image.png'),
+                '--checkpoint',
+                str(folder / 'weights.pth'),
+                '--device',
+                'cpu',
+                '--out',
+                str(tmp_path),
+                '--query',
+                '50,20',
+                '--layer',
+                'all',
+            ]
+        )
+        == 0
+    )
     data = re.search(r'id="data">(.*?)</script>', (tmp_path / 'image.html').read_text(), re.S)[1]
-    query, = json.loads(data)['queries']
+    (query,) = json.loads(data)['queries']
     assert [layer['name'] for layer in query['layers']] == drawn
     with Image.open(tmp_path / f'image_point-50-20_{drawn[0]}.png') as picture:
         assert min(picture.size) > 250
@@ -99,7 +141,8 @@ def test_shows_the_backbone(page):
 
 def check_dat(layers):
     assert [layer['name'] for layer in layers] == [
-        f'backbone.stages.{block}.attn' for block in ('2.blocks.1', '2.blocks.3', '3.blocks.1')]
+        f'backbone.stages.{block}.attn' for block in ('2.blocks.1', '2.blocks.3', '3.blocks.1')
+    ]
     for layer, stride, groups in zip(layers, (16, 16, 32), (2, 2, 4), strict=True):
         rows, columns = HEIGHT // stride, WIDTH // stride
         heads = heads_of(layer)
@@ -123,7 +166,7 @@ def check_dat(layers):
 
 def check_shunted(layers):
     assert [layer['kind'] for layer in layers] == ['shunted'] * 5
-    strides, rates = (4, 8, 16, 16, 32), ((8, 4), (4, 2), (2, 1), (2, 1), (1, ))
+    strides, rates = (4, 8, 16, 16, 32), ((8, 4), (4, 2), (2, 1), (2, 1), (1,))
     for layer, stride, its_rates in zip(layers, strides, rates, strict=True):
         assert len(layer['levels']) == len(layer['cells']) == len(its_rates)
         for level, (cell, rate) in enumerate(zip(layer['cells'], its_rates, strict=True)):

@@ -1,4 +1,5 @@
 """What is recorded reproduces the layers' results, changes nothing, and lies where it should in the image."""
+
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from msda_plugin.layers import (
-    DeformableDetrTransformerEncoder,
-    MultiScaleDeformableAttention,
-    ShuntedSelfAttention,
-)
+from msda_plugin.layers import DeformableDetrTransformerEncoder, MultiScaleDeformableAttention, ShuntedSelfAttention
 from msda_plugin.layers.deformable_attention import DeformableAttention
 from msda_plugin.layers.deformable_multi_head_attention import DeformableMultiHeadAttention
 from msda_plugin.ops import ms_deform_attn_reference
@@ -22,8 +19,13 @@ from msda_plugin.visualization import record_attention
 from msda_plugin.visualization.attention import ImageFrame, choose_layers
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'shapes'
-OURS, STOCK = (CONFIGS / name for name in ('deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py',
-                                           'mmdet-deformable-detr-two-stage_r18_1xb4-4e_shapes.py'))
+OURS, STOCK = (
+    CONFIGS / name
+    for name in (
+        'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py',
+        'mmdet-deformable-detr-two-stage_r18_1xb4-4e_shapes.py',
+    )
+)
 SHAPES = [(6, 9), (3, 5)]
 NUM_KEYS = 54 + 15
 
@@ -38,8 +40,9 @@ def randomize(module, std=0.3):
 def make_sample(image=(80, 96), resized=(160, 192), padded=(192, 256), **fields):
     """Sizes are (h, w)."""
     scale = (resized[1] / image[1], resized[0] / image[0])
-    return DetDataSample(metainfo=dict(ori_shape=image, img_shape=resized, batch_input_shape=padded,
-                                       scale_factor=scale, **fields))
+    return DetDataSample(
+        metainfo=dict(ori_shape=image, img_shape=resized, batch_input_shape=padded, scale_factor=scale, **fields)
+    )
 
 
 # ---- the proof: weights and places give the layer's own result ------------------------------------------------------
@@ -56,9 +59,14 @@ def test_sampled_attention_reproduces_the_layer(kind, coordinates, batch_first, 
     if not batch_first:
         tensors = {name: tensor.transpose(0, 1) for name, tensor in tensors.items()}
     with record_attention(layer) as recording, torch.no_grad():
-        output = layer(**tensors, key_padding_mask=mask, reference_points=torch.rand(2, 11, 2, coordinates),
-                       spatial_shapes=torch.tensor(SHAPES), level_start_index=torch.tensor([0, 54]))
-    record, = recording.records
+        output = layer(
+            **tensors,
+            key_padding_mask=mask,
+            reference_points=torch.rand(2, 11, 2, coordinates),
+            spatial_shapes=torch.tensor(SHAPES),
+            level_start_index=torch.tensor([0, 54]),
+        )
+    (record,) = recording.records
     projected = layer.value_proj(value)
     if masked:
         projected = projected.masked_fill(mask[..., None], 0)
@@ -76,7 +84,7 @@ def test_attention_on_one_scale_reproduces_the_layer(references):
     given = dict(reference_points=torch.rand(2, 54, 2)) if references == 'given' else {}
     with record_attention(layer) as recording, torch.no_grad():
         output = layer(x, **given)
-    record, = recording.records
+    (record,) = recording.records
     tokens = x.flatten(2).transpose(1, 2)
     value = layer.value_proj(tokens).unflatten(-1, (4, -1))
     sampled = ms_deform_attn_reference(value, [(6, 9)], None, record.locations, record.weights)
@@ -92,7 +100,7 @@ def test_shunted_attention_reproduces_the_layer(sr_ratio):
     x = torch.randn(2, 9 * 10, 32)
     with record_attention(layer) as recording, torch.no_grad():
         output = layer(x, (9, 10))
-    record, = recording.records
+    (record,) = recording.records
     feature_map = x.transpose(1, 2).unflatten(2, (9, 10))
     if sr_ratio > 1:
         values = [branch(feature_map)[1] for branch in layer.branches]
@@ -100,8 +108,10 @@ def test_shunted_attention_reproduces_the_layer(sr_ratio):
         values = [layer.kv(x).chunk(2, -1)[1]]
         local = layer.local_enhancement(values[0].transpose(1, 2).unflatten(2, (9, 10))).flatten(2)
     for image, query in ((0, 0), (1, 57), (1, 89)):
-        heads = [torch.einsum('hk,khd->hd', weights, value[image].unflatten(1, (len(weights), -1))).flatten()
-                 for weights, value in zip(record.attention(query, image), values, strict=True)]
+        heads = [
+            torch.einsum('hk,khd->hd', weights, value[image].unflatten(1, (len(weights), -1))).flatten()
+            for weights, value in zip(record.attention(query, image), values, strict=True)
+        ]
         attended = torch.cat(heads) + (local[image, :, query] if sr_ratio == 1 else 0)
         torch.testing.assert_close(layer.proj(attended), output[image, query], rtol=1e-4, atol=1e-5)
 
@@ -109,13 +119,23 @@ def test_shunted_attention_reproduces_the_layer(sr_ratio):
 @pytest.mark.parametrize('positional', ['none', 'rpe_table', 'log_cpb', 'fixed_pe'])
 @pytest.mark.parametrize('version', ['v1', 'v2'])
 def test_deformed_attention_reproduces_the_layer(version, positional):
-    layer = randomize(DeformableMultiHeadAttention(32, num_heads=4, num_groups=2, map_size=(8, 10), kernel_size=3,
-                                                   stride=2, positional=positional, version=version))
+    layer = randomize(
+        DeformableMultiHeadAttention(
+            32,
+            num_heads=4,
+            num_groups=2,
+            map_size=(8, 10),
+            kernel_size=3,
+            stride=2,
+            positional=positional,
+            version=version,
+        )
+    )
     torch.manual_seed(1)
     x = torch.randn(2, 32, 8, 10)
     with record_attention(layer) as recording, torch.no_grad():
         output, points = layer(x, return_points=True)
-    record, = recording.records
+    (record,) = recording.records
     torch.testing.assert_close(record.points.positions, points.positions)
     # The sampled values, by hand: bilinear, -1 and 1 at the centres of the border pixels.
     grid = points.positions.flatten(0, 1).flip(-1)
@@ -129,13 +149,17 @@ def test_deformed_attention_reproduces_the_layer(version, positional):
 # ---- places ---------------------------------------------------------------------------------------------------------
 def make_encoder():
     """One encoder layer, two levels of strides 8 and 16, one head; offsets and weights are the same for every query."""
-    encoder = DeformableDetrTransformerEncoder(num_layers=1, layer_cfg=dict(
-        self_attn_cfg=dict(embed_dims=32, num_heads=1, num_levels=2, num_points=2, dropout=0., batch_first=True),
-        ffn_cfg=dict(embed_dims=32, feedforward_channels=32))).eval()
+    encoder = DeformableDetrTransformerEncoder(
+        num_layers=1,
+        layer_cfg=dict(
+            self_attn_cfg=dict(embed_dims=32, num_heads=1, num_levels=2, num_points=2, dropout=0.0, batch_first=True),
+            ffn_cfg=dict(embed_dims=32, feedforward_channels=32),
+        ),
+    ).eval()
     attention = encoder.layers[0].self_attn
     # (x, y) in pixels of the level: level 0 (0, 0) and (3, -1), level 1 (0, 0) and (-2, 1.5)
     attention.sampling_offsets.weight.data.zero_()
-    attention.sampling_offsets.bias.data = torch.tensor([0., 0, 3, -1, 0, 0, -2, 1.5])
+    attention.sampling_offsets.bias.data = torch.tensor([0.0, 0, 3, -1, 0, 0, -2, 1.5])
     attention.attention_weights.weight.data.zero_()
     attention.attention_weights.bias.data = torch.tensor([0.4, 0.1, 0.2, 0.3]).log()
     return encoder
@@ -151,7 +175,7 @@ def run_encoder(encoder, valid_ratios):
 def test_places_of_known_offsets_in_a_resized_and_padded_image():
     recording = run_encoder(make_encoder(), torch.tensor([[192 / 256, 160 / 192]] * 2)[None])
     query = recording.at_point((34.9, 21), make_sample())
-    view, = query.layers
+    (view,) = query.layers
     # The network sees twice the size: (69.8, 42) lies in column 8, row 5 of level 0, whose centre is 68, 44 there.
     assert view.query == 'encoder query 168: level 0, row 5, column 8'
     np.testing.assert_allclose(view.at, (34, 22), atol=1e-4)
@@ -164,7 +188,7 @@ def test_places_of_known_offsets_in_a_resized_and_padded_image():
 
 def test_points_beyond_the_image_and_the_last_pixel():
     recording = run_encoder(make_encoder(), torch.tensor([[192 / 256, 160 / 192]] * 2)[None])
-    view, = recording.at_point((95.9, 79.9), make_sample()).layers
+    (view,) = recording.at_point((95.9, 79.9), make_sample()).layers
     np.testing.assert_allclose(view.at, (94, 78), atol=1e-4)  # the last pixel that is not padding
     np.testing.assert_allclose(view.xy[1], (106, 74), atol=1e-4)
 
@@ -173,8 +197,12 @@ def test_a_layer_that_knows_no_valid_ratios_is_given_those_of_the_sample():
     layer = make_encoder().layers[0].self_attn
     reference_points = torch.tensor([0.25, 0.5]).expand(1, 1, 2, 2)
     with record_attention(layer) as recording, torch.no_grad():
-        layer(torch.rand(1, 1, 32), value=torch.rand(1, 960, 32), reference_points=reference_points,
-              spatial_shapes=((24, 32), (12, 16)))
+        layer(
+            torch.rand(1, 1, 32),
+            value=torch.rand(1, 960, 32),
+            reference_points=reference_points,
+            spatial_shapes=((24, 32), (12, 16)),
+        )
     view = recording.records[0].view(0, 0, ImageFrame.from_sample(make_sample()))
     np.testing.assert_allclose(view.at, (256 * 0.25 / 2, 192 * 0.5 / 2), atol=1e-4)
     np.testing.assert_allclose(view.xy[3], (32 - 2 * 16 / 2, 48 + 1.5 * 16 / 2), atol=1e-4)
@@ -185,8 +213,13 @@ def test_reference_boxes_in_pixels():
     ratios = torch.tensor([[192 / 256, 160 / 192]] * 2)[None]
     box = torch.tensor([0.5, 0.5, 0.25, 0.1])  # of the image
     with record_attention(layer) as recording, torch.no_grad():
-        layer(torch.rand(1, 1, 32), value=torch.rand(1, 960, 32), valid_ratios=ratios,
-              reference_points=(box * ratios.repeat(1, 1, 2))[:, None], spatial_shapes=((24, 32), (12, 16)))
+        layer(
+            torch.rand(1, 1, 32),
+            value=torch.rand(1, 960, 32),
+            valid_ratios=ratios,
+            reference_points=(box * ratios.repeat(1, 1, 2))[:, None],
+            spatial_shapes=((24, 32), (12, 16)),
+        )
     view = recording.records[0].view(0, 0, ImageFrame.from_sample(make_sample()))
     np.testing.assert_allclose(view.box, (48 - 12, 40 - 4, 48 + 12, 40 + 4), atol=1e-4)
     # offset / num_points * wh / 2: 3, -1 -> 3 / 2 * 24 / 2, -1 / 2 * 8 / 2
@@ -197,7 +230,7 @@ def test_cells_of_shunted_attention():
     layer = randomize(ShuntedSelfAttention(32, num_heads=4, sr_ratio=4))
     with record_attention(layer) as recording, torch.no_grad():
         layer(torch.rand(1, 24 * 32, 32), (24, 32))
-    view, = recording.at_point((34.9, 21), make_sample()).layers  # tokens of 8x8 in the input, 4x4 in the image
+    (view,) = recording.at_point((34.9, 21), make_sample()).layers  # tokens of 8x8 in the input, 4x4 in the image
     assert view.query == 'token 168: row 5, column 8 of 24×32'
     np.testing.assert_allclose(view.at, (34, 22))
     np.testing.assert_allclose(view.cells, [(16, 16), (8, 8)])
@@ -216,7 +249,7 @@ def test_places_of_deformed_points():
     torch.nn.init.zeros_(layer.offset_proj.weight)  # points that are not moved
     with record_attention(layer) as recording, torch.no_grad():
         layer(torch.rand(1, 32, 24, 32))
-    view, = recording.at_point((34.9, 21), make_sample()).layers
+    (view,) = recording.at_point((34.9, 21), make_sample()).layers
     np.testing.assert_allclose(view.at, (34, 22))
     assert len(view.xy) == 4 * 24 * 32 and set(view.level[view.head == 2]) == {1}
     np.testing.assert_allclose(view.xy, view.origin)
@@ -230,7 +263,7 @@ def test_merging_takes_the_mean_of_heads_that_look_at_one_place():
     layer = randomize(ShuntedSelfAttention(32, num_heads=4, sr_ratio=4))
     with record_attention(layer) as recording, torch.no_grad():
         layer(torch.rand(1, 24 * 32, 32), (24, 32))
-    view, = recording.at_point((3, 3), make_sample()).layers
+    (view,) = recording.at_point((3, 3), make_sample()).layers
     merged = view.merged()
     assert len(merged.weight) == 6 * 8 + 12 * 16
     order = np.lexsort(merged.xy[merged.level == 0].T)
@@ -255,13 +288,16 @@ def build_detector(path):
 def run(request):
     """A model, what was recorded, its answer for an image that is padded in its batch, and the decoder's references."""
     model = build_detector(request.param)
-    images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(h))
-              for h, w in ((96, 128), (64, 96))]
+    images = [
+        torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(h))
+        for h, w in ((96, 128), (64, 96))
+    ]
     samples = [make_sample((h // 2, w // 2), (h, w), (96, 128)) for h, w in ((96, 128), (64, 96))]
     seen = {}
     handle = model.decoder.register_forward_hook(
         lambda module, args, kwargs, output: seen.update(start=kwargs['reference_points'], after=output[1]),
-        with_kwargs=True)
+        with_kwargs=True,
+    )
 
     def predict():
         with torch.no_grad():
@@ -285,8 +321,12 @@ def test_recording_changes_nothing_and_leaves_nothing(run):
 def test_every_layer_is_recorded_in_order(run):
     model, recording, *_ = run
     names = [record.name for record in recording.records if record.name.split('.')[0] != 'backbone']
-    assert names == ['encoder.layers.0.self_attn', 'encoder.layers.1.self_attn', 'decoder.layers.0.cross_attn',
-                     'decoder.layers.1.cross_attn']
+    assert names == [
+        'encoder.layers.0.self_attn',
+        'encoder.layers.1.self_attn',
+        'decoder.layers.0.cross_attn',
+        'decoder.layers.1.cross_attn',
+    ]
     backbone = [record for record in recording.records if record.name.startswith('backbone.')]
     assert len(backbone) == (7 if hasattr(model.backbone, 'stages') else 0)
     assert not any(record.weights.requires_grad for record in recording.records if hasattr(record, 'weights'))
@@ -295,7 +335,7 @@ def test_every_layer_is_recorded_in_order(run):
 def test_a_detection_leads_to_its_query(run):
     model, recording, answers, *_ = run
     for image, answer in enumerate(answers):
-        boxes, size = recording.boxes[image].double(), torch.tensor([64., 48] if image == 0 else [48., 32]).repeat(2)
+        boxes, size = recording.boxes[image].double(), torch.tensor([64.0, 48] if image == 0 else [48.0, 32]).repeat(2)
         found = set()
         for number in range(20):
             query = recording.query_of(number, answer, image)
@@ -363,8 +403,13 @@ def test_hooks_go_when_the_model_fails():
 
 
 def test_layers_are_chosen_by_parts_of_their_names():
-    names = ['backbone.stages.0.blocks.0.attn', 'backbone.stages.0.blocks.1.attn', 'backbone.stages.1.blocks.0.attn',
-             'encoder.layers.0.self_attn', 'encoder.layers.1.self_attn']
+    names = [
+        'backbone.stages.0.blocks.0.attn',
+        'backbone.stages.0.blocks.1.attn',
+        'backbone.stages.1.blocks.0.attn',
+        'encoder.layers.0.self_attn',
+        'encoder.layers.1.self_attn',
+    ]
     assert choose_layers(names) == names[1:]
     assert choose_layers(names, ['all']) == names
     assert choose_layers(names, ['encoder', 'stages.1']) == names[2:]

@@ -1,4 +1,5 @@
 """The page holds everything it needs, nothing can escape from its data, and a browser draws what the data says."""
+
 import json
 import re
 import shutil
@@ -20,25 +21,43 @@ def sampled(name, kind, heads=2, seed=0):
     random = np.random.default_rng(seed)
     head, level, point = (part.ravel() for part in np.indices((heads, 2, 3)))
     weight = random.random(len(head))
-    return LayerView(name=name, kind=kind, query=f'{kind} query 3', at=np.array([50., 40]),
-                     box=np.array([30., 20, 70, 60]) if kind == 'decoder' else None, head=head, level=level,
-                     xy=np.column_stack([10 + 20 * head + 5 * point, 10 + 30 * level + 0.25 * point]),
-                     weight=weight / weight.sum() * heads, level_names=('level 0, 10×12', 'level 1, 5×6'))
+    return LayerView(
+        name=name,
+        kind=kind,
+        query=f'{kind} query 3',
+        at=np.array([50.0, 40]),
+        box=np.array([30.0, 20, 70, 60]) if kind == 'decoder' else None,
+        head=head,
+        level=level,
+        xy=np.column_stack([10 + 20 * head + 5 * point, 10 + 30 * level + 0.25 * point]),
+        weight=weight / weight.sum() * heads,
+        level_names=('level 0, 10×12', 'level 1, 5×6'),
+    )
 
 
 def cells():
     """Two heads on a coarse grid of two cells, one head on a fine one of four."""
-    return LayerView(name='backbone.attn', kind='shunted', query='token 3', at=np.array([50., 40]), box=None,
-                     head=np.array([0, 0, 1, 1, 2, 2, 2, 2]), level=np.array([0, 0, 0, 0, 1, 1, 1, 1]),
-                     xy=np.array([(25., 40), (75, 40)] * 2 + [(12.5, 40), (37.5, 40), (62.5, 40), (87.5, 40)]),
-                     weight=np.array([1, 0, 0.5, 0.5, 0.1, 0.2, 0.3, 0.4]), level_names=('coarse', 'fine'),
-                     cells=np.array([(50., 80), (25, 80)]))
+    return LayerView(
+        name='backbone.attn',
+        kind='shunted',
+        query='token 3',
+        at=np.array([50.0, 40]),
+        box=None,
+        head=np.array([0, 0, 1, 1, 2, 2, 2, 2]),
+        level=np.array([0, 0, 0, 0, 1, 1, 1, 1]),
+        xy=np.array([(25.0, 40), (75, 40)] * 2 + [(12.5, 40), (37.5, 40), (62.5, 40), (87.5, 40)]),
+        weight=np.array([1, 0, 0.5, 0.5, 0.1, 0.2, 0.3, 0.4]),
+        level_names=('coarse', 'fine'),
+        cells=np.array([(50.0, 80), (25, 80)]),
+    )
 
 
 def make_queries():
     layers = (cells(), sampled('encoder.0', 'encoder'), sampled('decoder.0', 'decoder', seed=1))
-    return [QueryView(f'detection 0: {EVIL}', np.array([50., 40]), np.array([32., 22, 68, 58]), layers),
-            QueryView('point (3, 4)', np.array([3., 4]), None, layers[:2])]
+    return [
+        QueryView(f'detection 0: {EVIL}', np.array([50.0, 40]), np.array([32.0, 22, 68, 58]), layers),
+        QueryView('point (3, 4)', np.array([3.0, 4]), None, layers[:2]),
+    ]
 
 
 def data_of(page):
@@ -64,7 +83,10 @@ def test_data_survives_and_cannot_end_its_element():
     assert '<title>&lt;/script&gt;' in page
     layer = data['queries'][0]['layers'][2]
     assert (layer['x'], layer['level'], layer['head']) == (
-        [10, 15, 20] * 2 + [30, 35, 40] * 2, [0, 0, 0, 1, 1, 1] * 2, [0] * 6 + [1] * 6)
+        [10, 15, 20] * 2 + [30, 35, 40] * 2,
+        [0, 0, 0, 1, 1, 1] * 2,
+        [0] * 6 + [1] * 6,
+    )
 
 
 def test_a_page_needs_a_query():
@@ -81,9 +103,20 @@ def browse(tmp_path, state='', script=''):
     write_attention_page(path, IMAGE, make_queries(), title=EVIL)
     if script:
         path.write_text(path.read_text().replace('</body>', f'<script>{script}</script></body>'))
-    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
-             '--disable-background-networking', '--disable-component-update', '--virtual-time-budget=2000',
-             f'--user-data-dir={tmp_path / "profile"}', '--window-size=1200,900', '--dump-dom']
+    flags = [
+        '--headless',
+        '--no-sandbox',
+        '--disable-gpu',
+        '--disable-quic',
+        '--no-first-run',
+        '--disable-sync',
+        '--disable-background-networking',
+        '--disable-component-update',
+        '--virtual-time-budget=2000',
+        f'--user-data-dir={tmp_path / "profile"}',
+        '--window-size=1200,900',
+        '--dump-dom',
+    ]
     result = subprocess.run([CHROMIUM, *flags, f'{path.as_uri()}#{state}'], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -91,8 +124,10 @@ def browse(tmp_path, state='', script=''):
 
 def samples_in(document):
     """(x, y) of each drawn point by its transform, with its head and level."""
-    pattern = (r'<path class="sample"[^>]*data-head="(\d+)" data-level="(\d+)"'
-               r'[^>]*transform="translate\(([\d.-]+) ([\d.-]+)\)"')
+    pattern = (
+        r'<path class="sample"[^>]*data-head="(\d+)" data-level="(\d+)"'
+        r'[^>]*transform="translate\(([\d.-]+) ([\d.-]+)\)"'
+    )
     return sorted((float(x), float(y), int(head), int(level)) for head, level, x, y in re.findall(pattern, document))
 
 
@@ -100,8 +135,10 @@ def samples_in(document):
 def test_a_browser_draws_the_last_layer_at_first(tmp_path):
     document = browse(tmp_path)
     view = sampled('decoder.0', 'decoder')
-    expected = sorted((x, y, head, level) for (x, y), head, level in zip(
-        view.xy.tolist(), view.head.tolist(), view.level.tolist(), strict=True))
+    expected = sorted(
+        (x, y, head, level)
+        for (x, y), head, level in zip(view.xy.tolist(), view.head.tolist(), view.level.tolist(), strict=True)
+    )
     assert samples_in(document) == expected
     assert 'decoder.0 · decoder query 3 · 12 points' in document
     assert '<rect x="32" y="22" width="36" height="36"' in document  # the detection, in pixels of the image
@@ -119,16 +156,21 @@ def test_a_browser_draws_what_the_address_says(tmp_path):
 
 @needs_browser
 def test_selectors_work_and_cells_are_means_over_heads(tmp_path):
-    choose = '''
+    choose = """
         const layer = document.getElementById('layer');
         layer.value = 'backbone.attn';
-        layer.dispatchEvent(new Event('change'));'''
+        layer.dispatchEvent(new Event('change'));"""
     document = browse(tmp_path, script=choose)
-    drawn = re.findall(r'<rect class="sample" data-x="([\d.]+)"[^>]*x="([\d.]+)" y="0" width="50" height="80" '
-                       r'fill-opacity="([\d.]+)"', document)
+    drawn = re.findall(
+        r'<rect class="sample" data-x="([\d.]+)"[^>]*x="([\d.]+)" y="0" width="50" height="80" '
+        r'fill-opacity="([\d.]+)"',
+        document,
+    )
     # Mean weights of 0.75 and 0.25 on the coarse grid; the largest is drawn deepest.
     assert sorted((float(x), float(left), round(float(depth), 3)) for x, left, depth in drawn) == [
-        (25, 0, 0.75), (75, 50, 0.25)]
+        (25, 0, 0.75),
+        (75, 50, 0.25),
+    ]
     assert '2 cells' in document
     options = re.search(r'<select id="level">(.*?)</select>', document)[1]
     assert re.findall(r'>(\w+)<', options) == ['coarse', 'fine']

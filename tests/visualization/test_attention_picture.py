@@ -1,4 +1,5 @@
 """Samples are drawn where they lie, as large as they weigh, on small images and large ones."""
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,15 +11,25 @@ from msda_plugin.visualization.attention_picture import LEVEL_COLOURS, _panel, l
 
 
 def rgb(colour):
-    return np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)])
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
 
 
-def points_view(xy, weight, *, level=None, kind='decoder', at=(50., 40.), box=(30., 20., 70., 60.), name='decoder.0'):
+def points_view(
+    xy, weight, *, level=None, kind='decoder', at=(50.0, 40.0), box=(30.0, 20.0, 70.0, 60.0), name='decoder.0'
+):
     count = len(weight)
-    return LayerView(name=name, kind=kind, query='decoder query 7', at=np.array(at),
-                     box=None if box is None else np.array(box), head=np.arange(count) % 2,
-                     level=np.zeros(count, int) if level is None else np.array(level), xy=np.array(xy, float),
-                     weight=np.array(weight, float), level_names=('level 0, 10×12', 'level 1, 5×6'))
+    return LayerView(
+        name=name,
+        kind=kind,
+        query='decoder query 7',
+        at=np.array(at),
+        box=None if box is None else np.array(box),
+        head=np.arange(count) % 2,
+        level=np.zeros(count, int) if level is None else np.array(level),
+        xy=np.array(xy, float),
+        weight=np.array(weight, float),
+        level_names=('level 0, 10×12', 'level 1, 5×6'),
+    )
 
 
 def cells_view():
@@ -26,9 +37,19 @@ def cells_view():
     xy = np.column_stack([x.ravel(), y.ravel()])
     weight = np.zeros(8)
     weight[6] = 1
-    return LayerView(name='backbone.0', kind='shunted', query='token 3', at=np.array([50., 40.]), box=None,
-                     head=np.zeros(8, int), level=np.zeros(8, int), xy=xy, weight=weight, level_names=('2×2 merged',),
-                     cells=np.array([[25., 40.]]))
+    return LayerView(
+        name='backbone.0',
+        kind='shunted',
+        query='token 3',
+        at=np.array([50.0, 40.0]),
+        box=None,
+        head=np.zeros(8, int),
+        level=np.zeros(8, int),
+        xy=xy,
+        weight=weight,
+        level_names=('2×2 merged',),
+        cells=np.array([[25.0, 40.0]]),
+    )
 
 
 def render(view, size=(100, 80), scale=4):
@@ -49,17 +70,20 @@ def like(picture, colour, tolerance=70):
 
 @pytest.mark.parametrize('place', [(20, 60), (90.5, 10.25)])
 def test_a_point_is_drawn_at_its_place(place):
-    picture = render(points_view([place], [1.], level=[1], at=(50, 40), box=None))
+    picture = render(points_view([place], [1.0], level=[1], at=(50, 40), box=None))
     rows, columns = np.nonzero(like(picture, LEVEL_COLOURS[1]))
     assert len(rows) > 20
-    np.testing.assert_allclose([(columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2],
-                               np.array(place) * 4, atol=1)
+    np.testing.assert_allclose(
+        [(columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2], np.array(place) * 4, atol=1
+    )
 
 
 def test_weight_is_seen_in_the_size():
     picture = render(points_view([(20, 20), (80, 60)], [0.8, 0.2], box=None))
-    sizes = [like(picture[rows, columns], LEVEL_COLOURS[0], 200).sum()
-             for rows, columns in ((slice(40, 120), slice(40, 120)), (slice(200, 280), slice(280, 360)))]
+    sizes = [
+        like(picture[rows, columns], LEVEL_COLOURS[0], 200).sum()
+        for rows, columns in ((slice(40, 120), slice(40, 120)), (slice(200, 280), slice(280, 360)))
+    ]
     assert sizes[0] > 2 * sizes[1] > 0
 
 
@@ -73,9 +97,9 @@ def test_a_cell_is_drawn_over_what_it_stands_for():
 
 def test_the_window_holds_weight_and_reference_of_all_layers_of_a_kind():
     first = points_view([(48, 40), (52, 40), (200, 200)], [0.6, 0.39, 0.01], at=(50, 40), box=(45, 35, 55, 45))
-    second = points_view([(60, 42)], [1.], at=(50, 40), box=None, name='decoder.1')
-    far = points_view([(5, 75)], [1.], kind='encoder', box=None)
-    query = QueryView('detection 0', np.array([50., 40]), np.array([45., 35, 55, 45]), (far, first, second))
+    second = points_view([(60, 42)], [1.0], at=(50, 40), box=None, name='decoder.1')
+    far = points_view([(5, 75)], [1.0], kind='encoder', box=None)
+    query = QueryView('detection 0', np.array([50.0, 40]), np.array([45.0, 35, 55, 45]), (far, first, second))
     window = layer_window(query, first, (80, 100, 3))
     np.testing.assert_array_equal(window, layer_window(query, second, (80, 100, 3)))
     left, top, right, bottom = window
@@ -87,7 +111,7 @@ def test_the_window_holds_weight_and_reference_of_all_layers_of_a_kind():
 
 def test_the_window_is_the_image_where_the_samples_are_all_over_it():
     view = points_view([(1, 1), (99, 79)], [0.5, 0.5])
-    query = QueryView('detection 0', np.array([50., 40]), None, (view,))
+    query = QueryView('detection 0', np.array([50.0, 40]), None, (view,))
     np.testing.assert_array_equal(layer_window(query, view, (80, 100, 3)), (0, 0, 100, 80))
 
 
@@ -95,9 +119,12 @@ def test_the_window_is_the_image_where_the_samples_are_all_over_it():
 def test_pictures_of_all_layers_and_of_all_heads(size):
     width, height = size
     image = np.full((height, width, 3), 128, np.uint8)
-    views = (cells_view(), points_view([(50, 40), (60, 50)], [1, 1], kind='encoder', box=None),
-             points_view([(50, 40), (60, 50)], [1, 1]))
-    query = QueryView('detection 0: cat 0.90', np.array([50., 40]), np.array([30., 20, 70, 60]), views)
+    views = (
+        cells_view(),
+        points_view([(50, 40), (60, 50)], [1, 1], kind='encoder', box=None),
+        points_view([(50, 40), (60, 50)], [1, 1]),
+    )
+    query = QueryView('detection 0: cat 0.90', np.array([50.0, 40]), np.array([30.0, 20, 70, 60]), views)
     picture, heads = draw_query(image, query, title='image'), draw_heads(image, query, views[-1])
     for result in (picture, heads):
         assert result.dtype == np.uint8 and result.ndim == 3 and result.shape[2] == 3

@@ -1,10 +1,11 @@
 """The panels of a training's curves."""
+
 import numpy as np
 import pytest
 
 from msda_plugin.visualization.curves import MAX_POINTS, _binned, draw_curves
 
-LOSSES = {'loss': (np.arange(1, 6), np.array([5., 4, 3, 2, 1]))}
+LOSSES = {'loss': (np.arange(1, 6), np.array([5.0, 4, 3, 2, 1]))}
 ACCURACY = {'AP': [0.1, np.nan, 0.3], 'AP50': [0.2, 0.3, 0.5]}
 POSITIONS = {'epoch': [1, 2, 3], 'minutes': [0.5, 1.0, 1.5]}
 

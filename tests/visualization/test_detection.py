@@ -1,4 +1,5 @@
 """Boxes on images and sheets of them."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,8 +59,9 @@ def test_a_picture_of_one_row_or_column(height, width):
     assert picture.shape[:2] == (384 if height >= width else 1, 384 if width >= height else 1)
 
 
-@pytest.mark.parametrize('box', [[-50, -50, 500, 500], [59.9, 39.9, 60, 40], [70, 50, 90, 60], [10, 10, 10, 10],
-                                 [np.nan, 0, 5, 5]])
+@pytest.mark.parametrize(
+    'box', [[-50, -50, 500, 500], [59.9, 39.9, 60, 40], [70, 50, 90, 60], [10, 10, 10, 10], [np.nan, 0, 5, 5]]
+)
 def test_odd_boxes_are_drawn_somewhere_inside(box):
     picture = draw_boxes(GREY, np.array([box]), np.array([0]), NAMES, np.array([0.5]))
     assert (picture != GREY).any()
@@ -69,11 +71,15 @@ def test_no_boxes():
     np.testing.assert_array_equal(draw_boxes(GREY, np.zeros((0, 4)), np.zeros(0), NAMES), GREY)
 
 
-@pytest.mark.parametrize('arguments, message', [
-    ((GREY / 255, np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60, 3\) float64'),
-    ((GREY[..., 0], np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60\) uint8'),
-    ((GREY, np.zeros((2, 4)), [0]), 'of one length, got 2, 1'),
-    ((GREY, np.zeros((1, 4)), [2]), 'labels must be from 0 to 1, .* got 2 to 2')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ((GREY / 255, np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60, 3\) float64'),
+        ((GREY[..., 0], np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60\) uint8'),
+        ((GREY, np.zeros((2, 4)), [0]), 'of one length, got 2, 1'),
+        ((GREY, np.zeros((1, 4)), [2]), 'labels must be from 0 to 1, .* got 2 to 2'),
+    ],
+)
 def test_bad_arrays(arguments, message):
     with pytest.raises(ValueError, match=message):
         draw_boxes(*arguments, NAMES)

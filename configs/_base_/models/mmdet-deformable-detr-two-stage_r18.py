@@ -13,17 +13,21 @@ model = dict(
         frozen_stages=-1,
         norm_cfg=dict(type='BN', requires_grad=True),
         norm_eval=False,
-        style='pytorch'),
+        style='pytorch',
+    ),
     neck=dict(in_channels=[128, 256, 512], out_channels=256),
     encoder=dict(
         num_layers=2,
-        layer_cfg=dict(
-            self_attn_cfg=dict(embed_dims=256), ffn_cfg=dict(embed_dims=256, feedforward_channels=1024))),
+        layer_cfg=dict(self_attn_cfg=dict(embed_dims=256), ffn_cfg=dict(embed_dims=256, feedforward_channels=1024)),
+    ),
     decoder=dict(
         num_layers=2,
         layer_cfg=dict(
             self_attn_cfg=dict(embed_dims=256),
             cross_attn_cfg=dict(embed_dims=256),
-            ffn_cfg=dict(embed_dims=256, feedforward_channels=1024))),
+            ffn_cfg=dict(embed_dims=256, feedforward_channels=1024),
+        ),
+    ),
     positional_encoding=dict(num_feats=128),
-    bbox_head=dict(type='DeformableDETRHead', embed_dims=256))
+    bbox_head=dict(type='DeformableDETRHead', embed_dims=256),
+)

@@ -1,4 +1,5 @@
 """Hooks for MMEngine's runner."""
+
 from msda_plugin.engine.hooks.accelerate_hook import AccelerateHook
 from msda_plugin.engine.hooks.attention_visualization import AttentionVisualizationHook
 from msda_plugin.engine.hooks.checkpoint import CheckpointHook

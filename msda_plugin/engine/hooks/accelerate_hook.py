@@ -1,4 +1,5 @@
 """The operator for a config that was written without it."""
+
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 

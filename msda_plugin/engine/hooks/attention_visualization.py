@@ -1,4 +1,5 @@
 """What the attention looks at, logged during validation: the same images each time, so that learning can be watched."""
+
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -59,14 +60,19 @@ class AttentionVisualizationHook(Hook):
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
             self._recording = self._stop.enter_context(record_attention(model))
 
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
-                       outputs: Sequence[DetDataSample] | None = None) -> None:
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: Sequence[DetDataSample] | None = None,
+    ) -> None:
         if self._recording is None:
             return
         self._stop.close()
         recording, self._recording = self._recording, None
         class_names = runner.val_loop.dataloader.dataset.metainfo['classes']
-        for index, sample in enumerate(outputs[:self.num_images - self._drawn]):
+        for index, sample in enumerate(outputs[: self.num_images - self._drawn]):
             image = mmcv.imread(sample.img_path, channel_order='rgb')
             if recording.boxes is not None and len(sample.pred_instances):
                 query = recording.at_detection(0, sample, class_names, self.layers, index)

@@ -1,4 +1,5 @@
 """Checkpoints of which one to go on from is always there."""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         # Of a training that was killed before it removed them; those of another folder are another training's.
-        outdated = [path for path in runner.message_hub.runtime_info.get(OUTDATED, ())
-                    if Path(path).parent == Path(self.out_dir)]
+        outdated = [
+            path
+            for path in runner.message_hub.runtime_info.get(OUTDATED, ())
+            if Path(path).parent == Path(self.out_dir)
+        ]
         self.file_backend = _RemovesLater(self.file_backend, outdated)
         runner.message_hub.update_info(OUTDATED, self.file_backend.outdated)
         if is_main_process():
@@ -53,16 +57,24 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
         name = self.filename_tmpl.format(step)
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts and is_main_process():
-                self.file_backend.remove(self.file_backend.join_path(
-                    self.out_dir, self.filename_tmpl.format(self.keep_ckpt_ids[0])))
+                self.file_backend.remove(
+                    self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(self.keep_ckpt_ids[0]))
+                )
             self.keep_ckpt_ids.append(step)  # a queue of max_keep_ckpts, which drops its first
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         runner.save_checkpoint(
-            self.out_dir, name, self.file_client_args, save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
-            backend_args=self.backend_args, **self.args)
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
         if is_main_process():
             with atomic_write(Path(runner.work_dir, 'last_checkpoint')) as unfinished:
                 unfinished.write_text(self.last_ckpt)

@@ -1,4 +1,5 @@
 """Random numbers of a training that follow from its seed, the epoch and the sample, and from nothing else."""
+
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

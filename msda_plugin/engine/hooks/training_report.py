@@ -1,4 +1,5 @@
 """What a training leaves behind: metrics, curves, pictures, and what to do next."""
+
 import json
 import math
 import os
@@ -16,8 +17,8 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from msda_plugin.engine.checkpoint_files import FULL, atomic_write
-from msda_plugin.registry import HOOKS
 from msda_plugin.engine.runner import VALIDATED
+from msda_plugin.registry import HOOKS
 from msda_plugin.visualization import draw_curves, draw_sheet, write_png
 
 NEXT_STEPS = (
@@ -55,16 +56,23 @@ class TrainingReportHook(Hook):
 
     priority = 'LOWEST'  # after the checkpoint is written and the logger has spoken
 
-    def __init__(self, num_images: int = 8, score_thr: float = 0.3, monitor: str = 'bbox_mAP',
-                 next_steps: Sequence[str] = NEXT_STEPS) -> None:
+    def __init__(
+        self,
+        num_images: int = 8,
+        score_thr: float = 0.3,
+        monitor: str = 'bbox_mAP',
+        next_steps: Sequence[str] = NEXT_STEPS,
+    ) -> None:
         if num_images < 0:
             raise ValueError(f'num_images must not be negative, got {num_images}')
         for line in next_steps:
             try:
                 line.format(config='', checkpoint='', work_dir='')
             except (KeyError, IndexError, ValueError):
-                raise ValueError('next_steps may hold {config}, {checkpoint} and {work_dir} in braces and nothing '
-                                 f"else, got '{line}'") from None
+                raise ValueError(
+                    'next_steps may hold {config}, {checkpoint} and {work_dir} in braces and nothing '
+                    f"else, got '{line}'"
+                ) from None
         self.num_images = num_images
         self.score_thr = score_thr
         self.monitor = monitor
@@ -84,8 +92,9 @@ class TrainingReportHook(Hook):
             return
         # A validation that a training makes up for when it is resumed may be in the report already.
         self._history = [entry for entry in self._history if entry['iter'] != runner.iter]
-        self._history.append(dict(
-            epoch=runner.epoch, iter=runner.iter, seconds=self._seconds(), **_plain(metrics or {})))
+        self._history.append(
+            dict(epoch=runner.epoch, iter=runner.iter, seconds=self._seconds(), **_plain(metrics or {}))
+        )
         if is_main_process():
             with _survive(runner, 'metrics and curves'):
                 self._write(runner, finished=False)
@@ -130,23 +139,34 @@ class TrainingReportHook(Hook):
         parameters = list(runner.model.parameters())
         last, best = (_checkpoint(runner, prefix) for prefix in ('last_ckpt', 'best_ckpt'))
         report = dict(
-            finished=finished, final=self._history[-1] if self._history else None, best=self._best(),
+            finished=finished,
+            final=self._history[-1] if self._history else None,
+            best=self._best(),
             num_params=sum(p.numel() for p in parameters),
             num_trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
-            train_seconds=self._seconds(), config=_config(runner), last_checkpoint=last, best_checkpoint=best,
-            history=self._history)
+            train_seconds=self._seconds(),
+            config=_config(runner),
+            last_checkpoint=last,
+            best_checkpoint=best,
+            history=self._history,
+        )
         with atomic_write(metrics_path) as unfinished:
             unfinished.write_text(json.dumps(report, indent=1) + '\n')
 
         losses = _losses(runner)
         names = {f'{self.monitor}{suffix}': f'{_short(self.monitor)}{suffix[1:]}' for suffix in ('', '_50', '_75')}
-        accuracy = {short: [math.nan if entry.get(name) is None else entry[name] for entry in self._history]
-                    for name, short in names.items() if any(entry.get(name) is not None for entry in self._history)}
+        accuracy = {
+            short: [math.nan if entry.get(name) is None else entry[name] for entry in self._history]
+            for name, short in names.items()
+            if any(entry.get(name) is not None for entry in self._history)
+        }
         if not losses and not accuracy:
             return [metrics_path]
         progress = 'iter' if isinstance(runner.train_loop, IterBasedTrainLoop) else 'epoch'
-        positions = {dict(iter='iteration').get(progress, progress): [entry[progress] for entry in self._history],
-                     'minutes': [entry['seconds'] / 60 for entry in self._history]}
+        positions = {
+            dict(iter='iteration').get(progress, progress): [entry[progress] for entry in self._history],
+            'minutes': [entry['seconds'] / 60 for entry in self._history],
+        }
         write_png(curves_path, draw_curves(losses, accuracy, positions, title=runner.experiment_name))
         return [metrics_path, curves_path]
 
@@ -160,35 +180,44 @@ class TrainingReportHook(Hook):
         images, truths, predictions = [], [], []
         with _evaluating(runner):
             for index in range(min(self.num_images, len(dataset))):
-                found, = runner.model.val_step(loader.collate_fn([dataset[index]]))
+                (found,) = runner.model.val_step(loader.collate_fn([dataset[index]]))
                 found = found.pred_instances.cpu().numpy()
                 sure = found.scores >= self.score_thr
                 predictions.append((found.bboxes[sure], found.labels[sure], found.scores[sure]))
                 # The annotation itself: the boxes in the sample have been through the pipeline.
                 info = dataset.get_data_info(index)
                 kept = [instance for instance in info['instances'] if not instance.get('ignore_flag')]
-                truths.append((np.array([instance['bbox'] for instance in kept], float).reshape(-1, 4),
-                               np.array([instance['bbox_label'] for instance in kept], int)))
+                truths.append(
+                    (
+                        np.array([instance['bbox'] for instance in kept], float).reshape(-1, 4),
+                        np.array([instance['bbox_label'] for instance in kept], int),
+                    )
+                )
                 images.append(mmcv.imread(info['img_path'], channel_order='rgb'))
         return draw_sheet(images, truths, predictions, class_names) if images else None
 
     # ---- the closing message ----------------------------------------------------------------------------------------
     def _message(self, runner: Runner, seconds: float, written: Sequence[Path]) -> str:
         final, best = self._history[-1] if self._history else {}, self._best()
-        reached = ', '.join(f'{_short(name)} {value:.3f}' for name, value in final.items()
-                            if name in (self.monitor, f'{self.monitor}_50') and value is not None)
+        reached = ', '.join(
+            f'{_short(name)} {value:.3f}'
+            for name, value in final.items()
+            if name in (self.monitor, f'{self.monitor}_50') and value is not None
+        )
         lines = [f'Training finished after {seconds / 60:.1f} minutes{": " + reached if reached else ""}.']
         if best is not None and best is not final:
-            lines.append(f'Best: {_short(self.monitor)} {best[self.monitor]:.3f}, after epoch {best["epoch"]}, '
-                         f'iteration {best["iter"]}.')
+            lines.append(
+                f'Best: {_short(self.monitor)} {best[self.monitor]:.3f}, after epoch {best["epoch"]}, '
+                f'iteration {best["iter"]}.'
+            )
         last, top = (_checkpoint(runner, prefix) for prefix in ('last_ckpt', 'best_ckpt'))
         what = {'metrics.json': 'metrics', 'curves.png': 'curves', 'predictions.png': 'true and predicted boxes'}
-        files = {'best checkpoint': top, 'last checkpoint': last,
-                 **{what[path.name]: _shown(path) for path in written}}
+        files = {'best checkpoint': top, 'last checkpoint': last, **{what[path.name]: _shown(path) for path in written}}
         lines += [f'  {name + ":":<26}{path}' for name, path in files.items() if path]
         lines.append('How to go on:')
-        values = dict(config=_config(runner) or 'CONFIG', checkpoint=top or last or 'CHECKPOINT',
-                      work_dir=_shown(runner.work_dir))
+        values = dict(
+            config=_config(runner) or 'CONFIG', checkpoint=top or last or 'CHECKPOINT', work_dir=_shown(runner.work_dir)
+        )
         lines += [f'  {line.format(**values)}' for line in self.next_steps]
         return '\n'.join(lines)
 

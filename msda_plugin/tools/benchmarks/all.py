@@ -1,4 +1,5 @@
 """``benchmark all``: one report of this machine, as Markdown and as a page with plots."""
+
 import argparse
 import os
 import platform
@@ -13,17 +14,17 @@ from pathlib import Path
 
 import torch
 
-from msda_plugin.tools.benchmarks.growth import measure_growth
 from msda_plugin.tools import env
-from msda_plugin.tools.benchmarks.report import Growth, Item, Report, Section, duration, write_report
 from msda_plugin.tools.benchmarks.comparison import Comparison
+from msda_plugin.tools.benchmarks.growth import measure_growth
+from msda_plugin.tools.benchmarks.report import Growth, Item, Report, Section, duration, write_report
 from msda_plugin.tools.common.errors import explain, user_errors
 from msda_plugin.tools.common.interrupt import INTERRUPTED
 from msda_plugin.tools.common.launch import check_device
 
-EXAMPLES = '''examples:
+EXAMPLES = """examples:
   python -m msda_plugin benchmark all --quick
-  python -m msda_plugin benchmark all --parts operator layers --out report'''
+  python -m msda_plugin benchmark all --parts operator layers --out report"""
 DEFORMABLE_DETR = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 DINO = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 COMPLEXITY = 'msda_plugin complexity'
@@ -31,41 +32,72 @@ GROWTH_CHANNELS, GROWTH_HEADS = 256, 8  # the defaults of `complexity`
 
 # Part -> what is compared, and the commands of the full report, and of the quick one.
 PARTS = {
-    'Operator': ("Multi-scale deformable attention against what mmcv runs on the device: its CUDA kernel, or "
-                 "`grid_sample` level by level on a CPU.",
-                 ['op'], ['op --quick --repeats 1']),
-    'Layers': ("Attention layers against mmcv's and MMDetection's own with the same weights, and against the published "
-               "arithmetic step by step (plain) where there is no stock layer.",
-               ['layer'], ['layer --height 320 --width 512 --repeats 1']),
-    'Backbones': ("Shunted Transformer against the published arithmetic with the scores of queries against keys in "
-                  "memory (plain).",
-                  ['backbone'], ['backbone --size 256 320 --repeats 1']),
-    'Heads': ("Matching, losses and their gradients against MMDetection's heads, on the same predictions.",
-              ['head'], ['head --repeats 3']),
-    'Models': ("MMDetection's own models before and after `msda_plugin.accelerate`, with random weights.",
-               [f'model {DEFORMABLE_DETR} --runs 2', f'model {DINO} --runs 2'],
-               [f'model {DEFORMABLE_DETR} --height 320 --width 512 --runs 1 --skip-training']),
-    'Growth': ("The time of one layer of each attention against the resolution; full self-attention and convolution "
-               "are PyTorch's.",
-               ['32 48 64 96 128'], ['16 24 32 48 64']),
+    'Operator': (
+        'Multi-scale deformable attention against what mmcv runs on the device: its CUDA kernel, or '
+        '`grid_sample` level by level on a CPU.',
+        ['op'],
+        ['op --quick --repeats 1'],
+    ),
+    'Layers': (
+        "Attention layers against mmcv's and MMDetection's own with the same weights, and against the published "
+        'arithmetic step by step (plain) where there is no stock layer.',
+        ['layer'],
+        ['layer --height 320 --width 512 --repeats 1'],
+    ),
+    'Backbones': (
+        'Shunted Transformer against the published arithmetic with the scores of queries against keys in '
+        'memory (plain).',
+        ['backbone'],
+        ['backbone --size 256 320 --repeats 1'],
+    ),
+    'Heads': (
+        "Matching, losses and their gradients against MMDetection's heads, on the same predictions.",
+        ['head'],
+        ['head --repeats 3'],
+    ),
+    'Models': (
+        "MMDetection's own models before and after `msda_plugin.accelerate`, with random weights.",
+        [f'model {DEFORMABLE_DETR} --runs 2', f'model {DINO} --runs 2'],
+        [f'model {DEFORMABLE_DETR} --height 320 --width 512 --runs 1 --skip-training'],
+    ),
+    'Growth': (
+        'The time of one layer of each attention against the resolution; full self-attention and convolution '
+        "are PyTorch's.",
+        ['32 48 64 96 128'],
+        ['16 24 32 48 64'],
+    ),
 }
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the subcommand ``all``; its namespace goes to `run`."""
     parser = subparsers.add_parser(
-        'all', help='one report of this machine: Markdown, and a page with plots', epilog=EXAMPLES,
+        'all',
+        help='one report of this machine: Markdown, and a page with plots',
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Measure operator, layers, backbones, heads, models and growth with the resolution, ours against '
-                    'stock,\nand leave one report: report.md with its pictures, and report.html, which needs no other '
-                    'file. What fails is\na sentence in the report. Ctrl-C leaves a report of what is done.')
+        'stock,\nand leave one report: report.md with its pictures, and report.html, which needs no other '
+        'file. What fails is\na sentence in the report. Ctrl-C leaves a report of what is done.',
+    )
     parser.add_argument('--quick', action='store_true', help='small sizes and few runs: a first impression in minutes')
-    parser.add_argument('--parts', nargs='+', type=str.lower, choices=[part.lower() for part in PARTS], metavar='PART',
-                        help=f'only these: {", ".join(part.lower() for part in PARTS)}')
-    parser.add_argument('--out', default='work_dirs/benchmark_report', metavar='DIR',
-                        help='folder (default: %(default)s)')
-    parser.add_argument('--device', nargs='+', metavar='DEVICE', help='cpu, cuda or cuda:N, or several of them '
-                                                                      '(default: cpu, and the GPU where there is one)')
+    parser.add_argument(
+        '--parts',
+        nargs='+',
+        type=str.lower,
+        choices=[part.lower() for part in PARTS],
+        metavar='PART',
+        help=f'only these: {", ".join(part.lower() for part in PARTS)}',
+    )
+    parser.add_argument(
+        '--out', default='work_dirs/benchmark_report', metavar='DIR', help='folder (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--device',
+        nargs='+',
+        metavar='DEVICE',
+        help='cpu, cuda or cuda:N, or several of them (default: cpu, and the GPU where there is one)',
+    )
     parser.add_argument('--threads', type=int, help='CPU threads (default: the cores that this process may use)')
     return parser
 
@@ -108,9 +140,10 @@ def run(args: argparse.Namespace) -> int:
 
 def stopped_at(sections: list[Section], current: int) -> None:
     """Say of the section that was being measured, and of those that follow, that Ctrl-C came before."""
-    sections[current].missing.append('Ctrl-C came before it was finished.' if sections[current].items else
-                                     'Ctrl-C came before its first figure.')
-    for section in sections[current + 1:]:
+    sections[current].missing.append(
+        'Ctrl-C came before it was finished.' if sections[current].items else 'Ctrl-C came before its first figure.'
+    )
+    for section in sections[current + 1 :]:
         section.missing.append('Ctrl-C came before it was begun.')
 
 
@@ -123,9 +156,11 @@ def sections(quick: bool, devices: list[str], threads: int, parts: list[str] | N
             if parts and name.lower() not in parts:
                 continue
             commands = tuple(
-                f'{COMPLEXITY} --measure {text} --device {device}' if name == 'Growth' else
-                f'msda_plugin benchmark {text} --device {device} --threads {threads}' for text in (
-                    small if quick else full))
+                f'{COMPLEXITY} --measure {text} --device {device}'
+                if name == 'Growth'
+                else f'msda_plugin benchmark {text} --device {device} --threads {threads}'
+                for text in (small if quick else full)
+            )
             planned.append(Section(name if len(devices) == 1 else f'{name}, {device}', compared, commands))
     return planned
 
@@ -154,8 +189,10 @@ def start_command(command: str) -> tuple[str, Callable[[], Iterator[Item]]]:
     if command.startswith(COMPLEXITY):
         sides = tuple(map(int, argv[3:-2]))
         device = torch.device(argv[-1])
-        text = (f'One layer, batch 1, float32, C = {GROWTH_CHANNELS}, {GROWTH_HEADS} heads, {device}, '
-                f'{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}; medians.')
+        text = (
+            f'One layer, batch 1, float32, C = {GROWTH_CHANNELS}, {GROWTH_HEADS} heads, {device}, '
+            f'{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}; medians.'
+        )
         return text, lambda: iter([Growth(sides, measure_growth(sides, GROWTH_CHANNELS, GROWTH_HEADS, device))])
     module = import_module(f'msda_plugin.tools.benchmarks.{argv[2]}')
     parser = argparse.ArgumentParser()
@@ -167,8 +204,10 @@ def start_command(command: str) -> tuple[str, Callable[[], Iterator[Item]]]:
 def told(item: Item) -> list[str]:
     """The lines that show the progress."""
     if isinstance(item, Comparison):
-        return [f'{item.case}, {item.run}: {item.sides[0]} {duration(item.stock.seconds)}, {item.sides[1]} '
-                f'{duration(item.ours.seconds)}, {item.speed:.2f}x']
+        return [
+            f'{item.case}, {item.run}: {item.sides[0]} {duration(item.stock.seconds)}, {item.sides[1]} '
+            f'{duration(item.ours.seconds)}, {item.speed:.2f}x'
+        ]
     if isinstance(item, Growth):
         return [f'{name}: {" ".join(map(duration, values))}' for name, values in item.seconds.items()]
     return [item]
@@ -188,19 +227,39 @@ def begin(args: argparse.Namespace, devices: list[str], threads: int) -> Report:
         ('versions', f'msda_plugin {found["msda_plugin"]}, Python {found["python"]}, ' + ', '.join(packages)),
         ('packages', f'{found["stack"]["kind"]}: {", ".join(found["stack"]["distributions"])}'),
         ('system', found['platform']),
-        ('load before', f'{os.getloadavg()[0]:.1f} processes in the last minute; figures are those of a quiet machine '
-                        'where it is near 0'),
-        ('begun', f'{now:%Y-%m-%d %H:%M} UTC')]
-    argv = ['python', '-m', 'msda_plugin', 'benchmark', 'all', *(['--quick'] if args.quick else []),
-            *(['--parts', *args.parts] if args.parts else []), '--device', *devices, '--threads', str(threads)]
+        (
+            'load before',
+            f'{os.getloadavg()[0]:.1f} processes in the last minute; figures are those of a quiet machine '
+            'where it is near 0',
+        ),
+        ('begun', f'{now:%Y-%m-%d %H:%M} UTC'),
+    ]
+    argv = [
+        'python',
+        '-m',
+        'msda_plugin',
+        'benchmark',
+        'all',
+        *(['--quick'] if args.quick else []),
+        *(['--parts', *args.parts] if args.parts else []),
+        '--device',
+        *devices,
+        '--threads',
+        str(threads),
+    ]
     return Report(
         title='msda_plugin: benchmark of this machine',
         remark=f'Ours against stock, side by side in the same run, on {" and ".join(devices)}, {now:%Y-%m-%d}.'
-               + (' This is the quick form: small sizes and few runs, a first impression.' if args.quick else ''),
-        machine=machine, environment=env.page(found), command=shlex.join(argv),
-        backends=[(entry['device'], entry['dtype'], entry['backend'] or 'error', entry['reason'])
-                  for entry in found['backends']],
-        sections=sections(args.quick, devices, threads, args.parts))
+        + (' This is the quick form: small sizes and few runs, a first impression.' if args.quick else ''),
+        machine=machine,
+        environment=env.page(found),
+        command=shlex.join(argv),
+        backends=[
+            (entry['device'], entry['dtype'], entry['backend'] or 'error', entry['reason'])
+            for entry in found['backends']
+        ],
+        sections=sections(args.quick, devices, threads, args.parts),
+    )
 
 
 def available_cores() -> int:
@@ -211,11 +270,14 @@ def available_cores() -> int:
 def cpu_name() -> str:
     """As the system calls it."""
     info = Path('/proc/cpuinfo')
-    names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines()
-             if line.startswith('model name')] if info.is_file() else []
+    names = (
+        [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
+        if info.is_file()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def memory_gib() -> float:
     """Of the machine."""
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30

@@ -1,4 +1,5 @@
 """``benchmark backbone``: a backbone against a plain implementation of the published arithmetic, side by side."""
+
 import argparse
 import platform
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from torch.nn import functional as F
 
 from msda_plugin.backbones.shunted_transformer import ShuntedTransformer
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
-from msda_plugin.tools.benchmarks.op import Timer
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 from msda_plugin.tools.benchmarks.fresh_process import in_a_process, peak_bytes
+from msda_plugin.tools.benchmarks.op import Timer
 
 IMPLEMENTATIONS = ('plain', 'msda_plugin')
 # (what, (batch, 3, H, W), with a backward pass): the cases that are run unless --size asks for one.
@@ -22,9 +23,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     """Add the subcommand ``backbone``; its namespace goes to `run`."""
     parser = subparsers.add_parser('backbone', help='Shunted Transformer against the plain published arithmetic')
     parser.add_argument('--arch', default='tiny', choices=('tiny', 'small', 'base'))
-    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
-                        help='time forward, and forward + backward, at this size (default: forward at 800 1280, '
-                             'forward + backward at 512 640)')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='time forward, and forward + backward, at this size (default: forward at 800 1280, '
+        'forward + backward at 512 640)',
+    )
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--device', default='cpu', help='default: %(default)s')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
@@ -35,8 +41,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def conditions(args: argparse.Namespace) -> str:
     """Under what the figures are measured."""
     where = 'memory of the GPU' if torch.device(args.device).type == 'cuda' else 'resident memory of the process'
-    return (f'Shunted Transformer {args.arch}, float32, {args.device}, {args.threads} threads, {platform.machine()}, '
-            f'torch {torch.__version__}; median of {args.repeats} runs; peak {where}')
+    return (
+        f'Shunted Transformer {args.arch}, float32, {args.device}, {args.threads} threads, {platform.machine()}, '
+        f'torch {torch.__version__}; median of {args.repeats} runs; peak {where}'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,10 +52,15 @@ def run(args: argparse.Namespace) -> int:
     print(conditions(args))
     print(f'{"case":<36}{"implementation":<16}{"seconds":>9}{"MB":>8}{"speed":>8}{"memory":>8}')
     for row in comparisons(args):
-        for side, own, speed, memory in ((row.sides[0], row.stock, 1., 1.),
-                                         (row.sides[1], row.ours, row.speed, row.memory)):
-            print(f'{f"{row.run} {row.case}":<36}{side:<16}{own.seconds:>9.3f}{own.peak / 1e6:>8.0f}{speed:>7.2f}x'
-                  f'{memory:>8.0%}', flush=True)
+        for side, own, speed, memory in (
+            (row.sides[0], row.stock, 1.0, 1.0),
+            (row.sides[1], row.ours, row.speed, row.memory),
+        ):
+            print(
+                f'{f"{row.run} {row.case}":<36}{side:<16}{own.seconds:>9.3f}{own.peak / 1e6:>8.0f}{speed:>7.2f}x'
+                f'{memory:>8.0%}',
+                flush=True,
+            )
     return 0
 
 
@@ -55,13 +68,22 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison]:
     """Time every case, each implementation in a process of its own."""
     for what, shape, backward in CASES:
         shape = (args.batch, 3, *(args.size or shape[2:]))
-        plain, ours = (measure(implementation, args.arch, shape, backward, args.threads, args.repeats, args.device)
-                       for implementation in IMPLEMENTATIONS)
+        plain, ours = (
+            measure(implementation, args.arch, shape, backward, args.threads, args.repeats, args.device)
+            for implementation in IMPLEMENTATIONS
+        )
         yield Comparison('x'.join(map(str, shape)), what, IMPLEMENTATIONS, plain, ours)
 
 
-def measure(implementation: str, arch: str | dict, shape: tuple[int, int, int, int], backward: bool, threads: int,
-            repeats: int, device: str = 'cpu') -> Measurement:
+def measure(
+    implementation: str,
+    arch: str | dict,
+    shape: tuple[int, int, int, int],
+    backward: bool,
+    threads: int,
+    repeats: int,
+    device: str = 'cpu',
+) -> Measurement:
     """One implementation in a fresh process."""
     return in_a_process(_measure_here, implementation, arch, shape, backward, threads, repeats, device)
 
@@ -126,7 +148,7 @@ def plain_attention(attn: ShuntedSelfAttention, x: Tensor, hw_shape: tuple[int, 
         return t.reshape(batch, t.shape[1], -1, head_dim).transpose(1, 2)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scores = (query @ heads(key).transpose(2, 3)) * head_dim ** -.5
+        scores = (query @ heads(key).transpose(2, 3)) * head_dim**-0.5
         return (scores.softmax(-1) @ heads(value)).transpose(1, 2).reshape(batch, num_tokens, -1)
 
     query = heads(attn.query(x))

@@ -1,4 +1,5 @@
 """What a benchmark yields: cases, each measured in two implementations in the same run."""
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ class Measurement(NamedTuple):
         peak: bytes, the largest resident set of a process, or allocation of a GPU; None: not measured.
         attention: seconds of a run that its attention layers take; None: not measured.
     """
+
     seconds: float
     peak: int | None = None
     attention: float | None = None
@@ -27,6 +29,7 @@ class Comparison:
         stock, ours: what was measured of each.
         difference: largest difference of their results, as a part of the largest result; None: not compared here.
     """
+
     case: str
     run: str
     sides: tuple[str, str]

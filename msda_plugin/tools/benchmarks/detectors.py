@@ -1,19 +1,24 @@
 """``benchmark detectors``: trains variants of a detector for the same short budget, and compares what they reach."""
+
 import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = '''example:
+EXAMPLE = """example:
   python -m msda_plugin shapes --out data/shapes
-  python -m msda_plugin benchmark detectors configs/shapes/deformable-detr*_shapes.py --epochs 3'''
+  python -m msda_plugin benchmark detectors configs/shapes/deformable-detr*_shapes.py --epochs 3"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the subcommand ``detectors``; its namespace goes to `run`."""
-    parser = subparsers.add_parser('detectors', help='the same short training for several configs', epilog=EXAMPLE,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = subparsers.add_parser(
+        'detectors',
+        help='the same short training for several configs',
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('configs', nargs='+', help='paths of Python config files with a TrainingReportHook')
     parser.add_argument('--epochs', type=int, default=3, help='of each training (default: 3)')
     parser.add_argument('--data-root', help='folder of the data, where it is not the one of the configs')
@@ -26,12 +31,24 @@ def run(args: argparse.Namespace) -> int:
     if args.epochs < 1:
         print(f'msda_plugin benchmark: --epochs is {args.epochs}, but at least 1 is needed', file=sys.stderr)
         return 2
-    print(f'{args.epochs} epochs each, validated at the end\n\n'
-          '| config | parameters M | minutes | loss, first -> last | AP | AP50 |\n|---|---:|---:|---:|---:|---:|')
+    print(
+        f'{args.epochs} epochs each, validated at the end\n\n'
+        '| config | parameters M | minutes | loss, first -> last | AP | AP50 |\n|---|---:|---:|---:|---:|---:|'
+    )
     for config in args.configs:
         work_dir = Path(args.work_dir, Path(config).stem)
-        command = [sys.executable, '-m', 'msda_plugin', 'train', config, '--work-dir', str(work_dir), '--cfg-options',
-                   f'train_cfg.max_epochs={args.epochs}', f'train_cfg.val_interval={args.epochs}']
+        command = [
+            sys.executable,
+            '-m',
+            'msda_plugin',
+            'train',
+            config,
+            '--work-dir',
+            str(work_dir),
+            '--cfg-options',
+            f'train_cfg.max_epochs={args.epochs}',
+            f'train_cfg.val_interval={args.epochs}',
+        ]
         if args.data_root:
             command.append(f'data_root={args.data_root.rstrip("/")}/')
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -39,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
         with log.open('w') as output:
             status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
         if status:
-            print(f'msda_plugin benchmark: the training of {config} ended with status {status}; see {log}',
-                  file=sys.stderr)
+            print(
+                f'msda_plugin benchmark: the training of {config} ended with status {status}; see {log}',
+                file=sys.stderr,
+            )
             return status
         print(row(work_dir), flush=True)
     return 0
@@ -51,8 +70,10 @@ def row(work_dir: Path) -> str:
     report = json.loads((work_dir / 'metrics.json').read_text())
     losses = [entry['loss'] for entry in _scalars(work_dir) if 'loss' in entry]
     final = report['final']
-    return (f'| {work_dir.name} | {report["num_trainable_params"] / 1e6:.2f} | {report["train_seconds"] / 60:.1f} | '
-            f'{losses[0]:.1f} -> {losses[-1]:.1f} | {final["bbox_mAP"]:.3f} | {final["bbox_mAP_50"]:.3f} |')
+    return (
+        f'| {work_dir.name} | {report["num_trainable_params"] / 1e6:.2f} | {report["train_seconds"] / 60:.1f} | '
+        f'{losses[0]:.1f} -> {losses[-1]:.1f} | {final["bbox_mAP"]:.3f} | {final["bbox_mAP_50"]:.3f} |'
+    )
 
 
 def _scalars(work_dir: Path) -> list[dict]:

@@ -1,4 +1,5 @@
 """Measuring in a process of its own, so that what ran before counts neither in its caches nor in its peak memory."""
+
 import multiprocessing
 import os
 import resource
@@ -31,9 +32,14 @@ def in_a_process(function: Callable[..., Result], *arguments: object) -> Result:
         result, error = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f'the process that measures ended with status {process.exitcode}'
-                           + (': it was killed, for its memory perhaps; free some, or measure something smaller'
-                              if process.exitcode == -signal.SIGKILL else '')) from None
+        raise RuntimeError(
+            f'the process that measures ended with status {process.exitcode}'
+            + (
+                ': it was killed, for its memory perhaps; free some, or measure something smaller'
+                if process.exitcode == -signal.SIGKILL
+                else ''
+            )
+        ) from None
     finally:
         process.terminate()
         process.join()

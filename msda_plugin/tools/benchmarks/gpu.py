@@ -2,6 +2,7 @@
 
 Needs torch and the compiled operator alone; what needs mmcv's sources, a peer or MMDetection says so and is skipped.
 """
+
 import argparse
 import json
 import math
@@ -27,14 +28,17 @@ from msda_plugin.tools.benchmarks.op import PYRAMID, Shape
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # Largest error of ours, relative to the float64 result in the Euclidean norm, over the output and all gradients.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-MODELS = ('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
-          'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py')
+MODELS = (
+    'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+    'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
+)
 L1_BYTES_PER_CLOCK = 128  # of a multiprocessor, sm_70 to sm_120
 SECONDS_PER_MEASUREMENT = 1.0
 
 
 class Case(NamedTuple):
     """A shape, and where its queries sample: ``local``, around the query, or anywhere."""
+
     shape: Shape
     local: bool
 
@@ -51,29 +55,44 @@ CASES = (
     Case(Shape('decoder, 300', PYRAMID, 2, 300), True),
     Case(Shape('decoder, 900', PYRAMID, 2, 900), True),
     Case(Shape('five levels', ((200, 267), *PYRAMID), 2, 900), True),
-    Case(Shape("bird's eye view", ((200, 200), ), 2, 40000, points=8), True),
+    Case(Shape("bird's eye view", ((200, 200),), 2, 40000, points=8), True),
 )
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the subcommand ``gpu``; its namespace goes to `run`."""
     parser = subparsers.add_parser('gpu', help='the operator on a GPU, checked and timed against every peer')
-    parser.add_argument('--cases', nargs='+', choices=[case.shape.name for case in CASES], metavar='CASE',
-                        help='some of: ' + '; '.join(case.shape.name for case in CASES))
+    parser.add_argument(
+        '--cases',
+        nargs='+',
+        choices=[case.shape.name for case in CASES],
+        metavar='CASE',
+        help='some of: ' + '; '.join(case.shape.name for case in CASES),
+    )
     parser.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=list(DTYPES), help='default: all')
     parser.add_argument('--repeats', type=int, default=30, help='timed runs, at most (default: %(default)s)')
-    parser.add_argument('--mmcv-sdist', type=Path, metavar='PATH',
-                        help="mmcv's source distribution (archive or folder), whose CUDA kernel is compiled and timed; "
-                             'get it by: pip download --no-binary :all: --no-deps onedl-mmcv. Without it: the '
-                             'installed mmcv, if it has CUDA operators')
-    parser.add_argument('--peer', action='append', default=[], metavar='MODULE:FUNCTION',
-                        help='another implementation: function(value, spatial_shapes, level_start_index, locations, '
-                             'weights), shapes as in ms_deform_attn, all of one dtype')
+    parser.add_argument(
+        '--mmcv-sdist',
+        type=Path,
+        metavar='PATH',
+        help="mmcv's source distribution (archive or folder), whose CUDA kernel is compiled and timed; "
+        'get it by: pip download --no-binary :all: --no-deps onedl-mmcv. Without it: the '
+        'installed mmcv, if it has CUDA operators',
+    )
+    parser.add_argument(
+        '--peer',
+        action='append',
+        default=[],
+        metavar='MODULE:FUNCTION',
+        help='another implementation: function(value, spatial_shapes, level_start_index, locations, '
+        'weights), shapes as in ms_deform_attn, all of one dtype',
+    )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures to this file')
     parser.add_argument('--skip-operator', action='store_true', help='the models alone')
     parser.add_argument('--skip-models', action='store_true', help='the operator alone')
-    parser.add_argument('--dry-run', action='store_true',
-                        help='every step on the CPU, with small shapes: its figures say nothing')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='every step on the CPU, with small shapes: its figures say nothing'
+    )
     return parser
 
 
@@ -90,28 +109,40 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("DRY RUN on the CPU with small shapes: the figures say nothing of a GPU; mmcv's column is grid_sample")
     machine = Machine.measure(device)
-    print(f'{machine.name}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); copies '
-          f'{machine.copy_speed / 1e9:.0f} GB/s, L1 {machine.l1_speed / 1e9:.0f} GB/s by arithmetic, L2 '
-          f'{machine.l2_bytes / 2**20:.0f} MiB')
+    print(
+        f'{machine.name}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); copies '
+        f'{machine.copy_speed / 1e9:.0f} GB/s, L1 {machine.l1_speed / 1e9:.0f} GB/s by arithmetic, L2 '
+        f'{machine.l2_bytes / 2**20:.0f} MiB'
+    )
     rows: list[Row] = []
     if not args.skip_operator:
         rows = list(operator_rows(args, machine))
         print_summary(rows)
     models = [] if args.skip_models else list(model_rows(args))
     if args.json:
-        args.json.write_text(json.dumps({'machine': asdict(machine), 'dry_run': args.dry_run,
-                                         'operator': [asdict(row) for row in rows],
-                                         'models': models}, indent=1) + '\n')
+        args.json.write_text(
+            json.dumps(
+                {
+                    'machine': asdict(machine),
+                    'dry_run': args.dry_run,
+                    'operator': [asdict(row) for row in rows],
+                    'models': models,
+                },
+                indent=1,
+            )
+            + '\n'
+        )
     return int(any(row.wrong for row in rows))
 
 
 @dataclass(frozen=True)
 class Machine:
     """What the floors are computed from. Speeds are bytes per second."""
+
     name: str
     device: str
     copy_speed: float  # bytes read and written by a copy
-    l1_speed: float    # of all multiprocessors together
+    l1_speed: float  # of all multiprocessors together
     l2_bytes: int
 
     @staticmethod
@@ -121,8 +152,13 @@ class Machine:
         properties = torch.cuda.get_device_properties(device)
         # In kHz; torch does not tell it in every version: then that of an H200.
         clock = getattr(properties, 'clock_rate', 1_980_000) * 1e3
-        return Machine(properties.name, str(device), _copy_speed(device, 1 << 30),
-                       L1_BYTES_PER_CLOCK * properties.multi_processor_count * clock, properties.L2_cache_size)
+        return Machine(
+            properties.name,
+            str(device),
+            _copy_speed(device, 1 << 30),
+            L1_BYTES_PER_CLOCK * properties.multi_processor_count * clock,
+            properties.L2_cache_size,
+        )
 
 
 def _copy_speed(device: torch.device, length: int) -> float:
@@ -147,7 +183,7 @@ class Clock:
         return statistics.median(seconds)
 
     def once(self, function: Callable[..., object], prepare: Callable[[], object] | None) -> float:
-        arguments = () if prepare is None else (prepare(), )
+        arguments = () if prepare is None else (prepare(),)
         if self.device.type == 'cpu':
             start = time.perf_counter()
             function(*arguments)
@@ -172,6 +208,7 @@ class Form(NamedTuple):
         one_dtype: whether all its inputs must have the value's dtype.
         host_shapes: whether it reads the spatial shapes on the host, which must not make it wait for the device.
     """
+
     name: str
     call: Callable[..., Tensor]
     inputs: tuple[str, ...]
@@ -187,8 +224,12 @@ FUSED = ('value', 'points', 'offsets', 'logits')
 
 def own_forms() -> list[Form]:
     deterministic = partial(ms_deform_attn, deterministic=True)
-    return [Form(name, _values_first(function), inputs) for name, function, inputs in zip(
-        OWN, (ms_deform_attn, ms_deform_attn_fused, deterministic), (PLAIN, FUSED, PLAIN), strict=True)]
+    return [
+        Form(name, _values_first(function), inputs)
+        for name, function, inputs in zip(
+            OWN, (ms_deform_attn, ms_deform_attn_fused, deterministic), (PLAIN, FUSED, PLAIN), strict=True
+        )
+    ]
 
 
 def peers(args: argparse.Namespace) -> list[Form]:
@@ -231,6 +272,7 @@ def _mmcv(args: argparse.Namespace) -> Callable[..., Tensor] | None:
         return grid_sample
     try:
         from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, ext_module
+
         ext_module.ms_deform_attn_forward  # noqa: B018
     except (ImportError, AttributeError) as error:
         print(f"mmcv's kernel: skipped, because --mmcv-sdist is not given and there is no mmcv with it ({error})")
@@ -271,9 +313,14 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
     sampling = (shape.batch, shape.queries, shape.heads, len(shape.levels), shape.points)
     sizes = torch.tensor([(w, h) for h, w in shape.levels], device=device, dtype=torch.float32)
     if shape.queries == keys:
-        points = torch.cat([torch.cartesian_prod((torch.arange(h, device=device) + 0.5) / h,
-                                                 (torch.arange(w, device=device) + 0.5) / w).flip(-1)
-                            for h, w in shape.levels]).expand(shape.batch, -1, -1)
+        points = torch.cat(
+            [
+                torch.cartesian_prod(
+                    (torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w
+                ).flip(-1)
+                for h, w in shape.levels
+            ]
+        ).expand(shape.batch, -1, -1)
     else:
         points = torch.rand(shape.batch, shape.queries, 2, generator=generator, device=device)
     points = points[:, :, None].expand(-1, -1, len(shape.levels), -1).contiguous()
@@ -288,11 +335,15 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
         pixels = torch.rand(*sampling, 2, generator=generator, device=device) * sizes[:, None] - 0.5
     pixels = pixels.floor() + 0.05 + 0.9 * (pixels - pixels.floor())
     logits = normal(*sampling)
-    return {'value': normal(shape.batch, keys, shape.heads, shape.head_dim).to(dtype),
-            'locations': (pixels + 0.5) / sizes[:, None],
-            'weights': logits.flatten(-2).softmax(-1).view(sampling), 'points': points,
-            'offsets': pixels + 0.5 - points[:, :, None, :, None] * sizes[:, None], 'logits': logits,
-            'grad': normal(shape.batch, shape.queries, shape.heads * shape.head_dim).to(dtype)}
+    return {
+        'value': normal(shape.batch, keys, shape.heads, shape.head_dim).to(dtype),
+        'locations': (pixels + 0.5) / sizes[:, None],
+        'weights': logits.flatten(-2).softmax(-1).view(sampling),
+        'points': points,
+        'offsets': pixels + 0.5 - points[:, :, None, :, None] * sizes[:, None],
+        'logits': logits,
+        'grad': normal(shape.batch, shape.queries, shape.heads * shape.head_dim).to(dtype),
+    }
 
 
 @dataclass
@@ -306,6 +357,7 @@ class Row:
         bytes: what the corners hold that are read, and in the backward pass also added to.
         wrong: whether ours is further from float64 than it may be.
     """
+
     case: str
     dtype: str
     backward: bool
@@ -321,10 +373,15 @@ def operator_rows(args: argparse.Namespace, machine: Machine) -> Iterator[Row]:
     device = torch.device(machine.device)
     forms = own_forms() + peers(args)
     clock = Clock(device, 3 if args.dry_run else args.repeats)
-    print(f'Microseconds, medians of up to {clock.repeats} runs. "floor": what the memory system needs at least; '
-          '"share": of that in plain; "GB/s": of the corners; "x mmcv": of its float32; "error": of ours, relative')
-    print(f'{"":<22}{"":<10}{"":<9}{"floor":>8}{"share":>7}{"GB/s":>7}'
-          + ''.join(f'{form.name:>14}' for form in forms) + f'{"x mmcv":>8}{"error":>9}')
+    print(
+        f'Microseconds, medians of up to {clock.repeats} runs. "floor": what the memory system needs at least; '
+        '"share": of that in plain; "GB/s": of the corners; "x mmcv": of its float32; "error": of ours, relative'
+    )
+    print(
+        f'{"":<22}{"":<10}{"":<9}{"floor":>8}{"share":>7}{"GB/s":>7}'
+        + ''.join(f'{form.name:>14}' for form in forms)
+        + f'{"x mmcv":>8}{"error":>9}'
+    )
     for case in CASES:
         if args.cases and case.shape.name not in args.cases:
             continue
@@ -354,17 +411,24 @@ def measure(case: Case, dtype_name: str, forms: list[Form], clock: Clock, machin
     inputs = make_inputs(case, device, dtype)
     size = sum(tensor.nbytes for tensor in inputs.values())
     # Enough copies that what one call leaves in the L2 cache is gone before its inputs come again.
-    copies = [inputs, *({name: tensor.clone() for name, tensor in inputs.items()}
-                        for _ in range(math.ceil(2 * machine.l2_bytes / size)))]
-    expected = {names: _results(function, shapes, starts, [inputs[name].double() for name in names],
-                                inputs['grad'].double())
-                for names, function in ((PLAIN, _values_first(attend)), (FUSED, _values_first(attend_fused)))}
+    copies = [
+        inputs,
+        *(
+            {name: tensor.clone() for name, tensor in inputs.items()}
+            for _ in range(math.ceil(2 * machine.l2_bytes / size))
+        ),
+    ]
+    expected = {
+        names: _results(function, shapes, starts, [inputs[name].double() for name in names], inputs['grad'].double())
+        for names, function in ((PLAIN, _values_first(attend)), (FUSED, _values_first(attend_fused)))
+    }
     forward, backward, errors = {}, {}, {}
     for form in forms:
         if dtype not in form.dtypes:
             continue
-        rotation = [[entry[name].to(dtype) if form.one_dtype else entry[name] for name in form.inputs]
-                    for entry in copies]
+        rotation = [
+            [entry[name].to(dtype) if form.one_dtype else entry[name] for name in form.inputs] for entry in copies
+        ]
         grads = [entry['grad'] for entry in copies]
         levels = shapes.cpu() if form.host_shapes else shapes
         try:
@@ -379,16 +443,23 @@ def measure(case: Case, dtype_name: str, forms: list[Form], clock: Clock, machin
             if form.name in OWN:
                 raise
             print(f'{form.name}: skipped for {case.shape.name}, {dtype_name}, because it failed ({error})')
-    wrong = any(not error <= TOLERANCE[dtype] for name, error in errors.items()
-                if name in OWN)
+    wrong = any(not error <= TOLERANCE[dtype] for name, error in errors.items() if name in OWN)
     for is_backward, seconds in ((False, forward), (True, backward)):
-        yield Row(case.shape.name, dtype_name, is_backward, seconds, errors,
-                  floor_seconds(case.shape, dtype, is_backward, machine), corner_bytes(case.shape, dtype, is_backward),
-                  wrong)
+        yield Row(
+            case.shape.name,
+            dtype_name,
+            is_backward,
+            seconds,
+            errors,
+            floor_seconds(case.shape, dtype, is_backward, machine),
+            corner_bytes(case.shape, dtype, is_backward),
+            wrong,
+        )
 
 
-def _results(call: Callable[..., Tensor], shapes: Tensor, starts: Tensor, inputs: list[Tensor],
-             grad: Tensor) -> tuple[Tensor, ...]:
+def _results(
+    call: Callable[..., Tensor], shapes: Tensor, starts: Tensor, inputs: list[Tensor], grad: Tensor
+) -> tuple[Tensor, ...]:
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     output = call(shapes, starts, *leaves)
     return (output.detach(), *torch.autograd.grad(output, leaves, grad))
@@ -410,8 +481,9 @@ class _Forward:
 class _Backward(_Forward):
     """One backward pass; the forward pass before it, and what it keeps, are ``prepare``'s."""
 
-    def __init__(self, form: Form, shapes: Tensor, starts: Tensor, rotation: list[list[Tensor]],
-                 grads: list[Tensor]) -> None:
+    def __init__(
+        self, form: Form, shapes: Tensor, starts: Tensor, rotation: list[list[Tensor]], grads: list[Tensor]
+    ) -> None:
         super().__init__(form, shapes, starts, rotation)
         self.grads = grads
 
@@ -455,15 +527,20 @@ def _print(row: Row, forms: list[Form], mmcv: float | None) -> None:
 
     plain = row.seconds['plain']
     error = max(row.errors[name] for name in OWN)
-    print(f'{row.case:<22}{row.dtype:<10}{"backward" if row.backward else "forward":<9}{row.floor * 1e6:>8.1f}'
-          f'{row.floor / plain:>7.0%}{row.bytes / plain / 1e9:>7.0f}'
-          + ''.join(cell(row.seconds.get(form.name), 14) for form in forms)
-          + (f'{"-":>8}' if mmcv is None else f'{mmcv / plain:>7.2f}x') + f'{error:>9.1e}'
-          + (' WRONG' if row.wrong else ''), flush=True)
+    print(
+        f'{row.case:<22}{row.dtype:<10}{"backward" if row.backward else "forward":<9}{row.floor * 1e6:>8.1f}'
+        f'{row.floor / plain:>7.0%}{row.bytes / plain / 1e9:>7.0f}'
+        + ''.join(cell(row.seconds.get(form.name), 14) for form in forms)
+        + (f'{"-":>8}' if mmcv is None else f'{mmcv / plain:>7.2f}x')
+        + f'{error:>9.1e}'
+        + (' WRONG' if row.wrong else ''),
+        flush=True,
+    )
 
 
 class Goal(NamedTuple):
     """A bound on plain (or on a form relative to another) at the encoder's shape with local positions."""
+
     what: str
     dtype: str
     backward: bool
@@ -499,17 +576,17 @@ def print_summary(rows: list[Row]) -> None:
     slower = []
     for row in rows:
         wide = found.get((row.case, 'float32', row.backward))
-        others = {name: seconds for name, seconds in row.seconds.items()
-                  if name not in OWN}
+        others = {name: seconds for name, seconds in row.seconds.items() if name not in OWN}
         if wide is not None and 'mmcv' in wide.seconds:
             others["mmcv's float32"] = wide.seconds['mmcv']
         where = f'{row.case}, {row.dtype}, {"backward" if row.backward else "forward"}'
-        slower += [f'{where}: slower than {name}' for name, seconds in others.items()
-                   if seconds < row.seconds['plain']]
+        slower += [f'{where}: slower than {name}' for name, seconds in others.items() if seconds < row.seconds['plain']]
         if row.seconds['fused'] > row.seconds['plain']:
             slower.append(f'{where}: fused {row.seconds["fused"] / row.seconds["plain"]:.2f} times plain')
-    print(f'  {"missed" if slower else "met":<12}  every case, dtype and pass: ahead of every peer; fused no slower '
-          'than plain')
+    print(
+        f'  {"missed" if slower else "met":<12}  every case, dtype and pass: ahead of every peer; fused no slower '
+        'than plain'
+    )
     for line in slower:
         print(f'                  {line}')
 
@@ -524,27 +601,44 @@ def model_rows(args: argparse.Namespace) -> Iterator[dict]:
     small = args.dry_run
     print(f'{"":<36}{"":<10}{"":<15}{"stock s":>9}{"ours s":>9}{"speed":>8}{"stock MB":>10}{"ours MB":>9}')
     for config in MODELS[:1] if small else MODELS:
-        settings = argparse.Namespace(config=config, device='cpu' if small else 'cuda', height=64 if small else 800,
-                                      width=96 if small else 1333, batch=1 if small else 2, runs=1 if small else 10,
-                                      threads=torch.get_num_threads())
+        settings = argparse.Namespace(
+            config=config,
+            device='cpu' if small else 'cuda',
+            height=64 if small else 800,
+            width=96 if small else 1333,
+            batch=1 if small else 2,
+            runs=1 if small else 10,
+            threads=torch.get_num_threads(),
+        )
         for autocast in (False, True):
             for training in (False, True):
                 try:
-                    stock, ours = (model.in_a_process(measure_model, settings, accelerated, training, autocast)
-                                   for accelerated in (False, True))
+                    stock, ours = (
+                        model.in_a_process(measure_model, settings, accelerated, training, autocast)
+                        for accelerated in (False, True)
+                    )
                 except (RuntimeError, OSError, ValueError, ImportError) as error:
                     print(f'{config}: failed ({error})')
                     continue
-                row = {'config': config, 'dtype': 'bfloat16' if autocast else 'float32', 'training': training,
-                       'stock': stock._asdict(), 'ours': ours._asdict()}
-                print(f'{Path(config).stem:<36}{row["dtype"]:<10}{"training step" if training else "inference":<15}'
-                      f'{stock.seconds:>9.4f}{ours.seconds:>9.4f}{stock.seconds / ours.seconds:>7.2f}x'
-                      f'{stock.peak / 1e6:>10.0f}{ours.peak / 1e6:>9.0f}', flush=True)
+                row = {
+                    'config': config,
+                    'dtype': 'bfloat16' if autocast else 'float32',
+                    'training': training,
+                    'stock': stock._asdict(),
+                    'ours': ours._asdict(),
+                }
+                print(
+                    f'{Path(config).stem:<36}{row["dtype"]:<10}{"training step" if training else "inference":<15}'
+                    f'{stock.seconds:>9.4f}{ours.seconds:>9.4f}{stock.seconds / ours.seconds:>7.2f}x'
+                    f'{stock.peak / 1e6:>10.0f}{ours.peak / 1e6:>9.0f}',
+                    flush=True,
+                )
                 yield row
 
 
 def measure_model(args: argparse.Namespace, accelerated: bool, training: bool, autocast: bool) -> NamedTuple:
     """`model.measure` under autocast to bfloat16, or without."""
     from msda_plugin.tools.benchmarks import model
+
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=autocast):
         return model.measure(args, accelerated, training)

@@ -1,4 +1,5 @@
 """How the time of each attention grows with the resolution, by the clock."""
+
 import math
 import statistics
 import time
@@ -22,11 +23,14 @@ def attention_layers(channels: int, num_heads: int) -> dict[str, Callable]:
         def prepare(side: int, device: torch.device) -> Callable[[], object]:
             placed, x = layer.to(device).eval(), torch.rand(1, side * side, channels, device=device)
             return lambda: placed(x, (side, side))
+
         return prepare
 
     def convolution(side: int, device: torch.device) -> Callable[[], object]:
-        layer, x = nn.Conv2d(channels, channels, 3, padding=1).to(device), torch.rand(
-            1, channels, side, side, device=device)
+        layer, x = (
+            nn.Conv2d(channels, channels, 3, padding=1).to(device),
+            torch.rand(1, channels, side, side, device=device),
+        )
         return lambda: layer(x)
 
     def full(side: int, device: torch.device) -> Callable[[], object]:
@@ -52,6 +56,7 @@ def attention_layers(channels: int, num_heads: int) -> dict[str, Callable]:
 
 def measure(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median seconds of a call, after as many calls that are not counted as fill ``WARM_UP_SECONDS``."""
+
     def timed() -> float:
         start = time.perf_counter()
         call()
@@ -66,11 +71,14 @@ def measure(call: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 @torch.no_grad()
-def measure_growth(sides: Sequence[int], channels: int, num_heads: int, device: torch.device,
-                   repeats: int = 5) -> dict[str, list[float]]:
+def measure_growth(
+    sides: Sequence[int], channels: int, num_heads: int, device: torch.device, repeats: int = 5
+) -> dict[str, list[float]]:
     """Seconds of each attention on square maps of these sides, (len(sides),) each, batch 1, float32."""
-    return {name: [measure(prepare(side, device), device, repeats) for side in sides]
-            for name, prepare in attention_layers(channels, num_heads).items()}
+    return {
+        name: [measure(prepare(side, device), device, repeats) for side in sides]
+        for name, prepare in attention_layers(channels, num_heads).items()
+    }
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
@@ -80,7 +88,10 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
         ValueError: there are fewer than two sizes.
     """
     if len(sizes) < 2 or len(sizes) != len(seconds):
-        raise ValueError(f'a growth is fitted to at least two sizes and as many times, but {len(sizes)} sizes and '
-                         f'{len(seconds)} times came')
-    return statistics.linear_regression([math.log(size) for size in sizes[-FITTED:]],
-                                        [math.log(second) for second in seconds[-FITTED:]]).slope
+        raise ValueError(
+            f'a growth is fitted to at least two sizes and as many times, but {len(sizes)} sizes and '
+            f'{len(seconds)} times came'
+        )
+    return statistics.linear_regression(
+        [math.log(size) for size in sizes[-FITTED:]], [math.log(second) for second in seconds[-FITTED:]]
+    ).slope

@@ -1,4 +1,5 @@
 """``benchmark head``: the losses of our heads against MMDetection's ``loss_by_feat``, on the same predictions."""
+
 import argparse
 import platform
 from collections.abc import Iterator
@@ -11,19 +12,22 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.benchmarks.op import PYRAMID, Timer
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
+from msda_plugin.tools.benchmarks.op import PYRAMID, Timer
 
 NUM_CLASSES = 80
 LAYERS = 6
 IMAGE = (800, 1066)
-BOX_COSTS = [dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
-             dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0)]
+BOX_COSTS = [
+    dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+    dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0),
+]
 
 
 @dataclass(frozen=True)
 class Case:
     """One row of the table: a head, with a sigmoid or a softmax over the classes, and so many proposals an image."""
+
     name: str
     head: str
     sigmoid: bool
@@ -37,10 +41,17 @@ class Case:
         else:
             loss = dict(type='mmdet.CrossEntropyLoss', bg_cls_weight=0.1, class_weight=1.0)
             cost = dict(type='mmdet.ClassificationCost', weight=1.0)
-        return MODELS.build(dict(
-            type=f'{scope}.{self.head}', num_classes=NUM_CLASSES, sync_cls_avg_factor=True, loss_cls=loss,
-            loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0), loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
-            train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[cost, *BOX_COSTS]))))
+        return MODELS.build(
+            dict(
+                type=f'{scope}.{self.head}',
+                num_classes=NUM_CLASSES,
+                sync_cls_avg_factor=True,
+                loss_cls=loss,
+                loss_bbox=dict(type='mmdet.L1Loss', loss_weight=5.0),
+                loss_iou=dict(type='mmdet.GIoULoss', loss_weight=2.0),
+                train_cfg=dict(assigner=dict(type='mmdet.HungarianAssigner', match_costs=[cost, *BOX_COSTS])),
+            )
+        )
 
 
 CASES = (
@@ -64,9 +75,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def conditions(args: argparse.Namespace) -> str:
     """Under what the figures are measured."""
-    return (f'{args.queries} queries, {LAYERS} layers, batch {args.batch}, {args.objects} objects an image, '
-            f'{NUM_CLASSES} classes; float32, {args.device}, {args.threads} threads, {platform.machine()}, torch '
-            f'{torch.__version__}; median of {args.repeats} runs')
+    return (
+        f'{args.queries} queries, {LAYERS} layers, batch {args.batch}, {args.objects} objects an image, '
+        f'{NUM_CLASSES} classes; float32, {args.device}, {args.threads} threads, {platform.machine()}, torch '
+        f'{torch.__version__}; median of {args.repeats} runs'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,8 +87,11 @@ def run(args: argparse.Namespace) -> int:
     print(f'loss_by_feat and its gradients: {conditions(args)}')
     print(f'{"head":<18}{"mmdet ms":>10}{"ours ms":>10}{"ratio":>8}{"largest difference of a loss":>30}')
     for row in comparisons(args):
-        print(f'{row.case:<18}{row.stock.seconds * 1e3:>10.2f}{row.ours.seconds * 1e3:>10.2f}{row.speed:>7.1f}x'
-              f'{row.difference:>30.1e}', flush=True)
+        print(
+            f'{row.case:<18}{row.stock.seconds * 1e3:>10.2f}{row.ours.seconds * 1e3:>10.2f}{row.speed:>7.1f}x'
+            f'{row.difference:>30.1e}',
+            flush=True,
+        )
     return 0
 
 
@@ -88,8 +104,9 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison]:
         heads = [case.build(scope).to(device) for scope in ('mmdet', 'msda_plugin')]
         inputs = make_inputs(case, args.batch, args.queries, args.objects, device)
         stock, ours = map(Measurement, timer(*(partial(step, head, inputs) for head in heads)))
-        yield Comparison(case.name, 'losses and gradients', ('mmdet', 'ours'), stock, ours,
-                         largest_difference(*heads, inputs))
+        yield Comparison(
+            case.name, 'losses and gradients', ('mmdet', 'ours'), stock, ours, largest_difference(*heads, inputs)
+        )
 
 
 def make_inputs(case: Case, batch: int, queries: int, objects: int, device: torch.device) -> list:
@@ -109,7 +126,7 @@ def make_inputs(case: Case, batch: int, queries: int, objects: int, device: torc
     for _ in range(batch):
         low = torch.rand(objects, 2, generator=generator) * torch.tensor([width, height]) * 0.7
         size = torch.rand(objects, 2, generator=generator) * 200 + 10
-        labels = torch.randint(NUM_CLASSES, (objects, ), generator=generator)
+        labels = torch.randint(NUM_CLASSES, (objects,), generator=generator)
         instances.append(InstanceData(bboxes=torch.cat([low, low + size], 1).to(device), labels=labels.to(device)))
     return [*inputs, instances, [dict(img_shape=IMAGE)] * batch]
 

@@ -1,4 +1,5 @@
 """``benchmark layer``: each attention layer against the stock one with the same weights, side by side."""
+
 import argparse
 import platform
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ from msda_plugin.layers import (
 )
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
 from msda_plugin.tools.benchmarks.backbone import plain_attention
-from msda_plugin.tools.benchmarks.op import Timer
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
+from msda_plugin.tools.benchmarks.op import Timer
 
 QUERIES = 300
 STRIDES = (8, 16, 32, 64)
@@ -41,6 +42,7 @@ class Case:
             the input (B, N, C).
         tokens: levels -> N.
     """
+
     name: str
     stock: str
     channels: int
@@ -63,27 +65,38 @@ def same_weights(stock: nn.Module, ours: nn.Module, device: torch.device) -> lis
 
 
 def deformable(levels: list[tuple[int, int]], device: torch.device, decoder: bool) -> tuple[list[nn.Module], Run, Run]:
-    fields = dict(embed_dims=256, num_heads=8, num_levels=len(levels), dropout=0., batch_first=True)
-    modules = same_weights(MMCVDeformableAttention(**fields), MultiScaleDeformableAttention(**fields)
-                           if len(levels) > 1 else DeformableAttention(256, 8, dropout=0.), device)
+    fields = dict(embed_dims=256, num_heads=8, num_levels=len(levels), dropout=0.0, batch_first=True)
+    modules = same_weights(
+        MMCVDeformableAttention(**fields),
+        MultiScaleDeformableAttention(**fields) if len(levels) > 1 else DeformableAttention(256, 8, dropout=0.0),
+        device,
+    )
     shapes = torch.tensor(levels, device=device)
     areas = shapes.prod(1)
     queries = QUERIES if decoder else pixels(levels)
     value = torch.rand(1, pixels(levels), 256, device=device) if decoder else None
-    given = dict(value=value, reference_points=torch.rand(1, queries, len(levels), 2, device=device),
-                 spatial_shapes=shapes, level_start_index=areas.cumsum(0) - areas)
+    given = dict(
+        value=value,
+        reference_points=torch.rand(1, queries, len(levels), 2, device=device),
+        spatial_shapes=shapes,
+        level_start_index=areas.cumsum(0) - areas,
+    )
     return modules, *(partial(module, **given) for module in modules)
 
 
 def reduced(levels: list[tuple[int, int]], device: torch.device) -> tuple[list[nn.Module], Run, Run]:
-    modules = same_weights(MMDetSpatialReductionAttention(64, 1, sr_ratio=8), SpatialReductionAttention(
-        64, 1, sr_ratio=8), device)
+    modules = same_weights(
+        MMDetSpatialReductionAttention(64, 1, sr_ratio=8), SpatialReductionAttention(64, 1, sr_ratio=8), device
+    )
     return modules, *(partial(module, hw_shape=levels[0]) for module in modules)
 
 
 def windows(levels: list[tuple[int, int]], device: torch.device, shift: int) -> tuple[list[nn.Module], Run, Run]:
-    modules = same_weights(ShiftWindowMSA(96, 3, 7, shift, dropout_layer=dict(type='DropPath', drop_prob=0.)),
-                           ShiftedWindowAttention(96, 3, 7, shift), device)
+    modules = same_weights(
+        ShiftWindowMSA(96, 3, 7, shift, dropout_layer=dict(type='DropPath', drop_prob=0.0)),
+        ShiftedWindowAttention(96, 3, 7, shift),
+        device,
+    )
     return modules, *(partial(module, hw_shape=levels[0]) for module in modules)
 
 
@@ -101,10 +114,12 @@ def moved_points(levels: list[tuple[int, int]], device: torch.device) -> tuple[l
         query = layer.query(map_to_tokens(x))
         points = layer._deform(tokens_to_map(query, hw_shape))
         sampled = layer._sample(x, points.positions)
-        query, key, value = (t.unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
-                             for t in (query, layer.key(sampled), layer.value(sampled)))
-        bias = layer.position_bias(layer._grid(hw_shape, 0., points.positions), points.positions)(slice(None))
-        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -.5 + bias
+        query, key, value = (
+            t.unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
+            for t in (query, layer.key(sampled), layer.value(sampled))
+        )
+        bias = layer.position_bias(layer._grid(hw_shape, 0.0, points.positions), points.positions)(slice(None))
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + bias
         return layer.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
 
     return [layer], plain, lambda x: map_to_tokens(layer(tokens_to_map(x, levels[0])))
@@ -113,21 +128,23 @@ def moved_points(levels: list[tuple[int, int]], device: torch.device) -> tuple[l
 CASES = (
     Case('deformable, encoder', 'mmcv', 256, STRIDES, partial(deformable, decoder=False), pixels),
     Case('deformable, decoder', 'mmcv', 256, STRIDES, partial(deformable, decoder=True), lambda _: QUERIES),
-    Case('deformable, one scale', 'mmcv', 256, (16, ), partial(deformable, decoder=False), pixels),
-    Case('spatial reduction, PVT stage 1', 'mmdet', 64, (4, ), reduced, pixels),
-    Case('windows, Swin stage 1', 'mmdet', 96, (4, ), partial(windows, shift=0), pixels),
-    Case('shifted windows, Swin stage 1', 'mmdet', 96, (4, ), partial(windows, shift=3), pixels),
-    Case('shunted, stage 1', 'plain', 64, (4, ), shunted, pixels),
-    Case('moved points, DAT stage 3', 'plain', 384, (16, ), moved_points, pixels),
+    Case('deformable, one scale', 'mmcv', 256, (16,), partial(deformable, decoder=False), pixels),
+    Case('spatial reduction, PVT stage 1', 'mmdet', 64, (4,), reduced, pixels),
+    Case('windows, Swin stage 1', 'mmdet', 96, (4,), partial(windows, shift=0), pixels),
+    Case('shifted windows, Swin stage 1', 'mmdet', 96, (4,), partial(windows, shift=3), pixels),
+    Case('shunted, stage 1', 'plain', 64, (4,), shunted, pixels),
+    Case('moved points, DAT stage 3', 'plain', 384, (16,), moved_points, pixels),
 )
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the subcommand ``layer``; its namespace goes to `run`."""
     parser = subparsers.add_parser(
-        'layer', help="attention layers against mmcv's and MMDetection's, with the same weights",
+        'layer',
+        help="attention layers against mmcv's and MMDetection's, with the same weights",
         description="Each attention layer against mmcv's or MMDetection's with the same weights, on the maps of an "
-                    'image; where there is no stock layer, against the published arithmetic step by step.')
+        'image; where there is no stock layer, against the published arithmetic step by step.',
+    )
     parser.add_argument('--device', default='cpu', help='default: %(default)s')
     parser.add_argument('--height', type=int, default=800, help='of the image (default: %(default)s)')
     parser.add_argument('--width', type=int, default=1066, help='of the image (default: %(default)s)')
@@ -138,8 +155,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def conditions(args: argparse.Namespace) -> str:
     """Under what the figures are measured."""
-    return (f'maps of an image of {args.height}x{args.width}, batch 1, float32, {args.device}, {args.threads} threads, '
-            f'{platform.machine()}, torch {torch.__version__}; median of {args.repeats} runs')
+    return (
+        f'maps of an image of {args.height}x{args.width}, batch 1, float32, {args.device}, {args.threads} threads, '
+        f'{platform.machine()}, torch {torch.__version__}; median of {args.repeats} runs'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,8 +166,11 @@ def run(args: argparse.Namespace) -> int:
     print(conditions(args))
     print(f'{"layer":<32}{"":<20}{"stock":<8}{"stock ms":>10}{"ours ms":>10}{"ratio":>8}{"difference":>12}')
     for row in comparisons(args):
-        print(f'{row.case:<32}{row.run:<20}{row.sides[0]:<8}{row.stock.seconds * 1e3:>10.2f}'
-              f'{row.ours.seconds * 1e3:>10.2f}{row.speed:>7.2f}x{row.difference:>12.1e}', flush=True)
+        print(
+            f'{row.case:<32}{row.run:<20}{row.sides[0]:<8}{row.stock.seconds * 1e3:>10.2f}'
+            f'{row.ours.seconds * 1e3:>10.2f}{row.speed:>7.2f}x{row.difference:>12.1e}',
+            flush=True,
+        )
     return 0
 
 

@@ -3,6 +3,7 @@
 Nothing of mmcv is kept here: the binding below includes the kernel from the distribution, is compiled where the
 benchmark runs, and launches it as mmcv does (the same block sizes, the same memory set to zero before).
 """
+
 import ctypes
 import os
 import shutil
@@ -22,7 +23,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16)
 
 # The kernel's header asks for mmcv's helper of this name, which would bring all of ATen.
 HELPER = '#include <algorithm>\nusing std::min;\n'
-BINDING = r'''
+BINDING = r"""
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/headeronly/util/Half.h>
@@ -72,7 +73,7 @@ extern "C" int mmcv_backward(int dtype, void* stream, const int* sizes, void* co
   const auto f = dtype == 0 ? backward<double> : dtype == 1 ? backward<float> : backward<c10::Half>;
   return f(static_cast<cudaStream_t>(stream), sizes, tensors, grad, grads);
 }
-'''
+"""
 
 
 def find_nvcc() -> str:
@@ -102,8 +103,11 @@ def unpacked(sdist: Path) -> Iterator[Path]:
             root = Path(work)
             with tarfile.open(sdist) as archive:
                 archive.extractall(root, filter='data')
-        found = [kernel.parents[len(KERNEL.parts) - 1] for kernel in sorted(root.rglob(KERNEL.name))
-                 if kernel.parts[-len(KERNEL.parts):] == KERNEL.parts]
+        found = [
+            kernel.parents[len(KERNEL.parts) - 1]
+            for kernel in sorted(root.rglob(KERNEL.name))
+            if kernel.parts[-len(KERNEL.parts) :] == KERNEL.parts
+        ]
         if not found:
             raise FileNotFoundError(f"{sdist} has no {KERNEL}: it is not mmcv's source distribution")
         yield found[0]
@@ -126,9 +130,23 @@ def build(sdist: Path, arch: str, target: Path) -> None:
         (work / 'pytorch_cuda_helper.hpp').write_text(HELPER)
         (work / 'binding.cu').write_text(BINDING)
         places = (work, root / KERNEL.parent, Path(torch.__file__).parent / 'include')
-        done = subprocess.run([nvcc, '-O3', '-std=c++20', '-w', f'-arch={arch}', '-shared', '-Xcompiler=-fPIC',
-                               *(f'-I{place}' for place in places), str(work / 'binding.cu'), '-o', str(target)],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                nvcc,
+                '-O3',
+                '-std=c++20',
+                '-w',
+                f'-arch={arch}',
+                '-shared',
+                '-Xcompiler=-fPIC',
+                *(f'-I{place}' for place in places),
+                str(work / 'binding.cu'),
+                '-o',
+                str(target),
+            ],
+            capture_output=True,
+            text=True,
+        )
     if done.returncode:
         raise RuntimeError(f"mmcv's kernel does not compile:\n{done.stdout}{done.stderr}")
 

@@ -1,4 +1,5 @@
 """``benchmark model``: a model of any config before and after :func:`msda_plugin.accelerate`, side by side."""
+
 import argparse
 import logging
 import platform
@@ -25,8 +26,8 @@ from msda_plugin.acceleration.convert_model import STOCK_FORWARD, accelerate
 from msda_plugin.ops import backend_for
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
-from msda_plugin.tools.common.errors import user_errors
 from msda_plugin.tools.benchmarks.fresh_process import in_a_process, peak_bytes
+from msda_plugin.tools.common.errors import user_errors
 
 NUM_OBJECTS = 10  # in each image of a training step
 
@@ -34,8 +35,9 @@ NUM_OBJECTS = 10  # in each image of a training step
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the subcommand ``model``; its namespace goes to `run`."""
     parser = subparsers.add_parser('model', help='the model of a config before and after msda_plugin.accelerate')
-    parser.add_argument('config', help='path of a config, or PACKAGE::CONFIG, such as '
-                                       'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py')
+    parser.add_argument(
+        'config', help='path of a config, or PACKAGE::CONFIG, such as mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+    )
     parser.add_argument('--device', default='cpu', help='default: %(default)s')
     parser.add_argument('--height', type=int, default=800, help='of the images (default: %(default)s)')
     parser.add_argument('--width', type=int, default=1344, help='of the images (default: %(default)s)')
@@ -50,9 +52,11 @@ def conditions(args: argparse.Namespace) -> str:
     """Under what the figures are measured."""
     backend = backend_for(args.device, torch.float32)
     where = 'memory of the GPU' if torch.device(args.device).type == 'cuda' else 'resident memory of the process'
-    return (f'{args.batch}x3x{args.height}x{args.width}, float32, {args.device}, {args.threads} threads, '
-            f'{platform.machine()}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); median of '
-            f'{args.runs} runs; peak {where}')
+    return (
+        f'{args.batch}x3x{args.height}x{args.width}, float32, {args.device}, {args.threads} threads, '
+        f'{platform.machine()}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); median of '
+        f'{args.runs} runs; peak {where}'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,10 +74,15 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(item, str):
             print(item)
             continue
-        for side, own, speed, memory in ((item.sides[0], item.stock, 1., 1.),
-                                         (item.sides[1], item.ours, item.speed, item.memory)):
-            print(f'{item.run:<16}{side:<14}{own.seconds:>9.3f}{own.peak / 1e6:>8.0f}{speed:>7.2f}x{memory:>8.0%}'
-                  f'{"" if own.attention is None else format(own.attention, "13.3f")}', flush=True)
+        for side, own, speed, memory in (
+            (item.sides[0], item.stock, 1.0, 1.0),
+            (item.sides[1], item.ours, item.speed, item.memory),
+        ):
+            print(
+                f'{item.run:<16}{side:<14}{own.seconds:>9.3f}{own.peak / 1e6:>8.0f}{speed:>7.2f}x{memory:>8.0%}'
+                f'{"" if own.attention is None else format(own.attention, "13.3f")}',
+                flush=True,
+            )
     return 0
 
 
@@ -86,12 +95,16 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
         inference = inference or sides
         yield Comparison(name, 'training step' if training else 'inference', ('stock', 'accelerated'), *sides)
     count, difference, choices, otherwise = in_a_process(compare, args)
-    yield (f'{count} attention layers take {inference[0].attention:.3f} s of the stock inference, and '
-           f'{inference[1].attention:.3f} s of the accelerated one; the rest is stock code.')
+    yield (
+        f'{count} attention layers take {inference[0].attention:.3f} s of the stock inference, and '
+        f'{inference[1].attention:.3f} s of the accelerated one; the rest is stock code.'
+    )
     yield f'Largest difference of the raw outputs: {difference:.1e}'
     if choices:
-        yield (f'(with the proposals of the stock model on both sides: of {choices}, the accelerated model would put '
-               f'{otherwise} elsewhere, near ties)')
+        yield (
+            f'(with the proposals of the stock model on both sides: of {choices}, the accelerated model would put '
+            f'{otherwise} elsewhere, near ties)'
+        )
 
 
 def measure(args: argparse.Namespace, accelerated: bool, training: bool) -> Measurement:
@@ -151,8 +164,10 @@ def build(args: argparse.Namespace) -> nn.Module:
     torch.set_num_threads(args.threads)
     MMLogger.get_instance('msda_plugin').setLevel(logging.WARNING)
     if '::' not in args.config and not Path(args.config).is_file():
-        raise FileNotFoundError(f'the config {args.config} does not exist; give the path of a Python config file, or '
-                                'one of a package as mmdet::FAMILY/NAME.py')
+        raise FileNotFoundError(
+            f'the config {args.config} does not exist; give the path of a Python config file, or '
+            'one of a package as mmdet::FAMILY/NAME.py'
+        )
     cfg = get_config(args.config) if '::' in args.config else Config.fromfile(args.config)
     if 'model' not in cfg:
         raise ValueError(f'the config {args.config} has no model; give the config of a detector')
@@ -163,8 +178,10 @@ def build(args: argparse.Namespace) -> nn.Module:
     model.init_weights()
     layers = [module for module in model.modules() if isinstance(module, StockAttention)]
     if not layers:
-        raise ValueError(f'the model of {args.config}, {type(model).__name__}, has no MultiScaleDeformableAttention of '
-                         'mmcv: there is nothing to compare')
+        raise ValueError(
+            f'the model of {args.config}, {type(model).__name__}, has no MultiScaleDeformableAttention of '
+            'mmcv: there is nothing to compare'
+        )
     for layer in layers:
         nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
         nn.init.normal_(layer.attention_weights.weight, std=0.05)
@@ -174,9 +191,14 @@ def build(args: argparse.Namespace) -> nn.Module:
 def without_downloads(node: object) -> object:
     """A copy of a config without pretrained weights and, so that the size of the images holds, batch augmentations."""
     if isinstance(node, dict):
-        return type(node)({
-            key: None if key in ('pretrained', 'batch_augments') or _is_pretrained(value) else without_downloads(value)
-            for key, value in node.items()})
+        return type(node)(
+            {
+                key: None
+                if key in ('pretrained', 'batch_augments') or _is_pretrained(value)
+                else without_downloads(value)
+                for key, value in node.items()
+            }
+        )
     if isinstance(node, (list, tuple)):
         return type(node)(without_downloads(value) for value in node)
     return node
@@ -197,10 +219,13 @@ def make_batch(model: nn.Module, height: int, width: int, batch: int, training: 
         boxes = corners.reshape(-1, 4) * np.array(size[::-1] * 2, np.float32)
         masks = np.zeros((NUM_OBJECTS, *size), np.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int), strict=True):
-            mask[y1:y2 + 1, x1:x2 + 1] = 1
+            mask[y1 : y2 + 1, x1 : x2 + 1] = 1
         sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
-        sample.gt_instances = InstanceData(bboxes=torch.from_numpy(boxes), masks=BitmapMasks(masks, *size),
-                                           labels=torch.zeros(NUM_OBJECTS, dtype=torch.int64))
+        sample.gt_instances = InstanceData(
+            bboxes=torch.from_numpy(boxes),
+            masks=BitmapMasks(masks, *size),
+            labels=torch.zeros(NUM_OBJECTS, dtype=torch.int64),
+        )
         stuff = getattr(getattr(model, 'panoptic_head', None), 'num_things_classes', 255)
         sample.gt_sem_seg = PixelData(sem_seg=torch.full((1, *size), stuff, dtype=torch.int64))
         data['inputs'].append(torch.from_numpy(rng.integers(0, 256, (3, *size), dtype=np.uint8)))

@@ -1,4 +1,5 @@
 """``benchmark op``: the operator against mmcv's path on the same device, same inputs, in one run."""
+
 import argparse
 import platform
 import statistics
@@ -22,6 +23,7 @@ PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
 @dataclass(frozen=True)
 class Shape:
     """One row of the table: levels (h, w), and sizes as in :func:`msda_plugin.ops.ms_deform_attn`."""
+
     name: str
     levels: tuple[tuple[int, int], ...]
     batch: int
@@ -40,7 +42,7 @@ SHAPES = (
     Shape('encoder', PYRAMID, 1, 17821),
     Shape('decoder', PYRAMID, 1, 300),
     Shape('five levels', ((200, 267), *PYRAMID), 2, 900),
-    Shape('one level', ((50, 67), ), 1, 3350, head_dim=64),
+    Shape('one level', ((50, 67),), 1, 3350, head_dim=64),
 )
 
 
@@ -57,8 +59,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def conditions(args: argparse.Namespace) -> str:
     """Under what the figures are measured."""
     backend = backend_for(args.device, torch.float32)
-    return (f'float32, {args.device}, {args.threads} threads, {platform.machine()}, torch {torch.__version__}; backend '
-            f'{backend.name} ({backend.reason}); median of {args.repeats} runs')
+    return (
+        f'float32, {args.device}, {args.threads} threads, {platform.machine()}, torch {torch.__version__}; backend '
+        f'{backend.name} ({backend.reason}); median of {args.repeats} runs'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,10 +75,16 @@ def run(args: argparse.Namespace) -> int:
             continue
         if item.sides != sides:
             sides = item.sides
-            print(f'{"shape" if sides[0] == "mmcv" else "":<14}{"":<20}'
-                  + ''.join(f'{_column(side):>10}' for side in sides) + f'{"ratio":>8}')
-        print(f'{item.case:<14}{item.run:<20}{item.stock.seconds * 1e3:>10.2f}{item.ours.seconds * 1e3:>10.2f}'
-              f'{item.speed:>7.2f}x', flush=True)
+            print(
+                f'{"shape" if sides[0] == "mmcv" else "":<14}{"":<20}'
+                + ''.join(f'{_column(side):>10}' for side in sides)
+                + f'{"ratio":>8}'
+            )
+        print(
+            f'{item.case:<14}{item.run:<20}{item.stock.seconds * 1e3:>10.2f}{item.ours.seconds * 1e3:>10.2f}'
+            f'{item.speed:>7.2f}x',
+            flush=True,
+        )
     return 0
 
 
@@ -96,8 +106,13 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
             yield memory(args.threads)
 
 
-def _compare(measure: Callable[..., list[float]], sides: tuple[str, str], shape: Shape, what: str,
-             functions: tuple[Callable, Callable]) -> Comparison:
+def _compare(
+    measure: Callable[..., list[float]],
+    sides: tuple[str, str],
+    shape: Shape,
+    what: str,
+    functions: tuple[Callable, Callable],
+) -> Comparison:
     return Comparison(shape.name, what, sides, *map(Measurement, measure(*functions)))
 
 
@@ -142,10 +157,14 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype = torch.f
     sampling = (shape.batch, shape.queries, shape.heads, len(shape.levels), shape.points)
     logits = rand(*sampling)
     tensors = {
-        'value': rand(shape.batch, keys, shape.heads, shape.head_dim).to(dtype), 'locations': rand(*sampling, 2),
+        'value': rand(shape.batch, keys, shape.heads, shape.head_dim).to(dtype),
+        'locations': rand(*sampling, 2),
         'weights': logits.flatten(-2).softmax(-1).view(sampling),
-        'points': rand(shape.batch, shape.queries, len(shape.levels), 2), 'offsets': rand(*sampling, 2) * 8 - 4,
-        'logits': logits, 'grad': rand(shape.batch, shape.queries, shape.heads * shape.head_dim).to(dtype)}
+        'points': rand(shape.batch, shape.queries, len(shape.levels), 2),
+        'offsets': rand(*sampling, 2) * 8 - 4,
+        'logits': logits,
+        'grad': rand(shape.batch, shape.queries, shape.heads * shape.head_dim).to(dtype),
+    }
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -158,7 +177,7 @@ def call(form: Form, shape: Shape, inputs: dict[str, Tensor], backward: bool) ->
     tensors = [inputs[name].detach().requires_grad_(backward) for name in ('value', 'locations', 'weights')]
     with torch.set_grad_enabled(backward):
         output = form(levels, *tensors)
-    return (output, *torch.autograd.grad(output, tensors, inputs['grad'])) if backward else (output, )
+    return (output, *torch.autograd.grad(output, tensors, inputs['grad'])) if backward else (output,)
 
 
 def plain(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -183,8 +202,13 @@ def compare_with_mmcv(timer: Timer, device: torch.device) -> Iterator[Comparison
     for shape in SHAPES:
         inputs = make_inputs(shape, device)
         for what, backward in (('forward', False), ('forward + backward', True)):
-            yield _compare(timer, ('mmcv', 'ours'), shape, what, tuple(
-                partial(call, form, shape, inputs, backward) for form in (mmcv_path(device), plain)))
+            yield _compare(
+                timer,
+                ('mmcv', 'ours'),
+                shape,
+                what,
+                tuple(partial(call, form, shape, inputs, backward) for form in (mmcv_path(device), plain)),
+            )
 
 
 def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
@@ -195,12 +219,24 @@ def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
     for shape in SHAPES:
         inputs = make_inputs(shape, device)
         for what, backward in (('forward', False), ('forward + backward', True)):
-            yield _compare(timer.in_turn, ('parts', 'fused'), shape, what, tuple(
-                partial(_call_fused, form, shape, inputs, backward) for form in (_parts, _fused)))
+            yield _compare(
+                timer.in_turn,
+                ('parts', 'fused'),
+                shape,
+                what,
+                tuple(partial(_call_fused, form, shape, inputs, backward) for form in (_parts, _fused)),
+            )
     for shape in SHAPES:
-        yield _compare(timer.in_turn, ('float32', 'bfloat16'), shape, 'forward', tuple(
-            partial(call, plain, shape, make_inputs(shape, device, dtype), False)
-            for dtype in (torch.float32, torch.bfloat16)))
+        yield _compare(
+            timer.in_turn,
+            ('float32', 'bfloat16'),
+            shape,
+            'forward',
+            tuple(
+                partial(call, plain, shape, make_inputs(shape, device, dtype), False)
+                for dtype in (torch.float32, torch.bfloat16)
+            ),
+        )
 
 
 def _parts(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -232,15 +268,20 @@ def growth(timer: Timer, device: torch.device) -> Iterator[str]:
     whose rows fit the L2 cache: of a pyramid's, more points in a row find a coarse level in the L1, and cost less each.
     """
     for what, shapes in (
-            ('queries', [Shape('', PYRAMID, 1, n) for n in (71284, 142568, 285136)]),
-            ('samples', [Shape('', PYRAMID[1:2], 1, 4456, points=n) for n in (128, 256, 512, 1024)])):
-        sizes = [shape.queries * (shape.heads * len(shape.levels) * shape.points if what == 'samples' else 1)
-                 for shape in shapes]
+        ('queries', [Shape('', PYRAMID, 1, n) for n in (71284, 142568, 285136)]),
+        ('samples', [Shape('', PYRAMID[1:2], 1, 4456, points=n) for n in (128, 256, 512, 1024)]),
+    ):
+        sizes = [
+            shape.queries * (shape.heads * len(shape.levels) * shape.points if what == 'samples' else 1)
+            for shape in shapes
+        ]
         seconds = timer.in_turn(*(partial(call, plain, shape, make_inputs(shape, device), False) for shape in shapes))
         exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
         slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))  # relative errors count alike
-        yield (f'growth of the forward pass with {what}, {sizes[0]} to {sizes[-1]}: exponent {exponent:.3f}; '
-               f'{slope * 1e9:.1f} ns each, {fixed * 1e3:.2f} ms fixed')
+        yield (
+            f'growth of the forward pass with {what}, {sizes[0]} to {sizes[-1]}: exponent {exponent:.3f}; '
+            f'{slope * 1e9:.1f} ns each, {fixed * 1e3:.2f} ms fixed'
+        )
 
 
 def cache_bound(timer: Timer, threads: int) -> str:
@@ -259,9 +300,11 @@ def cache_bound(timer: Timer, threads: int) -> str:
             rounds.append((SHAPES[0].corner_bytes / speed, timer.once(forward)))
     bound, seconds = map(statistics.median, zip(*rounds, strict=True))
     speed = SHAPES[0].corner_bytes / bound
-    return (f'L2 copy: {speed / 1e9:.0f} GB/s on {threads} threads; bound of the encoder forward, '
-            f'{SHAPES[0].corner_bytes / 1e9:.2f} GB of corner rows: {bound * 1e3:.2f} ms; ours {seconds * 1e3:.2f} ms, '
-            f'{seconds / bound:.2f}x the bound')
+    return (
+        f'L2 copy: {speed / 1e9:.0f} GB/s on {threads} threads; bound of the encoder forward, '
+        f'{SHAPES[0].corner_bytes / 1e9:.2f} GB of corner rows: {bound * 1e3:.2f} ms; ours {seconds * 1e3:.2f} ms, '
+        f'{seconds / bound:.2f}x the bound'
+    )
 
 
 def _copy_speed(_: int) -> float:
@@ -270,7 +313,7 @@ def _copy_speed(_: int) -> float:
 
     def buffer() -> np.ndarray:
         memory = np.ones((length + (passes + 1) * line) // 8)
-        aligned = memory[-memory.ctypes.data % line // 8:]
+        aligned = memory[-memory.ctypes.data % line // 8 :]
         # One row per pass, a line further on than the row before: one call copies them all and holds no lock.
         return np.lib.stride_tricks.as_strided(aligned, (passes, length // 8), (line, 8))
 
@@ -283,15 +326,17 @@ def _copy_speed(_: int) -> float:
 def memory(threads: int) -> str:
     """Peak memory of forward + backward at the encoder shape beyond inputs, output and gradients, a process each."""
     stock, ours = (in_a_process(_extra_memory, stock, threads) for stock in (True, False))
-    return (f'extra peak memory of forward + backward at the encoder shape: mmcv {stock / 1e6:.0f} MB, ours '
-            f'{ours / 1e6:.0f} MB, {ours / stock:.1%}')
+    return (
+        f'extra peak memory of forward + backward at the encoder shape: mmcv {stock / 1e6:.0f} MB, ours '
+        f'{ours / 1e6:.0f} MB, {ours / stock:.1%}'
+    )
 
 
 def _extra_memory(stock: bool, threads: int) -> int:
     torch.set_num_threads(threads)
     device = torch.device('cpu')
     form = mmcv_path(device) if stock else plain
-    small = Shape('', ((4, 4), ), 1, 8)
+    small = Shape('', ((4, 4),), 1, 8)
     call(form, small, make_inputs(small, device), True)  # what is loaded on first use is no part of the cost
     inputs = make_inputs(SHAPES[0], device)
     with open('/proc/self/clear_refs', 'w') as file:

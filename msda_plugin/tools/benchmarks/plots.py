@@ -1,4 +1,5 @@
 """Pictures of measurements, as SVG: how much faster, and how time grows with the resolution."""
+
 import io
 from collections.abc import Mapping, Sequence
 
@@ -27,8 +28,13 @@ def draw_speeds(labels: Sequence[str], speeds: Sequence[float], notes: Sequence[
     """
     figure, axis = _figure(0.3 * len(labels) + 0.75)
     rows = range(len(labels))
-    axis.barh(rows, [speed - 1 for speed in speeds], left=1, height=0.62,
-              color=[FASTER if speed >= 1 else SLOWER for speed in speeds])
+    axis.barh(
+        rows,
+        [speed - 1 for speed in speeds],
+        left=1,
+        height=0.62,
+        color=[FASTER if speed >= 1 else SLOWER for speed in speeds],
+    )
     for row, speed, note in zip(rows, speeds, notes, strict=True):
         beside = dict(xy=(max(speed, 1), row), textcoords='offset points', va='center')
         axis.annotate(times(speed), xytext=(6, 0), fontsize=9, color=INK, fontweight='bold', **beside)
@@ -49,17 +55,30 @@ def draw_overview(speeds: Mapping[str, Sequence[float]]) -> str:
     figure, axis = _figure(0.42 * len(speeds) + 0.75)
     for row, values in enumerate(speeds.values()):
         axis.plot([min(values), max(values)], [row, row], color=FASTER, linewidth=2, alpha=0.35)
-        axis.scatter(values, [row] * len(values), s=42, alpha=0.75, edgecolors='white', linewidths=0.6, zorder=3,
-                     c=[FASTER if value >= 1 else SLOWER for value in values])
+        axis.scatter(
+            values,
+            [row] * len(values),
+            s=42,
+            alpha=0.75,
+            edgecolors='white',
+            linewidths=0.6,
+            zorder=3,
+            c=[FASTER if value >= 1 else SLOWER for value in values],
+        )
     axis.set_yticks(range(len(speeds)), speeds)
     axis.set_ylim(len(speeds) - 0.5, -0.5)
-    _speed_axis(axis, [value for values in speeds.values() for value in values], room=0.1,
-                label='times as fast as the stock implementation, each case a dot')
+    _speed_axis(
+        axis,
+        [value for values in speeds.values() for value in values],
+        room=0.1,
+        label='times as fast as the stock implementation, each case a dot',
+    )
     return _svg(figure)
 
 
-def draw_growth(pixels: Sequence[int], seconds: Mapping[str, Sequence[float]],
-                exponents: Mapping[str, float]) -> Figure:
+def draw_growth(
+    pixels: Sequence[int], seconds: Mapping[str, Sequence[float]], exponents: Mapping[str, float]
+) -> Figure:
     """The time of each layer against the pixels of its map, both logarithmic.
 
     Args:
@@ -69,8 +88,14 @@ def draw_growth(pixels: Sequence[int], seconds: Mapping[str, Sequence[float]],
     """
     figure, axis = _figure(4.6)
     for index, (name, values) in enumerate(seconds.items()):
-        axis.loglog(pixels, [second * 1e3 for second in values], marker=MARKERS[index % len(MARKERS)], markersize=4.5,
-                    color=LINES[index % len(LINES)], label=f'{name}: pixels^{exponents[name]:.2f}')
+        axis.loglog(
+            pixels,
+            [second * 1e3 for second in values],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4.5,
+            color=LINES[index % len(LINES)],
+            label=f'{name}: pixels^{exponents[name]:.2f}',
+        )
     axis.set(xlabel='pixels of the map', ylabel='milliseconds')
     axis.grid(which='both', alpha=0.25)
     axis.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -94,10 +119,10 @@ def _speed_axis(axis: Axes, speeds: Sequence[float], room: float, label: str) ->
     low, high = min(*speeds, 1), max(*speeds, 1.5)
     axis.set_xscale('log')
     span = high / low
-    axis.set_xlim(low / span ** 0.03, high * span ** (0.1 + room))
+    axis.set_xlim(low / span**0.03, high * span ** (0.1 + room))
     axis.axvline(1, color=INK, linewidth=1)
-    steps = (1, 1.2, 1.5, 2, 3, 5, 7) if span < 3 else (1, 2, 5) if span < 200 else (1, )
-    ticks = [step * 10 ** power for power in range(-3, 6) for step in steps]
+    steps = (1, 1.2, 1.5, 2, 3, 5, 7) if span < 3 else (1, 2, 5) if span < 200 else (1,)
+    ticks = [step * 10**power for power in range(-3, 6) for step in steps]
     axis.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low / 1.05 <= tick <= high * 1.05]))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}×'))
@@ -113,4 +138,4 @@ def _svg(figure: Figure) -> str:
     with rc_context({'svg.fonttype': 'path', 'svg.hashsalt': 'msda_plugin'}):
         figure.savefig(file, format='svg', metadata=dict(Date=None, Creator=None))
     text = file.getvalue()
-    return text[text.index('<svg'):]  # without the document type, which names an address
+    return text[text.index('<svg') :]  # without the document type, which names an address

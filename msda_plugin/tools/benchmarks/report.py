@@ -1,4 +1,5 @@
 """The report of ``benchmark all``: what was measured, as Markdown and as one HTML page that needs no other file."""
+
 import base64
 import html
 import re
@@ -8,8 +9,8 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from msda_plugin.tools.benchmarks.growth import exponent
 from msda_plugin.tools.benchmarks.comparison import Comparison
+from msda_plugin.tools.benchmarks.growth import exponent
 from msda_plugin.tools.benchmarks.plots import draw_overview, draw_speeds, growth_svg, times
 
 OWN_FORMS = ('parts', 'float32')  # in the comparisons of ``benchmark op``
@@ -18,12 +19,13 @@ OWN_FORMS = ('parts', 'float32')  # in the comparisons of ``benchmark op``
 @dataclass(frozen=True)
 class Growth:
     """The time of each attention on square maps: name -> (len(sides),) seconds."""
+
     sides: tuple[int, ...]
     seconds: dict[str, list[float]]
 
     @property
     def pixels(self) -> list[int]:
-        return [side ** 2 for side in self.sides]
+        return [side**2 for side in self.sides]
 
     @property
     def exponents(self) -> dict[str, float]:
@@ -46,6 +48,7 @@ class Section:
         items: comparisons, growths, and remarks, in their order.
         missing: sentences that say what was not measured, and why.
     """
+
     title: str
     compared: str
     commands: tuple[str, ...]
@@ -56,8 +59,9 @@ class Section:
     @property
     def cases(self) -> int:
         """How many comparisons, or layers whose growth was measured, there are."""
-        return sum(len(item.seconds) if isinstance(item, Growth) else isinstance(item, Comparison)
-                   for item in self.items)
+        return sum(
+            len(item.seconds) if isinstance(item, Growth) else isinstance(item, Comparison) for item in self.items
+        )
 
     @property
     def speeds(self) -> list[float]:
@@ -78,6 +82,7 @@ class Report:
         command: the command line that made it.
         sections: its parts.
     """
+
     title: str
     remark: str
     machine: list[tuple[str, str]]
@@ -106,6 +111,7 @@ class Missing:
 @dataclass(frozen=True)
 class Lines:
     """Commands, or what a command printed."""
+
     text: str
 
 
@@ -117,6 +123,7 @@ class Bullets:
 @dataclass(frozen=True)
 class Table:
     """Columns whose cells are numbers stand to the right."""
+
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
@@ -141,17 +148,33 @@ def blocks(report: Report) -> list[Block]:
     content.append(Heading('At a glance'))
     if speeds:
         content.append(Picture('overview', draw_overview(speeds), 'Speed against stock, by part'))
-    content.append(Table(('part', 'measured against', 'cases', 'times as fast', 'not measured'), tuple(
-        (section.title, ', '.join(dict.fromkeys(item.sides[0] for item in section.items
-                                                if isinstance(item, Comparison))) or '–',
-         str(section.cases), _span(section.speeds),
-         'see below' if section.missing else '') for section in report.sections)))
+    content.append(
+        Table(
+            ('part', 'measured against', 'cases', 'times as fast', 'not measured'),
+            tuple(
+                (
+                    section.title,
+                    ', '.join(dict.fromkeys(item.sides[0] for item in section.items if isinstance(item, Comparison)))
+                    or '–',
+                    str(section.cases),
+                    _span(section.speeds),
+                    'see below' if section.missing else '',
+                )
+                for section in report.sections
+            ),
+        )
+    )
     for section in report.sections:
         content += _section(section)
-    content += [Heading('Machine, versions, backends'), Table(('machine', ''), tuple(report.machine)),
-                Table(('device', 'dtype', 'backend', 'reason'), tuple(report.backends)),
-                Text('All that `python -m msda_plugin env` says:'), Lines(report.environment),
-                Heading('How it was made'), Lines(report.command)]
+    content += [
+        Heading('Machine, versions, backends'),
+        Table(('machine', ''), tuple(report.machine)),
+        Table(('device', 'dtype', 'backend', 'reason'), tuple(report.backends)),
+        Text('All that `python -m msda_plugin env` says:'),
+        Lines(report.environment),
+        Heading('How it was made'),
+        Lines(report.command),
+    ]
     return content
 
 
@@ -161,19 +184,37 @@ def _section(section: Section) -> list[Block]:
     compared = [item for item in section.items if isinstance(item, Comparison)]
     for number, (sides, rows) in enumerate(groupby(compared, attrgetter('sides'))):
         rows = list(rows)
-        content.append(Picture(
-            f'{slug(section.title)}{f"-{number + 1}" if number else ""}',
-            draw_speeds([f'{row.case}, {row.run}' for row in rows], [row.speed for row in rows],
-                        [_note(row) for row in rows], sides=sides),
-            f'{section.title}: {sides[1]} against {sides[0]}'))
+        content.append(
+            Picture(
+                f'{slug(section.title)}{f"-{number + 1}" if number else ""}',
+                draw_speeds(
+                    [f'{row.case}, {row.run}' for row in rows],
+                    [row.speed for row in rows],
+                    [_note(row) for row in rows],
+                    sides=sides,
+                ),
+                f'{section.title}: {sides[1]} against {sides[0]}',
+            )
+        )
         content.append(_comparison_table(sides, rows))
     for item in section.items:
         if isinstance(item, Growth):
-            content.append(Picture(slug(section.title), growth_svg(item.pixels, item.seconds, item.exponents),
-                                   f'{section.title}: time against pixels'))
-            content.append(Table(('layer', *(f'{side}×{side}' for side in item.sides), 'growth, b of pixels^b'), tuple(
-                (name, *map(duration, values), f'{item.exponents[name]:.2f}')
-                for name, values in item.seconds.items())))
+            content.append(
+                Picture(
+                    slug(section.title),
+                    growth_svg(item.pixels, item.seconds, item.exponents),
+                    f'{section.title}: time against pixels',
+                )
+            )
+            content.append(
+                Table(
+                    ('layer', *(f'{side}×{side}' for side in item.sides), 'growth, b of pixels^b'),
+                    tuple(
+                        (name, *map(duration, values), f'{item.exponents[name]:.2f}')
+                        for name, values in item.seconds.items()
+                    ),
+                )
+            )
     remarks = tuple(item for item in section.items if isinstance(item, str))
     content += [Bullets(remarks)] if remarks else []
     content += [Text(text) for text in dict.fromkeys(section.conditions)]
@@ -182,18 +223,23 @@ def _section(section: Section) -> list[Block]:
 
 def _note(row: Comparison) -> str:
     return f'{duration(row.stock.seconds)} → {duration(row.ours.seconds)}' + (
-        f', memory {row.memory:.0%}' if row.memory is not None else '')
+        f', memory {row.memory:.0%}' if row.memory is not None else ''
+    )
 
 
 def _comparison_table(sides: tuple[str, str], rows: Sequence[Comparison]) -> Table:
     head = ['case', 'run', *sides, 'times as fast']
-    cells = [[row.case, row.run, duration(row.stock.seconds), duration(row.ours.seconds), times(row.speed)]
-             for row in rows]
+    cells = [
+        [row.case, row.run, duration(row.stock.seconds), duration(row.ours.seconds), times(row.speed)] for row in rows
+    ]
     if any(row.memory is not None for row in rows):
         head += [f'{side}, MB' for side in sides] + ['memory']
         for row, cell in zip(rows, cells, strict=True):
-            cell += ['', '', ''] if row.memory is None else [
-                f'{row.stock.peak / 1e6:.0f}', f'{row.ours.peak / 1e6:.0f}', f'{row.memory:.0%}']
+            cell += (
+                ['', '', '']
+                if row.memory is None
+                else [f'{row.stock.peak / 1e6:.0f}', f'{row.ours.peak / 1e6:.0f}', f'{row.memory:.0%}']
+            )
     if any(row.difference is not None for row in rows):
         head.append('largest difference')
         for row, cell in zip(rows, cells, strict=True):
@@ -262,8 +308,11 @@ def _markdown(block: Block) -> str:
 
 def to_html(title: str, content: Sequence[Block]) -> str:
     """The report as one page, with its pictures in it."""
-    links = ' · '.join(f'<a href="#{slug(block.text)}">{html.escape(block.text)}</a>'
-                       for block in content if isinstance(block, Heading))
+    links = ' · '.join(
+        f'<a href="#{slug(block.text)}">{html.escape(block.text)}</a>'
+        for block in content
+        if isinstance(block, Heading)
+    )
     body = '\n'.join(map(_html, content))
     return PAGE.replace('%TITLE%', html.escape(title)).replace('%LINKS%', links).replace('%BODY%', body)
 
@@ -285,17 +334,24 @@ def _html(block: Block) -> str:
             return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
         case Table(head, rows):
             kinds = [' class="number"' if block.is_number(i) else '' for i in range(len(head))]
-            lines = [''.join(f'<{tag}{kind}>{_inline(cell)}</{tag}>' for cell, kind in zip(line, kinds, strict=True))
-                     for line, tag in ((head, 'th'), *((row, 'td') for row in rows))]
-            return ('<div class="wide"><table>\n<thead><tr>' + lines[0] + '</tr></thead>\n<tbody>\n'
-                    + '\n'.join(f'<tr>{line}</tr>' for line in lines[1:]) + '\n</tbody></table></div>')
+            lines = [
+                ''.join(f'<{tag}{kind}>{_inline(cell)}</{tag}>' for cell, kind in zip(line, kinds, strict=True))
+                for line, tag in ((head, 'th'), *((row, 'td') for row in rows))
+            ]
+            return (
+                '<div class="wide"><table>\n<thead><tr>'
+                + lines[0]
+                + '</tr></thead>\n<tbody>\n'
+                + '\n'.join(f'<tr>{line}</tr>' for line in lines[1:])
+                + '\n</tbody></table></div>'
+            )
 
 
 def _inline(text: str) -> str:
     return re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(text, quote=False))
 
 
-PAGE = '''<!DOCTYPE html>
+PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -330,4 +386,4 @@ PAGE = '''<!DOCTYPE html>
 </main>
 </body>
 </html>
-'''
+"""

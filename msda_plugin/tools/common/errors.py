@@ -1,4 +1,5 @@
 """A user's mistake ends in one sentence, not in a traceback."""
+
 import difflib
 import os
 import re
@@ -24,8 +25,9 @@ def user_errors(command: str) -> Iterator[None]:
     except Exception as error:  # configs and files go wrong in every way there is
         if os.environ.get('MSDA_TRACEBACK') == '1':
             raise
-        print(f'msda_plugin {command}: {explain(error)}\n(MSDA_TRACEBACK=1 shows where it was raised.)',
-              file=sys.stderr)
+        print(
+            f'msda_plugin {command}: {explain(error)}\n(MSDA_TRACEBACK=1 shows where it was raised.)', file=sys.stderr
+        )
         raise SystemExit(2) from error
 
 
@@ -46,6 +48,7 @@ def _near(name: str) -> list[str]:
     from mmdet import registry as detection
 
     from msda_plugin import registry as ours
+
     known = {}
     for module, prefix in ((detection, ''), (ours, 'msda_plugin.')):
         for kind in ('MODELS', 'HOOKS', 'DATASETS', 'DATA_SAMPLERS', 'TRANSFORMS', 'METRICS', 'OPTIMIZERS', 'RUNNERS'):

@@ -1,4 +1,5 @@
 """Ctrl-C in a training: it ends between two iterations, never while a checkpoint is being written."""
+
 import os
 import signal
 import sys
@@ -57,5 +58,8 @@ def _message(runner: Runner) -> str:
     known = runner.message_hub.runtime_info.get('last_ckpt')  # of this training, or of the one that it resumed
     record = Path(runner.work_dir, 'last_checkpoint')
     last = record.read_text().strip() if known and record.is_file() else ''
-    return (f'stopped; the last checkpoint is {last}, and the same command with --resume goes on from it' if last else
-            'stopped; there is no checkpoint yet')
+    return (
+        f'stopped; the last checkpoint is {last}, and the same command with --resume goes on from it'
+        if last
+        else 'stopped; there is no checkpoint yet'
+    )

@@ -1,4 +1,5 @@
 """What `train` and `test` share: the arguments of MMDetection's tools, and the config they make."""
+
 import argparse
 import os
 import re
@@ -17,8 +18,13 @@ LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--work-dir', help='folder of logs and checkpoints; work_dirs/CONFIG-NAME when not given')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='entries of the config to replace, such as data_root=data/mine/')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='entries of the config to replace, such as data_root=data/mine/',
+    )
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='of the processes, for several GPUs')
     # torch.distributed.launch, which mim calls, passes --local-rank.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -35,8 +41,10 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device is '{name}', but cpu, cuda or cuda:N is needed")
     count = torch.cuda.device_count()
     if name != 'cpu' and int(match[1] or 0) >= count:
-        raise ValueError(f'--device is {name}, but torch {torch.__version__} sees {count or "no"} GPU'
-                         f'{"s" if count > 1 else ""}; take another one or cpu, or see python -m msda_plugin env')
+        raise ValueError(
+            f'--device is {name}, but torch {torch.__version__} sees {count or "no"} GPU'
+            f'{"s" if count > 1 else ""}; take another one or cpu, or see python -m msda_plugin env'
+        )
 
 
 def read_config(path: str) -> Config:

@@ -7,6 +7,7 @@ The layouts that are understood, the images anywhere below the folder::
     DIR/train/_annotations.coco.json, DIR/valid/_annotations.coco.json   Roboflow
     DIR/annotations.json                                              one file: a part is split off for validation
 """
+
 import json
 import os
 import re
@@ -22,8 +23,17 @@ import numpy as np
 
 from msda_plugin.engine.data_check import check_boxes, check_records, count_degenerate, read_coco
 
-WORDS = dict(train='train', training='train', trainval='train', val='val', valid='val', validation='val', dev='val',
-             test='test', testing='test')
+WORDS = dict(
+    train='train',
+    training='train',
+    trainval='train',
+    val='val',
+    valid='val',
+    validation='val',
+    dev='val',
+    test='test',
+    testing='test',
+)
 SPLITS = dict(train='training', val='validation', test='test')
 DEPTH = 3  # of the folders below the data in which images are looked for
 NEEDED = dict(images=('id', 'file_name'), annotations=('image_id', 'category_id', 'bbox'), categories=('id', 'name'))
@@ -42,6 +52,7 @@ class Split:
         changed: Whether ``content`` is no longer what the file says.
         bad_images: File names of images that are missing or unreadable.
     """
+
     name: str
     ann_file: Path
     images: Path
@@ -70,18 +81,29 @@ def find_annotations(data: str | os.PathLike, val: str | os.PathLike | None = No
     """
     data = Path(data)
     if val is not None and not Path(val).is_file():
-        raise FileNotFoundError(f'--val {val} does not exist; give the annotation file for validation (JSON in COCO '
-                                'format)')
+        raise FileNotFoundError(
+            f'--val {val} does not exist; give the annotation file for validation (JSON in COCO format)'
+        )
     if data.is_file():
-        beside = {split: [path for path in data.parent.iterdir() if path.suffix == '.json' and path != data
-                          and _split_of(path) == split and _without_split(path) == _without_split(data)]
-                  for split in ('val', 'test') if _split_of(data) == 'train'}
+        beside = {
+            split: [
+                path
+                for path in data.parent.iterdir()
+                if path.suffix == '.json'
+                and path != data
+                and _split_of(path) == split
+                and _without_split(path) == _without_split(data)
+            ]
+            for split in ('val', 'test')
+            if _split_of(data) == 'train'
+        }
         found = {'train': data, **{split: paths[0] for split, paths in beside.items() if len(paths) == 1}}
     elif data.is_dir():
         found = _find_in_folder(data, need_val=val is None)
     else:
-        raise FileNotFoundError(f'--data {data} does not exist; give a folder or an annotation file (JSON in COCO '
-                                'format)')
+        raise FileNotFoundError(
+            f'--data {data} does not exist; give a folder or an annotation file (JSON in COCO format)'
+        )
     return {**found, 'val': Path(val)} if val is not None else found
 
 
@@ -100,15 +122,19 @@ def _find_in_folder(folder: Path, need_val: bool) -> dict[str, Path]:
         if len(paths) > 1 or split == 'test':  # a test file may well be without annotations
             paths = [path for path in paths if _is_coco(path)]
         if len(paths) > 1 and (split == 'train' or split == 'val' and need_val):
-            raise ValueError(f'{folder} has several annotation files for {SPLITS[split]}: '
-                             f'{", ".join(str(path.relative_to(folder)) for path in paths)}; name the one to use with '
-                             f'{"--data" if split == "train" else "--val"} FILE')
+            raise ValueError(
+                f'{folder} has several annotation files for {SPLITS[split]}: '
+                f'{", ".join(str(path.relative_to(folder)) for path in paths)}; name the one to use with '
+                f'{"--data" if split == "train" else "--val"} FILE'
+            )
         if len(paths) == 1:
             found[split] = paths[0]
     if 'train' not in found:
         seen = f'it has the JSON files {", ".join(path.name for path in files[:5])}' if files else 'it has no JSON file'
-        raise FileNotFoundError(f'no annotation file in COCO format was found in {folder} and its folders ({seen}); '
-                                'name it with --data FILE')
+        raise FileNotFoundError(
+            f'no annotation file in COCO format was found in {folder} and its folders ({seen}); '
+            'name it with --data FILE'
+        )
     return found
 
 
@@ -149,8 +175,10 @@ def find_images(ann_file: Path, content: dict, root: Path) -> Path:
     found = {folder: sum(os.path.isfile(folder / name) for name in sample) for folder in dict.fromkeys(folders)}
     best = max(found, key=found.get)
     if not found[best]:
-        raise FileNotFoundError(f'none of the images of {ann_file} (such as {names[0]}) was found in {root} and its '
-                                'folders; name the folder that their names start from with --images DIR')
+        raise FileNotFoundError(
+            f'none of the images of {ann_file} (such as {names[0]}) was found in {root} and its '
+            'folders; name the folder that their names start from with --images DIR'
+        )
     return best
 
 
@@ -206,8 +234,10 @@ def choose_classes(train: Split, wanted: Sequence[str] | None = None) -> tuple[s
     boxes = count_boxes(train)
     classes = tuple(name for name in names if (name in wanted if wanted else boxes[name]))
     if not any(boxes[name] for name in classes):
-        raise ValueError(f'{train.ann_file} holds no box of the classes {", ".join(classes or names)}; nothing can be '
-                         'learned from it')
+        raise ValueError(
+            f'{train.ann_file} holds no box of the classes {", ".join(classes or names)}; nothing can be '
+            'learned from it'
+        )
     left_out = [name for name in names if name not in classes]
     if left_out:
         why = 'not named by --classes' if wanted else 'without a box for training'
@@ -231,8 +261,9 @@ def image_size(path: Path) -> tuple[int, int] | None:
     return None if image is None else (image.shape[1], image.shape[0])
 
 
-def clean(split: Split, classes: Sequence[str], *, skip_bad_images: bool = False,
-          tick: Callable[[], object] = lambda: None) -> None:
+def clean(
+    split: Split, classes: Sequence[str], *, skip_bad_images: bool = False, tick: Callable[[], object] = lambda: None
+) -> None:
     """Read every image of a split, and bring its content into the form that training and evaluation read, in place.
 
     The categories become ``classes``, in their order. Missing ``area``,
@@ -263,17 +294,26 @@ def clean(split: Split, classes: Sequence[str], *, skip_bad_images: bool = False
     split.bad_images = [image['file_name'] for image in images if sizes[image['id']] is None]
     if split.bad_images and skip_bad_images:
         images = [image for image in images if sizes[image['id']] is not None]
-        split.notes.append(f'{len(split.bad_images)} images left out, missing or unreadable: '
-                           f'{_some(split.bad_images)}')
+        split.notes.append(f'{len(split.bad_images)} images left out, missing or unreadable: {_some(split.bad_images)}')
 
-    other_size = [image['file_name'] for image in images if 'width' in image and 'height' in image
-                  and sizes[image['id']] not in (None, (image['width'], image['height']))]
+    other_size = [
+        image['file_name']
+        for image in images
+        if 'width' in image
+        and 'height' in image
+        and sizes[image['id']] not in (None, (image['width'], image['height']))
+    ]
     if other_size:
-        split.notes.append(f'{len(other_size)} images have another size than the annotations say, whose boxes may not '
-                           f'fit: {_some(other_size)}')
-    images = [image if 'width' in image and 'height' in image
-              else {**image, **dict(zip(('width', 'height'), sizes[image['id']] or (0, 0), strict=True))}
-              for image in images]
+        split.notes.append(
+            f'{len(other_size)} images have another size than the annotations say, whose boxes may not '
+            f'fit: {_some(other_size)}'
+        )
+    images = [
+        image
+        if 'width' in image and 'height' in image
+        else {**image, **dict(zip(('width', 'height'), sizes[image['id']] or (0, 0), strict=True))}
+        for image in images
+    ]
 
     left, every_id = {image['id'] for image in images}, {image['id'] for image in content['images']}
     strays = sum(a['image_id'] not in every_id for a in annotations)
@@ -282,8 +322,11 @@ def clean(split: Split, classes: Sequence[str], *, skip_bad_images: bool = False
     unknown = sum(a['category_id'] not in number for a in annotations)
     if unknown:
         split.notes.append(f'{unknown} annotations left out, of categories that the file does not list')
-    kept = [{'area': a['bbox'][2] * a['bbox'][3], 'iscrowd': 0, **a, 'category_id': number[a['category_id']]}
-            for a in annotations if a['image_id'] in left and number.get(a['category_id']) is not None]
+    kept = [
+        {'area': a['bbox'][2] * a['bbox'][3], 'iscrowd': 0, **a, 'category_id': number[a['category_id']]}
+        for a in annotations
+        if a['image_id'] in left and number.get(a['category_id']) is not None
+    ]
     if len({a.get('id') for a in kept}) < len(kept) or any(a.get('id') is None for a in kept):
         kept = [{**a, 'id': index} for index, a in enumerate(kept, 1)]
 
@@ -304,19 +347,32 @@ def split_off(train: Split, part: float, seed: int) -> Split:
         raise ValueError(f'--val-part is {part}, but a number between 0 and 1 is needed, such as 0.2')
     images = train.content['images']
     if len(images) < 2:
-        raise ValueError(f'{train.ann_file} has {len(images)} image, and training and validation need one each; add '
-                         'images')
+        raise ValueError(
+            f'{train.ann_file} has {len(images)} image, and training and validation need one each; add images'
+        )
     order = sorted(images, key=lambda image: sha256(f'{seed}/{image["file_name"]}'.encode()).digest())
-    taken = {image['id'] for image in order[:min(max(1, round(part * len(images))), len(images) - 1)]}
+    taken = {image['id'] for image in order[: min(max(1, round(part * len(images))), len(images) - 1)]}
 
     def choose(content: dict, is_taken: bool) -> dict:
-        return dict(content, images=[image for image in images if (image['id'] in taken) == is_taken],
-                    annotations=[a for a in content['annotations'] if (a['image_id'] in taken) == is_taken])
+        return dict(
+            content,
+            images=[image for image in images if (image['id'] in taken) == is_taken],
+            annotations=[a for a in content['annotations'] if (a['image_id'] in taken) == is_taken],
+        )
 
-    val = Split('val', train.ann_file, train.images, choose(train.content, True), changed=True,
-                bad_images=[image['file_name'] for image in images
-                            if image['id'] in taken and image['file_name'] in set(train.bad_images)],
-                notes=[f'split off from the training data: {len(taken)} of {len(images)} images, seed {seed}'])
+    val = Split(
+        'val',
+        train.ann_file,
+        train.images,
+        choose(train.content, True),
+        changed=True,
+        bad_images=[
+            image['file_name']
+            for image in images
+            if image['id'] in taken and image['file_name'] in set(train.bad_images)
+        ],
+        notes=[f'split off from the training data: {len(taken)} of {len(images)} images, seed {seed}'],
+    )
     train.content, train.changed = choose(train.content, False), True
     return val
 
@@ -336,14 +392,20 @@ def write(split: Split, folder: Path) -> Path:
 # ---- what was found -------------------------------------------------------------------------------------------------
 def describe(splits: Sequence[Split], classes: Sequence[str]) -> str:
     """A table of what the splits hold, and the notes on them."""
-    rows = [('', *(SPLITS[split.name] for split in splits)),
-            ('images', *(len(split.content['images']) for split in splits)),
-            ('  without a box', *(len(split.content['images']) - len({a['image_id'] for a in
-                                                                      split.content['annotations']})
-                                  for split in splits)),
-            ('  missing or unreadable', *(len(split.bad_images) for split in splits)),
-            ('boxes', *(len(split.content['annotations']) for split in splits)),
-            ('  degenerate, not used', *(_degenerate(split) for split in splits))]
+    rows = [
+        ('', *(SPLITS[split.name] for split in splits)),
+        ('images', *(len(split.content['images']) for split in splits)),
+        (
+            '  without a box',
+            *(
+                len(split.content['images']) - len({a['image_id'] for a in split.content['annotations']})
+                for split in splits
+            ),
+        ),
+        ('  missing or unreadable', *(len(split.bad_images) for split in splits)),
+        ('boxes', *(len(split.content['annotations']) for split in splits)),
+        ('  degenerate, not used', *(_degenerate(split) for split in splits)),
+    ]
     counts = [count_boxes(split) for split in splits]
     rows += [(f'  {name}', *(count[name] for count in counts)) for name in classes[:20]]
     if len(classes) > 20:

@@ -1,4 +1,5 @@
 """The config of a training on own data: a model of this project, and around it what follows from the data."""
+
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +13,22 @@ from msda_plugin.engine.data_check import bbox_heads
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
 # For the models that stand alone in _base_/models: what trains the default one from scratch.
 BASE_LR, BASE_BATCH, BASE_SIZE = 4e-4, 4, (320, 320)
-KEPT = ('model', 'optim_wrapper', 'custom_hooks', 'custom_imports', 'model_wrapper_cfg', 'find_unused_parameters',
-        'load_from')  # of a complete config; all else is about its own data and schedule
+KEPT = (
+    'model',
+    'optim_wrapper',
+    'custom_hooks',
+    'custom_imports',
+    'model_wrapper_cfg',
+    'find_unused_parameters',
+    'load_from',
+)  # of a complete config; all else is about its own data and schedule
 WARM_UP = 150  # steps of the optimizer
 
 
 @dataclass(frozen=True)
 class Choices:
     """What a user chooses of a training; None: as the config of the model says, or as it follows from the data."""
+
     work_dir: str
     epochs: int = 50
     batch_size: int = 4
@@ -35,6 +44,7 @@ class Choices:
 @dataclass(frozen=True)
 class Data:
     """What is trained on: annotation files and image folders by split, classes, and counts for training."""
+
     files: dict[str, tuple[Path, Path]]
     classes: tuple[str, ...]
     num_images: int
@@ -49,15 +59,17 @@ def config_folder() -> Path:
     for folder in folders:
         if (folder / '_base_').is_dir():
             return folder
-    raise FileNotFoundError(f'the configs of msda_plugin are neither in {folders[0]} nor in {folders[1]}; install '
-                            'msda_plugin anew')
+    raise FileNotFoundError(
+        f'the configs of msda_plugin are neither in {folders[0]} nor in {folders[1]}; install msda_plugin anew'
+    )
 
 
 def model_files() -> dict[str, Path]:
     """Files of the models by name: those of ``_base_/models``, and the complete configs."""
     folder = config_folder()
-    return {path.stem: path for pattern in ('[!_]*/*.py', '_base_/models/*.py')
-            for path in sorted(folder.glob(pattern))}
+    return {
+        path.stem: path for pattern in ('[!_]*/*.py', '_base_/models/*.py') for path in sorted(folder.glob(pattern))
+    }
 
 
 def find_model(name: str) -> Path:
@@ -109,20 +121,24 @@ def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, lis
 
 def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
     if any('mask_head' in node for node in _dicts(model)):
-        raise ValueError(f"the model '{path.stem}' predicts masks, for which --data sets nothing up; choose one that "
-                         'predicts boxes')
+        raise ValueError(
+            f"the model '{path.stem}' predicts masks, for which --data sets nothing up; choose one that predicts boxes"
+        )
     num_classes = len(data.classes)
     heads = list(bbox_heads(model))
     if not heads:
-        raise ValueError(f"the model '{path.stem}' has no bbox_head, whose number of classes could be set; choose "
-                         'another')
+        raise ValueError(
+            f"the model '{path.stem}' has no bbox_head, whose number of classes could be set; choose another"
+        )
     for _, head in heads:
         head.num_classes = num_classes
     notes = []
     if model.get('num_queries'):
         if model.num_queries < data.most_boxes:
-            notes.append(f'num_queries: {2 * data.most_boxes} instead of {model.num_queries}, since an image has up '
-                         f'to {data.most_boxes} boxes')
+            notes.append(
+                f'num_queries: {2 * data.most_boxes} instead of {model.num_queries}, since an image has up '
+                f'to {data.most_boxes} boxes'
+            )
             model.num_queries = 2 * data.most_boxes
         # More predictions than there are cannot be chosen.
         limit = model.num_queries * num_classes
@@ -133,12 +149,18 @@ def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
 
 def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
     if source.get('optim_wrapper') is None:
-        cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=BASE_LR, weight_decay=1e-4),
-                                 clip_grad=dict(max_norm=0.1, norm_type=2))
+        cfg.optim_wrapper = dict(
+            type='OptimWrapper',
+            optimizer=dict(type='AdamW', lr=BASE_LR, weight_decay=1e-4),
+            clip_grad=dict(max_norm=0.1, norm_type=2),
+        )
         base = BASE_BATCH
     else:
-        base = ((source.get('auto_scale_lr') or {}).get('base_batch_size')
-                or (source.get('train_dataloader') or {}).get('batch_size') or BASE_BATCH)
+        base = (
+            (source.get('auto_scale_lr') or {}).get('base_batch_size')
+            or (source.get('train_dataloader') or {}).get('batch_size')
+            or BASE_BATCH
+        )
     optimizer = cfg.optim_wrapper.optimizer
     effective = choices.batch_size * choices.accumulate
     if choices.lr is None:
@@ -152,8 +174,11 @@ def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
         cfg.optim_wrapper.accumulative_counts = choices.accumulate
     # MMEngine counts the images of one iteration here; so a training on more GPUs scales from this one.
     cfg.auto_scale_lr = dict(enable=False, base_batch_size=choices.batch_size)
-    return [f'batch: {effective} images' + (f', {choices.accumulate} × {choices.batch_size} accumulated'
-                                            if choices.accumulate > 1 else ''), note]
+    return [
+        f'batch: {effective} images'
+        + (f', {choices.accumulate} × {choices.batch_size} accumulated' if choices.accumulate > 1 else ''),
+        note,
+    ]
 
 
 def _image_size(source: Config) -> tuple[int, int]:
@@ -169,24 +194,39 @@ def _set_data(cfg: Config, data: Data, choices: Choices, size: tuple[int, int]) 
     resize = [dict(type='Resize', scale=size, keep_ratio=True)]
     boxes = [dict(type='LoadAnnotations', with_bbox=True)]
     train_pipeline = [*load, *boxes, *resize, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
-    test_pipeline = [*load, *resize, *boxes, dict(
-        type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+    test_pipeline = [
+        *load,
+        *resize,
+        *boxes,
+        dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+    ]
 
     def dataset(split: str, pipeline: list, **fields) -> dict:
         ann_file, images = data.files[split]
-        return dict(type='CocoDataset', metainfo=dict(classes=data.classes), ann_file=str(ann_file),
-                    data_prefix=dict(img=f'{images}{os.sep}'), pipeline=pipeline, **fields)
+        return dict(
+            type='CocoDataset',
+            metainfo=dict(classes=data.classes),
+            ann_file=str(ann_file),
+            data_prefix=dict(img=f'{images}{os.sep}'),
+            pipeline=pipeline,
+            **fields,
+        )
 
     def loader(dataset: dict, shuffle: bool) -> dict:
-        return dict(batch_size=choices.batch_size, num_workers=choices.workers,
-                    persistent_workers=choices.workers > 0,
-                    sampler=dict(type='DefaultSampler', shuffle=shuffle), dataset=dataset)
+        return dict(
+            batch_size=choices.batch_size,
+            num_workers=choices.workers,
+            persistent_workers=choices.workers > 0,
+            sampler=dict(type='DefaultSampler', shuffle=shuffle),
+            dataset=dataset,
+        )
 
     cfg.train_dataloader = loader(dataset('train', train_pipeline, filter_cfg=dict(filter_empty_gt=False)), True)
     for split, used in (('val', 'val'), ('test', 'test' if 'test' in data.files else 'val')):
         cfg[f'{split}_dataloader'] = loader(dataset(used, test_pipeline, test_mode=True), False)
-        cfg[f'{split}_evaluator'] = dict(type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox',
-                                         format_only=False)
+        cfg[f'{split}_evaluator'] = dict(
+            type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', format_only=False
+        )
 
 
 def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
@@ -198,8 +238,16 @@ def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
     cfg.param_scheduler = [
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
         # With its end, a training that is resumed beyond it goes on at the lowest rate.
-        dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=epochs, T_max=epochs, eta_min_ratio=0.02,
-             convert_to_iter_based=True)]
+        dict(
+            type='CosineAnnealingLR',
+            by_epoch=True,
+            begin=0,
+            end=epochs,
+            T_max=epochs,
+            eta_min_ratio=0.02,
+            convert_to_iter_based=True,
+        ),
+    ]
     cfg.default_hooks.logger.interval = max(1, min(50, iterations // 4))
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'msda_plugin.TrainingReportHook']
     cfg.custom_hooks = [*hooks, dict(type='msda_plugin.TrainingReportHook')]

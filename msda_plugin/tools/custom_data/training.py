@@ -1,4 +1,5 @@
 """What ``train --data`` does before a training: check the data, say what was found, write the config."""
+
 import argparse
 import os
 import re
@@ -9,8 +10,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.utils import ProgressBar
 
-from msda_plugin.tools.custom_data import coco
 from msda_plugin.tools.common.launch import check_device
+from msda_plugin.tools.custom_data import coco
 from msda_plugin.tools.custom_data.config import (
     DEFAULT_MODEL,
     Choices,
@@ -43,28 +44,47 @@ def prepare(args: argparse.Namespace) -> Config:
     data = Path(args.data)
     work_dir = Path(args.work_dir or f'work_dirs/{data.absolute().stem}')
     if args.resume is None and not args.dry_run and (work_dir / 'last_checkpoint').is_file():
-        raise FileExistsError(f'{work_dir} holds a training already; go on with it by --resume, or name another folder '
-                              'with --work-dir')
+        raise FileExistsError(
+            f'{work_dir} holds a training already; go on with it by --resume, or name another folder with --work-dir'
+        )
     choices = Choices(
-        work_dir=str(work_dir), accumulate=_accumulate(args), lr=args.lr, image_size=_size(args.image_size),
-        epochs=args.epochs or Choices.epochs, batch_size=args.batch_size or Choices.batch_size, seed=args.seed or 0,
+        work_dir=str(work_dir),
+        accumulate=_accumulate(args),
+        lr=args.lr,
+        image_size=_size(args.image_size),
+        epochs=args.epochs or Choices.epochs,
+        batch_size=args.batch_size or Choices.batch_size,
+        seed=args.seed or 0,
         workers=min(4, (os.cpu_count() or 1) // 2) if args.workers is None else args.workers,
-        load_from=args.load_from, device=args.device)
+        load_from=args.load_from,
+        device=args.device,
+    )
 
     splits, classes = _read(args, data, choices.seed)
     print(coco.describe(splits, classes))
     bad = [name for split in splits for name in split.bad_images]
     if bad and not args.skip_bad_images:
-        raise ValueError(f'{len(bad)} images are missing or unreadable, such as {bad[0]}; put them in place, or leave '
-                         'them out with --skip-bad-images')
+        raise ValueError(
+            f'{len(bad)} images are missing or unreadable, such as {bad[0]}; put them in place, or leave '
+            'them out with --skip-bad-images'
+        )
     train = splits[0]
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
     cfg, notes = build_config(model, Data(files, classes, len(train.content['images']), train.most_boxes), choices)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     cfg = save_config(cfg, work_dir, f'{model.stem}_{data.absolute().stem}')
-    print('\n'.join([f'model: {model.stem}', *notes, f'config: {cfg.filename}, complete; it goes on with any tool of '
-                     'MMDetection', '']), flush=True)
+    print(
+        '\n'.join(
+            [
+                f'model: {model.stem}',
+                *notes,
+                f'config: {cfg.filename}, complete; it goes on with any tool of MMDetection',
+                '',
+            ]
+        ),
+        flush=True,
+    )
     return cfg
 
 
@@ -73,8 +93,10 @@ def _read(args: argparse.Namespace, data: Path, seed: int) -> tuple[list[coco.Sp
     found = coco.find_annotations(data, args.val)
     root = data if data.is_dir() else data.parent
     images = Path(args.images) if args.images else None
-    splits = [coco.load_split(name, path, path.parent if name == 'val' and args.val else root, images)
-              for name, path in found.items()]
+    splits = [
+        coco.load_split(name, path, path.parent if name == 'val' and args.val else root, images)
+        for name, path in found.items()
+    ]
     splits.sort(key=lambda split: list(coco.SPLITS).index(split.name))
     classes = coco.choose_classes(splits[0], args.classes)
     tick = _progress(sum(len(split.content['images']) for split in splits))
@@ -85,8 +107,9 @@ def _read(args: argparse.Namespace, data: Path, seed: int) -> tuple[list[coco.Sp
     if 'val' not in found:
         splits.insert(1, coco.split_off(splits[0], 0.2 if args.val_part is None else args.val_part, seed))
     elif args.val_part is not None:
-        raise ValueError(f'--val-part splits data off where there are none for validation, but {found["val"]} is '
-                         'there; leave it out')
+        raise ValueError(
+            f'--val-part splits data off where there are none for validation, but {found["val"]} is there; leave it out'
+        )
     return splits, classes
 
 
@@ -101,6 +124,7 @@ def _progress(total: int) -> Callable[[], object]:
         bar.update()
         if bar.completed == total:
             print(file=sys.stderr)
+
     return tick
 
 
@@ -109,11 +133,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.config is not None:
         raise ValueError(f'both the config {args.config} and --data are given; give one of them')
     if args.launcher != 'none':
-        raise ValueError('--data prepares a training in one process; for several, write its config with --dry-run, '
-                         'and train that with --launcher and --auto-scale-lr')
+        raise ValueError(
+            '--data prepares a training in one process; for several, write its config with --dry-run, '
+            'and train that with --launcher and --auto-scale-lr'
+        )
     if args.auto_scale_lr:
-        raise ValueError('--auto-scale-lr is for a config; with --data the learning rate is scaled already, or given '
-                         'by --lr')
+        raise ValueError(
+            '--auto-scale-lr is for a config; with --data the learning rate is scaled already, or given by --lr'
+        )
     for name in ('epochs', 'batch_size', 'accumulate', 'effective_batch', 'lr'):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -132,14 +159,18 @@ def _accumulate(args: argparse.Namespace) -> int:
     batch = args.batch_size or Choices.batch_size
     if args.effective_batch % batch:
         below = max(1, args.effective_batch // batch) * batch
-        raise ValueError(f'--effective-batch must be a multiple of the batch size {batch}, got {args.effective_batch}; '
-                         f'{below} or {below + batch} would be')
+        raise ValueError(
+            f'--effective-batch must be a multiple of the batch size {batch}, got {args.effective_batch}; '
+            f'{below} or {below + batch} would be'
+        )
     return args.effective_batch // batch
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r'(\d+)(?:x(\d+))?', text) if text else None
     if text and (not match or min(int(match[1]), int(match[2] or match[1])) < 32):
-        raise ValueError(f"--image-size is '{text}', but a side such as 320 or WIDTHxHEIGHT such as 320x240 is needed, "
-                         'at least 32 pixels each')
+        raise ValueError(
+            f"--image-size is '{text}', but a side such as 320 or WIDTHxHEIGHT such as 320x240 is needed, "
+            'at least 32 pixels each'
+        )
     return (int(match[1]), int(match[2] or match[1])) if match else None

@@ -1,6 +1,9 @@
 # MMDetection's RetinaNet on the generated shapes, with a neck of this package, and an attention of msda_plugin in it.
-_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../../../configs/_base_/datasets/shapes_detection.py',
-          '../../../configs/_base_/default_runtime.py']
+_base_ = [
+    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    '../../../configs/_base_/datasets/shapes_detection.py',
+    '../../../configs/_base_/default_runtime.py',
+]
 
 runner_type = 'msda_plugin.DetectionRunner'  # processes without a GPU find one another by it
 
@@ -11,9 +14,16 @@ model = dict(
         type='example_project.ContextNeck',
         attention=dict(type='msda_plugin.DeformableAttention', embed_dims=512, num_heads=8),
         neck=dict(
-            type='mmdet.FPN', in_channels=[64, 128, 256, 512], out_channels=256, start_level=1,
-            add_extra_convs='on_input', num_outs=5)),
-    bbox_head=dict(num_classes=6))
+            type='mmdet.FPN',
+            in_channels=[64, 128, 256, 512],
+            out_channels=256,
+            start_level=1,
+            add_extra_convs='on_input',
+            num_outs=5,
+        ),
+    ),
+    bbox_head=dict(num_classes=6),
+)
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=1)
 val_cfg = dict(type='ValLoop')

@@ -1,4 +1,5 @@
 """A neck that lets the coarsest map look around before a feature pyramid passes it on."""
+
 from collections.abc import Sequence
 
 from mmengine.model import BaseModule

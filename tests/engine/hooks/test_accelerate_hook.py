@@ -1,4 +1,5 @@
 """A stock config, run by MMEngine's runner, is accelerated by one line of custom hooks."""
+
 import logging
 
 import pytest
@@ -22,19 +23,43 @@ def cfg(tmp_path, tiny_stock_config):
     generate(str(data), train=2, val=1, size=(96, 96), seed=1)
 
     def loader(split, **pipeline_end):
-        return dict(batch_size=1, num_workers=0, persistent_workers=False, dataset=dict(
-            _delete_=True, type='CocoDataset', data_root=f'{data}/', metainfo=dict(classes=CLASSES),
-            ann_file=f'annotations/{split}.json', data_prefix=dict(img=f'{split}/'), test_mode=split == 'val',
-            pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
-                      dict(type='Resize', scale=(96, 96)), dict(type='PackDetInputs', **pipeline_end)]))
+        return dict(
+            batch_size=1,
+            num_workers=0,
+            persistent_workers=False,
+            dataset=dict(
+                _delete_=True,
+                type='CocoDataset',
+                data_root=f'{data}/',
+                metainfo=dict(classes=CLASSES),
+                ann_file=f'annotations/{split}.json',
+                data_prefix=dict(img=f'{split}/'),
+                test_mode=split == 'val',
+                pipeline=[
+                    dict(type='LoadImageFromFile'),
+                    dict(type='LoadAnnotations', with_bbox=True),
+                    dict(type='Resize', scale=(96, 96)),
+                    dict(type='PackDetInputs', **pipeline_end),
+                ],
+            ),
+        )
 
     cfg = Config.fromfile(str(tiny_stock_config))
     test = loader('val', meta_keys=('img_id', 'ori_shape', 'img_shape', 'scale_factor'))
-    cfg.merge_from_dict(dict(
-        train_dataloader=loader('train'), val_dataloader=test, test_dataloader=test, val_evaluator=dict(
-            ann_file=f'{data}/annotations/val.json'), test_evaluator=dict(ann_file=f'{data}/annotations/val.json'),
-        train_cfg=dict(max_epochs=1), default_hooks=dict(checkpoint=dict(by_epoch=True)), visualizer=None,
-        work_dir=str(tmp_path / 'work'), custom_hooks=[dict(type='msda_plugin.AccelerateHook')]))
+    cfg.merge_from_dict(
+        dict(
+            train_dataloader=loader('train'),
+            val_dataloader=test,
+            test_dataloader=test,
+            val_evaluator=dict(ann_file=f'{data}/annotations/val.json'),
+            test_evaluator=dict(ann_file=f'{data}/annotations/val.json'),
+            train_cfg=dict(max_epochs=1),
+            default_hooks=dict(checkpoint=dict(by_epoch=True)),
+            visualizer=None,
+            work_dir=str(tmp_path / 'work'),
+            custom_hooks=[dict(type='msda_plugin.AccelerateHook')],
+        )
+    )
     cfg.experiment_name = tmp_path.name
     return cfg
 

@@ -1,4 +1,5 @@
 """Pictures of the attention, logged during the validations of a real runner with a small detector."""
+
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ CONFIG = Path(__file__).parents[3] / 'configs' / 'shapes' / 'deformable-detr-two
 
 class ToyData(BaseDataset):
     """Three images of noise, as the pipeline of a detector leaves them: enlarged to twice the size."""
+
     METAINFO = dict(classes=tuple('abcdef'))
 
     def load_data_list(self):
@@ -33,8 +35,15 @@ class ToyData(BaseDataset):
     def prepare_data(self, index):
         info = self.get_data_info(index)
         pixels = info['pixels'].repeat(2, 0).repeat(2, 1)[..., ::-1]
-        sample = DetDataSample(metainfo=dict(img_path=info['img_path'], img_shape=(96, 128), ori_shape=(48, 64),
-                                             scale_factor=(2., 2.), img_id=index))
+        sample = DetDataSample(
+            metainfo=dict(
+                img_path=info['img_path'],
+                img_shape=(96, 128),
+                ori_shape=(48, 64),
+                scale_factor=(2.0, 2.0),
+                img_id=index,
+            )
+        )
         return dict(inputs=torch.from_numpy(pixels.transpose(2, 0, 1).copy()), data_samples=sample)
 
 
@@ -59,6 +68,7 @@ def model():
 def logged(monkeypatch):
     """(name, step, picture) of everything that the visualizer was given."""
     from mmengine.visualization import LocalVisBackend
+
     seen = []
     original = LocalVisBackend.add_image
 
@@ -72,13 +82,26 @@ def logged(monkeypatch):
 
 def make_runner(folder, model, hook, batch_size=2):
     data = ToyData(data_root=str(folder), lazy_init=False)
-    loader = dict(batch_size=batch_size, num_workers=0, dataset=data, collate_fn=pseudo_collate,
-                  sampler=dict(type='DefaultSampler', shuffle=False))
+    loader = dict(
+        batch_size=batch_size,
+        num_workers=0,
+        dataset=data,
+        collate_fn=pseudo_collate,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+    )
     return Runner(
-        model, str(folder / 'work'), val_dataloader=loader, val_cfg=dict(), val_evaluator=[ToyMetric()],
-        default_scope='mmdet', custom_hooks=[hook], experiment_name=f'{folder.name}-{batch_size}',
-        visualizer=dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')],
-                        name=f'{folder.name}-{batch_size}'))
+        model,
+        str(folder / 'work'),
+        val_dataloader=loader,
+        val_cfg=dict(),
+        val_evaluator=[ToyMetric()],
+        default_scope='mmdet',
+        custom_hooks=[hook],
+        experiment_name=f'{folder.name}-{batch_size}',
+        visualizer=dict(
+            type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name=f'{folder.name}-{batch_size}'
+        ),
+    )
 
 
 @pytest.mark.parametrize('batch_size', [1, 2])
@@ -121,14 +144,16 @@ def test_draws_in_every_second_validation(tmp_path, model, logged, monkeypatch):
 
 def test_what_is_logged_is_the_surest_detection(tmp_path, model, logged, monkeypatch):
     queries = []
-    monkeypatch.setattr('msda_plugin.engine.hooks.attention_visualization.draw_query',
-                        lambda image, query, title: queries.append(query) or image)
+    monkeypatch.setattr(
+        'msda_plugin.engine.hooks.attention_visualization.draw_query',
+        lambda image, query, title: queries.append(query) or image,
+    )
     runner = make_runner(tmp_path, model, dict(type='msda_plugin.AttentionVisualizationHook', num_images=3))
     runner.val()
     runner.model.eval()
     for index, query in enumerate(queries):
         with torch.no_grad():
-            answer, = runner.model.val_step(pseudo_collate([runner.val_dataloader.dataset[index]]))
+            (answer,) = runner.model.val_step(pseudo_collate([runner.val_dataloader.dataset[index]]))
         np.testing.assert_allclose(query.box, answer.pred_instances.bboxes[0], atol=1e-3)
         assert query.layers[-1].name == 'decoder.layers.1.cross_attn'
     assert len(queries) == 3

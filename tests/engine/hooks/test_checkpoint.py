@@ -1,4 +1,5 @@
 """Whatever ends a training, a whole checkpoint is there, and the next start puts the folder in order."""
+
 import os
 
 import pytest
@@ -20,11 +21,12 @@ class Toy(BaseModel):
         self.number = torch.nn.Parameter(torch.tensor(3.0))
 
     def forward(self, inputs, mode='tensor', **kwargs):
-        return dict(loss=self.number ** 2 * torch.rand(())) if mode == 'loss' else [BaseDataElement()]
+        return dict(loss=self.number**2 * torch.rand(())) if mode == 'loss' else [BaseDataElement()]
 
 
 class Rising(BaseMetric):
     """Every validation is better than the one before."""
+
     default_prefix = 'coco'
 
     def process(self, data_batch, data_samples):
@@ -44,6 +46,7 @@ class Stop(Exception):
 
 class StopAt(Hook):
     """Keeps a list of the checkpoints that are there at the calls of one hook; raises at the last of them."""
+
     priority = 'LOWEST'
 
     def __init__(self, name, times):
@@ -61,19 +64,35 @@ def checkpoints(folder):
 
 
 def loader():
-    return dict(batch_size=1, num_workers=0, dataset=[dict(inputs=torch.zeros(1))] * 2,
-                sampler=dict(type='DefaultSampler', shuffle=False))
+    return dict(
+        batch_size=1,
+        num_workers=0,
+        dataset=[dict(inputs=torch.zeros(1))] * 2,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+    )
 
 
 def make_runner(folder, *hooks, resume=False, keep=1, epochs=3, save_best='coco/AP', seed=None, **fields):
     make_runner.count = getattr(make_runner, 'count', 0) + 1
     return DetectionRunner(
-        Toy(), str(folder), train_dataloader=loader(), train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        val_dataloader=loader(), val_cfg=dict(), val_evaluator=Evaluator([Rising()]), resume=resume, cfg=Config({}),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)), custom_hooks=hooks, randomness=dict(seed=seed),
-        default_hooks=dict(checkpoint=dict(
-            type='CheckpointHook', interval=1, max_keep_ckpts=keep, save_best=save_best, rule='greater')),
-        experiment_name=f'{folder.name}_{make_runner.count}', **fields)
+        Toy(),
+        str(folder),
+        train_dataloader=loader(),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        val_dataloader=loader(),
+        val_cfg=dict(),
+        val_evaluator=Evaluator([Rising()]),
+        resume=resume,
+        cfg=Config({}),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        custom_hooks=hooks,
+        randomness=dict(seed=seed),
+        default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=keep, save_best=save_best, rule='greater')
+        ),
+        experiment_name=f'{folder.name}_{make_runner.count}',
+        **fields,
+    )
 
 
 def test_the_runner_takes_these_hooks_and_leaves_others(tmp_path):
@@ -99,6 +118,7 @@ def test_the_old_one_goes_when_the_new_one_is_there(tmp_path):
 
 def test_stopped_before_what_is_outdated_is_removed(tmp_path, monkeypatch):
     from msda_plugin.engine.hooks import checkpoint
+
     (tmp_path / '.epoch_9.pth.tmp').write_text('half')
     runner = make_runner(tmp_path, epochs=2, save_best=None)
     with monkeypatch.context() as patch:
@@ -159,6 +179,7 @@ def test_a_full_disk_ends_in_one_sentence(tmp_path, monkeypatch):
         if 'epoch_2' in str(path):
             raise OSError(28, 'No space left on device')
         original(self, content, path)
+
     original = LocalBackend.put
     monkeypatch.setattr(LocalBackend, 'put', put)
     with pytest.raises(DiskFullError) as raised:

@@ -1,4 +1,5 @@
 """What a sample draws follows from seed, epoch and its position, whoever loads it."""
+
 import random
 from functools import partial
 from multiprocessing import RawValue
@@ -24,8 +25,15 @@ class Draws(Dataset):
 
 
 def epochs(workers, dataset=None, seed=5, numbers=(0, 1), persistent=True, indices=None, then=None):
-    loader = DataLoader(dataset or Draws(), batch_size=2, num_workers=workers, sampler=indices, worker_init_fn=then,
-                        persistent_workers=persistent and workers > 0, collate_fn=list)
+    loader = DataLoader(
+        dataset or Draws(),
+        batch_size=2,
+        num_workers=workers,
+        sampler=indices,
+        worker_init_fn=then,
+        persistent_workers=persistent and workers > 0,
+        collate_fn=list,
+    )
     epoch = RawValue('q', -1)
     _seed_samples(loader, seed, epoch)
     drawn = []
@@ -74,6 +82,7 @@ def test_a_list_is_left_as_it_is():
 
 def test_starting_workers_shifts_nothing():
     """A resumed training starts its workers in an epoch in which one without a break has them."""
+
     class Runner:
         seed, epoch = 3, 1
 

@@ -1,4 +1,5 @@
 """What a training leaves behind, from runners with a toy detector on drawn shapes."""
+
 import json
 
 import numpy as np
@@ -30,9 +31,15 @@ class ToyData(BaseDataset):
             path = f'{self.data_root}/{index}.png'
             Image.fromarray(image).save(path)
             boxes = [(a.box[0], a.box[1], a.box[0] + a.box[2], a.box[1] + a.box[3]) for a in annotations]
-            items.append(dict(img_path=path, instances=[
-                dict(bbox=box, bbox_label=a.label, ignore_flag=0)
-                for box, a in zip(boxes, annotations, strict=True)]))
+            items.append(
+                dict(
+                    img_path=path,
+                    instances=[
+                        dict(bbox=box, bbox_label=a.label, ignore_flag=0)
+                        for box, a in zip(boxes, annotations, strict=True)
+                    ],
+                )
+            )
         return items
 
 
@@ -46,10 +53,13 @@ class ToyDetector(BaseModel):
 
     def forward(self, sample_idx, mode='tensor', **kwargs):
         if mode == 'loss':
-            return dict(loss_cls=self.number ** 2, loss_bbox=self.number.abs())
+            return dict(loss_cls=self.number**2, loss_bbox=self.number.abs())
         self.seen.append((self.training, float(self.number), torch.is_grad_enabled()))
-        found = InstanceData(bboxes=torch.tensor([[4., 4, 30, 30], [1, 1, 9, 9]]), labels=torch.tensor([2, 3]),
-                             scores=torch.tensor([0.9, 0.1]))
+        found = InstanceData(
+            bboxes=torch.tensor([[4.0, 4, 30, 30], [1, 1, 9, 9]]),
+            labels=torch.tensor([2, 3]),
+            scores=torch.tensor([0.9, 0.1]),
+        )
         return [BaseDataElement(pred_instances=found) for _ in sample_idx]
 
 
@@ -71,20 +81,44 @@ def make_runner(folder, by_epoch=True, hook=None, custom_hooks=(), resume=False,
     (folder / 'images').mkdir(exist_ok=True)
 
     def loader():
-        return dict(batch_size=1, num_workers=0, dataset=ToyData(data_root=str(folder / 'images'), lazy_init=False),
-                    sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=pseudo_collate)
+        return dict(
+            batch_size=1,
+            num_workers=0,
+            dataset=ToyData(data_root=str(folder / 'images'), lazy_init=False),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=pseudo_collate,
+        )
 
-    train_cfg = dict(by_epoch=True, max_epochs=epochs) if by_epoch else dict(
-        by_epoch=False, max_iters=3 * epochs, val_interval=3)
+    train_cfg = (
+        dict(by_epoch=True, max_epochs=epochs)
+        if by_epoch
+        else dict(by_epoch=False, max_iters=3 * epochs, val_interval=3)
+    )
     return Runner(
-        ToyDetector(), str(folder / 'work'), train_dataloader=loader(), val_dataloader=loader(), train_cfg=train_cfg,
-        val_cfg=dict(), val_evaluator=[ToyMetric()], resume=resume,
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)), default_scope='mmengine',
-        default_hooks=dict(checkpoint=dict(
-            type='CheckpointHook', interval=1 if by_epoch else 3, by_epoch=by_epoch, max_keep_ckpts=1,
-            save_best='coco/bbox_mAP', rule='greater')),
+        ToyDetector(),
+        str(folder / 'work'),
+        train_dataloader=loader(),
+        val_dataloader=loader(),
+        train_cfg=train_cfg,
+        val_cfg=dict(),
+        val_evaluator=[ToyMetric()],
+        resume=resume,
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        default_scope='mmengine',
+        default_hooks=dict(
+            checkpoint=dict(
+                type='CheckpointHook',
+                interval=1 if by_epoch else 3,
+                by_epoch=by_epoch,
+                max_keep_ckpts=1,
+                save_best='coco/bbox_mAP',
+                rule='greater',
+            )
+        ),
         custom_hooks=[hook or dict(type='msda_plugin.TrainingReportHook'), *custom_hooks],
-        cfg=Config(dict(model='toy'), filename=None), experiment_name=f'{folder.name}-{by_epoch}-{resume}-{epochs}')
+        cfg=Config(dict(model='toy'), filename=None),
+        experiment_name=f'{folder.name}-{by_epoch}-{resume}-{epochs}',
+    )
 
 
 @pytest.fixture
@@ -97,7 +131,9 @@ def log(monkeypatch):
 
 @pytest.fixture
 def quick_curves(monkeypatch):
-    monkeypatch.setattr('msda_plugin.engine.hooks.training_report.draw_curves', lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(
+        'msda_plugin.engine.hooks.training_report.draw_curves', lambda *_, **__: np.zeros((1, 1, 3), np.uint8)
+    )
 
 
 @pytest.mark.parametrize('by_epoch', [True, False])
@@ -196,8 +232,9 @@ def test_a_failure_in_drawing_does_not_stop_the_training(tmp_path, monkeypatch, 
 
 
 def test_next_steps_of_ones_own(tmp_path, quick_curves, log):
-    make_runner(tmp_path, hook=dict(type='msda_plugin.TrainingReportHook', num_images=0,
-                                    next_steps=['look into {work_dir}'])).train()
+    make_runner(
+        tmp_path, hook=dict(type='msda_plugin.TrainingReportHook', num_images=0, next_steps=['look into {work_dir}'])
+    ).train()
     assert not (tmp_path / 'work' / 'predictions.png').exists()
     assert next(text for text in log if text.startswith('Training finished')).endswith(f'look into {tmp_path}/work')
 

@@ -1,4 +1,5 @@
 """One report of everything: what is measured is in it, what is not is a sentence, and the page needs nothing else."""
+
 import base64
 import re
 import sys
@@ -9,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from msda_plugin.__main__ import main
-from msda_plugin.tools.benchmarks.report import Growth, Section, blocks, duration, slug, to_html
 from msda_plugin.tools.benchmarks import op
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
+from msda_plugin.tools.benchmarks.report import Growth, Section, blocks, duration, slug, to_html
 
 benchmark_all = import_module('msda_plugin.tools.benchmarks.all')
 OP = 'msda_plugin benchmark op --quick --repeats 1 --device cpu --threads 1'
@@ -20,11 +21,16 @@ OP = 'msda_plugin benchmark op --quick --repeats 1 --device cpu --threads 1'
 @pytest.fixture
 def toy(monkeypatch):
     """The operator at a toy shape, and growth on toy maps."""
-    monkeypatch.setattr(op, 'SHAPES', (op.Shape('toy', ((5, 6), (3, 2)), 1, 7, heads=2, head_dim=8), ))
+    monkeypatch.setattr(op, 'SHAPES', (op.Shape('toy', ((5, 6), (3, 2)), 1, 7, heads=2, head_dim=8),))
     monkeypatch.setattr(benchmark_all, 'GROWTH_CHANNELS', 16)
-    monkeypatch.setattr(benchmark_all, 'PARTS', {
-        'Operator': ('The operator.', ['op --quick --repeats 1'], ['op --quick --repeats 2']),
-        'Growth': ('Against the <resolution>.', ['8 12'], ['8 10'])})
+    monkeypatch.setattr(
+        benchmark_all,
+        'PARTS',
+        {
+            'Operator': ('The operator.', ['op --quick --repeats 1'], ['op --quick --repeats 2']),
+            'Growth': ('Against the <resolution>.', ['8 12'], ['8 10']),
+        },
+    )
 
 
 def benchmark(folder, *options):
@@ -81,7 +87,8 @@ def test_leaves_one_page_that_needs_no_other_file(toy, tmp_path, capsys):
         references = [value for node in picture.iter() for key, value in node.items() if key.endswith('href')]
         assert all(reference.startswith('#') for reference in references)
     assert ['toy', 'forward', 'toy', 'forward + backward'] == [
-        cell for row in page.rows if row[0] == 'toy' for cell in row[:2]]
+        cell for row in page.rows if row[0] == 'toy' for cell in row[:2]
+    ]
     assert any(row[:3] == ['device', 'dtype', 'backend'] for row in page.rows)
     assert [row[1] for row in page.rows if row[0] == 'CPU']
     assert 'Against the &lt;resolution&gt;.' in text
@@ -94,10 +101,18 @@ def test_leaves_the_same_as_markdown(toy, tmp_path, capsys):
     assert benchmark(tmp_path) == 0
     text = (tmp_path / 'report.md').read_text()
     assert re.findall('^## (.*)', text, re.M) == [
-        'At a glance', 'Operator', 'Growth', 'Machine, versions, backends', 'How it was made']
+        'At a glance',
+        'Operator',
+        'Growth',
+        'Machine, versions, backends',
+        'How it was made',
+    ]
     pictures = re.findall(r'!\[.+\]\((.+)\)', text)
-    assert sorted(pictures) == sorted(path.name for path in tmp_path.glob('*.svg')) == [
-        'growth.svg', 'operator.svg', 'overview.svg']
+    assert (
+        sorted(pictures)
+        == sorted(path.name for path in tmp_path.glob('*.svg'))
+        == ['growth.svg', 'operator.svg', 'overview.svg']
+    )
     for table in re.findall(r'(?:^\|.*\n)+', text, re.M):
         assert len({line.count('|') for line in table.splitlines()}) == 1
     assert re.search(r'^\| toy \| forward \| .+ms \| .+ms \| [\d.]+× \|$', text, re.M)
@@ -113,7 +128,7 @@ def test_a_part_that_fails_is_a_sentence(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(op, 'mmcv_path', no_operator)
     assert benchmark(tmp_path) == 1
     text = (tmp_path / 'report.md').read_text()
-    assert (f'> **Not measured:** `python -m {OP}` failed: this build of mmcv has no ms_deform_attn' in text)
+    assert f'> **Not measured:** `python -m {OP}` failed: this build of mmcv has no ms_deform_attn' in text
     assert '| full self-attention |' in text
     page = Page((tmp_path / 'report.html').read_text())
     assert ['Operator', '–', '0', '–', 'see below'] in page.rows
@@ -140,7 +155,8 @@ def test_interrupted_leaves_what_is_done(toy, tmp_path, monkeypatch, capsys):
 def test_every_command_line_is_one(quick):
     planned = benchmark_all.sections(quick, ['cpu', 'cuda'], 3)
     assert [section.title for section in planned] == [
-        f'{part}, {device}' for device in ('cpu', 'cuda') for part in benchmark_all.PARTS]
+        f'{part}, {device}' for device in ('cpu', 'cuda') for part in benchmark_all.PARTS
+    ]
     for section in planned:
         for command in section.commands:
             assert f'--device {section.title.split(", ")[1]}' in command
@@ -150,17 +166,20 @@ def test_every_command_line_is_one(quick):
 
 
 def test_only_some_parts():
-    section, = benchmark_all.sections(True, ['cpu'], 1, ['heads'])
+    (section,) = benchmark_all.sections(True, ['cpu'], 1, ['heads'])
     assert section.title == 'Heads'
-    assert section.commands == ('msda_plugin benchmark head --repeats 3 --device cpu --threads 1', )
+    assert section.commands == ('msda_plugin benchmark head --repeats 3 --device cpu --threads 1',)
 
 
-@pytest.mark.parametrize('options, message', [
-    (['--threads', '0'], '--threads is 0, but at least 1 is needed'),
-    (['--device', 'tpu'], "--device is 'tpu', but cpu, cuda or cuda:N is needed"),
-    (['--device', 'cuda:99'], '--device is cuda:99, but torch'),
-    (['--parts', 'heart'], "invalid choice: 'heart'"),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (['--threads', '0'], '--threads is 0, but at least 1 is needed'),
+        (['--device', 'tpu'], "--device is 'tpu', but cpu, cuda or cuda:N is needed"),
+        (['--device', 'cuda:99'], '--device is cuda:99, but torch'),
+        (['--parts', 'heart'], "invalid choice: 'heart'"),
+    ],
+)
 def test_mistakes_end_in_a_sentence(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
         benchmark(tmp_path / 'out', *options)
@@ -169,33 +188,48 @@ def test_mistakes_end_in_a_sentence(tmp_path, capsys, options, message):
 
 
 def test_memory_and_remarks_are_in_the_report():
-    rows = [Comparison('model', 'inference', ('stock', 'accelerated'), Measurement(9., 2_000_000_000, 6.),
-                       Measurement(4.5, 500_000_000, 1.)),
-            Comparison('model', 'training step', ('stock', 'accelerated'), Measurement(2.), Measurement(4.), 1e-6)]
+    rows = [
+        Comparison(
+            'model',
+            'inference',
+            ('stock', 'accelerated'),
+            Measurement(9.0, 2_000_000_000, 6.0),
+            Measurement(4.5, 500_000_000, 1.0),
+        ),
+        Comparison('model', 'training step', ('stock', 'accelerated'), Measurement(2.0), Measurement(4.0), 1e-6),
+    ]
     section = Section('Models', 'Before and after.', ('msda_plugin benchmark model',), items=[*rows, 'A remark.'])
-    report = benchmark_all.Report('title', 'remark', [('CPU', 'one')], [('cpu', 'float32', 'cpu', 'why')], 'env', 'x',
-                                  [section])
+    report = benchmark_all.Report(
+        'title', 'remark', [('CPU', 'one')], [('cpu', 'float32', 'cpu', 'why')], 'env', 'x', [section]
+    )
     text = to_html(report.title, blocks(report))
     rows = [row for row in Page(text).rows if row[0] == 'model']
-    assert rows == [['model', 'inference', '9.00 s', '4.50 s', '2.00×', '2000', '500', '25%', ''],
-                    ['model', 'training step', '2.00 s', '4.00 s', '0.50×', '', '', '', '1.0e-06']]
+    assert rows == [
+        ['model', 'inference', '9.00 s', '4.50 s', '2.00×', '2000', '500', '25%', ''],
+        ['model', 'training step', '2.00 s', '4.00 s', '0.50×', '', '', '', '1.0e-06'],
+    ]
     assert '<li>A remark.</li>' in text and '0.50× to 2.00×' in text
 
 
 def test_forms_of_ours_do_not_count_as_stock():
-    row = Comparison('encoder', 'forward', ('float32', 'bfloat16'), Measurement(1.), Measurement(2.))
+    row = Comparison('encoder', 'forward', ('float32', 'bfloat16'), Measurement(1.0), Measurement(2.0))
     assert Section('', '', (), items=[row]).speeds == []
 
 
 def test_growth():
-    growth = Growth((10, 20, 40), {'linear': [1., 4., 16.], 'quadratic': [1., 16., 256.]})
+    growth = Growth((10, 20, 40), {'linear': [1.0, 4.0, 16.0], 'quadratic': [1.0, 16.0, 256.0]})
     assert growth.pixels == [100, 400, 1600]
     assert growth.exponents == pytest.approx(dict(linear=1, quadratic=2))
 
 
 def test_texts():
     assert [duration(seconds) for seconds in (0.00123, 0.0201, 0.9994, 0.9996, 12.345)] == [
-        '1.23 ms', '20.1 ms', '999 ms', '1.00 s', '12.35 s']
+        '1.23 ms',
+        '20.1 ms',
+        '999 ms',
+        '1.00 s',
+        '12.35 s',
+    ]
     assert slug('Growth with resolution, cuda') == 'growth-with-resolution-cuda'
     assert benchmark_all.available_cores() >= 1 and benchmark_all.memory_gib() > 0
     if sys.platform == 'linux':

@@ -1,4 +1,5 @@
 """The benchmark compares like with like, and prints what it measured."""
+
 import argparse
 
 import pytest
@@ -14,7 +15,7 @@ ARCH = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(2, 2), mlp_ratios=(2,
 @pytest.mark.parametrize('training', [False, True])
 def test_plain_forward_computes_the_same(training):
     torch.manual_seed(0)
-    model = ShuntedTransformer(ARCH, drop_path_rate=0.).double().train(training)
+    model = ShuntedTransformer(ARCH, drop_path_rate=0.0).double().train(training)
     image = torch.rand(2, 3, 37, 50, dtype=torch.float64)
     for out, expected in zip(model(image), backbone.plain_forward(model, image), strict=True):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
@@ -27,8 +28,13 @@ def test_measures_in_a_fresh_process():
 
 
 def test_prints_both_implementations(monkeypatch, capsys):
-    monkeypatch.setattr(backbone, 'measure', lambda implementation, *_: (
-        Measurement(2., 10**9) if implementation == 'plain' else Measurement(.5, 25 * 10**7)))
+    monkeypatch.setattr(
+        backbone,
+        'measure',
+        lambda implementation, *_: (
+            Measurement(2.0, 10**9) if implementation == 'plain' else Measurement(0.5, 25 * 10**7)
+        ),
+    )
     parser = argparse.ArgumentParser()
     backbone.add_parser(parser.add_subparsers())
     assert backbone.run(parser.parse_args(['backbone', '--size', '64', '96'])) == 0

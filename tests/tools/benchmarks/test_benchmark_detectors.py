@@ -1,4 +1,5 @@
 """``benchmark detectors`` trains what it is told to, and prints what the reports of the trainings say."""
+
 import argparse
 import json
 import sys
@@ -21,11 +22,19 @@ def fake_training(status=0):
         assert command[-3:] == ['train_cfg.max_epochs=2', 'train_cfg.val_interval=2', 'data_root=mine/']
         scalars = detectors.Path(work_dir, '20260101_000000', 'vis_data', 'scalars.json')
         scalars.parent.mkdir(parents=True)
-        scalars.write_text('\n'.join(json.dumps(entry) for entry in (
-            dict(loss=12.34, iter=50), dict(loss=5.04, iter=100), {'coco/bbox_mAP': 0.4})))
-        detectors.Path(work_dir, 'metrics.json').write_text(json.dumps(dict(
-            num_trainable_params=3_517_086, train_seconds=150., final=dict(bbox_mAP=0.4, bbox_mAP_50=0.6))))
+        scalars.write_text(
+            '\n'.join(
+                json.dumps(entry)
+                for entry in (dict(loss=12.34, iter=50), dict(loss=5.04, iter=100), {'coco/bbox_mAP': 0.4})
+            )
+        )
+        detectors.Path(work_dir, 'metrics.json').write_text(
+            json.dumps(
+                dict(num_trainable_params=3_517_086, train_seconds=150.0, final=dict(bbox_mAP=0.4, bbox_mAP_50=0.6))
+            )
+        )
         return argparse.Namespace(returncode=status)
+
     return run
 
 

@@ -1,4 +1,5 @@
 """The benchmark of a GPU: a dry run goes through every step on the CPU; what it compares and counts is right."""
+
 import argparse
 import json
 import os
@@ -10,8 +11,7 @@ import pytest
 import torch
 
 from msda_plugin.tools import benchmark, benchmarks
-from msda_plugin.tools.benchmarks import mmcv_kernels
-from msda_plugin.tools.benchmarks import gpu, op
+from msda_plugin.tools.benchmarks import gpu, mmcv_kernels, op
 
 CPU = torch.device('cpu')
 SMALL = gpu.Case(op.Shape('small', ((6, 9), (3, 4)), 2, 66, heads=4, head_dim=8, points=3), True)
@@ -42,9 +42,11 @@ def test_dry_run(capsys, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_torch_alone_is_enough():
     """The machine with a GPU may have nothing of OpenMMLab."""
-    code = ("import sys; sys.modules.update(mmengine=None, mmcv=None, mmdet=None); "
-            "from msda_plugin.__main__ import main; "
-            "sys.exit(main(['benchmark', 'gpu', '--dry-run', '--cases', 'decoder, 300', '--dtypes', 'float32']))")
+    code = (
+        'import sys; sys.modules.update(mmengine=None, mmcv=None, mmdet=None); '
+        'from msda_plugin.__main__ import main; '
+        "sys.exit(main(['benchmark', 'gpu', '--dry-run', '--cases', 'decoder, 300', '--dtypes', 'float32']))"
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'Models: skipped, because' in done.stdout
@@ -63,8 +65,10 @@ def test_all_forms_compute_the_same(case):
     inputs = gpu.make_inputs(case, CPU, torch.float32)
     shapes = torch.tensor(case.shape.levels)
     starts = torch.tensor([0, 54])
-    outputs = [form.call(shapes, starts, *(inputs[name] for name in form.inputs))
-               for form in (*gpu.own_forms(), gpu.Form('', gpu.grid_sample, gpu.PLAIN))]
+    outputs = [
+        form.call(shapes, starts, *(inputs[name] for name in form.inputs))
+        for form in (*gpu.own_forms(), gpu.Form('', gpu.grid_sample, gpu.PLAIN))
+    ]
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-5)
     assert all((tensor != 0).all() for tensor in inputs.values())
@@ -81,7 +85,7 @@ def test_positions_are_local_and_off_the_borders_of_cells():
 
 
 def test_floor_and_bytes():
-    shape = op.Shape('', ((5, 4), ), 1, 7, heads=2, head_dim=8, points=3)
+    shape = op.Shape('', ((5, 4),), 1, 7, heads=2, head_dim=8, points=3)
     corners = 7 * 2 * 3 * 4 * 8  # queries, heads, points, corners, channels
     assert gpu.corner_bytes(shape, torch.bfloat16, False) == corners * 2
     assert gpu.corner_bytes(shape, torch.bfloat16, True) == corners * (2 + 4)
@@ -129,8 +133,9 @@ def test_model_rows(capsys, monkeypatch):
 @pytest.mark.slow
 def test_autocast_reaches_the_model(tiny_stock_config):
     pytest.importorskip('msda_plugin.tools.benchmarks.model')
-    args = argparse.Namespace(config=str(tiny_stock_config), device='cpu', height=128, width=128, batch=1,
-                              runs=1, threads=1)
+    args = argparse.Namespace(
+        config=str(tiny_stock_config), device='cpu', height=128, width=128, batch=1, runs=1, threads=1
+    )
     measured = gpu.measure_model(args, True, True, True)
     assert measured.seconds > 0 and measured.peak > 0
     assert not torch.is_autocast_enabled('cpu')

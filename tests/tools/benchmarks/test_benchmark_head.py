@@ -1,4 +1,5 @@
 """The benchmark compares like with like, and prints what it measured."""
+
 import argparse
 
 import pytest

@@ -1,4 +1,5 @@
 """The benchmark of layers compares like with like, and prints what it measured."""
+
 import argparse
 
 import pytest
@@ -19,7 +20,7 @@ def arguments(*argv):
 @pytest.mark.parametrize('case', layer.CASES, ids=lambda case: case.name)
 def test_both_sides_compute_the_same(case):
     torch.manual_seed(0)
-    levels = [(16, 24), (8, 12), (4, 6), (2, 3)][:len(case.strides)]
+    levels = [(16, 24), (8, 12), (4, 6), (2, 3)][: len(case.strides)]
     modules, *functions = case.build(levels, CPU)
     x = torch.randn(1, case.tokens(levels), case.channels)
     assert layer.largest_difference(*functions, x) < 1e-5
@@ -36,7 +37,8 @@ def test_measures_every_layer_forward_and_backward(monkeypatch):
     monkeypatch.setattr(layer, 'CASES', layer.CASES[-1:])
     rows = list(layer.comparisons(arguments('--height', '64', '--width', '96', '--repeats', '1', '--threads', '1')))
     assert [(row.case, row.run) for row in rows] == [
-        (layer.CASES[0].name, what) for what in ('forward', 'forward + backward')]
+        (layer.CASES[0].name, what) for what in ('forward', 'forward + backward')
+    ]
     assert all(row.stock.seconds > 0 and row.ours.seconds > 0 and row.difference < 1e-5 for row in rows)
 
 

@@ -1,4 +1,5 @@
 """The benchmark compares one model with itself, and prints what it measured."""
+
 import argparse
 import logging
 import sys
@@ -61,10 +62,17 @@ def test_both_sides_have_the_same_weights(args):
 
 
 def test_nothing_is_downloaded():
-    cfg = dict(model=dict(pretrained='x', init_cfg=dict(type='Pretrained', checkpoint='http://x'), neck=[
-        dict(init_cfg=dict(type='Xavier'))]), batch_augments=[1])
+    cfg = dict(
+        model=dict(
+            pretrained='x',
+            init_cfg=dict(type='Pretrained', checkpoint='http://x'),
+            neck=[dict(init_cfg=dict(type='Xavier'))],
+        ),
+        batch_augments=[1],
+    )
     assert benchmark.without_downloads(cfg) == dict(
-        model=dict(pretrained=None, init_cfg=None, neck=[dict(init_cfg=dict(type='Xavier'))]), batch_augments=None)
+        model=dict(pretrained=None, init_cfg=None, neck=[dict(init_cfg=dict(type='Xavier'))]), batch_augments=None
+    )
 
 
 def test_choices_are_those_of_the_first_pass():
@@ -84,7 +92,9 @@ def test_table(args, monkeypatch, capsys):
         if function is benchmark.compare:
             return 12, 2e-6, 900, 2
         _, accelerated, training = given
-        return benchmark.Measurement(1. if accelerated else 3., 5e8 if accelerated else 1e9, None if training else .25)
+        return benchmark.Measurement(
+            1.0 if accelerated else 3.0, 5e8 if accelerated else 1e9, None if training else 0.25
+        )
 
     monkeypatch.setattr(benchmark, 'in_a_process', run_here)
     assert benchmark.run(args) == 0
@@ -101,8 +111,11 @@ def test_mistakes_end_in_a_sentence(tmp_path, capsys):
     empty, other = tmp_path / 'empty.py', tmp_path / 'other.py'
     empty.write_text('a = 1')
     other.write_text("_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'")
-    for path, message in ((tmp_path / 'none.py', 'does not exist'), (empty, 'has no model'),
-                          (other, 'RetinaNet, has no MultiScaleDeformableAttention')):
+    for path, message in (
+        (tmp_path / 'none.py', 'does not exist'),
+        (empty, 'has no model'),
+        (other, 'RetinaNet, has no MultiScaleDeformableAttention'),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(['benchmark', 'model', str(path)])
         assert stopped.value.code == 2

@@ -1,4 +1,5 @@
 """The benchmark of the operator compares like with like."""
+
 import argparse
 
 import pytest
@@ -41,7 +42,7 @@ def test_corner_bytes():
 
 
 def test_prints_the_tables(monkeypatch, capsys):
-    monkeypatch.setattr(op, 'SHAPES', (SHAPE, ))
+    monkeypatch.setattr(op, 'SHAPES', (SHAPE,))
     monkeypatch.setattr(op, 'growth', lambda *_: ['growth'])
     monkeypatch.setattr(op, 'cache_bound', lambda *_: 'bound')
     monkeypatch.setattr(op, 'memory', lambda *_: 'memory')
@@ -51,8 +52,11 @@ def test_prints_the_tables(monkeypatch, capsys):
     conditions, *lines = capsys.readouterr().out.splitlines()
     assert 'backend cpu' in conditions and 'median of 1 runs' in conditions
     heads = [line.split() for line in lines if 'ratio' in line]
-    assert heads == [['shape', 'mmcv', 'ms', 'ours', 'ms', 'ratio'], ['parts', 'ms', 'fused', 'ms', 'ratio'],
-                     ['float32', 'bfloat16', 'ratio']]
+    assert heads == [
+        ['shape', 'mmcv', 'ms', 'ours', 'ms', 'ratio'],
+        ['parts', 'ms', 'fused', 'ms', 'ratio'],
+        ['float32', 'bfloat16', 'ratio'],
+    ]
     rows = [line for line in lines if line.endswith('x')]
     assert len(rows) == 5 and sum('forward + backward' in row for row in rows) == 2
     assert lines[-3:] == ['growth', 'bound', 'memory']

@@ -1,4 +1,5 @@
 """What a fresh process returns, raises, and leaves when it dies."""
+
 import signal
 
 import pytest

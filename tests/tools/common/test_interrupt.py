@@ -1,4 +1,5 @@
 """Ctrl-C ends a training between two iterations, with the checkpoint of the last epoch whole."""
+
 import os
 import signal
 
@@ -18,7 +19,7 @@ class Toy(BaseModel):
         self.number = torch.nn.Parameter(torch.tensor(3.0))
 
     def forward(self, inputs, mode='tensor', **kwargs):
-        return dict(loss=self.number ** 2)
+        return dict(loss=self.number**2)
 
 
 class PressCtrlC(Hook):
@@ -34,12 +35,23 @@ class PressCtrlC(Hook):
 
 
 def make_runner(folder, hook):
-    loader = dict(batch_size=1, num_workers=0, dataset=[dict(inputs=torch.zeros(1))] * 4,
-                  sampler=dict(type='DefaultSampler', shuffle=False))
+    loader = dict(
+        batch_size=1,
+        num_workers=0,
+        dataset=[dict(inputs=torch.zeros(1))] * 4,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+    )
     return Runner(
-        Toy(), str(folder), train_dataloader=loader, train_cfg=dict(by_epoch=True, max_epochs=5),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)), custom_hooks=[hook], cfg=Config({}),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)), experiment_name=folder.name)
+        Toy(),
+        str(folder),
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=True, max_epochs=5),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        custom_hooks=[hook],
+        cfg=Config({}),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+        experiment_name=folder.name,
+    )
 
 
 def test_the_iteration_is_finished_and_the_way_on_is_said(tmp_path, capsys):

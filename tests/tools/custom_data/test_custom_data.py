@@ -1,4 +1,5 @@
 """Own data in one command: the layouts, the check, the config, the training, and what mistakes end in."""
+
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from msda_plugin.engine.data_check import check_coco
-from msda_plugin.tools.custom_data import coco
+from msda_plugin.tools.custom_data import coco as coco_files
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, find_model, model_files
 from msda_plugin.tools.shapes import generate
 from msda_plugin.tools.train import main
@@ -26,9 +27,12 @@ def coco(names=('0.jpg', '1.jpg', '2.jpg'), classes=CLASSES):
     boxes = [(image, label) for image in range(len(names) - 1) for label in range(len(classes))]
     return dict(
         images=[dict(id=i, file_name=name, width=64, height=48) for i, name in enumerate(names)],
-        annotations=[dict(id=k, image_id=image, category_id=10 + label, bbox=[4, 4, 20, 10], area=200, iscrowd=0)
-                     for k, (image, label) in enumerate(boxes)],
-        categories=[dict(id=10 + label, name=name) for label, name in enumerate(classes)])
+        annotations=[
+            dict(id=k, image_id=image, category_id=10 + label, bbox=[4, 4, 20, 10], area=200, iscrowd=0)
+            for k, (image, label) in enumerate(boxes)
+        ],
+        categories=[dict(id=10 + label, name=name) for label, name in enumerate(classes)],
+    )
 
 
 def write(ann_file, images, content=None):
@@ -43,7 +47,7 @@ def write(ann_file, images, content=None):
 
 
 def load(folder, content=None):
-    return coco.load_split('train', write(folder / 'train.json', folder / 'images', content), folder)
+    return coco_files.load_split('train', write(folder / 'train.json', folder / 'images', content), folder)
 
 
 def sentence(argv, capsys):
@@ -57,14 +61,23 @@ def sentence(argv, capsys):
 
 # ---- finding the files ----------------------------------------------------------------------------------------------
 LAYOUTS = {
-    'one folder of images': {'train': ('train.json', 'images'), 'val': ('val.json', 'images'),
-                             'test': ('test.json', 'images')},
-    'COCO': {'train': ('annotations/instances_train2017.json', 'train2017'),
-             'val': ('annotations/instances_val2017.json', 'val2017')},
-    'COCO, folders of images together': {'train': ('annotations/train.json', 'images/train'),
-                                         'val': ('annotations/val.json', 'images/val')},
-    'Roboflow': {split: (f'{folder}/_annotations.coco.json', folder)
-                 for split, folder in (('train', 'train'), ('val', 'valid'), ('test', 'test'))},
+    'one folder of images': {
+        'train': ('train.json', 'images'),
+        'val': ('val.json', 'images'),
+        'test': ('test.json', 'images'),
+    },
+    'COCO': {
+        'train': ('annotations/instances_train2017.json', 'train2017'),
+        'val': ('annotations/instances_val2017.json', 'val2017'),
+    },
+    'COCO, folders of images together': {
+        'train': ('annotations/train.json', 'images/train'),
+        'val': ('annotations/val.json', 'images/val'),
+    },
+    'Roboflow': {
+        split: (f'{folder}/_annotations.coco.json', folder)
+        for split, folder in (('train', 'train'), ('val', 'valid'), ('test', 'test'))
+    },
     'one file': {'train': ('annotations/instances_default.json', 'images')},
     'images beside the one file': {'train': ('labels.json', '.')},
 }
@@ -74,10 +87,10 @@ LAYOUTS = {
 def test_layouts(layout, tmp_path):
     for ann_file, images in LAYOUTS[layout].values():
         write(tmp_path / ann_file, tmp_path / images)
-    found = coco.find_annotations(tmp_path)
+    found = coco_files.find_annotations(tmp_path)
     assert found == {split: tmp_path / ann_file for split, (ann_file, _) in LAYOUTS[layout].items()}
     for split, (_, images) in LAYOUTS[layout].items():
-        loaded = coco.load_split(split, found[split], tmp_path)
+        loaded = coco_files.load_split(split, found[split], tmp_path)
         assert loaded.images.resolve() == (tmp_path / images).resolve()
 
 
@@ -85,42 +98,48 @@ def test_captions_and_settings_are_no_annotations(tmp_path):
     for name in ('instances', 'person_keypoints', 'captions'):
         write(tmp_path / f'annotations/{name}_train2017.json', tmp_path / 'train2017')
     (tmp_path / 'settings.json').write_text('{}')
-    assert coco.find_annotations(tmp_path) == {'train': tmp_path / 'annotations/instances_train2017.json'}
+    assert coco_files.find_annotations(tmp_path) == {'train': tmp_path / 'annotations/instances_train2017.json'}
 
 
 def test_a_file_brings_its_sibling(tmp_path):
     for name in ('train.json', 'val.json', 'other_val.json', 'all.json'):
         write(tmp_path / name, tmp_path)
-    assert coco.find_annotations(tmp_path / 'train.json') == {
-        'train': tmp_path / 'train.json', 'val': tmp_path / 'val.json'}
-    assert coco.find_annotations(tmp_path / 'all.json') == {'train': tmp_path / 'all.json'}
-    assert coco.find_annotations(tmp_path / 'train.json', tmp_path / 'other_val.json')['val'].name.startswith('oth')
+    assert coco_files.find_annotations(tmp_path / 'train.json') == {
+        'train': tmp_path / 'train.json',
+        'val': tmp_path / 'val.json',
+    }
+    assert coco_files.find_annotations(tmp_path / 'all.json') == {'train': tmp_path / 'all.json'}
+    assert coco_files.find_annotations(tmp_path / 'train.json', tmp_path / 'other_val.json')['val'].name.startswith(
+        'oth'
+    )
 
 
 def test_several_or_no_files_are_an_error(tmp_path):
     (tmp_path / 'readme.json').write_text('{}')
     with pytest.raises(FileNotFoundError, match=r'no annotation file .* the JSON files readme.json.*--data FILE'):
-        coco.find_annotations(tmp_path)
+        coco_files.find_annotations(tmp_path)
     for name in ('a', 'b'):
         write(tmp_path / f'{name}.json', tmp_path)
     with pytest.raises(ValueError, match=r'several annotation files for training: a.json, b.json; .* --data FILE'):
-        coco.find_annotations(tmp_path)
+        coco_files.find_annotations(tmp_path)
     with pytest.raises(FileNotFoundError, match='--data .*nowhere does not exist'):
-        coco.find_annotations(tmp_path / 'nowhere')
+        coco_files.find_annotations(tmp_path / 'nowhere')
 
 
 def test_images_that_are_nowhere(tmp_path):
     write(tmp_path / 'data/train.json', tmp_path / 'elsewhere')
     with pytest.raises(FileNotFoundError, match=r'none of the images .* \(such as 0.jpg\) .* --images DIR'):
-        coco.load_split('train', tmp_path / 'data/train.json', tmp_path / 'data')
-    assert coco.load_split('train', tmp_path / 'data/train.json', tmp_path / 'data', tmp_path / 'elsewhere').images
+        coco_files.load_split('train', tmp_path / 'data/train.json', tmp_path / 'data')
+    assert coco_files.load_split(
+        'train', tmp_path / 'data/train.json', tmp_path / 'data', tmp_path / 'elsewhere'
+    ).images
 
 
 # ---- records and images ---------------------------------------------------------------------------------------------
 def test_good_data_stays_as_it_is(tmp_path):
     split = load(tmp_path)
-    coco.clean(split, coco.choose_classes(split))
-    assert not split.changed and coco.write(split, tmp_path / 'work') == tmp_path / 'train.json'
+    coco_files.clean(split, coco_files.choose_classes(split))
+    assert not split.changed and coco_files.write(split, tmp_path / 'work') == tmp_path / 'train.json'
 
 
 def test_what_is_missing_is_filled_in(tmp_path):
@@ -129,11 +148,13 @@ def test_what_is_missing_is_filled_in(tmp_path):
         del image['width'], image['height']
     for annotation in content['annotations']:
         del annotation['area'], annotation['iscrowd'], annotation['id']
-    content['annotations'] += [dict(image_id=99, category_id=10, bbox=[0, 0, 5, 5]),
-                               dict(image_id=0, category_id=99, bbox=[0, 0, 5, 5])]
+    content['annotations'] += [
+        dict(image_id=99, category_id=10, bbox=[0, 0, 5, 5]),
+        dict(image_id=0, category_id=99, bbox=[0, 0, 5, 5]),
+    ]
     split = load(tmp_path, content)
-    coco.clean(split, coco.choose_classes(split))
-    path = coco.write(split, tmp_path / 'work')
+    coco_files.clean(split, coco_files.choose_classes(split))
+    path = coco_files.write(split, tmp_path / 'work')
     report = check_coco(path, split.images, CLASSES, evaluated=True)
     assert (report.num_images, report.num_boxes, report.warnings) == (3, 4, ())
     written = json.loads(path.read_text())
@@ -145,31 +166,32 @@ def test_what_is_missing_is_filled_in(tmp_path):
 def test_categories_take_one_order_and_unused_ones_go(tmp_path):
     train = load(tmp_path, coco(classes=('none', *CLASSES)))
     train.content['annotations'] = [a for a in train.content['annotations'] if a['category_id'] != 10]
-    classes = coco.choose_classes(train)
+    classes = coco_files.choose_classes(train)
     assert classes == CLASSES and train.notes == ['categories left out, without a box for training: none']
-    val = coco.load_split('val', write(tmp_path / 'val.json', tmp_path / 'images', coco(classes=('dog', 'cat'))),
-                              tmp_path)
-    before = coco.count_boxes(val)
+    val = coco_files.load_split(
+        'val', write(tmp_path / 'val.json', tmp_path / 'images', coco(classes=('dog', 'cat'))), tmp_path
+    )
+    before = coco_files.count_boxes(val)
     for split in (train, val):
-        coco.clean(split, classes)
+        coco_files.clean(split, classes)
         assert [category['name'] for category in split.content['categories']] == list(CLASSES)
-    assert coco.count_boxes(val) == before
-    assert check_coco(coco.write(val, tmp_path / 'work'), val.images, CLASSES).warnings == ()
+    assert coco_files.count_boxes(val) == before
+    assert check_coco(coco_files.write(val, tmp_path / 'work'), val.images, CLASSES).warnings == ()
 
 
 def test_classes_by_name(tmp_path):
     split = load(tmp_path)
-    assert coco.choose_classes(split, ['dog']) == ('dog',)
-    coco.clean(split, ['dog'])
-    assert coco.count_boxes(split) == {'dog': 2}
+    assert coco_files.choose_classes(split, ['dog']) == ('dog',)
+    coco_files.clean(split, ['dog'])
+    assert coco_files.count_boxes(split) == {'dog': 2}
     with pytest.raises(ValueError, match='--classes names bird, but .* has dog'):
-        coco.choose_classes(split, ['bird'])
+        coco_files.choose_classes(split, ['bird'])
     split.content['categories'] *= 2
     with pytest.raises(ValueError, match="several categories named 'dog'"):
-        coco.choose_classes(split)
+        coco_files.choose_classes(split)
     split = load(tmp_path, {**coco(), 'annotations': []})
     with pytest.raises(ValueError, match='holds no box of the classes cat, dog'):
-        coco.choose_classes(split)
+        coco_files.choose_classes(split)
 
 
 def test_bad_images_and_wrong_sizes(tmp_path):
@@ -177,10 +199,10 @@ def test_bad_images_and_wrong_sizes(tmp_path):
     (split.images / '0.jpg').write_text('no image')
     (split.images / '1.jpg').unlink()
     Image.new('RGB', (48, 64)).save(split.images / '2.jpg')
-    coco.clean(split, CLASSES)
+    coco_files.clean(split, CLASSES)
     assert split.bad_images == ['0.jpg', '1.jpg'] and len(split.content['images']) == 5
     assert split.notes == ['1 images have another size than the annotations say, whose boxes may not fit: 2.jpg']
-    coco.clean(split, CLASSES, skip_bad_images=True)
+    coco_files.clean(split, CLASSES, skip_bad_images=True)
     assert [image['id'] for image in split.content['images']] == [2, 3, 4]
     assert {a['image_id'] for a in split.content['annotations']} == {2, 3} and split.changed
 
@@ -189,10 +211,18 @@ def test_description(tmp_path):
     content = coco()
     content['annotations'][0]['bbox'] = [4, 4, 0, 9]
     split = load(tmp_path, content)
-    coco.clean(split, CLASSES)
-    rows = [line.split() for line in coco.describe([split], CLASSES).splitlines()]
-    for row in (['training'], ['images', '3'], ['without', 'a', 'box', '1'], ['missing', 'or', 'unreadable', '0'],
-                ['boxes', '4'], ['degenerate,', 'not', 'used', '1'], ['cat', '2'], ['dog', '2']):
+    coco_files.clean(split, CLASSES)
+    rows = [line.split() for line in coco_files.describe([split], CLASSES).splitlines()]
+    for row in (
+        ['training'],
+        ['images', '3'],
+        ['without', 'a', 'box', '1'],
+        ['missing', 'or', 'unreadable', '0'],
+        ['boxes', '4'],
+        ['degenerate,', 'not', 'used', '1'],
+        ['cat', '2'],
+        ['dog', '2'],
+    ):
         assert row in rows
 
 
@@ -201,7 +231,7 @@ def test_a_part_is_split_off(tmp_path):
 
     def split_images(names, part=0.2, seed=0):
         train = load(tmp_path, coco(names))
-        val = coco.split_off(train, part, seed)
+        val = coco_files.split_off(train, part, seed)
         sets = [{image['file_name'] for image in split.content['images']} for split in (train, val)]
         assert not sets[0] & sets[1] and sets[0] | sets[1] == set(names)
         for split in (train, val):
@@ -214,16 +244,17 @@ def test_a_part_is_split_off(tmp_path):
     assert len(chosen) == 4 and chosen == split_images(names[::-1]) != split_images(names, seed=1)
     assert len(split_images(names[:2], 0.01)) == 1 == len(split_images(names[:2], 0.99))
     with pytest.raises(ValueError, match='has 1 image, and'):
-        coco.split_off(load(tmp_path, coco(names[:1])), 0.2, 0)
+        coco_files.split_off(load(tmp_path, coco(names[:1])), 0.2, 0)
     with pytest.raises(ValueError, match='--val-part is 20, but a number between 0 and 1'):
-        coco.split_off(load(tmp_path), 20, 0)
+        coco_files.split_off(load(tmp_path), 20, 0)
 
 
 # ---- the config -----------------------------------------------------------------------------------------------------
 def config(model=DEFAULT_MODEL, classes=CLASSES, most_boxes=5, num_images=100, **choices):
     files = {split: (Path(f'/data/{split}.json'), Path('/data/images')) for split in ('train', 'val')}
-    return build_config(find_model(model), Data(files, classes, num_images, most_boxes),
-                        Choices(work_dir='work', **choices))
+    return build_config(
+        find_model(model), Data(files, classes, num_images, most_boxes), Choices(work_dir='work', **choices)
+    )
 
 
 def test_learning_rate_follows_the_batch():
@@ -249,14 +280,14 @@ def test_model_follows_the_data():
 def test_a_complete_config_gives_its_optimizer_and_size():
     cfg, _ = config('deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes', batch_size=8)
     assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=1e-3, weight_decay=1e-4, fused=True)
-    resize, = [step for step in cfg.test_dataloader.dataset.pipeline if step['type'] == 'Resize']
+    (resize,) = [step for step in cfg.test_dataloader.dataset.pipeline if step['type'] == 'Resize']
     assert tuple(resize['scale']) == (128, 128) and cfg.model.num_queries == 40
     assert 'data_root' not in cfg and cfg.train_cfg.max_epochs == 50 and 'mmdet' == cfg.default_scope
 
 
 def test_image_size_and_schedule():
     cfg, _ = config(image_size=(320, 240), epochs=30, num_images=8, workers=0)
-    resize, = [step for step in cfg.train_dataloader.dataset.pipeline if step['type'] == 'Resize']
+    (resize,) = [step for step in cfg.train_dataloader.dataset.pipeline if step['type'] == 'Resize']
     assert tuple(resize['scale']) == (320, 240)
     warm_up, cosine = cfg.param_scheduler
     assert (warm_up.end, cosine.T_max, cosine.end, cfg.train_cfg.val_interval) == (6, 30, 30, 3)
@@ -308,10 +339,23 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, capsys):
 def test_dry_run_writes_a_config_that_any_tool_builds(tmp_path, monkeypatch, capsys):
     from mmdet.registry import DATASETS, METRICS, MODELS
     from mmengine.registry import init_default_scope
+
     monkeypatch.chdir(tmp_path)
     write(tmp_path / 'mine/labels.json', tmp_path / 'mine/pictures', coco([f'{i}.jpg' for i in range(10)]))
-    assert main(['--data', 'mine', '--dry-run', '--effective-batch', '8', '--cfg-options',
-                 'model.bbox_head.loss_cls.gamma=1.5']) == 0
+    assert (
+        main(
+            [
+                '--data',
+                'mine',
+                '--dry-run',
+                '--effective-batch',
+                '8',
+                '--cfg-options',
+                'model.bbox_head.loss_cls.gamma=1.5',
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert 'split off from the training data: 2 of 10 images, seed 0' in said and '2 classes: cat, dog' in said
     cfg = Config.fromfile(f'work_dirs/mine/{DEFAULT_MODEL}_mine.py')
@@ -356,9 +400,13 @@ def test_trains_resumes_and_leaves_everything(shapes, tmp_path):
     log = run(*options, '--epochs', 2, '--resume')
     assert 'resumed epoch: 1' in log and (tmp_path / 'epoch_2.pth').is_file()
     # The config stands for itself: the other form of the command goes on from there.
-    done = subprocess.run([sys.executable, '-m', 'msda_plugin', 'train', saved, '--resume', '--cfg-options',
-                           'train_cfg.max_epochs=3'], capture_output=True, text=True, timeout=600,
-                          env=ONE_THREAD)
+    done = subprocess.run(
+        [sys.executable, '-m', 'msda_plugin', 'train', saved, '--resume', '--cfg-options', 'train_cfg.max_epochs=3'],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=ONE_THREAD,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / 'epoch_3.pth').is_file()
     assert [entry['epoch'] for entry in json.loads((tmp_path / 'metrics.json').read_text())['history']] == [1, 2, 3]
@@ -368,8 +416,9 @@ def test_trains_resumes_and_leaves_everything(shapes, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_last_checkpoint(shapes, tmp_path):
     options = ['--data', shapes, '--work-dir', tmp_path, '--epochs', 1000]
-    with subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=ONE_THREAD) as process:
+    with subprocess.Popen(
+        command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    ) as process:
         for _ in range(3000):
             if (tmp_path / 'last_checkpoint').is_file() or process.poll() is not None:
                 break
@@ -379,5 +428,5 @@ def test_ctrl_c_keeps_the_last_checkpoint(shapes, tmp_path):
     assert process.returncode == 130, errors[-3000:]
     last = errors.splitlines()[-1]
     assert 'msda_plugin train: stopped' in last and '--resume' in last and 'Traceback' not in errors
-    checkpoint, = [word.rstrip(',') for word in last.split() if word.rstrip(',').endswith('.pth')]
+    (checkpoint,) = [word.rstrip(',') for word in last.split() if word.rstrip(',').endswith('.pth')]
     assert torch.load(checkpoint, weights_only=False)['meta']['epoch'] >= 1
