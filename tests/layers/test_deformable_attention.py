@@ -179,7 +179,7 @@ def test_batch_second_is_refused():
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (dict(spatial_shapes=None), r'value is \(2, 35, 32\) and spatial_shapes None; expected a map'),
+        (dict(spatial_shapes=None), r'value has shape \(2, 35, 32\) and spatial_shapes is None; expected a map'),
         (dict(spatial_shapes=[(5, 7), (3, 4)]), 'has 2 levels, but the layer was built with num_levels=1'),
         (dict(spatial_shapes=(5, 6)), 'num_keys = 35'),
         (dict(reference_points=None), 'reference_points is None, but there are 11 queries for the 35 pixels'),

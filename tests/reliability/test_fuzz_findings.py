@@ -38,7 +38,7 @@ def test_channels_and_heads_are_at_least_one(layer, dims, heads):
 @pytest.mark.parametrize('number', [0, -1])
 def test_no_size_of_deformable_attention_is_below_one(name, number):
     """Without a head there was a division by zero."""
-    with pytest.raises(ValueError, match=f'{name}={number}.* do not fit; expected 1 or more of each'):
+    with pytest.raises(ValueError, match=f'{name}={number}.*; expected at least 1 for each of them'):
         MultiScaleDeformableAttention(**dict(embed_dims=8, num_heads=2) | {name: number})
 
 
