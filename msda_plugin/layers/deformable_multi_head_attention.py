@@ -47,10 +47,11 @@ class DeformedPoints(NamedTuple):
     references: Tensor
 
 
-class DeformedAttention(NamedTuple):
+class AttentionInputs(NamedTuple):
     """The inputs of the attention from all pixels to the deformed points.
 
-    The attention weights are ``softmax(query @ key.transpose(-1, -2) * head_dim ** -0.5 + bias)``.
+    The weights of a slice of the queries are ``attention_weights(query[:, :, part], key, bias(part))`` of
+    :mod:`msda_plugin.layers.attention_weights`.
 
     Attributes:
         query: (B, num_heads, H * W, head_dim), the pixels row by row.
@@ -199,7 +200,7 @@ class DeformableMultiHeadAttention(BaseModule):
         out = tokens_to_map(self.proj_drop(self.proj(out)), hw_shape)
         return (out, inputs.points) if return_points else out
 
-    def attention_inputs(self, x: Tensor) -> DeformedAttention:
+    def attention_inputs(self, x: Tensor) -> AttentionInputs:
         """Queries, keys, values, biases and deformed points of :meth:`forward` for the same map ``x``."""
         hw_shape = x.shape[2:]
         query = self.query(map_to_tokens(x))
@@ -208,10 +209,8 @@ class DeformableMultiHeadAttention(BaseModule):
         bias = None
         if self.position_bias is not None:
             bias = self.position_bias(self._grid(hw_shape, 0.0, points.positions), points.positions)
-        query, key, value = (
-            split_heads(t, self.num_heads) for t in (query, self.key(sampled), self.value(sampled))
-        )
-        return DeformedAttention(query, key, value, bias, points)
+        query, key, value = (split_heads(t, self.num_heads) for t in (query, self.key(sampled), self.value(sampled)))
+        return AttentionInputs(query, key, value, bias, points)
 
     def _deform(self, query: Tensor) -> DeformedPoints:
         """Queries as a map (B, C, H, W) -> the points, at least float32: half precision merges neighboring pixels."""
@@ -239,7 +238,7 @@ class DeformableMultiHeadAttention(BaseModule):
         """Map (B, C, H, W) -> (B * num_groups, C / num_groups, H, W)."""
         return x.reshape(x.shape[0] * self.num_groups, self.embed_dims // self.num_groups, *x.shape[2:])
 
-    def _attend(self, inputs: DeformedAttention) -> Tensor:
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
         """-> (B, num_heads, H * W, head_dim)."""
         query, key, value, make_bias, points = inputs
         dropout = self.attn_drop_rate if self.training else 0.0

@@ -169,9 +169,7 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
 
 
 # Functions instead of methods: `msda_plugin.auto` and `sampling` use them on mmcv's own layers.
-def _batch_first_queries(
-    layer: MMCVMultiScaleDeformableAttention, query: Tensor, query_pos: Tensor | None
-) -> Tensor:
+def _batch_first_queries(layer: MMCVMultiScaleDeformableAttention, query: Tensor, query_pos: Tensor | None) -> Tensor:
     """``query + query_pos``, (bs, num_queries, embed_dims)."""
     if query_pos is not None:
         query = query + query_pos

@@ -150,8 +150,8 @@ class ShuntedSelfAttention(BaseModule):
     def scales(self, x: Tensor, hw_shape: tuple[int, int]) -> list[AttentionScale]:
         """Queries, keys and values of each scale, coarse first. Arguments are those of :meth:`forward`.
 
-        The first heads of the layer belong to the first scale. A query's attention weights are
-        ``softmax(query @ key.transpose(-1, -2) * head_dim ** -0.5)``.
+        The first heads of the layer belong to the first scale. The weights of a scale are
+        ``attention_weights(scale.query, scale.key)`` of :mod:`msda_plugin.layers.attention_weights`.
         """
         query = self.query(x)
         if self.sr_ratio == 1:
@@ -159,9 +159,7 @@ class ShuntedSelfAttention(BaseModule):
             return [AttentionScale(1, *(split_heads(t, self.num_heads) for t in (query, key, value)))]
         x = tokens_to_map(x, hw_shape)
         return [
-            AttentionScale(
-                branch.rate, *(split_heads(t, self.num_heads // 2) for t in (half_of_query, *branch(x)))
-            )
+            AttentionScale(branch.rate, *(split_heads(t, self.num_heads // 2) for t in (half_of_query, *branch(x))))
             for half_of_query, branch in zip(query.chunk(2, dim=-1), self.branches, strict=True)
         ]
 

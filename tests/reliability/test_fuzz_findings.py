@@ -62,7 +62,7 @@ def test_empty_batches():
 
 def test_the_channels_of_the_value_are_checked():
     layer = MultiScaleDeformableAttention(8, 2, num_levels=1, batch_first=True)
-    with pytest.raises(ValueError, match=r'value \(1, 6, 9\) .* \(bs, num_keys, 8\) are needed'):
+    with pytest.raises(ValueError, match=r'value \(1, 6, 9\) .* \(bs, num_keys, 8\)'):
         layer(
             torch.rand(1, 3, 8),
             value=torch.rand(1, 6, 9),

@@ -105,11 +105,11 @@ def test_draws_chosen_layers_head_by_head(trained, tmp_path, quick_pictures):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (['--query', '160,3'], 'the point 160,3 is not in the image, which is 160 wide and 96 high'),
-        (['--detection', '100'], 'there is no detection 100; they are numbered from 0'),
+        (['--query', '160,3'], 'the point 160,3 is outside the image, which is 160x96'),
+        (['--detection', '100'], 'detection 100 does not exist; expected 0'),
         (
             ['--layer', 'decoder.layers.9'],
-            'no layer is called decoder.layers.9; there are backbone.stages.0.blocks.0.attn',
+            'no layer matches decoder.layers.9; the layers are backbone.stages.0.blocks.0.attn',
         ),
         (['--score-thr', '2'], '--score-thr is 2.0, but a number from 0 to 1 is needed'),
         (['--config', 'none.py'], 'the config none.py does not exist'),
