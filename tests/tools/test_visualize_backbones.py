@@ -79,7 +79,7 @@ def detector(request, tmp_path_factory):
 @pytest.fixture
 def page(detector, tmp_path, monkeypatch):
     """What the page of ``--query 50,20 --layer all`` shows; the pictures are drawn for the first layer alone."""
-    from msda_plugin.visualization import attention_picture as drawing
+    from msda_plugin.visualization import attention_figure as drawing
 
     drawn = []
     monkeypatch.setattr(

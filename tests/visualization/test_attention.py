@@ -137,7 +137,7 @@ def test_deformed_attention_reproduces_the_layer(version, positional):
         output, points = layer(x, return_points=True)
     (record,) = recording.records
     torch.testing.assert_close(record.inputs.points.positions, points.positions)
-    # The sampled values, by hand: bilinear, -1 and 1 at the centres of the border pixels.
+    # The sampled values, by hand: bilinear, -1 and 1 at the centers of the border pixels.
     grid = points.positions.flatten(0, 1).flip(-1)
     sampled = torch.nn.functional.grid_sample(x.reshape(4, 16, 8, 10), grid, align_corners=True).reshape(2, 32, -1)
     value = layer.value(sampled.transpose(1, 2)).unflatten(2, (4, 8))
@@ -176,7 +176,7 @@ def test_locations_of_known_offsets_in_a_resized_and_padded_image():
     recording = run_encoder(make_encoder(), torch.tensor([[192 / 256, 160 / 192]] * 2)[None])
     query = recording.at_point((34.9, 21), make_sample())
     (view,) = query.layers
-    # The network sees twice the size: (69.8, 42) lies in column 8, row 5 of level 0, whose centre is 68, 44 there.
+    # The network sees twice the size: (69.8, 42) lies in column 8, row 5 of level 0, whose center is 68, 44 there.
     assert view.query == 'encoder query 168: level 0, row 5, column 8'
     np.testing.assert_allclose(view.at, (34, 22), atol=1e-4)
     # Offsets of 3, -1 pixels of stride 8, and of -2, 1.5 pixels of stride 16, halved.
