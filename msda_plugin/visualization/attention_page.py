@@ -371,7 +371,7 @@ function drawLegend(layer, samples, largest, query) {
     const share = of.reduce((sum, sample) => sum + sample.weight * sample.heads, 0) / total;
     const d = layer.cells ? shapes[1](7) : shapes[byHead ? 0 : index % shapes.length](7);
     item(svg('path', {d, fill: colorOf(of[0]), stroke: style.ink}),
-         `${byHead ? `head ${index}` : layer.levels[index]}: ${(100 * share).toFixed(0)} % of the weight shown`);
+         `${byHead ? `head ${index}` : layer.levels[index]}: ${(100 * share).toFixed(0)}% of the shown weight`);
   }
   for (const share of [1, 0.3, 0.05]) {
     const mark = layer.cells ? {d: shapes[1](8), 'fill-opacity': 0.75 * share}
