@@ -530,7 +530,7 @@ def _record_sampled(
 ) -> None:
     inputs = SAMPLED_SIGNATURE.bind(module, *args, **kwargs).arguments
     inputs |= inputs.pop('kwargs', {})
-    # mmcv's layer has no such method, but everything that ours needs.
+    # mmcv's layer lacks this method but has all the attributes that it uses.
     method = getattr(type(module), 'sampling', MultiScaleDeformableAttention.sampling)
     sampling = method(**inputs)
     shapes = sampling.spatial_shapes
