@@ -98,8 +98,8 @@ class DeformableMultiHeadAttention(BaseModule):
         num_heads: number of heads; a multiple of ``num_groups``.
         num_groups: number of channel groups; each has its own points.
         map_size: (H, W), or the side, of the map that the table is made for; used by 'rpe_table' and 'fixed_pe' only.
-        kernel_size: of the offset network's depthwise convolution.
-        stride: of the offset network's depthwise convolution: pixels per point along each axis.
+        kernel_size: kernel size of the offset network's depthwise convolution.
+        stride: stride of the same convolution: pixels per point along each axis.
         offset_range_factor: the largest offset, in offset units. 0 disables the offsets in 'v2', and leaves them
             unlimited in 'v1'. Below 0 the offsets are unlimited, and the positions are limited to the map.
         positional: one of ``POSITIONAL_MODES``.
