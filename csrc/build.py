@@ -169,9 +169,12 @@ class _Builder:
         ]
         cuda = []
         if self.nvcc:
+            codes = self.cuda_codes()
+            gencodes = [f'-gencode=arch={code.replace("sm", "compute")},code={code}' for code in codes]
+            named = f'-DMSDA_CUDA_ARCHITECTURES={"+".join(codes)}'
             cuda = [
-                self.compile_cuda('cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *self.cuda_codes()]),
-                self.compile_cuda('cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', *binding]),
+                self.compile_cuda('cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *gencodes]),
+                self.compile_cuda('cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', named, *binding]),
             ]
         # The longest first, so that two jobs end together.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -202,14 +205,14 @@ class _Builder:
         ], target
 
     def cuda_codes(self) -> list[str]:
+        """Machine code for each architecture (``sm_90``), and PTX for the last (``compute_120``)."""
         if os.environ.get('MSDA_CUDA_ARCHS'):
             listed = re.split(r'[;, ]+', os.environ['MSDA_CUDA_ARCHS'].strip('; ,'))
             archs = sorted(int(arch.replace('.', '')) for arch in listed)
         else:
             supported = set(re.findall(r'compute_(\d+)', self.execute([self.nvcc, '--list-gpu-arch'])))
             archs = [arch for arch in CUDA_ARCHS if str(arch) in supported]
-        codes = [f'-gencode=arch=compute_{arch},code=sm_{arch}' for arch in archs]
-        return [*codes, f'-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}']
+        return [*(f'sm_{arch}' for arch in archs), f'compute_{archs[-1]}']
 
     def link(self, name: str, objects: list[Path], flags: list[str]) -> Path:
         # The library must name torch's library, whether or not Python has loaded it first.

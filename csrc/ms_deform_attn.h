@@ -37,8 +37,8 @@ struct Gradients {
   void *value, *reference_points, *coordinates, *weights;
 };
 
-// The arithmetic below is written for one sample, or for a vector of samples (GCC's vector extension): A is then a vector
-// of floats and I one of integers. ScalarOf names the type of a vector's elements.
+// The arithmetic below is written for one sample, or for a vector of samples (GCC's vector extension): A is then a
+// vector of floats and I one of integers. ScalarOf names the type of a vector's elements.
 template <class A>
 struct ScalarOf {
   using type = A;
@@ -70,8 +70,9 @@ MSDA_INLINE A pixel_of_box(A centre, A extent, A offset, A unit, A size) {  // u
   return (centre + offset * extent * unit) * size - Scalar<A>(0.5);
 }
 
-// The 2x2 neighbourhood of a position: its first row and column, and the fractions of the way to the next ones. Where no
-// neighbour is a pixel of the level, or the position is not a number, none of the four exists and the fractions are 0.
+// The 2x2 neighbourhood of a position: its first row and column, and the fractions of the way to the next ones. Where
+// no neighbour is a pixel of the level, or the position is not a number, none of the four exists and the fractions are
+// 0.
 template <class A, class I>
 struct Cell {
   I row, column;

@@ -1,14 +1,14 @@
 // What the CUDA kernels share: number types, memory access, sums over a group of lanes, and samples.
 #pragma once
 
-#include "ms_deform_attn.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+
+#include "ms_deform_attn.h"
 
 #ifndef MSDA_EMULATED
 #define MSDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

@@ -22,8 +22,8 @@ int64_t sort_elements(const Problem& problem);
 
 cudaError_t forward(const Problem& problem, void* output, cudaStream_t stream);
 
-// Without `deterministic`, the gradient of the value is summed by atomics, in Scratch::value if that is given (the caller
-// converts it), else in Gradients::value. The other gradients are bitwise repeatable always.
+// Without `deterministic`, the gradient of the value is summed by atomics, in Scratch::value if that is given (the
+// caller converts it), else in Gradients::value. The other gradients are bitwise repeatable always.
 cudaError_t backward(const Problem& problem, const Gradients& gradients, const Scratch& scratch, bool deterministic,
                      cudaStream_t stream);
 

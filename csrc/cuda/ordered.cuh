@@ -3,9 +3,9 @@
 // pixels' runs of samples, gathered by one warp: no atomics, and every element is written once.
 #pragma once
 
-#include "common.cuh"
-
 #include <utility>
+
+#include "common.cuh"
 
 namespace msda::cuda {
 namespace {
@@ -15,12 +15,12 @@ constexpr int kSortWarps = kThreads / 32, kSortRounds = 8, kSortItems = kThreads
 
 // Items of all segments (a segment is an image and head), in the order (segment, item); see Scratch::sort.
 struct SortBuffers {
-  int32_t *keys, *indices;        // (segments, items)
+  int32_t *keys, *indices;            // (segments, items)
   int32_t *next_keys, *next_indices;  // the same, after a pass
-  int32_t* counts;                // (segments, chunks, digits): of a digit in a chunk
-  int32_t* before;                // the same: of a digit in earlier chunks
-  int32_t* smaller;               // (segments, digits): of smaller digits
-  int32_t* begins;                // (segments, keys + 1): the first item that has this key or a larger one
+  int32_t* counts;                    // (segments, chunks, digits): of a digit in a chunk
+  int32_t* before;                    // the same: of a digit in earlier chunks
+  int32_t* smaller;                   // (segments, digits): of smaller digits
+  int32_t* begins;                    // (segments, keys + 1): the first item that has this key or a larger one
   int64_t segments;
   int32_t items, chunks;
 
@@ -247,8 +247,7 @@ cudaError_t ordered_value_gradient(const Problem& p, const Gradients& g, const S
                                    cudaStream_t stream) {
   using A = typename AccumulatorOf<T>::type;
   if (p.batch * p.keys == 0) return cudaSuccess;
-  if (p.queries == 0)
-    return cudaMemsetAsync(g.value, 0, p.batch * p.keys * p.heads * p.channels * sizeof(T), stream);
+  if (p.queries == 0) return cudaMemsetAsync(g.value, 0, p.batch * p.keys * p.heads * p.channels * sizeof(T), stream);
   SortBuffers buffers(p, scratch.sort);
   MSDA_LAUNCH((keys_kernel<A, C>), dim3(static_cast<unsigned>(buffers.segments * buffers.chunks)), dim3(kThreads), 0,
               stream, p, buffers);

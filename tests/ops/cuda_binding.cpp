@@ -4,6 +4,7 @@
 
 #include "../../csrc/binding.h"
 
+#define MSDA_CUDA_ARCHITECTURES sm_90 + compute_90
 #define CUDA CPU  // the dispatch key that the binding registers for
 #include "../../csrc/cuda/binding.cpp"
 #undef CUDA

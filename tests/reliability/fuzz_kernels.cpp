@@ -16,10 +16,10 @@
 
 #define MSDA_STRING_(x) #x
 #define MSDA_STRING(x) MSDA_STRING_(x)
-#define MSDA_STUB(isa)                                                                     \
-  namespace msda::isa {                                                                    \
-  void forward(const Problem&, void*, const cpu::Pool&) { std::abort(); }                  \
-  void backward(const Problem&, const Gradients&, const cpu::Pool&) { std::abort(); }      \
+#define MSDA_STUB(isa)                                                                \
+  namespace msda::isa {                                                               \
+  void forward(const Problem&, void*, const cpu::Pool&) { std::abort(); }             \
+  void backward(const Problem&, const Gradients&, const cpu::Pool&) { std::abort(); } \
   }
 #ifdef __x86_64__
 #ifndef MSDA_FUZZ_avx512
@@ -37,6 +37,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Operators = msda::Operators<msda::cpu::Backend>;
 
 class Bytes {
  public:
@@ -108,8 +109,10 @@ class Arrays {
         if (odd) bits = state;
         if (type == ScalarType::Float) std::memcpy(target + 4 * i, &bits, 4);
         // The upper half of a float is a bfloat16, and some number as a float16.
-        else if (const auto half = static_cast<uint16_t>(bits >> 16)) std::memcpy(target + 2 * i, &half, 2);
-        else std::memset(target + 2 * i, 0, 2);
+        else if (const auto half = static_cast<uint16_t>(bits >> 16))
+          std::memcpy(target + 2 * i, &half, 2);
+        else
+          std::memset(target + 2 * i, 0, 2);
       }
     }
   }
@@ -140,8 +143,8 @@ void run(Bytes& bytes) {
     starts.push_back(keys);
     keys += height * width;
   }
-  constexpr int64_t kOdd[] = {
-      0, -1, 1, 1 << 16, int64_t{1} << 31, int64_t{1} << 32, int64_t{1} << 62, INT64_MIN, INT64_MAX};
+  constexpr int64_t kOdd[] = {0,         -1,       1, 1 << 16, int64_t{1} << 31, int64_t{1} << 32, int64_t{1} << 62,
+                              INT64_MIN, INT64_MAX};
   if (bytes.rarely()) shapes[static_cast<size_t>(bytes.below(2 * levels))] = kOdd[bytes.below(9)];
   if (bytes.rarely()) starts[static_cast<size_t>(bytes.below(levels))] = kOdd[bytes.below(9)];
 
@@ -155,12 +158,12 @@ void run(Bytes& bytes) {
   const Tensor weights = arrays.make({batch, queries, heads, levels, points}, coordinate_type);
   const Tensor grad = arrays.make({batch, queries, heads * channels}, type);
   if (bytes.below(3) == 0) {
-    msda::cpu::ms_deform_attn(value, spatial_shapes, level_start_index, coordinates, weights, true);
-    msda::cpu::ms_deform_attn_backward(grad, value, spatial_shapes, level_start_index, coordinates, weights, true);
+    Operators::ms_deform_attn(value, spatial_shapes, level_start_index, coordinates, weights, true);
+    Operators::ms_deform_attn_backward(grad, value, spatial_shapes, level_start_index, coordinates, weights, true);
   } else {
     const Tensor references = arrays.make({batch, queries, levels, bytes.below(2) ? 4 : 2}, coordinate_type);
-    msda::cpu::ms_deform_attn_fused(value, spatial_shapes, level_start_index, references, coordinates, weights, true);
-    msda::cpu::ms_deform_attn_fused_backward(grad, value, spatial_shapes, level_start_index, references, coordinates,
+    Operators::ms_deform_attn_fused(value, spatial_shapes, level_start_index, references, coordinates, weights, true);
+    Operators::ms_deform_attn_fused_backward(grad, value, spatial_shapes, level_start_index, references, coordinates,
                                              weights, true);
   }
 }
