@@ -23,6 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).resolve().parent
+sys.path.insert(0, str(SOURCE_DIR.parent))
+from msda_plugin.tools.common.nvcc import find_nvcc  # noqa: E402
+
 DEFAULT_OUT = SOURCE_DIR.parent / 'msda_plugin' / 'ops' / 'lib'
 TORCH_MINIMUM = (2, 10)
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -133,16 +136,6 @@ def find_compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise CompilerNotFound('no C++ compiler was found: install g++ >= 10 or clang >= 14, or set CXX')
-
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler: ``NVCC``, that of ``CUDA_HOME`` or ``CUDA_PATH``, on PATH, or in its usual place; or None."""
-    homes = [Path(os.environ[key]) / 'bin' / 'nvcc' for key in ('CUDA_HOME', 'CUDA_PATH') if os.environ.get(key)]
-    for candidate in (os.environ.get('NVCC'), *homes, 'nvcc', '/usr/local/cuda/bin/nvcc'):
-        found = shutil.which(str(candidate)) if candidate else None
-        if found:
-            return found
-    return None
 
 
 class _Builder:
