@@ -1,5 +1,5 @@
-// From tensors to the kernels' arguments, for every backend. Checks here keep memory safe whoever calls the operator;
-// the checks that explain themselves are in msda_plugin/ops/checks.py.
+// Converts tensors to the kernels' arguments and registers the operators, for every backend. The checks here keep
+// memory safe for callers of torch.ops.msda; msda_plugin/ops/checks.py has the checks with helpful messages.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

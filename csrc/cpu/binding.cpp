@@ -1,4 +1,4 @@
-// Registers the CPU kernels with torch's dispatcher, by way of the stable ABI.
+// Registers the CPU kernels with torch's dispatcher through the stable ABI.
 #include "../binding.h"
 
 #include "ms_deform_attn.h"

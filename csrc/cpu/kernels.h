@@ -1,14 +1,14 @@
-// The kernels, compiled once per instruction set (MSDA_ISA names it).
+// The CPU kernels, compiled once per instruction set (MSDA_ISA is its name).
 //
-// Samples are handled in tiles: some queries of one image and head. A tile is planned first (addresses and weights of
-// the four corners of every sample, in loops that vectorise over samples) and then gathered (vectors over channels).
-// Where the rows of an image and head are visited often, they are packed into a scratch of the size of these rows: in
-// `value` they lie heads * channels apart, and would share few sets of the caches. Packed levels have a border of
-// zeros, so that the four corners of a sample always exist and are found from one address.
+// Samples are processed in tiles: the samples of a few queries of one image and head. A tile is planned first (rows and
+// weights of the four corners of every sample, in loops that vectorize over samples) and then gathered (in vectors of
+// channels). If the rows of an image and head are visited often, they are packed into scratch memory first: in `value`
+// they are heads * channels apart and would share few cache sets. Packed levels have a border of zeros, so the four
+// corners of a sample always exist and are found from one address.
 //
-// Backward: coordinates and weights in one pass over tiles, like forward; the value in a second pass, in which a task
-// owns the rows of its image, head and levels, and visits all queries in order. So nothing is atomic, and the sums do
-// not depend on the number of threads.
+// Backward: one pass over tiles computes the gradients of coordinates and weights, like forward. A second pass computes
+// the gradient of the value: each task owns the rows of its image, head and levels, and visits all queries in order. So
+// there are no atomics, and the sums do not depend on the number of threads.
 #pragma once
 
 #include "../ms_deform_attn.h"
@@ -21,9 +21,9 @@
 namespace msda::MSDA_ISA {
 namespace {
 
-constexpr int64_t kStreamedBytes = int64_t{8} << 20;  // an output as large as this leaves the caches before it is read
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;  // larger outputs leave the caches before they are read
 
-// Runs body(begin, end) over `count` tasks of some number of multiplications each; small work stays on one thread.
+// Runs body(begin, end) over `count` tasks of `work` multiplications each. Small work stays on one thread.
 constexpr int64_t kWorkPerThread = int64_t{1} << 17;
 template <class F>
 void run(const cpu::Pool& pool, int64_t count, int64_t work, const F& body) {
@@ -34,7 +34,7 @@ void run(const cpu::Pool& pool, int64_t count, int64_t work, const F& body) {
       const_cast<F*>(&body));
 }
 
-// Calls f with the number of vectors at a time that suits: f(Count<V>, first channel), V from 1 to 4.
+// Calls f(Count<V>, first channel) for all channels, V = 1 to 4 vectors at a time.
 template <int V>
 struct Count {
   static constexpr int value = V;
@@ -122,8 +122,8 @@ inline void scatter(const Tile<A, C>& tile, int64_t first, char* base, int64_t s
   });
 }
 
-// Calls f(image, head, query, count) for the tiles of [begin, end). With `by_head` all tiles of an image and head come
-// one after another; else all heads of a few queries.
+// Calls f(image, head, query, count) for the tiles of [begin, end). With `by_head`, all tiles of an image and head are
+// consecutive; otherwise, all heads of a few queries are.
 template <class F>
 inline void for_tiles(const Problem& p, int64_t capacity, bool by_head, int64_t query_begin, int64_t query_end,
                       int64_t begin, int64_t end, const F& f) {
@@ -140,7 +140,8 @@ template <class T, class C>
 struct Kernels {
   using A = Accumulator<T>;
 
-  // Packing pays when the corners to visit outnumber the rows; the gather also needs whole vectors.
+  // Packing pays off if the corners to visit outnumber the rows. It is needed if the channels do not fill whole
+  // vectors.
   static bool packs(const Problem& p) {
     return padded_channels<A>(p) != p.channels || p.queries * p.samples() * 4 > 2 * p.keys;
   }
@@ -198,8 +199,8 @@ struct Kernels {
       coordinate_gradients(p, g, 0, p.queries, nullptr, pool);
       return;
     }
-    // The gradient of a reference point sums over heads, and heads run in parallel: each writes its own part, for as
-    // many queries at a time as keeps the parts small.
+    // The gradient of a reference point is a sum over heads, which run in parallel: each head writes its own part. The
+    // queries are processed in blocks that keep the parts small.
     const int64_t step = max_of(64, (int64_t{1} << 18) / max_of(1, p.batch * p.heads));
     const int64_t features = p.levels * p.reference_size;
     Buffer<A> parts(p.batch * p.heads * min_of(step, p.queries) * features);
@@ -236,7 +237,7 @@ struct Kernels {
           else
             dot<T, false>(tile, first, rows, padded, grad.get(), dots.get());
           sample_gradients(tile, first, dots, grad_weight, grad_pixel);
-          chain(p, tile, first, grad_weight, grad_pixel, grad_xy);
+          chain_rule(p, tile, first, grad_weight, grad_pixel, grad_xy);
           const int64_t unit = (image * p.queries + query + i) * p.heads + head;
           narrow(grad_weight, static_cast<C*>(g.weights) + unit * samples, samples);
           narrow(grad_xy, static_cast<C*>(g.coordinates) + unit * samples * 2, 2 * samples);
@@ -250,7 +251,7 @@ struct Kernels {
     });
   }
 
-  // With respect to the attention weights, and to the positions in pixels.
+  // Gradients with respect to the attention weights and to the positions in pixels.
   static void sample_gradients(const Tile<A, C>& tile, int64_t first, const A* __restrict dots,
                                A* __restrict grad_weight, A* __restrict grad_pixel) {
     const A *down = tile.down + first, *right = tile.right + first, *weight = tile.weight + first;
@@ -264,9 +265,9 @@ struct Kernels {
     }
   }
 
-  // On to the operator's own arguments: locations or offsets, and logits.
-  static void chain(const Problem& p, const Tile<A, C>& tile, int64_t first, A* __restrict grad_weight,
-                    const A* __restrict grad_pixel, A* __restrict grad_xy) {
+  // Gradients with respect to the operator's arguments: locations or offsets, and logits.
+  static void chain_rule(const Problem& p, const Tile<A, C>& tile, int64_t first, A* __restrict grad_weight,
+                         const A* __restrict grad_pixel, A* __restrict grad_xy) {
     const int32_t *width = tile.width + first, *height = tile.height + first, *inside = tile.inside + first;
     const int64_t samples = tile.samples;
     if (p.reference_size != 2) {
@@ -329,7 +330,7 @@ struct Kernels {
   }
 
   static void value_gradient(const Problem& p, const Gradients& g, const cpu::Pool& pool) {
-    // One level per task where whole heads would leave threads idle.
+    // One level per task if there are fewer heads than threads.
     const bool by_level = p.batch * p.heads < pool.threads;
     const int64_t ranges = by_level ? p.levels : 1;
     const Layout layout(p, true);

@@ -13,9 +13,9 @@ int64_t padded_channels(const Problem& p) {
   return ceil_div(p.channels, kLanes<A>) * kLanes<A>;
 }
 
-// Where the pixels of the levels lie, counted in rows of channels: as in `value`, or packed. A packed level has a row
-// of zeros above and below, and in each of its rows a zero in front of the first pixel, which also ends the row before.
-// One more zero precedes the first level and one follows the last.
+// The positions of the levels' pixels, counted in rows of channels: as in `value`, or packed. A packed level has a row
+// of zeros above and below. Each of its rows starts with a zero, which also ends the row before. One more zero precedes
+// the first level, and one follows the last.
 struct Level {
   int64_t key;                           // of the first pixel, in `value`
   int32_t height, width, origin, pitch;  // origin: of the first pixel; pitch: from a pixel to the one below
@@ -47,7 +47,8 @@ class Layout {
   Buffer<Level> levels;
 };
 
-// What packed rows hold: bfloat16 is widened once, for it takes more work to widen at every visit than to read it.
+// The type of packed rows. bfloat16 is widened once while packing, since widening at every visit would cost more than
+// reading twice the bytes.
 template <class T>
 struct PackedOf {
   using type = T;
@@ -59,7 +60,7 @@ struct PackedOf<BFloat16> {
 template <class T>
 using Packed = typename PackedOf<T>::type;
 
-// The rows of `value` of one image and head, where the gather reads them: packed, of type Packed<T>, or in place.
+// The rows of `value` of one image and head, as the gather reads them: packed with type Packed<T>, or in place.
 template <class T>
 class Rows {
  public:

@@ -21,7 +21,7 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Uninitialized memory. A large one asks for huge pages: it is read at random, and takes few page faults.
+// Uninitialized memory. Large buffers request huge pages, since they are read at random and cause fewer page faults.
 template <class E>
 class Buffer {
  public:
@@ -32,7 +32,7 @@ class Buffer {
     data_ = static_cast<E*>(std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(bytes)));
     if (data_ == nullptr) throw std::bad_alloc();
 #ifdef __linux__
-    if (alignment == kHugePage) madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a wish: it may fail
+    if (alignment == kHugePage) madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // optional: it may fail
 #endif
   }
   ~Buffer() { std::free(data_); }
@@ -45,9 +45,9 @@ class Buffer {
   E* data_;
 };
 
-// kLevel: 2 into the second-level cache, which has more reads under way at a time than the first; 0 past it, for memory
-// that is visited once and should not take the place of the rows of `value` there. Always inlined, like what calls it:
-// GCC takes a function that only prefetches for one without effect, and drops the call.
+// kLevel 2 prefetches into the L2 cache, which keeps more reads in flight than L1. kLevel 0 bypasses it, for memory
+// that is read once and should not evict the rows of `value`. This function and its callers are always inlined: GCC
+// considers a function that only prefetches to have no effect, and drops the call.
 template <int kLevel, bool kForWriting = false>
 MSDA_INLINE void prefetch(const void* address, int64_t bytes) {
   const char* lines = static_cast<const char*>(address);

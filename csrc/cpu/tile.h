@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kTileSamples = 64;
 
-// The samples of some queries of one image and head, on a range of levels. A: accumulation, C: coordinate type.
+// The samples of some queries of one image and head on a range of levels. A is the accumulation type, C that of the
+// coordinates.
 template <class A, class C>
 class Tile {
  public:
@@ -27,7 +28,7 @@ class Tile {
       width[s] = level.width;
       start_[s] = level.origin;
       pitch_[s] = level.pitch;
-      x_[s] = y_[s] = weight[s] = 0;  // the last ones may belong to no query
+      x_[s] = y_[s] = weight[s] = 0;  // the last samples may be padding
     }
     std::memset(logits_, 0, sizeof(A) * (capacity * p.samples() + kLanes<A>));
   }
@@ -38,7 +39,7 @@ class Tile {
       const int64_t unit = (image * p_.queries + query + i) * p_.heads + head;
       widen(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + first_), raw + 2 * i * samples, 2 * samples);
       const C* weights = static_cast<const C*>(p_.weights) + unit * all;
-      const int64_t ahead = count * p_.heads * all;  // in the next tile: far enough apart that only we see the pattern
+      const int64_t ahead = count * p_.heads * all;  // in the next tile; hardware prefetchers miss this stride
       prefetch<0>(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + ahead + first_), 2 * samples * sizeof(C));
       prefetch<0>(weights + ahead + first_, samples * sizeof(C));
       if (p_.reference_size == 0)
@@ -48,22 +49,22 @@ class Tile {
     }
     if (p_.reference_size != 0) softmax(count);
     positions(image * p_.queries + query, count);
-    neighbours(total);
+    neighbors(total);
   }
 
   const int64_t samples, capacity, size;  // per query; queries; in all, rounded up to whole vectors
   Buffer<A> corner;                       // [size][4]: weights of the corners, times the attention weight
-  // Their rows. Packed, [size][2]: the upper and the lower left one, each followed by the right one. In place,
-  // [size][4], and -1 where there is no corner.
+  // Rows of the corners. Packed, [size][2]: the upper left and the lower left one, each followed by the right one. In
+  // place, [size][4], with -1 for a missing corner.
   Buffer<int32_t> row;
   Buffer<A> weight, down, right;
   Buffer<int32_t> inside, width, height;
-  Buffer<A> raw;     // [size][2]: coordinates as they came
+  Buffer<A> raw;     // [size][2]: the given coordinates
   Buffer<A> origin;  // [reference_size][size]: reference point or box of each sample
 
  private:
-  // `weight` from logits_, which holds all logits of `count` queries. Exponentials are taken of the whole tile, for a
-  // query may have few.
+  // `weight` from logits_, which holds all logits of `count` queries. The exponentials are computed for the whole tile
+  // at once, since one query may have few.
   void softmax(int64_t count) {
     const int64_t all = p_.samples(), total = count * all;
     for (int64_t i = 0; i < count; ++i) {
@@ -100,7 +101,7 @@ class Tile {
           A reference;
           widen(references + l * features + f, &reference, 1);
           A* target = origin + f * size + s;
-          if (p_.points == 4) {  // known to the compiler
+          if (p_.points == 4) {  // a constant, for the compiler
             for (int k = 0; k < 4; ++k) target[k] = reference;
           } else {
             for (int64_t k = 0; k < p_.points; ++k) target[k] = reference;
@@ -125,7 +126,7 @@ class Tile {
     }
   }
 
-  void neighbours(int64_t total) {
+  void neighbors(int64_t total) {
     using I = Integers<A>;
     for (int64_t s = 0; s < total; s += kLanes<A>) {
       const I h = load_integers<A>(height + s), w = load_integers<A>(width + s);
@@ -139,7 +140,7 @@ class Tile {
       for (int i = 0; i < 4; ++i) weights[i] = corner_weight(cell.down, cell.right, i) * attention;
       store_interleaved<A>(corner + 4 * s, weights);
       if (packed_) {
-        cell.row = cell.row < -1 ? I{} - 1 : cell.row;  // an excluded sample lies in the border
+        cell.row = cell.row < -1 ? I{} - 1 : cell.row;  // excluded samples lie in the border
         const I rows[2] = {corner_key(cell, 0, start, pitch), corner_key(cell, 2, start, pitch)};
         store_interleaved<A>(row + 2 * s, rows);
       } else {
@@ -153,13 +154,13 @@ class Tile {
 
   const Problem& p_;
   const bool packed_;
-  const int64_t first_;  // sample of the query at which the range of levels begins
+  const int64_t first_;  // the query's sample at which the range of levels begins
   Buffer<A> x_, y_;
   Buffer<int32_t> start_, pitch_;
   Buffer<A> logits_;
 };
 
-// Where the rows of a sample's corners begin: `rows` as in Tile, `stride` and `missing` in bytes as in Rows.
+// The offset of the row of corner i of a sample: `rows` as in Tile, `stride` and `missing` in bytes as in Rows.
 template <bool kPacked>
 inline int64_t corner_offset(const int32_t* rows, int i, int64_t stride, int64_t missing) {
   if constexpr (kPacked) return rows[i / 2] * stride + (i % 2) * stride;
@@ -168,7 +169,8 @@ inline int64_t corner_offset(const int32_t* rows, int i, int64_t stride, int64_t
 template <bool kPacked>
 constexpr int kRowsPerSample = kPacked ? 2 : 4;
 
-// Asks for the corner rows of a tile in place, which lie apart in a memory that is often larger than the caches.
+// Prefetches the corner rows of a tile that are read in place. They are scattered over memory that is often larger than
+// the caches.
 template <class T, class A, class C>
 MSDA_INLINE void prefetch_rows(const Tile<A, C>& tile, int64_t count, const Rows<T>& rows, int64_t bytes) {
   for (int64_t i = 0; i < count * tile.samples * kRowsPerSample<false>; ++i)

@@ -1,4 +1,4 @@
-// Registers the CUDA kernels with torch's dispatcher, by way of the stable ABI.
+// Registers the CUDA kernels with torch's dispatcher through the stable ABI.
 #include "../binding.h"
 
 #include <cuda_runtime_api.h>

@@ -1,9 +1,9 @@
 // CUDA kernels of multi-scale deformable attention.
 //
-// A unit is one query of one head; a group of 2^k <= 32 lanes of a warp serves a unit, and a block serves units of one
-// image and head, so that neighbouring queries share the L1 cache. The lanes of a group first plan samples in parallel
-// (cells and attention weights, 16 bytes a sample in shared memory), then run through them together, each lane with 16
-// bytes of channels. Groups never wait for one another: warp-level synchronisation is all there is.
+// A unit is one query of one head. A group of 2^k <= 32 lanes of a warp computes a unit, and a block computes units of
+// one image and head, so that neighboring queries share the L1 cache. The lanes of a group first plan samples in
+// parallel (cells and attention weights, 16 bytes per sample in shared memory), then process each sample together, each
+// lane with 16 bytes of channels. All synchronization is within a warp.
 #include "common.cuh"
 #include "ms_deform_attn.h"
 #include "ordered.cuh"
@@ -21,12 +21,12 @@ constexpr int kBand = 8;                 // rows of pixels, see query_of
 constexpr int kSharedBytes = 48 * 1024;  // every device grants these by default
 constexpr int kManyBlocks = 1024;        // blocks are made smaller where there are fewer
 
-// A planned sample. Its first corner is the cell's first pixel within the level, so that along each axis either both
-// neighbours exist, and the fraction is the weight of the second, or only the first does, and the fraction is minus its
-// weight (and negative zero if that is zero).
+// A planned sample. Its first corner is the cell's first pixel inside the level. Along each axis, either both neighbors
+// exist and the fraction is the weight of the second, or only the first exists and the fraction is minus its weight
+// (negative zero for a weight of zero).
 template <class A>
 struct alignas(16) Sample {
-  int32_t key;  // of the first corner; -1: there is none
+  int32_t key;  // of the first corner; -1 if there is none
   A down, right, weight;
 };
 
@@ -42,7 +42,7 @@ __device__ __forceinline__ Sample<A> sample_of(const Cell<A, int32_t>& cell, con
           within(cell.column, cell.right, shape.width), weight};
 }
 
-// What a lane reads of a sample, corner by corner: (first, first), (first, second), (second, first), (second, second).
+// The corners of a sample (row, column): (first, first), (first, second), (second, first), (second, second).
 template <class A>
 struct Corners {
   bool exists[4];
@@ -50,12 +50,12 @@ struct Corners {
   A weight[4];
 
   __device__ __forceinline__ Corners(const Sample<A>& sample, int32_t width) {
-    const bool below = !std::signbit(sample.down), beside = !std::signbit(sample.right);
+    const bool below = !std::signbit(sample.down), next = !std::signbit(sample.right);
     const A row[2] = {(below ? A(1) - sample.down : -sample.down) * sample.weight, sample.down * sample.weight};
-    const A column[2] = {beside ? A(1) - sample.right : -sample.right, sample.right};
+    const A column[2] = {next ? A(1) - sample.right : -sample.right, sample.right};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      exists[i] = sample.key >= 0 && (below || i / 2 == 0) && (beside || i % 2 == 0);
+      exists[i] = sample.key >= 0 && (below || i / 2 == 0) && (next || i % 2 == 0);
       key[i] = sample.key + i / 2 * width + i % 2;
       weight[i] = row[i / 2] * column[i % 2];
     }
@@ -72,8 +72,8 @@ __device__ __forceinline__ SampleGradient<A> gradient_of(const Cell<A, int32_t>&
                          left ? A(0) : lower_left, up ? upper_right : (left ? d2 : d3));
 }
 
-// The query at a position in the order in which blocks take them. The queries of an encoder are the pixels: they are
-// taken in bands of rows, column by column, so that a block's are close together in both directions. Others: in order.
+// The query at a position in the order in which blocks process them. The queries of an encoder are the pixels: they are
+// processed in bands of rows, column by column, so that those of a block are close together.
 __device__ __forceinline__ int32_t query_of(const Problem& p, int32_t position) {
   if (p.queries != p.keys) return position;
   const int32_t queries = static_cast<int32_t>(p.queries);
@@ -93,7 +93,7 @@ __device__ __forceinline__ int32_t query_of(const Problem& p, int32_t position) 
   return position;
 }
 
-// What a lane knows about its unit. `row` counts (image, query), `index` (image, query, head), as the tensors do.
+// The unit of a lane. `row` counts (image, query) and `index` counts (image, query, head), as in the tensors.
 struct Unit {
   int32_t image, query, head;
   int64_t row, index;
@@ -113,7 +113,7 @@ __device__ __forceinline__ Unit unit_of(const Problem& p, unsigned tiles) {
   return unit;
 }
 
-// The softmax of a unit's logits, or its weights as they are.
+// The attention weights of a unit: the softmax of its logits, or the given weights.
 template <class A, class C>
 struct Attention {
   const C* source;
@@ -141,8 +141,8 @@ struct Attention {
   }
 };
 
-// How many samples are planned at a time, and what a unit takes of the shared memory: padded, so that the groups of a
-// warp use different banks.
+// The number of samples planned at a time, and a unit's shared memory, padded so that the groups of a warp use
+// different banks.
 MSDA_INLINE int chunk_of(const Problem& p) { return static_cast<int>(p.samples() < kChunk ? p.samples() : kChunk); }
 template <class A>
 MSDA_INLINE int samples_per_unit(const Problem& p) {
@@ -164,7 +164,7 @@ __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const A
     if (unit.valid) {
       const int s = first + i;
       while (static_cast<unsigned>(s) >= (level + 1) * points) ++level;
-      const A weight = attention(s);  // first: so that its load and those of the cell are in flight together
+      const A weight = attention(s);  // first, so that its load overlaps with those of the cell
       const Level shape = level_of(p, level);
       sample = sample_of(cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, shape), shape, weight);
     }
@@ -172,8 +172,7 @@ __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const A
   }
 }
 
-// Calls f(i, width of its level) for sample first + i, i < count; kTogether of them have their loads in flight
-// together.
+// Calls f(i, width of its level) for sample first + i, i < count. The loads of kTogether samples overlap.
 template <int kTogether, class F>
 __device__ __forceinline__ void for_each_sample(const Problem& p, int first, int count, const F& f) {
   const int points = static_cast<int>(p.points);
@@ -221,7 +220,7 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
   }
 }
 
-// Sums over a group: of four numbers in log2(lanes) + 2 exchanges, as each lane hands on those that others sum up.
+// Sums four numbers over a group in log2(lanes) + 2 shuffles: each lane passes on the numbers that other lanes sum.
 template <class A>
 __device__ __forceinline__ void store_group_sums(const A (&x)[4], int lanes, A* target) {
   if (lanes < 4) {
@@ -249,7 +248,7 @@ struct Chunk {
   int first, count;
 };
 
-// The gradient of the output at the channels of a lane, which stays in registers if the lanes cover all channels.
+// The gradient of the output at the channels of a lane. It stays in registers if the lanes cover all channels.
 template <class T, int N>
 struct OutputGradient {
   using A = typename AccumulatorOf<T>::type;
@@ -380,8 +379,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T* rows = static_cast<const T*>(p.value) + base;
   OutputGradient<T, N> grad(p, g, unit);
 
-  // The gradient of a logit needs the mean of the weights' gradients over all samples of the unit. If they are not all
-  // planned at once, a pass before finds it.
+  // The gradient of a logit needs the mean of the weights' gradients over all samples of the unit. If these do not fit
+  // in one chunk, a first pass computes it.
   A mean = 0;
   const bool several = all > kChunk;
   for (int pass = fused && several ? 0 : 1; pass < 2; ++pass) {
@@ -428,7 +427,7 @@ struct Shape {
   size_t shared_bytes;
 };
 
-// Groups wide enough for `vectors` lanes; blocks of units as large as the shared memory allows, but enough of them.
+// Groups of up to `vectors` lanes. Blocks are as large as the shared memory allows, or smaller if they are few.
 Shape shape_for(const Problem& p, int64_t vectors, unsigned threads, size_t bytes_per_unit) {
   unsigned lanes = 1;
   while (lanes < 32 && lanes < vectors) lanes *= 2;
@@ -484,7 +483,7 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
   return ordered_value_gradient<T, C, N>(p, g, scratch, static_cast<int>(shape.block.x), stream);
 }
 
-// Calls f(T, C, vector width): 16 bytes of channels a lane where the channels and the pointers allow it, else one.
+// Calls f(T, C, vector width): 16 bytes of channels per lane if the channels and the pointers allow it, else 1.
 template <class T, class C, class F>
 cudaError_t dispatch_width(const Problem& p, uintptr_t pointers, const F& f) {
   constexpr int kWide = 16 / sizeof(T);

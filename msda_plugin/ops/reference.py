@@ -24,7 +24,7 @@ def attend(
     """Sum bilinear samples of ``value`` by weight; shapes as in :func:`msda_plugin.ops.ms_deform_attn`.
 
     The samples are those of ``grid_sample(mode='bilinear', padding_mode='zeros', align_corners=False)``. A location
-    whose four neighbours are all outside the level, or which is NaN or infinite, contributes nothing and gets gradient
+    whose four neighbors are all outside the level, or which is NaN or infinite, contributes nothing and gets gradient
     0.
     """
     dtype = accumulation_dtype(value)
@@ -58,7 +58,7 @@ def attend_fused(
 
 
 def _pixel_coordinates(points: Tensor, offsets: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Sampling positions (x, y) in pixels of the level, 0 at the centre of the first pixel."""
+    """Sampling positions (x, y) in pixels of the level, 0 at the center of the first pixel."""
     if points.shape[-1] == 2:
         return points[..., 0] * width + offsets[..., 0] - 0.5, points[..., 1] * height + offsets[..., 1] - 0.5
     xy = points[..., :2] + offsets * points[..., 2:] * (0.5 / offsets.shape[-2])
@@ -66,7 +66,7 @@ def _pixel_coordinates(points: Tensor, offsets: Tensor, height: Tensor, width: T
 
 
 def _inside(x: Tensor, y: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Where at least one neighbour is a pixel of the level; False for NaN."""
+    """Where at least one neighbor is a pixel of the level; False for NaN."""
     return (x >= -1) & (x < width) & (y >= -1) & (y < height)
 
 
@@ -86,7 +86,7 @@ def _sample_and_sum(
     x, y, weights = (torch.where(inside, t, 0) for t in (x, y, weights))
     x0, y0 = x.detach().floor(), y.detach().floor()
 
-    # One row per (image, key, head), and a row of zeros, which stands for every neighbour outside its level.
+    # One row per (image, key, head), and a row of zeros, which stands for every neighbor outside its level.
     rows = F.pad(value.to(accumulation_dtype(value)).reshape(-1, head_dim), (0, 0, 0, 1))
     image = torch.arange(batch, device=value.device).view(-1, 1, 1, 1, 1)
     head = torch.arange(num_heads, device=value.device).view(-1, 1, 1)

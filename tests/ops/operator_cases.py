@@ -87,8 +87,8 @@ def locations_and_weights(shapes, reference_points: Tensor, offsets: Tensor, log
     if reference_points.shape[-1] == 2:
         size = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)
         return reference_points[:, :, None, :, None] + offsets / size[:, None], weights
-    centre, extent = reference_points[:, :, None, :, None].split(2, -1)
-    return centre + offsets / offsets.shape[-2] * extent * 0.5, weights
+    center, extent = reference_points[:, :, None, :, None].split(2, -1)
+    return center + offsets / offsets.shape[-2] * extent * 0.5, weights
 
 
 def value_and_grads(function, inputs, grad: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -104,7 +104,7 @@ def test_cuda_library_builds(build, monkeypatch, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_kernels_under_sanitizers(build, tmp_path, long_run):
-    """Addresses and undefined behaviour, on sizes that leave rests everywhere, as the library is compiled for use."""
+    """Addresses and undefined behavior, on sizes that leave rests everywhere, as the library is compiled for use."""
     if not long_run:
         pytest.skip('the long form alone, of 3 minutes; the short one is tests/reliability/test_native_sanitizers.py')
     where = [*build.find_compiler(), '-print-file-name=libasan.so']

@@ -34,7 +34,7 @@ def test_other_devices_and_dtypes():
 def test_a_chosen_backend_never_falls_back(monkeypatch):
     with use_backend('cuda'), pytest.raises(RuntimeError, match="'cuda' was chosen.*cannot run"):
         run(make_case())
-    monkeypatch.setitem(backends._unavailable, 'cpu', 'of this test')
+    monkeypatch.setitem(backends._unsupported, 'cpu', 'of this test')
     with use_backend('cpu'), pytest.raises(RuntimeError, match='of this test'):
         run(make_case())
     with pytest.raises(ValueError, match="name is 'gpu', but one of cuda, cpu, reference"):
@@ -43,7 +43,7 @@ def test_a_chosen_backend_never_falls_back(monkeypatch):
 
 
 def test_a_fallback_warns_once_with_its_reason(monkeypatch):
-    monkeypatch.setitem(backends._unavailable, 'cpu', 'of this test')
+    monkeypatch.setitem(backends._unsupported, 'cpu', 'of this test')
     monkeypatch.setattr(backends, '_warned', set())
     case = make_case()
     assert backend_for('cpu', torch.float32) == ('reference', 'of this test')

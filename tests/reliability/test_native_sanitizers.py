@@ -35,8 +35,8 @@ def native():
     return module
 
 
-def compile_target(native, folder, isa, *, optimise='-O0', define='MSDA_SEEDED', flags=(), libraries=()):
-    """The program for one instruction set; hardly optimised, which compiles in less time."""
+def compile_target(native, folder, isa, *, optimize='-O0', define='MSDA_SEEDED', flags=(), libraries=()):
+    """The program for one instruction set; hardly optimized, which compiles in less time."""
     common = [flag for flag in native.COMMON_FLAGS if flag != '-O3']
     driver = [
         '-O0',
@@ -51,7 +51,7 @@ def compile_target(native, folder, isa, *, optimise='-O0', define='MSDA_SEEDED',
     for source, options in (
         (ROOT / 'tests' / 'reliability' / 'fuzz_kernels.cpp', driver),
         (ROOT / 'csrc' / 'cpu' / 'ms_deform_attn.cpp', ['-O0']),
-        (ROOT / 'csrc' / 'cpu' / f'ms_deform_attn_{isa}.cpp', [optimise, *native.KERNEL_FLAGS, *native.ISA_FLAGS[isa]]),
+        (ROOT / 'csrc' / 'cpu' / f'ms_deform_attn_{isa}.cpp', [optimize, *native.KERNEL_FLAGS, *native.ISA_FLAGS[isa]]),
     ):
         objects.append(folder / f'{source.stem}.o')
         call('g++', *common, *SANITIZE, *flags, *options, '-c', source, '-o', objects[-1])
@@ -88,7 +88,7 @@ def test_drawn_arguments(isa, native, tmp_path, long_run):
         pytest.skip('the long form alone: each takes a minute to compile')
     if not has(isa):
         pytest.skip(f'this machine has no {isa}')
-    program = compile_target(native, tmp_path, isa, optimise='-O1' if long_run else '-O0')
+    program = compile_target(native, tmp_path, isa, optimize='-O1' if long_run else '-O0')
     said = call(program, 20_000 if long_run else 1000, 0)
     number, refused = map(int, re.search(rf'{isa}: (\d+) cases, (\d+) of them refused by a check', said).groups())
     assert 0.2 * number < refused < 0.9 * number, said  # else one of the two sides is hardly tested
