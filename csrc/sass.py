@@ -35,7 +35,7 @@ def find_cuobjdump() -> str:
     """Return the command, or raise FileNotFoundError."""
     found = shutil.which(os.environ.get('CUOBJDUMP') or 'cuobjdump')
     if found is None:
-        raise FileNotFoundError('cuobjdump was not found: put the CUDA toolkit's on PATH or set CUOBJDUMP')
+        raise FileNotFoundError('cuobjdump was not found: put the CUDA toolkit on PATH or set CUOBJDUMP')
     return found
 
 

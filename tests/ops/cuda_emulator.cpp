@@ -1,5 +1,5 @@
-// Runs the CUDA kernels on the host, to check them where there is no GPU: the threads of a block are fibers on one
-// thread, and every barrier or warp-wide operation switches between them.
+// Runs the CUDA kernels on the host, to test them without a GPU: the threads of a block are fibers on one thread, and
+// every barrier or warp-wide operation switches between them.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -89,7 +89,7 @@ void run_block() {
 constexpr size_t kSharedBytes = 1 << 18, kGuardBytes = 4096;
 unsigned char* shared();  // memory of kSharedBytes
 
-// A block finds its shared memory full of NaNs (negative numbers), and must leave alone what comes after it.
+// A block starts with shared memory full of NaNs (negative integers), and must not write past its end.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
   body = std::move(kernel);
   block_size = block;
@@ -148,7 +148,7 @@ static int launches_until_failure = -1;  // -1: never
 
 extern "C" {
 __attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
-// As on a device, the error of a launch is told once.
+// As on a device, the error of a launch is returned once.
 cudaError_t cudaGetLastError() {
   return launches_until_failure >= 0 && launches_until_failure-- == 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
 }
