@@ -5,8 +5,6 @@ benchmark runs, and launches it as mmcv does (the same block sizes, the same mem
 """
 
 import ctypes
-import os
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -16,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from msda_plugin.tools.common.nvcc import find_nvcc
 
 KERNEL = Path('mmcv/ops/csrc/common/cuda/ms_deform_attn_cuda_kernel.cuh')
 HEAD_DIMS = (16, 32, 64)  # of the backward kernels that are instantiated
@@ -76,18 +76,6 @@ extern "C" int mmcv_backward(int dtype, void* stream, const int* sizes, void* co
 """
 
 
-def find_nvcc() -> str:
-    """The CUDA compiler: ``NVCC``, on PATH, or in its usual place.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    for candidate in (os.environ.get('NVCC'), 'nvcc', '/usr/local/cuda/bin/nvcc'):
-        if candidate and shutil.which(candidate):
-            return shutil.which(candidate)
-    raise FileNotFoundError("mmcv's kernel cannot be compiled, because there is no nvcc: put it on PATH or set NVCC")
-
-
 @contextmanager
 def unpacked(sdist: Path) -> Iterator[Path]:
     """The folder of mmcv's sources: ``sdist`` itself, or what the archive holds, while the block lasts.
@@ -125,6 +113,8 @@ def build(sdist: Path, arch: str, target: Path) -> None:
         RuntimeError: It does not compile.
     """
     nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("mmcv's kernel cannot be compiled: no nvcc was found. Put it on PATH or set NVCC.")
     with unpacked(sdist) as root, tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / 'pytorch_cuda_helper.hpp').write_text(HELPER)

@@ -165,10 +165,8 @@ def test_missing_sources_of_mmcv_are_told(capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif('MSDA_MMCV_SDIST' not in os.environ, reason="MSDA_MMCV_SDIST does not name mmcv's sources")
 def test_mmcv_kernel_compiles(tmp_path):
-    try:
-        mmcv_kernels.find_nvcc()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    if mmcv_kernels.find_nvcc() is None:
+        pytest.skip('there is no nvcc')
     mmcv_kernels.build(Path(os.environ['MSDA_MMCV_SDIST']), 'sm_90', tmp_path / 'libmmcv.so')
     kernels = mmcv_kernels.MmcvKernels(tmp_path / 'libmmcv.so')
     assert kernels.library.mmcv_forward and kernels.library.mmcv_backward
