@@ -1,4 +1,4 @@
-"""The operator in models that were built without it."""
+"""Runs msda_plugin's operator in models built without it."""
 
 from msda_plugin.acceleration.convert_model import accelerate, restore
 

@@ -1,10 +1,10 @@
-"""Import this module, and every model that is built with mmcv's deformable attention runs our operator.
+"""Importing this module makes mmcv's deformable attention run msda_plugin's operator, in the whole process.
 
-For tools that run no hooks: ``custom_imports = dict(imports=['msda_plugin.auto'])`` in the config. The import exchanges
-one method, the forward of mmcv's ``MultiScaleDeformableAttention``, for ours. Layers that exist already follow as well,
-and so do subclasses without a forward of their own. :func:`uninstall` puts mmcv's back.
+For tools that run no hooks: ``custom_imports = dict(imports=['msda_plugin.auto'])`` in the config. The import replaces
+the ``forward`` of mmcv's ``MultiScaleDeformableAttention``. This includes existing layers, and subclasses that do not
+override ``forward``. :func:`uninstall` restores mmcv's.
 
-What else :func:`msda_plugin.accelerate` does for the memory of a training takes a model: use the hook to train.
+For training, use the hook: :func:`msda_plugin.accelerate` also reduces the memory of the model's other layers.
 """
 
 import torch
@@ -17,21 +17,21 @@ from msda_plugin.ops import backend_for
 
 
 def install() -> None:
-    """Let mmcv's layer run our operator, in the whole process. Says so once; does nothing the second time."""
+    """Replace the ``forward`` of mmcv's layer, and log it. A second call has no effect."""
     if StockAttention.forward is MultiScaleDeformableAttention.forward:
         return
     StockAttention.forward = MultiScaleDeformableAttention.forward
     devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
     backends = ((device, *backend_for(device, torch.float32)) for device in devices)
     print_log(
-        "msda_plugin.auto: mmcv's MultiScaleDeformableAttention runs the operator of msda_plugin from now on; "
+        "msda_plugin.auto: mmcv's MultiScaleDeformableAttention now runs msda_plugin's operator; "
         + ', '.join(f'backend on {device}: {name} ({reason})' for device, name, reason in backends),
         logger='current',
     )
 
 
 def uninstall() -> None:
-    """Give mmcv's layer its own forward back."""
+    """Restore the ``forward`` of mmcv's layer."""
     StockAttention.forward = STOCK_FORWARD
 
 

@@ -1,13 +1,12 @@
-"""Put the operator into a model that was built without it, in place, and take it out again.
+"""Makes a model run msda_plugin's operator, in place, and undoes it.
 
-What changes is the class of some modules, and nothing else: modules, parameters, hooks and modes stay the objects they
-are, so that optimizers, distributed wrappers and averaged copies go on with them, and checkpoints fit before and after.
+Only the classes of some modules change. Modules, parameters, hooks and modes stay the same objects, so optimizers,
+distributed wrappers and averaged copies keep working, and checkpoints stay compatible.
 
-- mmcv's ``MultiScaleDeformableAttention`` runs our operator.
-- In a model that has such layers, mmcv's feed-forward networks, its multi-head attentions and the dropouts of all three
-  hold less memory, with the same numbers from the same random state (:mod:`msda_plugin.acceleration.memory_efficient`).
-  The
-  feed-forward networks alone keep half of what a stock encoder layer keeps for the backward pass.
+- mmcv's ``MultiScaleDeformableAttention`` runs msda_plugin's operator.
+- In a model with such layers, mmcv's feed-forward networks and multi-head attentions, and the dropouts of all three,
+  become memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random
+  state. The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
 """
 
 import logging
@@ -25,27 +24,26 @@ from msda_plugin.acceleration.memory_efficient import Dropout, LinearReLUDropout
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
 from msda_plugin.ops import Backend, backend_for
 
-STOCK_FORWARD = StockAttention.forward  # read before msda_plugin.auto exchanges it
-QUANTISATION = ('torch.ao.nn.', 'torch.ao.quantization.', 'torchao.')
+STOCK_FORWARD = StockAttention.forward  # read before msda_plugin.auto replaces it
+QUANTIZATION = ('torch.ao.nn.', 'torch.ao.quantization.', 'torchao.')
 
 
 def accelerate(model: nn.Module) -> int:
-    """Let every mmcv ``MultiScaleDeformableAttention`` of a model run our operator, in place.
+    """Make every mmcv ``MultiScaleDeformableAttention`` of a model run msda_plugin's operator, in place.
 
-    Subclasses that keep mmcv's forward change as well and stay instances of their class. Left alone are layers with a
-    forward of their own, and layers where no compiled kernels can run, since mmcv's may be faster there. The log says
-    how many layers changed, which backend runs and why, and what was left alone for which reason.
+    Subclasses that inherit mmcv's forward change as well, and stay instances of their class. Layers that override
+    forward do not change, nor do layers for which no compiled kernels exist, since mmcv's may be faster there. The log
+    names the number of changed layers, the backend, and the unchanged layers with the reason.
 
     Args:
-        model: any module. Wrappers (DistributedDataParallel, MMEngine's, averaged models) are looked into. Layers that
-            run our operator already stay as they are.
+        model: any module, including wrappers (DistributedDataParallel, MMEngine's, averaged models).
 
     Returns:
-        How many attention layers changed.
+        The number of changed attention layers.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``, or its weights have a dtype that the operator does not take.
-        ValueError: The model is quantised, prepared for it, or scripted. It is left as it was.
+        TypeError: If ``model`` is not a ``torch.nn.Module``, or the operator does not support the dtype of its weights.
+        ValueError: If the model is quantized, prepared for quantization, or scripted. It stays unchanged.
 
     Example:
         >>> from mmcv.ops import MultiScaleDeformableAttention
@@ -53,14 +51,14 @@ def accelerate(model: nn.Module) -> int:
         2
     """
     _refuse(model)
-    found, backends, left_alone, before = [], set(), {}, 0
+    found, backends, unchanged, before = [], set(), {}, 0
     for name, layer in model.named_modules():
         if isinstance(layer, MultiScaleDeformableAttention):
             before += 1
         elif isinstance(layer, StockAttention):
-            backend, obstacle = _examine(layer)
-            if obstacle:
-                left_alone.setdefault(obstacle, []).append(name or 'the model itself')
+            backend, reason = _examine(layer)
+            if reason:
+                unchanged.setdefault(reason, []).append(name or 'the model itself')
             else:
                 found.append(layer)
                 backends.add(backend)
@@ -68,19 +66,19 @@ def accelerate(model: nn.Module) -> int:
     for layer in found:
         _change_class(layer, MultiScaleDeformableAttention)
     if found:
-        _lighten(model)
-    _report(model, len(found), before, backends, left_alone)
+        _reduce_memory(model)
+    _report(model, len(found), before, backends, unchanged)
     return len(found)
 
 
 def restore(model: nn.Module) -> int:
-    """Undo :func:`accelerate`, in place. Layers that were built as ours stay ours.
+    """Undo :func:`accelerate`, in place. Layers built as msda_plugin's stay unchanged.
 
     Returns:
-        How many attention layers went back to mmcv's.
+        The number of attention layers restored to mmcv's.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: If ``model`` is not a ``torch.nn.Module``.
     """
     _check_module(model)
     count = 0
@@ -89,7 +87,7 @@ def restore(model: nn.Module) -> int:
             count += isinstance(module, MultiScaleDeformableAttention)
             module.__class__ = module.stock_class
     print_log(
-        f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} run mmcv again.',
+        f"restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} run mmcv's operator again.",
         logger='current',
     )
     return count
@@ -97,42 +95,42 @@ def restore(model: nn.Module) -> int:
 
 def _check_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f'model is a {type(model).__name__}, but a torch.nn.Module is needed, such as runner.model')
+        raise TypeError(f'model is a {type(model).__name__}; expected a torch.nn.Module, such as runner.model')
 
 
 def _refuse(model: nn.Module) -> None:
-    """Raise unless classes can be exchanged in this model without changing what it computes."""
+    """Raise if changing classes could change the results of this model."""
     _check_module(model)
     for name, module in model.named_modules():
         where = f"module '{name}'" if name else 'the model itself'
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f'the model is scripted or traced ({where} is a {type(module).__name__}), and its code is '
-                'fixed: accelerate it before torch.jit'
+                f'the model is scripted or traced ({where} is a {type(module).__name__}), so its code cannot '
+                'change: accelerate it before torch.jit'
             )
         types = [*type(module).__mro__, *(type(parameter) for parameter in module.parameters(recurse=False))]
-        if any(f'{type_.__module__}.'.startswith(QUANTISATION) for type_ in types):
+        if any(f'{type_.__module__}.'.startswith(QUANTIZATION) for type_ in types):
             raise ValueError(
-                f'the model is quantised or prepared for it ({where} is a {type(module).__module__}.'
-                f'{type(module).__name__}), and its ranges hold for the stock layers: accelerate the '
-                'float model, and quantise only what is outside the attention layers'
+                f'the model is quantized or prepared for quantization ({where} is a {type(module).__module__}.'
+                f'{type(module).__name__}), with ranges calibrated for the stock layers: accelerate the '
+                'float model, and quantize only modules outside the attention layers'
             )
 
 
 def _examine(layer: StockAttention) -> tuple[Backend, str]:
-    """The backend that would run the layer, and an empty string or why the layer is to be left alone."""
+    """The backend for the layer, and the reason why it cannot change; an empty string if it can."""
     weight = layer.value_proj.weight
     backend = backend_for(weight.device, weight.dtype)
     forwards = (STOCK_FORWARD, MultiScaleDeformableAttention.forward)
     if 'forward' in vars(layer) or type(layer).forward not in forwards:
-        return backend, f'{type(layer).__name__} has a forward of its own'
+        return backend, f'{type(layer).__name__} overrides forward'
     if backend.name == 'reference':
-        return backend, f'no compiled kernels would run: {backend.reason}'
+        return backend, f'no compiled kernels: {backend.reason}'
     return backend, ''
 
 
-def _lighten(model: nn.Module) -> None:
-    """Let the transformer layers of mmcv hold less memory. Only parts that are exactly the stock ones change."""
+def _reduce_memory(model: nn.Module) -> None:
+    """Make mmcv's transformer layers memory-efficient. Only modules of exactly the stock classes change."""
     for module in model.modules():
         if isinstance(module, MultiScaleDeformableAttention):
             parts = [module.dropout]
@@ -157,12 +155,12 @@ def _change_class(module: nn.Module, ours: type[nn.Module]) -> None:
 
 @cache
 def _class_in_place_of(stock: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    """``ours``, which remembers ``stock``, is an instance of it too, and bears its name."""
+    """A subclass of ``ours`` and ``stock`` with the name of ``stock``, which it stores as ``stock_class``."""
 
     def reduce(module):
         return _new, (stock, ours), vars(module)
 
-    # Copies and pickles name a class by its module, where this one is not.
+    # Copies and pickles look a class up in its module, which does not contain this one.
     return type(
         stock.__name__,
         (ours,) if issubclass(ours, stock) else (ours, stock),
@@ -175,21 +173,19 @@ def _new(stock: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _report(
-    model: nn.Module, count: int, before: int, backends: set[Backend], left_alone: dict[str, list[str]]
-) -> None:
-    """Log, once, what was changed, what was not, and why."""
+def _report(model: nn.Module, count: int, before: int, backends: set[Backend], unchanged: dict[str, list[str]]) -> None:
+    """Log what changed, what did not, and why."""
     layers = f'MultiScaleDeformableAttention layers of {type(model).__name__}'
     if count:
         named = ' and '.join(f'backend {name} ({reason})' for name, reason in sorted(backends))
-        sentences = [f'{count} {layers} run the operator of msda_plugin now, {named}.']
-    elif before or left_alone:
-        sentences = [f'none of the {layers} was changed.']
+        sentences = [f"{count} {layers} now run msda_plugin's operator, {named}."]
+    elif before or unchanged:
+        sentences = [f'none of the {layers} changed.']
     else:
-        sentences = [f'{type(model).__name__} has no MultiScaleDeformableAttention of mmcv; nothing was changed.']
+        sentences = [f'{type(model).__name__} has no mmcv MultiScaleDeformableAttention; nothing changed.']
     if before:
-        sentences.append(f'{before} ran it before.')
-    sentences += [f'Left alone: {", ".join(names)} ({why}).' for why, names in left_alone.items()]
+        sentences.append(f'{before} already ran it.')
+    sentences += [f'Unchanged: {", ".join(names)} ({reason}).' for reason, names in unchanged.items()]
     print_log(
-        f'accelerate: {" ".join(sentences)}', logger='current', level=logging.WARNING if left_alone else logging.INFO
+        f'accelerate: {" ".join(sentences)}', logger='current', level=logging.WARNING if unchanged else logging.INFO
     )

@@ -1,8 +1,8 @@
-"""Stock layers that hold less memory: the same numbers, from the same random state.
+"""Memory-efficient versions of stock layers, with the same results from the same random state.
 
-On the CPU torch's dropout keeps its noise for the backward pass, a float for every activation; a byte is enough. After
-a ReLU not even that is needed: where the output is positive, the unit was active and kept. And an attention whose
-weights nobody asks for need not form them.
+On the CPU PyTorch's dropout stores its noise for the backward pass, one float per element; one byte is enough. After a
+ReLU no mask is needed: positive outputs are those that were active and kept. Attention weights that nothing reads need
+not be computed.
 """
 
 import torch
@@ -13,20 +13,20 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` whose backward pass keeps one byte an element, on every device."""
+    """``nn.Dropout`` that stores one byte per element for the backward pass, on every device."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, of any shape, with each element zeroed with probability p, and divided by 1 - p, in training."""
+        """In training, zero each element of ``x`` (any shape) with probability p, and divide the others by 1 - p."""
         if not (self.training and 0 < self.p < 1) or self.inplace:
             return super().forward(x)
         return torch.native_dropout(x, self.p, True)[0]
 
 
 class LinearReLUDropout(Sequential):
-    """A linear layer, ``nn.ReLU`` and ``nn.Dropout``, as in mmcv's feed-forward network, as one step in training.
+    """A linear layer, ``nn.ReLU`` and ``nn.Dropout``, as in mmcv's feed-forward network, fused in training.
 
-    The output is all that is kept. One after the other, the ReLU keeps its output, the dropout its noise and the next
-    layer its input; and a ReLU in place, on a view as the linear layer's output is, costs copies in the backward pass.
+    Stores only the output. As separate layers, the ReLU stores its output, the dropout its noise and the next layer its
+    input. An in-place ReLU on the linear layer's output, which is a view, also costs copies in the backward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,13 +39,13 @@ class LinearReLUDropout(Sequential):
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` that never holds the (queries x keys) weights; mmcv's layer around it throws them away.
+    """``nn.MultiheadAttention`` that does not compute the (queries x keys) weights, which mmcv's layer discards.
 
-    A forward hook may be there to read them: then they are formed.
+    With hooks on the layer, which may read them, the weights are computed.
     """
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """As torch's, but the weights returned are None unless the layer has hooks."""
+        """As in ``nn.MultiheadAttention``, but the weights are None unless the layer has hooks."""
         return super().forward(*args, **kwargs | {'need_weights': _has_hooks(self)})
 
 
@@ -64,7 +64,7 @@ class _ReLUDropout(torch.autograd.Function):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody waits for the module to be called."""
+    """Whether calling the module runs hooks."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

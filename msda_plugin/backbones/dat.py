@@ -25,6 +25,7 @@ from msda_plugin.backbones.published_backbone import (
 )
 from msda_plugin.layers.deformable_multi_head_attention import DeformableMultiHeadAttention, check_groups
 from msda_plugin.layers.deformable_position_bias import RelativePositionTable
+from msda_plugin.layers.layer_norm_2d import LayerNorm2d
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
 from msda_plugin.registry import MODELS
@@ -210,7 +211,7 @@ class DAT(PublishedBackbone):
                     with_cp,
                 )
             )
-        self.norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i]) for i in self.out_indices})
+        self.norms = nn.ModuleDict({str(i): LayerNorm2d(dims[i], eps=1e-5) for i in self.out_indices})
         self._freeze_stages()
 
     def _draw_weights(self) -> None:
@@ -227,7 +228,7 @@ class DAT(PublishedBackbone):
         for i, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             x = stage(x)
             if i in self.out_indices:
-                outs.append(self.norms[str(i)](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+                outs.append(self.norms[str(i)](x))
         return tuple(outs)
 
     def _freeze_stages(self) -> None:

@@ -1,24 +1,24 @@
 """Attention layers."""
 
-from .deformable_attention import DeformableAttention
-from .deformable_detr_layers import (
+from msda_plugin.layers.deformable_attention import DeformableAttention
+from msda_plugin.layers.deformable_detr_layers import (
     DeformableDetrTransformerDecoder,
     DeformableDetrTransformerDecoderLayer,
     DeformableDetrTransformerEncoder,
     DeformableDetrTransformerEncoderLayer,
 )
-from .deformable_multi_head_attention import DeformableMultiHeadAttention
-from .detr_layers import (
+from msda_plugin.layers.deformable_multi_head_attention import DeformableMultiHeadAttention
+from msda_plugin.layers.detr_layers import (
     DetrTransformerDecoder,
     DetrTransformerDecoderLayer,
     DetrTransformerEncoder,
     DetrTransformerEncoderLayer,
 )
-from .grounding_dino_layers import GroundingDinoImageEncoder, GroundingDinoImageEncoderLayer
-from .multi_scale_deformable_attention import MultiScaleDeformableAttention
-from .shifted_window_attention import ShiftedWindowAttention
-from .shunted_self_attention import ShuntedSelfAttention
-from .spatial_reduction_attention import SpatialReductionAttention
+from msda_plugin.layers.grounding_dino_layers import GroundingDinoImageEncoder, GroundingDinoImageEncoderLayer
+from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
+from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
+from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
+from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
 
 __all__ = [
     'DeformableAttention',

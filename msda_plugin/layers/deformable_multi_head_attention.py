@@ -1,4 +1,4 @@
-"""Deformable multi-head attention of DAT: every query attends to the same few points, which the map itself moves.
+"""Deformable multi-head attention of DAT: all queries attend to the same few points, moved by learned offsets.
 
 Sources: Xia et al., "Vision Transformer with Deformable Attention", CVPR 2022, https://arxiv.org/abs/2201.00520 (form
 'v1'), and Xia et al., "DAT++: Spatially Dynamic Vision Transformer with Deformable Attention", 2023,
@@ -15,25 +15,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from msda_plugin.layers.deformable_position_bias import (
+    FixedPositionTable,
+    LogSpacedPositionBias,
+    PartialBias,
+    RelativePositionTable,
+)
+from msda_plugin.layers.token_layout import check_heads, map_to_tokens, merge_heads, split_heads, tokens_to_map
 from msda_plugin.registry import MODELS
-
-from .deformable_position_bias import FixedPositionTable, LogSpacedPositionBias, RelativePositionTable
-from .token_layout import check_heads, map_to_tokens, tokens_to_map
 
 VERSIONS = ('v1', 'v2')
 POSITIONAL_MODES = ('rpe_table', 'dwc_pe', 'fixed_pe', 'log_cpb', 'none')
 
-# Position biases, with what they are made from, are held for as many queries at a time as fit in this size.
+# Position biases are computed for as many queries at a time as fit, with their intermediate results, in this size.
 CHUNK_BYTES = 32 * 2**20
 
 
 class DeformedPoints(NamedTuple):
-    """Where a deformable layer sampled its keys; all (B, num_groups, Hk, Wk, 2), (y, x), -1 to 1 over the map.
+    """The points at which a deformable layer sampled its keys.
+
+    All tensors are (B, num_groups, Hk, Wk, 2), (y, x). -1 and 1 are the centers of the map's border pixels.
 
     Attributes:
-        offsets: the offset network's output, scaled; added to the references.
-        positions: where the map was sampled.
-        references: the regular grid.
+        offsets: the offset network's scaled output, added to the references.
+        positions: the sampled points.
+        references: the regular grid that the offsets start from.
     """
 
     offsets: Tensor
@@ -41,19 +47,39 @@ class DeformedPoints(NamedTuple):
     references: Tensor
 
 
+class AttentionInputs(NamedTuple):
+    """The inputs of the attention from all pixels to the deformed points.
+
+    The weights of a slice of the queries are ``attention_weights(query[:, :, part], key, bias(part))`` of
+    :mod:`msda_plugin.layers.attention_weights`.
+
+    Attributes:
+        query: (B, num_heads, H * W, head_dim), the pixels row by row.
+        key, value: (B, num_heads, Hk * Wk, head_dim), at ``points.positions``.
+        bias: maps a slice of the H * W queries to their biases, (B or 1, num_heads, slice, Hk * Wk); None: no bias.
+        points: the deformed points of each group of heads.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: PartialBias | None
+    points: DeformedPoints
+
+
 @MODELS.register_module()
 class DeformableMultiHeadAttention(BaseModule):
-    """Multi-head attention of a map's pixels to points that were moved off a regular grid (DAT's DMHA).
+    """Multi-head attention of a map's pixels to points moved off a regular grid (DAT's DMHA).
 
-    The queries, split into groups of channels, pass through a small network (depthwise convolution, LayerNorm, GELU,
-    1x1 convolution) that gives each group its own Hk x Wk offsets. Keys and values are projections of the map, sampled
-    bilinearly at the offset points (align_corners, zeros outside); the heads of a group share its points.
+    A small network (depthwise convolution, LayerNorm, GELU, 1x1 convolution) computes Hk x Wk offsets for each group of
+    query channels. Keys and values are projections of the map, sampled bilinearly at the offset points (align_corners,
+    zeros outside). The heads of a group share its points.
 
     ============== ====================================== =========================================================
     ..             'v1' (CVPR 2022)                       'v2' (DAT++)
     ============== ====================================== =========================================================
-    references     cell centres, (2i + 1) / n - 1         (2i + 1) / (n - 1) - 1, the last one outside of the map
-    query grid     cell centres                           2i / (n - 1) - 1
+    references     cell centers, (2i + 1) / n - 1         (2i + 1) / (n - 1) - 1, the last one outside of the map
+    query grid     cell centers                           2i / (n - 1) - 1
     offset unit    1 / n                                  1 / (n - 1)
     factor < 0     tanh(offset + reference)               clamp(offset + reference, -1, 1)
     padding        kernel_size // 2                       0 where kernel_size == stride, else kernel_size // 2
@@ -63,27 +89,28 @@ class DeformableMultiHeadAttention(BaseModule):
     adds a small MLP of the log-spaced displacement; 'fixed_pe' adds a table of every query against every point;
     'dwc_pe' adds a 3x3 depthwise convolution of the queries to the result; 'none' adds nothing.
 
-    Any map can be given. The 'rpe_table' of 'v1' and the 'fixed_pe' table belong to ``map_size`` and are resized
-    bicubically for other maps. The logits, and the bias they take, are held for a few queries at a time
-    (``CHUNK_BYTES``); with gradients each such part is computed again in the backward pass.
+    Maps can have any size. The 'rpe_table' of 'v1' and the 'fixed_pe' table are made for ``map_size`` and resized
+    bicubically for other maps. Logits and biases are computed for a few queries at a time (``CHUNK_BYTES``), and
+    recomputed in the backward pass.
 
     Args:
         embed_dims: channels C; a multiple of ``num_heads`` and of ``num_groups``.
-        num_heads: heads; a multiple of ``num_groups``.
-        num_groups: groups of channels with points of their own.
-        map_size: (H, W), or the side, of the map that the table is made for; for 'rpe_table' and 'fixed_pe' alone.
+        num_heads: number of heads; a multiple of ``num_groups``.
+        num_groups: number of channel groups; each has its own points.
+        map_size: (H, W), or the side, of the map that the table is made for; used by 'rpe_table' and 'fixed_pe' only.
         kernel_size: of the offset network's depthwise convolution.
-        stride: of the same: the map's pixels per point, along each axis.
-        offset_range_factor: the largest offset, in offset units. 0 switches the offsets off in 'v2', and takes them
-            as the network gives them in 'v1'; below 0 they are free, and the positions are kept in the map.
+        stride: of the offset network's depthwise convolution: pixels per point along each axis.
+        offset_range_factor: the largest offset, in offset units. 0 disables the offsets in 'v2', and leaves them
+            unlimited in 'v1'. Below 0 the offsets are unlimited, and the positions are limited to the map.
         positional: one of ``POSITIONAL_MODES``.
         version: 'v1' or 'v2'.
         attn_drop_rate: dropout of the attention weights, 0-1.
         proj_drop_rate: dropout of the output, 0-1.
-        init_cfg: MMEngine's initialisation config.
+        init_cfg: MMEngine's initialization config.
 
     Raises:
-        ValueError: if dims, heads and groups do not fit one another, or an option is out of range.
+        ValueError: If ``num_heads`` does not divide ``embed_dims``, ``num_groups`` does not divide ``num_heads``, or an
+            option is out of range.
 
     Example:
         >>> layer = DeformableMultiHeadAttention(96, num_heads=6, num_groups=3, map_size=14)
@@ -113,14 +140,14 @@ class DeformableMultiHeadAttention(BaseModule):
             if value not in known:
                 raise ValueError(f'unknown {name} {value!r}; known: {list(known)}')
         if kernel_size < 1 or stride < 1:
-            raise ValueError(f'kernel_size={kernel_size} and stride={stride} do not fit; expected 1 or more')
+            raise ValueError(f'kernel_size={kernel_size}, stride={stride}; expected at least 1 for both')
         padding = 0 if version == 'v2' and kernel_size == stride else kernel_size // 2
         self.min_map_side = max(kernel_size - 2 * padding, 1)
         if positional in ('rpe_table', 'fixed_pe'):
             if map_size is None or min(to_2tuple(map_size)) < self.min_map_side:
                 raise ValueError(
-                    f'map_size={map_size} does not fit; the table of positional={positional!r} is made '
-                    f'for a map of a given size, at least {self.min_map_side} a side: give (H, W)'
+                    f'map_size={map_size}; expected (H, W), both at least {self.min_map_side}: the table of '
+                    f'positional={positional!r} is made for a given map size'
                 )
             map_size = tuple(to_2tuple(map_size))
         self.embed_dims = embed_dims
@@ -156,27 +183,37 @@ class DeformableMultiHeadAttention(BaseModule):
 
         Args:
             x: map (B, C, H, W).
-            return_points: whether to return the points as well.
+            return_points: also return the ``DeformedPoints``.
 
         Returns:
             Map (B, C, H, W), channels-last in memory; with ``return_points`` also the ``DeformedPoints``.
 
         Raises:
-            ValueError: if the channels differ from ``embed_dims``, or the map is too small for a point.
+            ValueError: If the map does not have ``embed_dims`` channels, or is too small for one point.
         """
         self._check_map(x)
+        hw_shape = x.shape[2:]
+        inputs = self.attention_inputs(x)
+        out = merge_heads(self._attend(inputs))
+        if self.position_conv is not None:
+            out = out + map_to_tokens(self.position_conv(tokens_to_map(merge_heads(inputs.query), hw_shape)))
+        out = tokens_to_map(self.proj_drop(self.proj(out)), hw_shape)
+        return (out, inputs.points) if return_points else out
+
+    def attention_inputs(self, x: Tensor) -> AttentionInputs:
+        """Queries, keys, values, biases and deformed points of :meth:`forward` for the same map ``x``."""
         hw_shape = x.shape[2:]
         query = self.query(map_to_tokens(x))
         points = self._deform(tokens_to_map(query, hw_shape))
         sampled = self._sample(x, points.positions)
-        out = self._attend(query, self.key(sampled), self.value(sampled), points.positions, hw_shape)
-        if self.position_conv is not None:
-            out = out + map_to_tokens(self.position_conv(tokens_to_map(query, hw_shape)))
-        out = tokens_to_map(self.proj_drop(self.proj(out)), hw_shape)
-        return (out, points) if return_points else out
+        bias = None
+        if self.position_bias is not None:
+            bias = self.position_bias(self._grid(hw_shape, 0.0, points.positions), points.positions)
+        query, key, value = (split_heads(t, self.num_heads) for t in (query, self.key(sampled), self.value(sampled)))
+        return AttentionInputs(query, key, value, bias, points)
 
     def _deform(self, query: Tensor) -> DeformedPoints:
-        """Queries as a map (B, C, H, W) -> the points, in float32 at least: halves cannot tell near pixels apart."""
+        """Queries as a map (B, C, H, W) -> the points, at least float32: half precision merges neighboring pixels."""
         offsets = self.offset_conv(self._split_groups(query)).permute(0, 2, 3, 1)
         offsets = self.offset_proj(F.gelu(self.offset_norm(offsets)))
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
@@ -201,35 +238,33 @@ class DeformableMultiHeadAttention(BaseModule):
         """Map (B, C, H, W) -> (B * num_groups, C / num_groups, H, W)."""
         return x.reshape(x.shape[0] * self.num_groups, self.embed_dims // self.num_groups, *x.shape[2:])
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, hw_shape: torch.Size) -> Tensor:
-        """Queries (B, H * W, C), keys and values (B, n, C) at n points -> (B, H * W, C), heads side by side in C."""
-        query, key, value = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
+        """-> (B, num_heads, H * W, head_dim)."""
+        query, key, value, make_bias, points = inputs
         dropout = self.attn_drop_rate if self.training else 0.0
-        if self.position_bias is None:
-            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-            return out.transpose(1, 2).flatten(2)
-        make_bias = self.position_bias(self._grid(hw_shape, 0.0, positions), positions)
+        if make_bias is None:
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
         def attend(part: slice) -> Tensor:
             bias = make_bias(part).to(query.dtype)
             return F.scaled_dot_product_attention(query[:, :, part], key, value, bias, dropout)
 
-        parts = list(self._parts(query.shape[2], positions))
+        parts = list(self._parts(query.shape[2], points.positions))
         if len(parts) > 1 and torch.is_grad_enabled():
             outs = [checkpoint(attend, part, use_reentrant=False, preserve_rng_state=dropout > 0) for part in parts]
         else:
             outs = [attend(part) for part in parts]
-        return torch.cat(outs, dim=2).transpose(1, 2).flatten(2)
+        return torch.cat(outs, dim=2)
 
     def _parts(self, num_queries: int, positions: Tensor) -> Iterator[slice]:
         """Slices of the queries whose biases take at most ``CHUNK_BYTES``."""
         batch, _, hk, wk, _ = positions.shape
         bytes_per_query = batch * hk * wk * self.position_bias.values_per_pair * positions.element_size()
-        size = max(CHUNK_BYTES // max(bytes_per_query, 1), 1)  # an empty batch has none
+        size = max(CHUNK_BYTES // max(bytes_per_query, 1), 1)  # 0 bytes for an empty batch
         return (slice(start, start + size) for start in range(0, num_queries, size))
 
     def _grid(self, size: torch.Size, first: float, like: Tensor) -> Tensor:
-        """The regular grid (h, w, 2), (y, x), whose pixels lie ``first`` to ``first`` + side - 1 offset units in."""
+        """The regular grid (h, w, 2), (y, x), -1 to 1: positions ``first`` to ``first`` + side - 1 in offset units."""
         if self.version == 'v1':
             first = 0.5
         axes = [
@@ -242,7 +277,7 @@ class DeformableMultiHeadAttention(BaseModule):
         return torch.stack(torch.meshgrid(axes, indexing='ij'), dim=-1)
 
     def _cells(self, side: int) -> int:
-        """Offset units (of which a map is 2 long, -1 to 1) along a side of that many pixels."""
+        """Offset units along a side of that many pixels, whose length is 2, from -1 to 1."""
         return side if self.version == 'v1' else max(side - 1, 1)
 
     def _check_map(self, x: Tensor) -> None:
@@ -253,16 +288,16 @@ class DeformableMultiHeadAttention(BaseModule):
             )
         if min(x.shape[2:]) < self.min_map_side:
             raise ValueError(
-                f'DeformableMultiHeadAttention got a {x.shape[2]}x{x.shape[3]} map, too small for a '
-                f'point; give at least {self.min_map_side} rows and columns, or a smaller kernel_size'
+                f'DeformableMultiHeadAttention got a {x.shape[2]}x{x.shape[3]} map, which is too small for one '
+                f'point; give at least {self.min_map_side} rows and columns, or set a smaller kernel_size'
             )
 
 
 def check_groups(embed_dims: int, num_heads: int, num_groups: int) -> None:
-    """Raise ValueError where channels, heads and groups of a deformable layer do not fit one another."""
+    """Raise ValueError unless ``num_heads`` divides ``embed_dims`` and ``num_groups`` divides ``num_heads``."""
     check_heads(embed_dims, num_heads)
     if num_groups < 1 or num_heads % num_groups:
         raise ValueError(
-            f'num_heads={num_heads} is not a multiple of num_groups={num_groups}, and the points of a '
-            'group are shared by whole heads; change one of them'
+            f'num_heads={num_heads} is not a multiple of num_groups={num_groups}, but each head belongs to '
+            'one group; change one of them'
         )

@@ -1,7 +1,7 @@
-"""Position biases of deformable multi-head attention: what a query's logit for a moved point gets added.
+"""Position biases of deformable multi-head attention, added to the logits of queries and deformed points.
 
-The bias of all queries against all points is quadratic in the map (0.8 GB a layer for 12 heads on a 50x80 map, without
-what it is made from). Each module therefore takes a map's queries and points, and gives a function that makes the
+The biases of all queries are quadratic in the map size (0.8 GB per layer for 12 heads on a 50x80 map, without
+intermediate results). Each module therefore takes a map's queries and points, and returns a function that computes the
 biases of a slice of the queries.
 
 Sources: as in `deformable_multi_head_attention`.
@@ -19,13 +19,13 @@ PartialBias = Callable[[slice], Tensor]
 
 
 class RelativePositionTable(BaseModule):
-    """A table of displacements, -2 to 2 along each axis, interpolated bilinearly.
+    """A table of biases over displacements, -2 to 2 along each axis, interpolated bilinearly.
 
     Args:
-        num_heads: heads; a multiple of ``num_groups``.
-        num_groups: groups of heads with points of their own.
-        map_size: (H, W) of the map that the table is made for: it has 2H - 1 rows and 2W - 1 columns.
-        resize: whether the table is first resized bicubically to what another map of queries would have.
+        num_heads: number of heads; a multiple of ``num_groups``.
+        num_groups: number of groups of heads; each has its own points.
+        map_size: (H, W) of the map that the table is made for; the table has 2H - 1 rows and 2W - 1 columns.
+        resize: resize the table bicubically to the table size of the query map before the interpolation.
     """
 
     def __init__(self, num_heads: int, num_groups: int, map_size: tuple[int, int], resize: bool):
@@ -37,7 +37,7 @@ class RelativePositionTable(BaseModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the published initialisation."""
+        """Initialize as in the authors' code."""
         nn.init.trunc_normal_(self.table, std=0.01)
 
     def forward(self, query_grid: Tensor, positions: Tensor) -> PartialBias:
@@ -59,12 +59,12 @@ class RelativePositionTable(BaseModule):
 
 
 class LogSpacedPositionBias(BaseModule):
-    """A small MLP of the displacement on a logarithmic scale, the same for every group (Swin V2's log-CPB).
+    """A small MLP of the log-spaced displacement, shared by all groups (Swin V2's log-CPB).
 
     Args:
-        num_heads: heads; a multiple of ``num_groups``.
-        num_groups: groups of heads with points of their own.
-        hidden_dims: of the MLP.
+        num_heads: number of heads; a multiple of ``num_groups``.
+        num_groups: number of groups of heads; each has its own points.
+        hidden_dims: hidden channels of the MLP.
     """
 
     def __init__(self, num_heads: int, num_groups: int, hidden_dims: int = 32):
@@ -91,12 +91,12 @@ class LogSpacedPositionBias(BaseModule):
 
 
 class FixedPositionTable(BaseModule):
-    """A table of every query against every point, whatever the offsets; both of its sides are maps.
+    """A table with one bias per query and point, independent of the offsets, resized bicubically for other maps.
 
     Args:
-        num_heads: heads.
+        num_heads: number of heads.
         map_size: (H, W) of the queries that the table is made for.
-        num_points: (Hk, Wk) of the points that it is made for. Other maps get a table resized bicubically.
+        num_points: (Hk, Wk) of the points that the table is made for.
     """
 
     def __init__(self, num_heads: int, map_size: tuple[int, int], num_points: tuple[int, int]):
@@ -108,16 +108,16 @@ class FixedPositionTable(BaseModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the published initialisation."""
+        """Initialize as in the authors' code."""
         nn.init.trunc_normal_(self.table, std=0.01)
 
     def forward(self, query_grid: Tensor, positions: Tensor) -> PartialBias:
-        """Queries (H, W, 2) and points (B, num_groups, Hk, Wk, 2), of which the sizes alone matter -> their biases."""
+        """Queries (H, W, 2) and points (B, num_groups, Hk, Wk, 2) -> their biases, which depend on the sizes only."""
         map_size, num_points = query_grid.shape[:2], positions.shape[2:4]
         if map_size == self.map_size and num_points == self.num_points:
             return lambda part: self.table[None, :, part]
         table = self.table.to(positions.dtype)
-        # Bicubic interpolation is linear in the map: these are the shares (H * W, queries of the table).
+        # Bicubic interpolation is linear in the map: these are its coefficients, (H * W, queries of the table).
         shares = torch.eye(table.shape[1], dtype=table.dtype, device=table.device).unflatten(1, self.map_size)
         shares = F.interpolate(shares[None], map_size, mode='bicubic')[0].flatten(1).t()
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .token_layout import map_to_tokens, tokens_to_map
+from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
 
-# Hidden channels are independent of one another between fc1 and fc2. On the CPU they are computed in slices whose
-# activations are at most this large: they stay near the caches, and below the size from which the C library maps fresh
-# (and zeroed) memory for every allocation.
+# Hidden channels are independent of each other between fc1 and fc2. On the CPU they are computed in slices with at most
+# this many bytes of activations. Slices stay close to the caches, and below the size from which the C library maps (and
+# zeroes) new memory for each allocation.
 SLICE_BYTES = 16 * 2**20
 
 
@@ -25,8 +25,8 @@ class DetailFeedForward(BaseModule):
     """fc1, GELU(h + DWConv3x3(h)), fc2.
 
     Args:
-        embed_dims: channels C of the tokens.
-        hidden_dims: channels between fc1 and fc2.
+        embed_dims: token channels C.
+        hidden_dims: hidden channels.
         drop_rate: dropout after the activation and after fc2, 0-1.
     """
 
@@ -56,7 +56,7 @@ class DetailFeedForward(BaseModule):
         return self.drop(self.fc2(self.drop(x)))
 
     def _can_slice(self, x: Tensor) -> bool:
-        """Slices are for eager full precision on the CPU; elsewhere one kernel for all channels is the better plan."""
+        """Slices are faster only in eager mode on the CPU in float32 or float64, without dropout."""
         return (
             x.device.type == 'cpu'
             and x.dtype in (torch.float32, torch.float64)
@@ -68,7 +68,7 @@ class DetailFeedForward(BaseModule):
 
 
 class _SlicedFeedForward(torch.autograd.Function):
-    """The layer without dropout, slice of hidden channels by slice; only fc1's output is kept for the backward pass."""
+    """The layer without dropout, computed in slices of hidden channels. Stores fc1's output for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight_dw, bias_dw, weight2, bias2, hw_shape, keep_hidden):
@@ -131,7 +131,7 @@ class _SlicedFeedForward(torch.autograd.Function):
 
 
 def _slices(tokens: Tensor, weight1: Tensor) -> Iterator[slice]:
-    """Near-equal slices of the hidden channels, multiples of 32, near ``SLICE_BYTES`` of activations each."""
+    """Nearly equal slices of the hidden channels, multiples of 32 with about ``SLICE_BYTES`` of activations each."""
     hidden_dims = weight1.shape[0]
     num_slices = math.ceil(hidden_dims * tokens.shape[0] * tokens.element_size() / SLICE_BYTES)
     size = max(math.ceil(hidden_dims / num_slices / 32), 1) * 32
@@ -139,7 +139,7 @@ def _slices(tokens: Tensor, weight1: Tensor) -> Iterator[slice]:
 
 
 def _with_identity(weight_dw: Tensor) -> Tensor:
-    """The depthwise kernel of h + DWConv(h): one more in the centre."""
+    """The depthwise kernel of h + DWConv(h): 1 added to the center."""
     weight_dw = weight_dw.clone()
     weight_dw[:, :, 1, 1] += 1
     return weight_dw

@@ -1,26 +1,27 @@
 """The image part of Grounding DINO's feature enhancer.
 
-Source: Liu et al., Grounding DINO, https://arxiv.org/abs/2303.05499, section 3.2. Each of its layers fuses image and
-text, attends among the text, and attends deformably among the pixels; here is the last alone, for images without text.
+Source: Liu et al., Grounding DINO, https://arxiv.org/abs/2303.05499, section 3.2. Each layer of the feature enhancer
+has image-text fusion, text self-attention and deformable self-attention of the image. This encoder has the deformable
+self-attention only, for images without text.
 """
 
-from mmengine.model import ModuleList
-
+from msda_plugin.layers.deformable_detr_layers import (
+    DeformableDetrTransformerEncoder,
+    DeformableDetrTransformerEncoderLayer,
+)
 from msda_plugin.registry import MODELS
-
-from .deformable_detr_layers import DeformableDetrTransformerEncoder, DeformableDetrTransformerEncoderLayer
-from .transformer_parts import build_or_default
 
 
 @MODELS.register_module()
 class GroundingDinoImageEncoderLayer(DeformableDetrTransformerEncoderLayer):
-    """Deformable DETR's encoder layer with Grounding DINO's settings: a wider FFN, and no dropout.
+    """Deformable DETR's encoder layer with Grounding DINO's defaults: a wider FFN and no dropout.
 
     Args:
-        self_attn_cfg: changes to the deformable self-attention, whose ``dropout`` is 0 here.
-        ffn_cfg: changes to the FFN; by default as wide as the attention, ``feedforward_channels`` 2048, ``ffn_drop`` 0.
+        self_attn_cfg: fields of the deformable self-attention; ``dropout`` defaults to 0.
+        ffn_cfg: fields of the FFN; ``embed_dims`` defaults to the attention's, ``feedforward_channels`` to 2048 and
+            ``ffn_drop`` to 0.
         norm_cfg: config of the norms; None: ``dict(type='LN')``.
-        init_cfg: MMEngine's initialisation config.
+        init_cfg: MMEngine's initialization config.
     """
 
     def __init__(
@@ -42,27 +43,23 @@ class GroundingDinoImageEncoderLayer(DeformableDetrTransformerEncoderLayer):
 
 @MODELS.register_module()
 class GroundingDinoImageEncoder(DeformableDetrTransformerEncoder):
-    """Six such layers: an encoder for :class:`DeformableDETR`; its weights are Grounding DINO's ``layers.{i}.*``.
+    """Grounding DINO's image encoder, for :class:`DeformableDETR`; its weights are Grounding DINO's ``layers.{i}.*``.
 
-    It expects Grounding DINO's position encoding, which the detector adds::
+    The detector must use Grounding DINO's position encoding::
 
         encoder=dict(type='msda_plugin.GroundingDinoImageEncoder'),
         positional_encoding=dict(num_feats=128, normalize=True, offset=0.0, temperature=20)
 
     Args:
         num_layers: number of layers.
-        layer_cfg: config of one layer; None, or whichever fields differ from Grounding DINO's.
-        num_cp: the first ``num_cp`` layers recompute their activations in the backward pass.
-        init_cfg: MMEngine's initialisation config.
+        layer_cfg: fields of one layer that differ from Grounding DINO's.
+        num_cp: number of layers, from the first, that recompute their activations in the backward pass.
+        init_cfg: MMEngine's initialization config.
     """
+
+    layer_class = GroundingDinoImageEncoderLayer
 
     def __init__(
         self, num_layers: int = 6, layer_cfg: dict | None = None, num_cp: int = -1, init_cfg: dict | list | None = None
     ):
         super().__init__(num_layers, layer_cfg or {}, num_cp, init_cfg)
-
-    def _init_layers(self) -> None:
-        self.layers = ModuleList(
-            [build_or_default(self.layer_cfg, GroundingDinoImageEncoderLayer) for _ in range(self.num_layers)]
-        )
-        self.embed_dims = self.layers[0].embed_dims

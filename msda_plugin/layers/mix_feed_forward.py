@@ -1,4 +1,4 @@
-"""Feed-forward layer with a depthwise convolution between its linear layers.
+"""Feed-forward layer with a depthwise convolution between the linear layers.
 
 Source: Wang et al., PVT v2, https://arxiv.org/abs/2106.13797, section 3.2.
 """
@@ -7,16 +7,16 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .token_layout import map_to_tokens, tokens_to_map
+from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
 
 
 class MixFeedForward(BaseModule):
-    """fc1, GELU(DWConv3x3(h)), fc2; there is no residual connection, neither inside nor outside.
+    """fc1, GELU(DWConv3x3(h)), fc2, without residual connections.
 
     Args:
-        embed_dims: channels C of the tokens.
-        hidden_dims: channels between fc1 and fc2.
-        use_conv: False: without the convolution, the feed-forward layer of PVT v1 and Swin.
+        embed_dims: token channels C.
+        hidden_dims: hidden channels.
+        use_conv: use the convolution; False gives the feed-forward layer of PVT v1 and Swin.
     """
 
     def __init__(self, embed_dims: int, hidden_dims: int, use_conv: bool = True):

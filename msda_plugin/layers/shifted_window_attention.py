@@ -9,37 +9,36 @@ from mmdet.models.backbones.swin import ShiftWindowMSA
 from torch import Tensor
 from torch.nn import functional as F
 
+from msda_plugin.layers.token_layout import check_heads, check_tokens
 from msda_plugin.registry import MODELS
 
-from .token_layout import check_heads, check_tokens
-
-# What is added to the score of two pixels that the shift brought into one window from different sides of the map.
+# Added to the scores of pixels in the same window that come from different sides of the map.
 OTHER_REGION = -100.0
 
 
 @MODELS.register_module()
 class ShiftedWindowAttention(ShiftWindowMSA):
-    """Each pixel attends to those of its window: W-MSA, and with a ``shift_size`` SW-MSA.
+    """Self-attention inside each window: W-MSA, or SW-MSA with a ``shift_size``.
 
-    The map is padded with zeros, at the bottom and on the right, to a multiple of the window; padded pixels are
-    attended to like any other, as in the published code. Windows are attended to by scaled_dot_product_attention,
-    and no mask of all windows is formed: only those at the border need one, and there are three kinds of them.
+    The map is padded with zeros, at the bottom and on the right, to a multiple of the window. As in the authors' code,
+    padded pixels take part in the attention. The attention is computed by scaled_dot_product_attention. Only windows at
+    the last row and column need a mask, so the mask of all windows is never stored.
 
     Args:
         embed_dims: channels C; a multiple of ``num_heads``.
-        num_heads: heads.
+        num_heads: number of heads.
         window_size: side of the window, in pixels.
-        shift_size: by how many pixels the windows are moved to the bottom right, 0 (W-MSA) to ``window_size`` - 1;
-            Swin's SW-MSA has ``window_size // 2``.
-        qkv_bias: whether the joint query, key and value projection has a bias.
-        qk_scale: factor of the scores; None: head_dim ** -0.5.
+        shift_size: shift of the windows to the bottom right, in pixels, 0 (W-MSA) to ``window_size`` - 1; Swin's SW-MSA
+            uses ``window_size // 2``.
+        qkv_bias: whether the query, key and value projection has a bias.
+        qk_scale: scale of the scores; None: head_dim ** -0.5.
         attn_drop_rate: dropout of the attention weights, 0-1.
         proj_drop_rate: dropout of the projected output, 0-1.
-        dropout_layer: config of what the output passes last; None: nothing.
-        init_cfg: MMEngine's initialisation config.
+        dropout_layer: config of the dropout layer of the output; None: no dropout.
+        init_cfg: MMEngine's initialization config.
 
     Raises:
-        ValueError: sizes do not fit one another.
+        ValueError: If ``num_heads`` does not divide ``embed_dims``, or ``shift_size`` is not less than ``window_size``.
 
     Example:
         >>> layer = ShiftedWindowAttention(32, num_heads=4, window_size=7, shift_size=3)
@@ -63,8 +62,8 @@ class ShiftedWindowAttention(ShiftWindowMSA):
         check_heads(embed_dims, num_heads)
         if window_size < 1 or not 0 <= shift_size < window_size:
             raise ValueError(
-                f'shift_size={shift_size} does not fit window_size={window_size}; expected a window of at '
-                'least 1 and a shift of 0 to window_size - 1, usually 0 or window_size // 2'
+                f'shift_size={shift_size} does not fit window_size={window_size}; expected window_size of at '
+                'least 1 and shift_size from 0 to window_size - 1, usually 0 or window_size // 2'
             )
         super().__init__(
             embed_dims,
@@ -89,10 +88,10 @@ class ShiftedWindowAttention(ShiftWindowMSA):
             hw_shape: (H, W), of any size.
 
         Returns:
-            Tokens (B, H * W, C). There is no residual connection.
+            Tokens (B, H * W, C), without residual connection.
 
         Raises:
-            ValueError: the tokens do not match ``hw_shape`` or ``embed_dims``.
+            ValueError: If the tokens do not match ``hw_shape`` or ``embed_dims``.
         """
         check_tokens(self, query, hw_shape)
         (height, width), window, shift = hw_shape, self.window_size, self.shift_size
@@ -113,7 +112,7 @@ class ShiftedWindowAttention(ShiftWindowMSA):
         return self.drop(self.w_msa.proj_drop(self.w_msa.proj(x)))
 
     def _attend_shifted(self, qkv: Tensor) -> Tensor:
-        """:meth:`_attend`, where the last row and column of windows hold pixels from both sides of the map."""
+        """:meth:`_attend` with masks for the last row and column of windows, which mix two sides of the map."""
         bias = self._position_bias()
         rows = []
         for row_windows, last_row in _split_last(qkv, 2):
@@ -140,19 +139,19 @@ class ShiftedWindowAttention(ShiftWindowMSA):
         return out.view(qkv.shape[1:])
 
     def _position_bias(self) -> Tensor:
-        """(heads, window ** 2, window ** 2): the table's entry for each pair of pixels, (query, key)."""
+        """(heads, window ** 2, window ** 2): the table entry for each pair of pixels (query, key)."""
         index = self.w_msa.relative_position_index
         return self.w_msa.relative_position_bias_table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
 
     def _region_bias(self, bias: Tensor, last_row: bool, last_column: bool) -> Tensor:
-        """(window ** 2, window ** 2): ``OTHER_REGION`` for pixels from different sides of the map, else 0."""
+        """(window ** 2, window ** 2): ``OTHER_REGION`` for pairs from different sides of the map, else 0."""
         wrapped = torch.arange(self.window_size, device=bias.device) >= self.window_size - self.shift_size
         regions = ((wrapped & last_row).int()[:, None] + 2 * (wrapped & last_column).int()).flatten()
         return (regions[:, None] != regions).to(bias.dtype) * OTHER_REGION
 
 
 def _split_last(windows: Tensor, dim: int) -> list[tuple[Tensor, bool]]:
-    """All but the last along ``dim``, where there are any, and the last; each with whether it is the last."""
+    """Split off the last windows along ``dim``. Returns non-empty parts, each with whether it is the last."""
     inner = windows.shape[dim] - 1
     if not inner:
         return [(windows, True)]

@@ -1,4 +1,4 @@
-"""Attention whose keys and values come from a spatially reduced map.
+"""Attention with keys and values from a spatially reduced map.
 
 Sources: Wang et al., PVT, https://arxiv.org/abs/2102.12122, section 3.3 (spatial-reduction attention, the same in PVT
 v2), and PVT v2, https://arxiv.org/abs/2106.13797, section 3.2 (linear spatial-reduction attention). Fields and state
@@ -10,9 +10,15 @@ from mmdet.models.backbones.pvt import SpatialReductionAttention as MMDetSpatial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msda_plugin.layers.token_layout import (
+    check_heads,
+    check_tokens,
+    map_to_tokens,
+    merge_heads,
+    split_heads,
+    tokens_to_map,
+)
 from msda_plugin.registry import MODELS
-
-from .token_layout import check_heads, check_tokens, map_to_tokens, tokens_to_map
 
 # Side of the map that linear SRA pools to.
 POOL_SIZE = 7
@@ -20,27 +26,27 @@ POOL_SIZE = 7
 
 @MODELS.register_module()
 class SpatialReductionAttention(MMDetSpatialReductionAttention):
-    """Every pixel attends to the pixels of a reduced map; the scores of queries against keys are never held in memory.
+    """Every pixel attends to the pixels of a reduced map. The attention matrix is never stored.
 
-    SRA merges ``sr_ratio`` x ``sr_ratio`` pixels by a convolution and a norm; rows and columns that do not fill such a
-    window are left out, and a side shorter than it is padded with zeros to one window. Linear SRA pools any map to
-    7 x 7 before a 1 x 1 convolution, a norm and a GELU, so that its cost grows with the number of pixels alone.
+    SRA merges windows of ``sr_ratio`` x ``sr_ratio`` pixels by a convolution and a norm. Rows and columns that do not
+    fill a window are ignored, and a side shorter than a window is padded with zeros. Linear SRA pools any map to 7 x 7
+    before a 1 x 1 convolution, a norm and a GELU, so its cost is linear in the number of pixels.
 
     Args:
         embed_dims: channels C; a multiple of ``num_heads``.
-        num_heads: heads.
+        num_heads: number of heads.
         attn_drop: dropout of the attention weights, 0-1.
         proj_drop: dropout of the projected output, 0-1.
-        dropout_layer: config of what the output passes before the identity is added; None: nothing.
-        qkv_bias: whether the projections (as in MMDetection the last one too) have a bias.
+        dropout_layer: config of the dropout layer before the identity is added; None: no dropout.
+        qkv_bias: whether the projections have a bias, as in MMDetection including the output projection.
         norm_cfg: config of the norm after the reduction; None: ``dict(type='LN')``.
-        sr_ratio: side of the merged window; 1: no reduction. Without effect in linear SRA, as in PVT v2.
-        linear: linear SRA.
-        add_identity: whether the result is added to the input (to ``identity``), as in MMDetection.
-        init_cfg: MMEngine's initialisation config.
+        sr_ratio: side of the merged window; 1: no reduction. Ignored by linear SRA, as in PVT v2.
+        linear: use linear SRA.
+        add_identity: add ``identity`` to the result, as in MMDetection.
+        init_cfg: MMEngine's initialization config.
 
     Raises:
-        ValueError: sizes do not fit one another.
+        ValueError: If ``num_heads`` does not divide ``embed_dims``, or ``sr_ratio`` is less than 1.
 
     Example:
         >>> layer = SpatialReductionAttention(32, num_heads=4, sr_ratio=4)
@@ -96,22 +102,22 @@ class SpatialReductionAttention(MMDetSpatialReductionAttention):
         Args:
             x: the queries, tokens (B, H * W, C), row by row.
             hw_shape: (H, W), of any size.
-            identity: what the result is added to, (B, H * W, C); None: ``x``.
-            key: tokens (B, h * w, C) of another map, which is reduced and attended to; None: ``x``.
-            key_hw_shape: (h, w) of that map, of any size.
+            identity: added to the result, (B, H * W, C); None: ``x``.
+            key: tokens (B, h * w, C) of another map, for cross-attention; None: ``x``.
+            key_hw_shape: (h, w) of the other map, of any size.
 
         Returns:
             Tokens (B, H * W, C).
 
         Raises:
-            ValueError: tokens do not match their shape or ``embed_dims``, or one of ``key`` and ``key_hw_shape`` is
-                missing.
+            ValueError: If tokens do not match their map shape or ``embed_dims``, or only one of ``key`` and
+                ``key_hw_shape`` is given.
         """
         check_tokens(self, x, hw_shape)
         if (key is None) != (key_hw_shape is None):
             raise ValueError(
                 f'key_hw_shape is {key_hw_shape}, but key is {"None" if key is None else "a tensor"}: '
-                'give both, or none for self-attention'
+                'give both, or neither for self-attention'
             )
         if key is None:
             key, key_hw_shape = x, hw_shape
@@ -126,10 +132,9 @@ class SpatialReductionAttention(MMDetSpatialReductionAttention):
         )
         query = F.linear(x, query_weight, query_bias)
         key, value = F.linear(self._reduce(key, key_hw_shape), key_value_weight, key_value_bias).chunk(2, -1)
-        # (B, N, C) -> (B, heads, N, C / heads)
-        query, key, value = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+        query, key, value = (split_heads(t, self.num_heads) for t in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=attn.dropout if self.training else 0.0)
-        out = attn.out_proj(out.transpose(1, 2).flatten(2))
+        out = attn.out_proj(merge_heads(out))
         out = self.dropout_layer(self.proj_drop(out))
         return identity + out if self.add_identity else out
 

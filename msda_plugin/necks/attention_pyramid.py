@@ -8,12 +8,11 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msda_plugin.layers.layer_norm_2d import LayerNorm2d
 from msda_plugin.layers.mix_feed_forward import MixFeedForward
 from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
 from msda_plugin.layers.transformer_parts import run_layer
-
-from .simple_feature_pyramid import MapLayerNorm
 
 NORM_CFG = dict(type='GN', num_groups=32)
 INIT_CFG = [
@@ -147,7 +146,7 @@ class AttentionPyramid(ChannelMapper):
         sr_ratios = sr_ratios or [2**level for level in reversed(range(num_levels))]
         self.in_channels = tuple(in_channels)
         self.with_cp = with_cp
-        self.input_norms = ModuleList([MapLayerNorm(channels) for channels in in_channels] if input_norm else [])
+        self.input_norms = ModuleList([LayerNorm2d(channels) for channels in in_channels] if input_norm else [])
         self.blocks = ModuleList(
             [
                 ModuleList(

@@ -10,19 +10,10 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msda_plugin.layers.layer_norm_2d import LayerNorm2d
 from msda_plugin.registry import MODELS
 
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
-
-
-class MapLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel of a map (B, C, H, W)."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @MODELS.register_module()
@@ -81,9 +72,9 @@ class SimpleFeaturePyramid(BaseModule):
                 nn.Sequential(
                     *layers,
                     nn.Conv2d(channels, out_channels, 1, bias=False),
-                    MapLayerNorm(out_channels),
+                    LayerNorm2d(out_channels),
                     nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-                    MapLayerNorm(out_channels),
+                    LayerNorm2d(out_channels),
                 )
             )
 
@@ -113,7 +104,7 @@ def _resize(channels: int, scale: float) -> tuple[list[nn.Module], int]:
     if scale == 4:
         return [
             nn.ConvTranspose2d(channels, channels // 2, 2, stride=2),
-            MapLayerNorm(channels // 2),
+            LayerNorm2d(channels // 2),
             nn.GELU(),
             nn.ConvTranspose2d(channels // 2, channels // 4, 2, stride=2),
         ], channels // 4

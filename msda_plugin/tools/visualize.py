@@ -1,10 +1,10 @@
-"""``python -m msda_plugin visualize IMAGE``: what the attention of a detector looks at, as pictures and as a page.
+"""``python -m msda_plugin visualize IMAGE``: figures and an HTML page of the attention of a detector.
 
-What it leaves in the output folder:
+Output files:
 
-- ``IMAGE.html``: all chosen queries and layers, with selectors; works in a browser as it is, without a server;
-- ``IMAGE_QUERY.png``: a picture of all layers for each query;
-- ``IMAGE_QUERY_LAYER.png``: head by head, for each layer that ``--layer`` names.
+- ``IMAGE.html``: all chosen queries and layers, with selectors; opens in a browser without a server;
+- ``IMAGE_QUERY.png``: all layers, for each query;
+- ``IMAGE_QUERY_LAYER.png``: head by head, for each layer of ``--layer``.
 """
 
 import argparse
@@ -14,19 +14,19 @@ from pathlib import Path
 
 from msda_plugin.tools.common.errors import user_errors
 
-DETECTIONS = 3  # how many are shown where the command line names no query
+DETECTIONS = 3  # number of detections shown without --query and --detection
 
 
 def point(text: str) -> tuple[float, float]:
     """'64,32' → (64.0, 32.0)"""
     found = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*', text)
     if not found:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a point; write X,Y in pixels of the image, such as 64,32')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a point; expected X,Y in image pixels, such as 64,32')
     return float(found[1]), float(found[2])
 
 
 def choose_detections(recording, sample, score_thr: float) -> list[int]:
-    """The surest detections, each of another query of the decoder; a query can be detected as several classes."""
+    """The highest-scoring detections, one per decoder query: a query can be detected as several classes."""
     if recording.boxes is None:
         return []
     chosen = {}
@@ -42,13 +42,13 @@ def slug(label: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command. Returns its exit status."""
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin visualize',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Show what the attention of a detector looks at: the sampling points of each layer, head and\n'
-        'level, the cells of Shunted attention, the moved points of DAT, and how boxes are refined.\n'
-        'Leaves pictures (PNG) and a page with selectors (HTML) that works without a server.',
+        description='Visualize the attention of a detector: the sampling points of each layer, head and level,\n'
+        'the cells of Shunted attention, the moved points of DAT, and the refinement of boxes.\n'
+        'Writes figures (PNG) and a self-contained page with selectors (HTML).',
         epilog='examples:\n'
         '  python -m msda_plugin visualize photo.jpg\n'
         '  python -m msda_plugin visualize photo.jpg --detection 0 2 --query 64,32 --layer decoder.layers.1\n'
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         type=point,
         default=[],
         metavar='X,Y',
-        help='places in the image, in its pixels: backbone and encoder look from there',
+        help='points of the image, in pixels, whose attention in backbone and encoder is shown',
     )
     parser.add_argument(
         '--detection',
@@ -69,17 +69,17 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         default=[],
         metavar='N',
-        help='detections, 0 the surest: the decoder looks for them, backbone and encoder from their '
-        f'centre (default, if no place is named: the {DETECTIONS} surest, else the centre)',
+        help='detections, by score from 0, whose decoder query and box center are shown '
+        f'(default without --query: the {DETECTIONS} highest-scoring ones, or the image center if there are none)',
     )
     parser.add_argument(
         '--layer',
         nargs='+',
         metavar='NAME',
         help='layers to show, and to draw head by head: parts of their names, patterns with *, or all '
-        '(default: all but the earlier blocks of each stage of the backbone)',
+        '(default: the last block of each backbone stage and all other layers, not head by head)',
     )
-    parser.add_argument('--config', help='Python config file (default: the one beside the checkpoint)')
+    parser.add_argument('--config', help='Python config file (default: the one next to the checkpoint)')
     parser.add_argument(
         '--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of --config)'
     )
@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         default=0.3,
         metavar='P',
-        help='least score of a detection that is chosen by itself, 0-1 (default: %(default)s)',
+        help='minimum score of detections shown by default, 0-1 (default: %(default)s)',
     )
-    parser.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
+    parser.add_argument('--device', help='cpu, cuda or cuda:N (default: cuda if available)')
     args = parser.parse_args(argv)
     with user_errors('visualize'):
         from msda_plugin.engine.inference import find_checkpoint, load_detector, predict, read_image
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         from msda_plugin.visualization import draw_heads, draw_query, record_attention, write_attention_page, write_png
 
         if not 0 <= args.score_thr <= 1:
-            raise ValueError(f'--score-thr is {args.score_thr}, but a number from 0 to 1 is needed')
+            raise ValueError(f'--score-thr is {args.score_thr}; expected a number from 0 to 1')
         if args.device:
             check_device(args.device)
         image = read_image(args.image)
@@ -120,17 +120,17 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
 
     name = Path(args.image).stem
-    print(f'{checkpoint}: {len(queries)} queries, {len(recording.records)} layers with attention')
+    print(f'{checkpoint}: {len(queries)} queries, {len(recording.records)} attention layers')
     written = []
     for query in queries:
-        pictures = {'': draw_query(image, query, title=name)}
+        figures = {'': draw_query(image, query, title=name)}
         if args.layer:
-            pictures |= {f'_{view.name}': draw_heads(image, query, view, title=name) for view in query.layers}
-        for suffix, picture in pictures.items():
+            figures |= {f'_{view.name}': draw_heads(image, query, view, title=name) for view in query.layers}
+        for suffix, figure in figures.items():
             written.append(out / f'{name}_{slug(query.label)}{suffix}.png')
-            write_png(written[-1], picture)
+            write_png(written[-1], figure)
     written.append(out / f'{name}.html')
-    write_attention_page(written[-1], image, queries, title=f'{name}: what the attention looks at')
+    write_attention_page(written[-1], image, queries, title=f'{name}: attention')
     for path in written:
         print(path)
     return 0

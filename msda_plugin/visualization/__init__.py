@@ -1,15 +1,15 @@
-"""Pictures: detections, the curves of a training, and what attention looks at."""
+"""Figures of detections, training curves and attention."""
 
 from msda_plugin.visualization.attention import Recording, record_attention
+from msda_plugin.visualization.attention_figure import draw_heads, draw_query
 from msda_plugin.visualization.attention_page import attention_page, write_attention_page
-from msda_plugin.visualization.attention_picture import draw_heads, draw_query
 from msda_plugin.visualization.curves import draw_curves
-from msda_plugin.visualization.detection import class_colours, draw_boxes, draw_sheet, write_png
+from msda_plugin.visualization.detection import class_colors, draw_boxes, draw_sheet, write_png
 
 __all__ = [
     'Recording',
     'attention_page',
-    'class_colours',
+    'class_colors',
     'draw_boxes',
     'draw_curves',
     'draw_heads',

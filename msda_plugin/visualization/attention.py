@@ -1,8 +1,9 @@
-"""What the attention layers of a model look at: recorded in a forward pass, then read out for one query.
+"""Records the attention of a model in a forward pass, and returns what one query attends to.
 
-Covered are deformable attention on several scales or one (ours and mmcv's, hence MMDetection's own detectors as well)
-and DAT's, whose samples are points, and Shunted self-attention, whose samples are the cells of two coarser grids. A
-model that is not being recorded is untouched: all hangs on forward hooks, which :func:`record_attention` removes again.
+Supported layers are multi-scale and single-scale deformable attention (msda_plugin's and mmcv's, so MMDetection's
+detectors as well), DAT's deformable attention and Shunted self-attention. The samples of the first three are points,
+those of Shunted self-attention are the cells of two coarser grids. Recording uses forward hooks, which
+:func:`record_attention` removes again.
 """
 
 import inspect
@@ -15,30 +16,29 @@ from functools import partial
 
 import numpy as np
 import torch
-from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MMCVMultiScaleDeformableAttention
 from mmdet.models.dense_heads import DETRHead
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from msda_plugin.layers.deformable_attention import DeformableAttention
-from msda_plugin.layers.deformable_detr_layers import pixel_centers
-from msda_plugin.layers.deformable_multi_head_attention import DeformableMultiHeadAttention, DeformedPoints
-from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
-from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
+from msda_plugin.layers.attention_weights import attention_weights
+from msda_plugin.layers.deformable_multi_head_attention import AttentionInputs, DeformableMultiHeadAttention
+from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
+from msda_plugin.layers.shunted_self_attention import AttentionScale, ShuntedSelfAttention
 
 SAMPLED_SIGNATURE = inspect.signature(MultiScaleDeformableAttention.forward)
 
 
 @dataclass(frozen=True)
 class ImageFrame:
-    """Where an image lies in the network's input: resized, at the top left, padded at the right and at the bottom.
+    """The position of an image in the network's input: resized, at the top left, padded on the right and the bottom.
 
     All sizes are (width, height).
 
     Attributes:
-        scale: pixels of the input per pixel of the original image.
-        resized: the resized image, in pixels of the input.
-        padded: the input.
+        scale: input pixels per pixel of the original image.
+        resized: size of the resized image, in input pixels.
+        padded: size of the input.
     """
 
     scale: np.ndarray
@@ -47,15 +47,15 @@ class ImageFrame:
 
     @classmethod
     def from_sample(cls, sample: DetDataSample) -> 'ImageFrame':
-        """The frame of a sample that has been through a test pipeline and the model.
+        """The frame of a sample that a test pipeline and the model returned.
 
         Raises:
-            ValueError: the pipeline flipped the image.
+            ValueError: If the pipeline flipped the image.
         """
         if sample.get('flip'):
             raise ValueError(
-                f'the image was flipped ({sample.get("flip_direction")}), so that places in the network '
-                'are not those in the image; use a test pipeline without RandomFlip'
+                f'the test pipeline flipped the image ({sample.get("flip_direction")}), so locations in the '
+                'network differ from those in the image; use a test pipeline without RandomFlip'
             )
         resized = np.array(sample.img_shape[1::-1], float)
         return cls(
@@ -66,34 +66,35 @@ class ImageFrame:
 
     @property
     def size(self) -> np.ndarray:
-        """The original image, in its own pixels."""
+        """Size of the original image, in its pixels."""
         return self.resized / self.scale
 
     def from_image(self, points: np.ndarray) -> np.ndarray:
-        """(..., 2), 0 to 1 over the resized image -> pixels of the original image, 0 at its left and upper edge."""
+        """(..., 2), 0-1 over the resized image -> pixels of the original image, 0 at its left and upper edge."""
         return np.asarray(points, float) * self.size
 
     def from_input(self, points: np.ndarray) -> np.ndarray:
-        """(..., 2), 0 to 1 over the padded input -> pixels of the original image."""
+        """(..., 2), 0-1 over the padded input -> pixels of the original image."""
         return np.asarray(points, float) * self.padded / self.scale
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """What one query of one layer looks at: N samples, in pixels (x, y) of the original image.
+    """The N samples that one query of one layer attends to, in pixels (x, y) of the original image.
 
     Attributes:
         name: the layer's path in the model.
-        kind: 'encoder' or 'decoder' (multi-scale deformable attention within the keys, and to them), 'shunted', 'dat'.
-        query: which query it is, for people.
-        at: (2,), where the query is.
-        box: (4,) x1 y1 x2 y2, the reference box that the layer starts from; None: it starts from a point.
-        head, level: (N,) integers.
-        xy: (N, 2), the samples; the centres of the cells where the layer looks at cells.
-        weight: (N,); each head's sum to 1.
-        level_names: what each level is; of Shunted attention the levels are its granularities, of DAT's its groups.
+        kind: 'encoder' (deformable self-attention of the keys), 'decoder' (deformable attention to the keys),
+            'shunted' or 'dat'.
+        query: description of the query.
+        at: (2,), location of the query.
+        box: (4,) x1 y1 x2 y2, the layer's reference box; None: the reference is a point.
+        head, level: (N,) integers. The levels of Shunted attention are its scales, those of DAT its groups.
+        xy: (N, 2), the sampled points, or the centers of the cells.
+        weight: (N,), attention weights, summing to 1 for each head.
+        level_names: description of each level.
         cells: (num_levels, 2), width and height of a cell; None: samples are points.
-        origin: (N, 2), where the samples were before they were moved; None: nothing moved them.
+        origin: (N, 2), the samples before the layer moved them; None: the layer does not move points.
     """
 
     name: str
@@ -111,14 +112,14 @@ class LayerView:
 
     @property
     def is_local(self) -> bool:
-        """Whether the layer looks at few points near its reference, and not at the whole image."""
+        """Whether the layer attends to a few points near its reference instead of the whole image."""
         return self.kind in ('encoder', 'decoder')
 
     def merged(self, keep: np.ndarray | None = None) -> 'LayerView':
-        """The view with one sample, of the mean weight, for all heads that look at the same place.
+        """Merge samples of different heads at the same location into one sample with their mean weight.
 
         Args:
-            keep: (N,) bool, the samples to take; None: all.
+            keep: (N,) bool, the samples to use; None: all.
         """
         keep = np.ones(len(self.head), bool) if keep is None else keep
         places = np.column_stack([self.level, self.xy.round(3)])[keep]
@@ -137,13 +138,13 @@ class LayerView:
 
 @dataclass(frozen=True)
 class QueryView:
-    """What one query looks at in all layers.
+    """What one query attends to in all layers.
 
     Attributes:
-        label: for people.
-        at: (2,), its place in pixels of the original image.
-        box: (4,) x1 y1 x2 y2, the detection; None: the query is a place.
-        layers: one view a layer, in the order of the forward pass.
+        label: description of the query.
+        at: (2,), location of the query in pixels of the original image.
+        box: (4,) x1 y1 x2 y2, the detection; None: the query is a point.
+        layers: one view per layer, in the order of the forward pass.
     """
 
     label: str
@@ -158,13 +159,11 @@ class SampledAttention:
 
     Attributes:
         name: the layer's path in the model.
-        locations: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y), 0 to 1 over the padded level.
-        weights: (bs, num_queries, num_heads, num_levels, num_points), sum 1 over levels and points.
-        reference_points: (bs, num_queries, num_levels, 2 or 4), 0 to 1 over the padded level.
+        locations, weights, reference_points: see :class:`msda_plugin.layers.multi_scale_deformable_attention.Sampling`.
         spatial_shapes: (h, w) of each level.
-        valid_ratios: (bs, num_levels, 2), the share of each level's width and height that is not padding; None: the
-            layer was not told.
-        within_keys: the queries are the keys (an encoder), not others that look at them (a decoder).
+        valid_ratios: (bs, num_levels, 2), the unpadded share of each level's width and height, 0-1; None: the layer did
+            not get them.
+        within_keys: whether the queries are the keys, as in an encoder.
     """
 
     name: str
@@ -176,19 +175,19 @@ class SampledAttention:
     within_keys: bool
 
     def ratios(self, image: int, frame: ImageFrame) -> np.ndarray:
-        """(num_levels, 2), the valid share (width, height) of each level in one image of the batch."""
+        """(num_levels, 2), the unpadded share (width, height) of each level for one image of the batch, 0-1."""
         if self.valid_ratios is None:
             return np.tile(frame.resized / frame.padded, (len(self.spatial_shapes), 1))
         return to_numpy(self.valid_ratios[image])
 
     def nearest_query(self, at: Sequence[float], image: int, frame: ImageFrame) -> int:
-        """The query of an encoder whose pixel centre is nearest to a place in the original image."""
-        # A pixel's own centre stands on every level, times that level's valid share.
+        """The encoder query whose pixel center is nearest to a point of the original image."""
+        # An encoder's reference on each level is the pixel center times the level's valid ratio.
         centers = to_numpy(self.reference_points[image, :, 0, :2]) / self.ratios(image, frame)[0]
         return int(np.square(frame.from_image(centers) - np.asarray(at)).sum(1).argmin())
 
     def view(self, query: int, image: int, frame: ImageFrame) -> LayerView:
-        """What a query of an image of the batch looks at."""
+        """What a query attends to in an image of the batch."""
         ratios = self.ratios(image, frame)
         reference = to_numpy(self.reference_points[image, query, 0])
         reference = reference / np.resize(ratios[0], len(reference))
@@ -196,7 +195,7 @@ class SampledAttention:
         half = frame.from_image(reference[2:] / 2) if len(reference) == 4 else None
         weights = to_numpy(self.weights[image, query])  # (heads, levels, points)
         head, level, _ = np.indices(weights.shape)
-        # Valid shares, not the padded size: a level's size is rounded, and this is how the model relates the two.
+        # Divided by the valid ratios, as in the model: the padded size is inexact, since a level's size is rounded.
         xy = frame.from_image(to_numpy(self.locations[image, query]) / ratios[:, None])
         return LayerView(
             name=self.name,
@@ -220,7 +219,7 @@ class SampledAttention:
                 row, column = divmod(query - start, width)
                 return f'encoder query {query}: level {level}, row {row}, column {column}'
             start += height * width
-        raise IndexError(f'there is no query {query}; the levels {self.spatial_shapes} have {start} pixels')
+        raise IndexError(f'query {query} does not exist: the levels {self.spatial_shapes} have {start} pixels')
 
 
 @dataclass(frozen=True)
@@ -229,38 +228,29 @@ class ShuntedAttention:
 
     Attributes:
         name: the layer's path in the model.
-        query: (bs, num_heads, H * W, head_dim).
-        keys: one tensor a scale, (bs, heads of the scale, number of its cells, head_dim); coarse first.
-        rates: side of a cell of each scale, in tokens.
-        hw_shape: (H, W) of the map of tokens.
+        scales: queries and keys of each scale; a cell is the window of tokens merged into one key.
+        hw_shape: (H, W) of the token map.
     """
 
     name: str
-    query: Tensor
-    keys: tuple[Tensor, ...]
-    rates: tuple[int, ...]
+    scales: Sequence[AttentionScale]
     hw_shape: tuple[int, int]
 
     def nearest_query(self, at: Sequence[float], image: int, frame: ImageFrame) -> int:
-        """The token in which a place of the original image lies."""
+        """The token that contains a point of the original image."""
         return cell_of(at, self.hw_shape, frame)
 
     def attention(self, query: int, image: int) -> list[Tensor]:
-        """The weights that a query gives to the cells: for each scale (heads of the scale, number of its cells)."""
-        # The heads of the first scale come first.
-        queries = self.query[image, :, query].split([key.shape[1] for key in self.keys])
-        return [
-            torch.einsum('hd,hkd->hk', q * q.shape[-1] ** -0.5, key[image]).softmax(-1)
-            for q, key in zip(queries, self.keys, strict=True)
-        ]
+        """The attention weights of a query for each scale, (heads of the scale, number of cells)."""
+        return [attention_weights(scale.query[image, :, query, None], scale.key[image])[:, 0] for scale in self.scales]
 
     def view(self, query: int, image: int, frame: ImageFrame) -> LayerView:
-        """What a query (a token, counted row by row) of an image of the batch looks at."""
+        """What a query (a token, counted row by row) attends to in an image of the batch."""
         height, width = self.hw_shape
         token = 1 / np.array([width, height])  # of the padded input
         parts, names, cells, first_head = [], [], [], 0
-        for level, (rate, weights) in enumerate(zip(self.rates, self.attention(query, image), strict=True)):
-            weights = to_numpy(weights)
+        for level, (scale, weights) in enumerate(zip(self.scales, self.attention(query, image), strict=True)):
+            weights, rate = to_numpy(weights), scale.rate
             rows, columns = height // rate, width // rate
             y, x = np.divmod(np.arange(rows * columns), columns)
             centers = frame.from_input((np.stack([x, y], 1) + 0.5) * rate * token)
@@ -291,39 +281,30 @@ class DeformedAttention:
 
     Attributes:
         name: the layer's path in the model.
-        query: (bs, num_heads, H * W, head_dim).
-        key: (bs, num_heads, num_points, head_dim).
-        bias: a slice of the queries -> what is added to their logits, (bs or 1, num_heads, slice,
-            num_points); None: nothing.
-        points: of each group of heads, before and after they were moved.
+        inputs: queries, keys, biases and deformed points of the attention.
         hw_shape: (H, W) of the map.
     """
 
     name: str
-    query: Tensor
-    key: Tensor
-    bias: Callable[[slice], Tensor] | None
-    points: DeformedPoints
+    inputs: AttentionInputs
     hw_shape: tuple[int, int]
 
     def nearest_query(self, at: Sequence[float], image: int, frame: ImageFrame) -> int:
-        """The pixel of the map in which a place of the original image lies."""
+        """The pixel of the map that contains a point of the original image."""
         return cell_of(at, self.hw_shape, frame)
 
     @torch.no_grad()
     def attention(self, query: int, image: int) -> Tensor:
-        """The weights that a query gives to the points, (num_heads, num_points)."""
-        q = self.query[image, :, query]
-        logits = torch.einsum('hd,hkd->hk', q, self.key[image]) * q.shape[-1] ** -0.5
-        if self.bias is not None:
-            bias = self.bias(slice(query, query + 1))
-            logits = logits + bias[image if len(bias) > 1 else 0, :, 0]
-        return logits.softmax(-1)
+        """The attention weights of a query, (num_heads, num_points)."""
+        part = slice(query, query + 1)
+        bias = None if self.inputs.bias is None else self.inputs.bias(part)
+        return attention_weights(self.inputs.query[:, :, part], self.inputs.key, bias)[image, :, 0]
 
     def view(self, query: int, image: int, frame: ImageFrame) -> LayerView:
-        """What a query (a pixel of the map, counted row by row) of an image of the batch looks at."""
+        """What a query (a pixel of the map, counted row by row) attends to in an image of the batch."""
         weights = to_numpy(self.attention(query, image))
-        heads, groups = len(weights), self.points.positions.shape[1]
+        points = self.inputs.points
+        heads, groups = len(weights), points.positions.shape[1]
         head, _ = np.indices(weights.shape)
         group = head * groups // heads
         return LayerView(
@@ -334,14 +315,14 @@ class DeformedAttention:
             query=name_of(query, self.hw_shape),
             head=head.ravel(),
             level=group.ravel(),
-            xy=self._pixels(self.points.positions[image], heads, frame),
+            xy=self._pixels(points.positions[image], heads, frame),
             weight=weights.ravel(),
             level_names=tuple(f'points of group {i}' for i in range(groups)),
-            origin=self._pixels(self.points.references[image], heads, frame),
+            origin=self._pixels(points.references[image], heads, frame),
         )
 
     def _pixels(self, points: Tensor, heads: int, frame: ImageFrame) -> np.ndarray:
-        """(num_groups, Hk, Wk, 2), (y, x), -1 and 1 at centres of border pixels -> (heads * Hk * Wk, 2), (x, y)."""
+        """(num_groups, Hk, Wk, 2), (y, x), -1 and 1 at border pixel centers -> image pixels (heads * Hk * Wk, 2)."""
         size = np.array(self.hw_shape[::-1])
         share = ((to_numpy(points)[..., ::-1] + 1) / 2 * (size - 1) + 0.5) / size
         return frame.from_input(share.repeat(heads // len(share), axis=0)).reshape(-1, 2)
@@ -351,14 +332,14 @@ Record = SampledAttention | ShuntedAttention | DeformedAttention
 
 
 def cell_of(at: Sequence[float], hw_shape: tuple[int, int], frame: ImageFrame) -> int:
-    """The pixel of a map of the padded input, counted row by row, in which a place of the original image lies."""
+    """The pixel of a map of the padded input, counted row by row, that contains a point of the original image."""
     height, width = hw_shape
     column, row = np.asarray(at) * frame.scale / frame.padded * (width, height)
     return int(min(row, height - 1)) * width + int(min(column, width - 1))
 
 
 def center_of(query: int, hw_shape: tuple[int, int], frame: ImageFrame) -> np.ndarray:
-    """(2,), the centre of a map's pixel in the original image."""
+    """(2,), the center of a pixel of the map, in pixels of the original image."""
     row, column = divmod(query, hw_shape[1])
     return frame.from_input((np.array([column, row]) + 0.5) / hw_shape[::-1])
 
@@ -370,12 +351,12 @@ def name_of(query: int, hw_shape: tuple[int, int]) -> str:
 
 @dataclass
 class Recording:
-    """What :func:`record_attention` collected.
+    """The records of :func:`record_attention`.
 
     Attributes:
-        records: one a call of an attention layer, in the order of the calls.
-        boxes: (bs, num_queries, 4) as (cx, cy, w, h), 0 to 1 over the resized image: what the head made of the
-            decoder's queries; None: the model has no such head.
+        records: one per call of an attention layer, in the order of the calls.
+        boxes: (bs, num_queries, 4) as (cx, cy, w, h), 0-1 over the resized image: the head's boxes for the decoder
+            queries; None: the model has no DETR head.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -384,33 +365,34 @@ class Recording:
     def at_point(
         self, at: Sequence[float], sample: DetDataSample, layers: Sequence[str] | None = None, image: int = 0
     ) -> QueryView:
-        """What the backbone and the encoder look at from a place in the image.
+        """What backbone and encoder attend to from a point of the image.
 
         Args:
             at: (x, y) in pixels of the original image.
-            sample: the model's answer, which knows how the image was resized and padded.
+            sample: the model's result, with the metadata of resizing and padding.
             layers: see :func:`choose_layers`.
-            image: which image of the batch.
+            image: index of the image in the batch.
 
         Raises:
-            ValueError: the place is not in the image, the image was flipped, or no layer is left.
+            ValueError: If the point is outside the image, the image was flipped, or no chosen layer is in backbone or
+                encoder.
         """
         frame = ImageFrame.from_sample(sample)
         if not (np.zeros(2) <= at).all() or not (at < frame.size).all():
             width, height = frame.size.round().astype(int)
             raise ValueError(
-                f'the point {at[0]:g},{at[1]:g} is not in the image, which is {width} wide and {height} '
-                f'high; x is from 0 to {width - 1} and y from 0 to {height - 1}'
+                f'the point {at[0]:g},{at[1]:g} is outside the image, which is {width}x{height}; expected x from '
+                f'0 to {width - 1} and y from 0 to {height - 1}'
             )
         views = tuple(
             record.view(record.nearest_query(at, image, frame), image, frame)
             for record in self._chosen(layers)
-            if not _looks_from_decoder(record)
+            if not _is_decoder(record)
         )
         if not views:
             raise ValueError(
-                'of the layers that are chosen, none looks from places in the image (those of a backbone '
-                'or an encoder do); choose a detection, or other layers'
+                'none of the chosen layers is in the backbone or the encoder, and a point has no decoder query; '
+                'choose a detection or other layers'
             )
         return QueryView(f'point ({at[0]:g}, {at[1]:g})', np.asarray(at, float), None, views)
 
@@ -422,16 +404,16 @@ class Recording:
         layers: Sequence[str] | None = None,
         image: int = 0,
     ) -> QueryView:
-        """What the decoder looks at to find an object, and backbone and encoder from the centre of its box.
+        """What the decoder attends to for a detection, and backbone and encoder from the center of its box.
 
         Args:
-            number: of the detection, from 0, in ``sample.pred_instances``.
+            number: index of the detection in ``sample.pred_instances``.
             sample, layers, image: as for :meth:`at_point`.
-            class_names: of the labels.
+            class_names: name of each label.
 
         Raises:
-            ValueError: there is no such detection, the model has no decoder's queries to choose from, the image was
-                flipped, or a name fits no layer.
+            ValueError: If the detection does not exist, the model has no decoder queries, the image was flipped, or a
+                pattern matches no layer.
         """
         frame = ImageFrame.from_sample(sample)
         query = self.query_of(number, sample, image)
@@ -439,28 +421,25 @@ class Recording:
         box = to_numpy(found.bboxes[0])
         at = (box[:2] + box[2:]) / 2
         views = tuple(
-            record.view(query if _looks_from_decoder(record) else record.nearest_query(at, image, frame), image, frame)
+            record.view(query if _is_decoder(record) else record.nearest_query(at, image, frame), image, frame)
             for record in self._chosen(layers)
         )
         label = f'detection {number}: {class_names[int(found.labels[0])]} {float(found.scores[0]):.2f}'
         return QueryView(label, at, box, views)
 
     def query_of(self, number: int, sample: DetDataSample, image: int = 0) -> int:
-        """The decoder's query that a detection, counted from 0, comes from.
+        """The decoder query of detection ``number``.
 
         Raises:
-            ValueError: there is no such detection, or the model has no decoder's queries to choose from.
+            ValueError: If the detection does not exist, or the model has no decoder queries.
         """
         if self.boxes is None:
-            raise ValueError(
-                'detections of this model come from no decoder, so that there is no query to show; choose '
-                'a point in the image'
-            )
+            raise ValueError('this model has no decoder queries to show for a detection; choose a point of the image')
         boxes = to_numpy(sample.pred_instances.bboxes)
         if not 0 <= number < len(boxes):
-            known = f'they are numbered from 0, the surest, to {len(boxes) - 1}' if len(boxes) else 'there are none'
-            raise ValueError(f'there is no detection {number}; {known}')
-        # A head sorts and repeats its queries' boxes, and clips them to the image: the box finds its query again.
+            known = f'expected 0 (highest score) to {len(boxes) - 1}' if len(boxes) else 'nothing was detected'
+            raise ValueError(f'detection {number} does not exist; {known}')
+        # A head sorts, repeats and clips the boxes of its queries, so the query is found by its box.
         frame = ImageFrame.from_sample(sample)
         center, size = np.split(to_numpy(self.boxes[image]), 2, axis=1)
         candidates = np.concatenate([center - size / 2, center + size / 2], 1).clip(0, 1)
@@ -471,20 +450,20 @@ class Recording:
         return [record for record in self.records if record.name in chosen]
 
 
-def _looks_from_decoder(record: Record) -> bool:
+def _is_decoder(record: Record) -> bool:
     return isinstance(record, SampledAttention) and not record.within_keys
 
 
 def choose_layers(names: Sequence[str], patterns: Sequence[str] | None = None) -> list[str]:
-    """The layers to show.
+    """Choose the layers to show.
 
     Args:
-        names: of all recorded layers, in their order.
-        patterns: parts of names, or patterns with ``*``; 'all' means every layer. None: of each sequence of blocks in
-            the backbone the last one, and every other layer.
+        names: all recorded layers, in the order of the forward pass.
+        patterns: parts of names, or patterns with ``*``; 'all' means every layer. None: the last layer of each sequence
+            of backbone blocks, and every other layer.
 
     Raises:
-        ValueError: a pattern fits no layer.
+        ValueError: If a pattern matches no layer.
     """
     if patterns is None:
         last = {}
@@ -492,24 +471,24 @@ def choose_layers(names: Sequence[str], patterns: Sequence[str] | None = None) -
             last[re.sub(r'blocks\.\d+', 'blocks', name)] = name
         return list(last.values())
     for pattern in patterns:
-        if pattern != 'all' and not any(_fits(name, pattern) for name in names):
-            raise ValueError(f'no layer is called {pattern}; there are {", ".join(names)}')
-    return [name for name in names if any(pattern == 'all' or _fits(name, pattern) for pattern in patterns)]
+        if pattern != 'all' and not any(_matches(name, pattern) for name in names):
+            raise ValueError(f'no layer matches {pattern}; the layers are {", ".join(names)}')
+    return [name for name in names if any(pattern == 'all' or _matches(name, pattern) for pattern in patterns)]
 
 
-def _fits(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str) -> bool:
     return fnmatch(name, f'*{pattern}*')
 
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[Recording]:
-    """Record what the attention layers of a model look at while the block runs the model.
+    """Record the attention of a model while the ``with`` block runs it.
 
-    The model's results are the same to the bit; offsets, weights and keys are computed once more from the inputs of
-    each layer. What is recorded stays on the model's device, without gradients, and lives as long as the recording.
+    The model's results stay bitwise the same; each layer's offsets, weights and keys are computed a second time. The
+    records stay on the model's device, without gradients.
 
     Raises:
-        ValueError: the model has no layer of a kind that can be recorded.
+        ValueError: If the model has no supported attention layer.
 
     Example:
         >>> with record_attention(model) as recording:  # doctest: +SKIP
@@ -517,7 +496,7 @@ def record_attention(model: nn.Module) -> Iterator[Recording]:
         >>> recording.at_detection(0, sample, model.dataset_meta['classes'])  # doctest: +SKIP
     """
     recorders: dict[type, Callable] = {
-        MultiScaleDeformableAttention: _record_sampled,
+        MMCVMultiScaleDeformableAttention: _record_sampled,
         DeformableMultiHeadAttention: _record_deformed,
         ShuntedSelfAttention: _record_shunted,
     }
@@ -529,7 +508,7 @@ def record_attention(model: nn.Module) -> Iterator[Recording]:
     ]
     if not found:
         raise ValueError(
-            f'{type(model).__name__} has no attention that can be recorded; covered are '
+            f'{type(model).__name__} has no attention layer that can be recorded; supported are '
             f'{", ".join(kind.__name__ for kind in recorders)}'
         )
     found += [(name, module, _record_boxes) for name, module in model.named_modules() if isinstance(module, DETRHead)]
@@ -542,62 +521,31 @@ def record_attention(model: nn.Module) -> Iterator[Recording]:
 
 @torch.no_grad()
 def _record_sampled(
-    recording: Recording, name: str, module: MultiScaleDeformableAttention, args: tuple, kwargs: dict, output: Tensor
+    recording: Recording,
+    name: str,
+    module: MMCVMultiScaleDeformableAttention,
+    args: tuple,
+    kwargs: dict,
+    output: Tensor,
 ) -> None:
-    inputs = SAMPLED_SIGNATURE.bind(module, *args, **kwargs)
-    inputs.apply_defaults()
-    inputs = inputs.arguments
-    query, value = inputs['query'], inputs['value']
-    within_keys = value is None or value is query
-    if inputs['query_pos'] is not None:
-        query = query + inputs['query_pos']
-    shapes, reference_points = inputs['spatial_shapes'], inputs['reference_points']
-    if isinstance(module, DeformableAttention):  # one scale, which takes maps and finds its own references
-        value = inputs['query'] if value is None else value
-        if value.dim() == 4:
-            shapes = [value.shape[2:]]
-            value = map_to_tokens(value)
-        query = map_to_tokens(query) if query.dim() == 4 else query
-        shapes = [shapes] if len(shapes) == 2 else shapes
-        if reference_points is None:
-            reference_points = pixel_centers(shapes, value.new_ones(len(value), 1, 2))[:, :, None]
-        elif reference_points.dim() == 3:
-            reference_points = reference_points[:, :, None]
-    if not module.batch_first:
-        query = query.transpose(0, 1)
-    shapes = tuple(tuple(shape) for shape in (shapes.tolist() if isinstance(shapes, Tensor) else shapes))
-    offsets = module.sampling_offsets(query).unflatten(-1, (module.num_heads, module.num_levels, module.num_points, 2))
-    weights = module.attention_weights(query).unflatten(-1, (module.num_heads, -1)).float().softmax(-1)
+    inputs = SAMPLED_SIGNATURE.bind(module, *args, **kwargs).arguments
+    inputs |= inputs.pop('kwargs', {})
+    # mmcv's layer lacks this method but has all the attributes that it uses.
+    method = getattr(type(module), 'sampling', MultiScaleDeformableAttention.sampling)
+    sampling = method(**inputs)
+    shapes = sampling.spatial_shapes
+    shapes = shapes.tolist() if isinstance(shapes, Tensor) else shapes
     recording.records.append(
         SampledAttention(
             name=name,
-            locations=sampling_locations(reference_points, offsets, shapes),
-            weights=weights.unflatten(-1, (module.num_levels, module.num_points)),
-            reference_points=reference_points,
-            spatial_shapes=shapes,
-            valid_ratios=inputs['kwargs'].get('valid_ratios'),
-            within_keys=within_keys,
+            locations=sampling.locations,
+            weights=sampling.weights,
+            reference_points=sampling.reference_points,
+            spatial_shapes=tuple(tuple(shape) for shape in shapes),
+            valid_ratios=inputs.get('valid_ratios'),
+            within_keys=inputs.get('value') is None or inputs['value'] is inputs['query'],
         )
     )
-
-
-def sampling_locations(reference_points: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """Where deformable attention samples, by the rule of :func:`msda_plugin.ops.ms_deform_attn_fused`.
-
-    Args:
-        reference_points: (bs, num_queries, num_levels, 2 or 4), 0 to 1 over the level.
-        offsets: (bs, num_queries, num_heads, num_levels, num_points, 2).
-        spatial_shapes: (h, w) of each level.
-
-    Returns:
-        (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y), 0 to 1 over the level; float32, or wider.
-    """
-    offsets = offsets.float() if offsets.dtype != torch.float64 else offsets
-    points = reference_points[:, :, None, :, None]
-    if reference_points.shape[-1] == 2:
-        sizes = offsets.new_tensor(spatial_shapes).flip(-1)  # (num_levels, 2), (w, h)
-        return points + offsets / sizes[:, None]
-    return points[..., :2] + offsets / offsets.shape[-2] * points[..., 2:] * 0.5
 
 
 @torch.no_grad()
@@ -605,22 +553,8 @@ def _record_shunted(
     recording: Recording, name: str, module: ShuntedSelfAttention, args: tuple, kwargs: dict, output: Tensor
 ) -> None:
     inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    x, hw_shape = inputs['x'], tuple(inputs['hw_shape'])
-    head_dim = module.embed_dims // module.num_heads
-    if module.sr_ratio > 1:
-        rates = (module.sr_ratio, module.sr_ratio // 2)
-        keys = [branch(tokens_to_map(x, hw_shape))[0] for branch in module.branches]
-    else:
-        rates, keys = (1,), [module.kv(x).chunk(2, dim=-1)[0]]
-    recording.records.append(
-        ShuntedAttention(
-            name=name,
-            query=split_heads(module.query(x), head_dim),
-            hw_shape=hw_shape,
-            rates=rates,
-            keys=tuple(split_heads(key, head_dim) for key in keys),
-        )
-    )
+    scales = module.scales(inputs['x'], inputs['hw_shape'])
+    recording.records.append(ShuntedAttention(name, scales, tuple(inputs['hw_shape'])))
 
 
 @torch.no_grad()
@@ -628,28 +562,7 @@ def _record_deformed(
     recording: Recording, name: str, module: DeformableMultiHeadAttention, args: tuple, kwargs: dict, output: Tensor
 ) -> None:
     x = inspect.signature(module.forward).bind(*args, **kwargs).arguments['x']
-    hw_shape, head_dim = tuple(x.shape[2:]), module.embed_dims // module.num_heads
-    query = module.query(map_to_tokens(x))
-    points = module._deform(tokens_to_map(query, hw_shape))
-    key = module.key(module._sample(x, points.positions))
-    bias = None
-    if module.position_bias is not None:
-        bias = module.position_bias(module._grid(hw_shape, 0.0, points.positions), points.positions)
-    recording.records.append(
-        DeformedAttention(
-            name=name,
-            query=split_heads(query, head_dim),
-            key=split_heads(key, head_dim),
-            bias=bias,
-            points=points,
-            hw_shape=hw_shape,
-        )
-    )
-
-
-def split_heads(tokens: Tensor, head_dim: int) -> Tensor:
-    """(bs, M, heads * head_dim) -> (bs, heads, M, head_dim)"""
-    return tokens.unflatten(2, (-1, head_dim)).transpose(1, 2)
+    recording.records.append(DeformedAttention(name, module.attention_inputs(x), tuple(x.shape[2:])))
 
 
 def _record_boxes(
@@ -659,5 +572,5 @@ def _record_boxes(
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """On the host, in double precision."""
+    """Copy to the CPU, as float64."""
     return tensor.detach().double().cpu().numpy()

@@ -1,7 +1,7 @@
-"""What queries look at, as one HTML page that needs no server and no other file, to choose query, layer, head, level.
+"""A self-contained HTML page that shows what queries attend to, with selectors for query, layer, head and level.
 
-The page is data and a small script: an SVG whose user units are pixels of the image, so that what is drawn stands where
-the data says. Text reaches the document as text only.
+The page contains JSON data and a script that draws an SVG, whose user units are image pixels. Text from the data is
+inserted as text nodes only.
 """
 
 import base64
@@ -16,40 +16,40 @@ import numpy as np
 from PIL import Image
 
 from msda_plugin.visualization.attention import LayerView, QueryView
-from msda_plugin.visualization.attention_picture import (
+from msda_plugin.visualization.attention_figure import (
     ALL_MARKERS,
     DETECTION,
     INK,
     LARGEST,
-    LEVEL_COLOURS,
+    LEVEL_COLORS,
     PAPER,
     SMALLEST,
     layer_window,
 )
 
-MAX_SIDE = 1600  # of the image in the page, pixels; the drawing is not affected
+MAX_SIDE = 1600  # longer side of the embedded image, pixels; coordinates stay those of the original image
 LOSSLESS_SIDE = 640  # images up to this side are stored as PNG, larger ones as JPEG
 
 
 def attention_page(image: np.ndarray, queries: Sequence[QueryView], *, title: str) -> str:
-    """The page as text.
+    """The HTML page as a string.
 
     Args:
         image: (H, W, 3) uint8, RGB: the original image.
         queries: from :class:`msda_plugin.visualization.attention.Recording`.
-        title: of the page.
+        title: title of the page.
 
     Raises:
-        ValueError: there is no query.
+        ValueError: If ``queries`` is empty.
     """
     if not queries:
-        raise ValueError('a page needs at least one query to show, got none')
+        raise ValueError('expected at least one query, got none')
     data = dict(
         width=image.shape[1],
         height=image.shape[0],
         image=_data_uri(image),
         style=dict(
-            colours=LEVEL_COLOURS,
+            colors=LEVEL_COLORS,
             ink=INK,
             paper=PAPER,
             detection=DETECTION,
@@ -100,22 +100,22 @@ def _layer(query: QueryView, view: LayerView, image: np.ndarray) -> dict:
 
 
 def _numbers(array: np.ndarray | None) -> list | None:
-    """Pixels, to a hundredth."""
+    """Pixels, rounded to hundredths."""
     return None if array is None else np.round(array, 2).tolist()
 
 
 def _script_safe(text: str) -> str:
-    """JSON that a script element can hold: nothing in it can end the element, or begin a comment."""
+    """Escape JSON for a script element, so that it cannot end the element or start a comment."""
     for character in '<>&\u2028\u2029':
         text = text.replace(character, f'\\u{ord(character):04x}')
     return text
 
 
 def _data_uri(image: np.ndarray) -> str:
-    picture, file = Image.fromarray(image), io.BytesIO()
+    embedded, file = Image.fromarray(image), io.BytesIO()
     kind = 'PNG' if max(image.shape[:2]) <= LOSSLESS_SIDE else 'JPEG'
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    picture.save(file, kind, quality=90)
+    embedded.thumbnail((MAX_SIDE, MAX_SIDE))
+    embedded.save(file, kind, quality=90)
     return f'data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
@@ -133,7 +133,7 @@ PAGE = r"""<!DOCTYPE html>
   label { display: inline-flex; gap: 6px; align-items: center; }
   select { font: inherit; max-width: 24em; }
   main { display: flex; flex-wrap: wrap; gap: 16px; padding: 14px 16px; align-items: flex-start; }
-  #picture { flex: 0 1 auto; display: block; background: #888; border: 1px solid #444; }
+  #figure { flex: 0 1 auto; display: block; background: #888; border: 1px solid #444; }
   #side { flex: 1 1 250px; max-width: 420px; }
   #legend { list-style: none; margin: 8px 0; padding: 0; }
   #legend li { display: flex; gap: 8px; align-items: center; min-height: 26px; }
@@ -152,8 +152,8 @@ PAGE = r"""<!DOCTYPE html>
     <label>Layer <select id="layer"></select></label>
     <label>Head <select id="head"></select></label>
     <label>Level <select id="level"></select></label>
-    <label>Colour by
-      <select id="colour"><option value="level">level</option><option value="head">head</option></select></label>
+    <label>Color by
+      <select id="color"><option value="level">level</option><option value="head">head</option></select></label>
     <label><input type="checkbox" id="zoom" checked> zoom to the query</label>
     <label><input type="checkbox" id="boxes" checked> boxes of all layers</label>
     <label><input type="checkbox" id="others" checked> other queries</label>
@@ -161,21 +161,21 @@ PAGE = r"""<!DOCTYPE html>
   </div>
 </header>
 <main>
-  <svg id="picture" role="img" aria-label="what the query looks at"></svg>
+  <svg id="figure" role="img" aria-label="samples of the query"></svg>
   <div id="side">
     <p id="status" aria-live="polite"></p>
     <ul id="legend"></ul>
-    <p id="hint">Rest the pointer on a point for its weight; click another query to choose it.</p>
+    <p id="hint">Hover over a point to see its weight; click another query to select it.</p>
   </div>
 </main>
-<noscript>This page draws with JavaScript; allow it to see the picture.</noscript>
+<noscript>This page needs JavaScript.</noscript>
 <script type="application/json" id="data">%DATA%</script>
 <script>
 'use strict';
 const data = JSON.parse(document.getElementById('data').textContent);
 const element = id => document.getElementById(id);
-const picture = element('picture');
-const controls = ['query', 'layer', 'head', 'level', 'colour'], switches = ['zoom', 'boxes', 'others', 'pale'];
+const figure = element('figure');
+const controls = ['query', 'layer', 'head', 'level', 'color'], switches = ['zoom', 'boxes', 'others', 'pale'];
 const style = data.style;
 
 function svg(name, attributes, title) {
@@ -209,10 +209,10 @@ function fillHeads(head, level) {
   fillLevels(level);
 }
 
-function fillLevels(wanted) {  // those that the chosen head looks at
+function fillLevels(wanted) {  // levels of the selected head
   const layer = currentLayer(), head = element('head').value;
   const levels = unique(layer.level.filter((_, i) => head === 'all' || layer.head[i] === Number(head)));
-  const all = layer.cells && levels.length > 1 ? [] : [['all', 'all']];  // cells of two sizes hide one another
+  const all = layer.cells && levels.length > 1 ? [] : [['all', 'all']];  // cells of two sizes would overlap
   fill(element('level'), [...all, ...levels.map(i => [i, layer.levels[i]])], wanted);
 }
 
@@ -226,7 +226,7 @@ function chosenSamples(layer) {
                   origin: layer.origin && layer.origin[i], heads: 1});
   }
   if (layer.local) return samples;
-  const places = new Map();  // heads that look at the same places: their mean
+  const places = new Map();  // average heads with the same sample locations
   for (const sample of samples) {
     const key = `${sample.level} ${sample.x} ${sample.y}`, other = places.get(key);
     if (other) { other.weight += sample.weight; other.heads += 1; } else places.set(key, sample);
@@ -235,7 +235,7 @@ function chosenSamples(layer) {
   return [...places.values()];
 }
 
-function largestWeight(samples, layer) {  // one scale for all layers of multi-scale deformable attention
+function largestWeight(samples, layer) {  // multi-scale deformable attention: one scale for all layers
   let largest = 0;
   const weights = layer.local ? currentQuery().layers.filter(other => other.local).map(other => other.weight)
                               : [samples.map(sample => sample.weight)];
@@ -250,28 +250,28 @@ const shapes = [
   r => `M0 ${-1.3 * r}L${1.3 * r} 0L0 ${1.3 * r}L${-1.3 * r} 0Z`,
   r => `M0 ${1.2 * r}L${1.1 * r} ${-r}H${-1.1 * r}Z`];
 
-function colourOf(sample) {
-  const index = sample[element('colour').value];
-  return index < style.colours.length ? style.colours[index] : `hsl(${index * 137.5 % 360} 75% 50%)`;
+function colorOf(sample) {
+  const index = sample[element('color').value];
+  return index < style.colors.length ? style.colors[index] : `hsl(${index * 137.5 % 360} 75% 50%)`;
 }
 
-function radius(strength, layer, count) {  // so many markers that they would hide the image are smaller
+function radius(strength, layer, count) {  // many markers are smaller, so they do not hide the image
   const largest = layer.local ? style.largest : Math.min(style.largest, style.all / count);
   const smallest = Math.min(style.smallest, largest / 8);
   return Math.sqrt((smallest + (largest - smallest) * strength) / Math.PI) * 2.4;
 }
 
-function cross(at, size, colour) {
+function cross(at, size, color) {
   const a = size, b = size / 3;
   return svg('path', {d: `M${-b} ${-a}H${b}V${-b}H${a}V${b}H${b}V${a}H${-b}V${b}H${-a}V${-b}H${-b}Z`,
-                      transform: `translate(${at[0]} ${at[1]})`, fill: colour, stroke: style.ink,
+                      transform: `translate(${at[0]} ${at[1]})`, fill: color, stroke: style.ink,
                       'stroke-width': size / 6, class: 'place'});
 }
 
-function rectangle(box, colour, width, dash, attributes, title) {
+function rectangle(box, color, width, dash, attributes, title) {
   const [left, top, right, bottom] = box;
   return svg('rect', {x: left, y: top, width: Math.max(right - left, 0), height: Math.max(bottom - top, 0),
-                      fill: 'none', stroke: colour, 'stroke-width': width, 'stroke-dasharray': dash, ...attributes},
+                      fill: 'none', stroke: color, 'stroke-width': width, 'stroke-dasharray': dash, ...attributes},
              title);
 }
 
@@ -279,13 +279,13 @@ function draw() {
   const query = currentQuery(), layer = currentLayer();
   const zoomed = element('zoom').checked && layer.local;
   const [left, top, right, bottom] = zoomed ? layer.window : [0, 0, data.width, data.height];
-  const room = Math.max(280, Math.min(picture.parentElement.clientWidth - 32, 1000));
+  const room = Math.max(280, Math.min(figure.parentElement.clientWidth - 32, 1000));
   const tallest = Math.max(window.innerHeight - 150, 350);
   const shown = Math.min(room, tallest * (right - left) / (bottom - top));
-  picture.setAttribute('viewBox', `${left} ${top} ${right - left} ${bottom - top}`);
-  picture.setAttribute('width', Math.round(shown));
-  picture.setAttribute('height', Math.round(shown * (bottom - top) / (right - left)));
-  const unit = (right - left) / shown;  // pixels of the image in a pixel of the screen
+  figure.setAttribute('viewBox', `${left} ${top} ${right - left} ${bottom - top}`);
+  figure.setAttribute('width', Math.round(shown));
+  figure.setAttribute('height', Math.round(shown * (bottom - top) / (right - left)));
+  const unit = (right - left) / shown;  // image pixels per screen pixel
 
   const image = svg('image', {href: data.image, x: 0, y: 0, width: data.width, height: data.height,
                               preserveAspectRatio: 'none'});
@@ -301,7 +301,7 @@ function draw() {
     const title = `${who}, ${layer.levels[sample.level]}, weight ${sample.weight.toPrecision(3)}, ` +
                   `x ${sample.x.toFixed(1)}, y ${sample.y.toFixed(1)}`;
     const common = {class: 'sample', 'data-x': sample.x, 'data-y': sample.y, 'data-head': sample.head,
-                    'data-level': sample.level, fill: colourOf(sample)};
+                    'data-level': sample.level, fill: colorOf(sample)};
     if (layer.cells) {
       const [w, h] = layer.cells[sample.level];
       nodes.push(svg('rect', {...common, x: sample.x - w / 2, y: sample.y - h / 2, width: w, height: h,
@@ -314,7 +314,7 @@ function draw() {
     const outline = {d: shapes[sample.level % shapes.length](radius(strength, layer, samples.length) * unit),
                      transform: `translate(${sample.x} ${sample.y})`};
     nodes.push(svg('path', {...outline, fill: '#fff', 'fill-opacity': 0.4, stroke: '#fff', 'stroke-opacity': 0.5,
-                            'stroke-width': (layer.local ? 3 : 1) * unit}));  // a pale rim, for dark images
+                            'stroke-width': (layer.local ? 3 : 1) * unit}));  // a light outline, visible on dark images
     nodes.push(svg('path', {...common, ...outline, 'fill-opacity': 0.3 + 0.6 * strength, stroke: style.ink,
                             'stroke-width': (layer.local ? 0.9 : 0.4) * unit}, title));
   }
@@ -340,11 +340,11 @@ function draw() {
     nodes.push(rectangle(query.box, style.detection, 2 * unit, 'none', {'pointer-events': 'none', id: 'detection'}));
   }
   nodes.push(cross(layer.at, 9 * unit, style.paper));
-  picture.replaceChildren(...nodes);
+  figure.replaceChildren(...nodes);
 
   const outside = samples.filter(s => s.x < 0 || s.y < 0 || s.x > data.width || s.y > data.height).length;
   element('status').textContent = `${query.label} · ${layer.name} · ${layer.query} · ${samples.length} ` +
-    `${layer.cells ? 'cells' : 'points'}` + (outside ? `, ${outside} of them beyond the image` : '');
+    `${layer.cells ? 'cells' : 'points'}` + (outside ? `, ${outside} of them outside the image` : '');
   drawLegend(layer, samples, largest, query);
   const state = new URLSearchParams(controls.map(id => [id, element(id).value]));
   for (const id of switches) state.set(id, element(id).checked ? 1 : 0);
@@ -360,18 +360,18 @@ function drawLegend(layer, samples, largest, query) {
     entry.append(box, text);
     items.push(entry);
   }
-  item(cross([0, 0], 8, style.paper), 'the query');
-  if (layer.box) item(rectangle([-10, -7, 10, 7], '#555', 1.8, '5 3', {}), 'box that the layer starts from');
+  item(cross([0, 0], 8, style.paper), 'query');
+  if (layer.box) item(rectangle([-10, -7, 10, 7], '#555', 1.8, '5 3', {}), 'reference box of the layer');
   if (query.box) item(rectangle([-10, -7, 10, 7], style.detection, 2.5, 'none', {}), 'detection');
-  if (layer.origin) item(svg('path', {d: 'M-11 5L11 -5', stroke: style.ink}), 'how a point was moved');
+  if (layer.origin) item(svg('path', {d: 'M-11 5L11 -5', stroke: style.ink}), 'displacement of a point');
   const total = samples.reduce((sum, sample) => sum + sample.weight * sample.heads, 0) || 1;
-  const byHead = element('colour').value === 'head';
+  const byHead = element('color').value === 'head';
   for (const index of unique(samples.map(sample => byHead ? sample.head : sample.level))) {
     const of = samples.filter(sample => (byHead ? sample.head : sample.level) === index);
     const share = of.reduce((sum, sample) => sum + sample.weight * sample.heads, 0) / total;
     const d = layer.cells ? shapes[1](7) : shapes[byHead ? 0 : index % shapes.length](7);
-    item(svg('path', {d, fill: colourOf(of[0]), stroke: style.ink}),
-         `${byHead ? `head ${index}` : layer.levels[index]}: ${(100 * share).toFixed(0)} % of the weight shown`);
+    item(svg('path', {d, fill: colorOf(of[0]), stroke: style.ink}),
+         `${byHead ? `head ${index}` : layer.levels[index]}: ${(100 * share).toFixed(0)}% of the shown weight`);
   }
   for (const share of [1, 0.3, 0.05]) {
     const mark = layer.cells ? {d: shapes[1](8), 'fill-opacity': 0.75 * share}
@@ -389,12 +389,12 @@ function changed(id) {
   draw();
 }
 
-function restore() {  // the address tells the state, so that a picture can be sent as a link
+function restore() {  // the URL fragment holds the state, so that a view can be shared as a link
   const state = new URLSearchParams(location.hash.slice(1));
   fill(element('query'), data.queries.map((query, i) => [i, query.label]), state.get('query'));
   fillLayer(state.get('layer'));
   fillHeads(state.get('head') ?? 'all', state.get('level') ?? 'all');
-  if (['level', 'head'].includes(state.get('colour'))) element('colour').value = state.get('colour');
+  if (['level', 'head'].includes(state.get('color'))) element('color').value = state.get('color');
   element('pale').checked = !currentLayer().local;
   for (const id of switches) if (state.has(id)) element(id).checked = state.get(id) === '1';
   draw();

@@ -1,4 +1,4 @@
-"""The curves of a training: losses by iteration, and accuracy by epoch and by minutes."""
+"""Training curves: losses by iteration, and accuracy by epoch and by minutes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-MAX_POINTS = 250  # of a loss curve; more iterations are averaged in bins
+MAX_POINTS = 250  # points per loss curve; more iterations are averaged in bins
 
 
 def draw_curves(
@@ -17,20 +17,20 @@ def draw_curves(
     *,
     title: str = '',
 ) -> np.ndarray:
-    """Draw one panel of losses, and one of accuracy for each way of counting progress.
+    """Draw one panel of losses, and one accuracy panel for each horizontal axis.
 
     Args:
-        losses: Name of each loss: its iterations and its values, (num_iterations,) each. The first is drawn boldest.
-        accuracy: Name of each measure: its values, (num_validations,), 0-1.
-        positions: Label of each accuracy panel's horizontal axis: where the validations lie on it,
-            (num_validations,), e.g. ``{'epoch': [1, 2], 'minutes': [0.7, 1.4]}``.
-        title: Above all panels.
+        losses: Iterations and values of each loss by its name, (num_iterations,) each. The first has the thickest line.
+        accuracy: Values of each metric by its name, (num_validations,), 0-1.
+        positions: Positions of the validations, (num_validations,), by the label of the accuracy panel's horizontal
+            axis, e.g. ``{'epoch': [1, 2], 'minutes': [0.7, 1.4]}``.
+        title: Title of the figure.
 
     Returns:
-        The picture, (H, W, 3) uint8, RGB.
+        The figure, (H, W, 3) uint8, RGB.
 
     Raises:
-        ValueError: There is nothing to draw.
+        ValueError: If there are neither losses nor accuracies.
     """
     losses = {name: points for name, points in losses.items() if len(points[1])}
     accuracy = {name: values for name, values in accuracy.items() if len(values)}
@@ -78,7 +78,7 @@ def draw_curves(
 
 
 def _binned(iterations: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``MAX_POINTS`` points, each the mean of a bin of neighbours."""
+    """Average neighboring points in at most ``MAX_POINTS`` bins."""
     bins = min(MAX_POINTS, len(values))
     return tuple(
         np.array([part.mean() for part in np.array_split(np.asarray(array, float), bins)])

@@ -1,7 +1,7 @@
-"""Boxes on images, and sheets of images with true and predicted boxes side by side.
+"""Draws boxes on images, and sheets of images with ground truth and predictions side by side.
 
-Images are (H, W, 3) uint8 RGB; boxes are (N, 4), x1 y1 x2 y2 in pixels of the image; labels are (N,), indices of the
-class names; scores are (N,), 0-1.
+Images are (H, W, 3) uint8 RGB; boxes are (N, 4), x1 y1 x2 y2 in image pixels; labels are (N,), indices of the class
+names; scores are (N,), 0-1.
 """
 
 import colorsys
@@ -14,8 +14,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Hues that stay apart beside each other; further classes get hues by the golden ratio.
-BASE_COLOURS = (
+# Clearly distinct colors; further classes get hues spaced by the golden ratio.
+BASE_COLORS = (
     (255, 89, 94),
     (25, 170, 255),
     (255, 202, 58),
@@ -31,13 +31,13 @@ PAPER, INK = (255, 255, 255), (25, 25, 25)
 GAP = 12  # between the tiles of a sheet, pixels
 
 
-def class_colours(num_classes: int) -> np.ndarray:
-    """One bright RGB colour a class, (num_classes, 3) uint8; always the same for the same class index."""
-    colours = list(BASE_COLOURS[:num_classes])
-    for index in range(len(colours), num_classes):
+def class_colors(num_classes: int) -> np.ndarray:
+    """One bright RGB color per class, (num_classes, 3) uint8. A class index always has the same color."""
+    colors = list(BASE_COLORS[:num_classes])
+    for index in range(len(colors), num_classes):
         hue, value = index * 0.618034 % 1, (1.0, 0.85, 0.7)[index % 3]
-        colours.append(tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.65, value)))
-    return np.array(colours, np.uint8).reshape(num_classes, 3)
+        colors.append(tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.65, value)))
+    return np.array(colors, np.uint8).reshape(num_classes, 3)
 
 
 def draw_boxes(
@@ -51,51 +51,51 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draw boxes, each with a tag of its class and score.
 
-    Boxes of the highest score are drawn last. A tag that would cover another one is left out; the colour of its box
-    still tells the class.
+    The highest-scoring box is drawn on top. A tag that would cover another one is omitted; the color of the box still
+    shows the class.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         boxes: (N, 4), x1 y1 x2 y2, pixels of ``image``.
         labels: (N,) integers from 0 to ``len(class_names) - 1``.
         class_names: Name of each label.
-        scores: (N,), 0-1; None: no scores in the tags.
-        longer_side: Resize the image first, so that this is its longer side (pixels) and lines and letters stay sharp
-            on a small one; None: as it is.
+        scores: (N,), 0-1; None: tags without scores.
+        longer_side: Resize the image to this longer side (pixels) before drawing, so that lines and text are sharp on
+            small images; None: do not resize.
 
     Returns:
-        The picture, (H', W', 3) uint8, RGB.
+        The image with boxes, (H', W', 3) uint8, RGB.
 
     Raises:
-        ValueError: The arrays do not fit together.
+        ValueError: If an array has the wrong shape, dtype or length, or a label has no class name.
     """
     boxes, labels = np.asarray(boxes, float).reshape(-1, 4), np.asarray(labels, int)
     scores = None if scores is None else np.asarray(scores, float)
     _check(image, boxes, labels, class_names, scores)
     scale = longer_side / max(image.shape[:2]) if longer_side else 1.0
-    picture = Image.fromarray(image)
+    canvas = Image.fromarray(image)
     if scale != 1.0:
         sides = (max(1, round(image.shape[axis] * scale)) for axis in (1, 0))
-        picture = picture.resize(tuple(sides), Image.BICUBIC)
-    draw = ImageDraw.Draw(picture)
-    width = max(1, round(max(picture.size) / 200))
-    font = _font(max(11, round(max(picture.size) / 30)))
-    colours = [tuple(colour) for colour in class_colours(len(class_names)).tolist()]
-    # The order of certainty; large boxes first where there are no scores, lest they hide small ones.
+        canvas = canvas.resize(tuple(sides), Image.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    width = max(1, round(max(canvas.size) / 200))
+    font = _font(max(11, round(max(canvas.size) / 30)))
+    colors = [tuple(color) for color in class_colors(len(class_names)).tolist()]
+    # By score. Without scores, large boxes first, so they do not hide small ones.
     order = np.argsort(scores if scores is not None else -np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind='stable')
-    edges = [_edges(box * scale, picture.size) for box in boxes]
+    edges = [_edges(box * scale, canvas.size) for box in boxes]
     for index in order:
         x1, y1, x2, y2 = edges[index]
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=INK, width=width + 2)  # stands out on any colour
-        draw.rectangle((x1, y1, x2, y2), outline=colours[labels[index]], width=width)
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=INK, width=width + 2)  # visible on any background
+        draw.rectangle((x1, y1, x2, y2), outline=colors[labels[index]], width=width)
     taken: list[tuple[float, float, float, float]] = []
     for index in order[::-1]:
         text = class_names[labels[index]] + (f' {scores[index]:.2f}' if scores is not None else '')
-        place = _free_place(edges[index], _text_size(font, text), picture.size, taken)
+        place = _free_place(edges[index], _text_size(font, text), canvas.size, taken)
         if place is not None:
             taken.append(place)
-            _tag(draw, place, text, font, colours[labels[index]])
-    return np.array(picture)
+            _tag(draw, place, text, font, colors[labels[index]])
+    return np.array(canvas)
 
 
 def draw_sheet(
@@ -107,26 +107,26 @@ def draw_sheet(
     tile: int = 384,
     columns: int = 2,
 ) -> np.ndarray:
-    """A sheet of pairs: an image with its true boxes, and beside it the same image with the predicted ones.
+    """Draw a sheet of pairs: each image with its ground truth, and next to it with the predictions.
 
     Args:
         images: Each (H, W, 3) uint8, RGB; sizes can differ.
         truths: (boxes, labels) of each image, as in `draw_boxes`.
         predictions: (boxes, labels, scores) of each image.
-        class_names: Name of each label; the legend shows those that occur.
+        class_names: Name of each label; the legend shows the labels on the sheet.
         tile: Longer side of an image on the sheet, pixels.
-        columns: Pairs in a row.
+        columns: Pairs per row.
 
     Returns:
         The sheet, (H', W', 3) uint8, RGB.
 
     Raises:
-        ValueError: There is no image, or the sequences differ in length, or arrays do not fit together.
+        ValueError: If there is no image, the sequences differ in length, or `draw_boxes` refuses an array.
     """
     if not images or not len(images) == len(truths) == len(predictions):
         raise ValueError(
-            'a sheet needs images, and true and predicted boxes for each of them; got '
-            f'{len(images)} images, {len(truths)} and {len(predictions)}'
+            'expected at least one image, with ground truth and predictions for each; got '
+            f'{len(images)} images, {len(truths)} ground truths, {len(predictions)} predictions'
         )
     pairs = [
         (
@@ -159,16 +159,16 @@ def draw_sheet(
     y += line
     for row, height in zip(rows, heights, strict=True):
         for column, pair in enumerate(row):
-            for side, picture in enumerate(pair):
+            for side, drawn in enumerate(pair):
                 x = GAP + column * (pair_w + GAP) + side * (cell_w + GAP // 3)
-                sheet.paste(Image.fromarray(picture), (x, y))
+                sheet.paste(Image.fromarray(drawn), (x, y))
         y += height + GAP
     sheet.paste(legend, (GAP, y - GAP // 2))
     return np.array(sheet)
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Write an image, (H, W, 3) uint8 RGB, as a PNG file; a viewer of the old one never sees half of the new one."""
+    """Write an image, (H, W, 3) uint8 RGB, as a PNG file. The file is replaced atomically."""
     path = Path(path)
     unfinished = path.with_name(f'.{path.name}.tmp')
     Image.fromarray(image).save(unfinished, format='PNG')
@@ -182,17 +182,17 @@ def _check(
         raise ValueError(f'image must be (H, W, 3) uint8, got {image.shape} {image.dtype}')
     lengths = [len(boxes), len(labels)] + ([] if scores is None else [len(scores)])
     if len(set(lengths)) > 1:
-        raise ValueError(f'boxes, labels (and scores) must be of one length, got {", ".join(map(str, lengths))}')
+        raise ValueError(f'boxes, labels (and scores) must have equal lengths, got {", ".join(map(str, lengths))}')
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
         raise ValueError(
-            f'labels must be from 0 to {len(class_names) - 1}, the last of the class names, got '
+            f'labels must be from 0 to {len(class_names) - 1}, since there are {len(class_names)} class names, got '
             f'{labels.min()} to {labels.max()}'
         )
 
 
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib."""
+    """DejaVu Sans, from matplotlib's data."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')), size)
 
 
@@ -201,7 +201,7 @@ def _text_size(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int]:
 
 
 def _edges(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The box in whole pixels inside a picture of this (width, height), at least a pixel large."""
+    """Round and clip a box to an image of ``size`` (width, height), at least one pixel large."""
     x1, y1, x2, y2 = np.nan_to_num(box).round().astype(int).tolist()
     x1, y1 = min(max(x1, 0), size[0] - 2), min(max(y1, 0), size[1] - 2)
     return x1, y1, min(max(x2 - 1, x1 + 1), size[0] - 1), min(max(y2 - 1, y1 + 1), size[1] - 1)
@@ -210,7 +210,7 @@ def _edges(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
 def _free_place(
     edges: Sequence[int], text: tuple[int, int], size: tuple[int, int], taken: Sequence[tuple]
 ) -> tuple[int, int, int, int] | None:
-    """Where a tag fits: above the box, below it, beside it, or within it at the top; None: nowhere."""
+    """A free place for a tag: above, below, next to or inside the box; None if there is none."""
     x1, y1, x2, y2 = edges
     w, h = text
     above, below, right_aligned = y1 - h, y2 + 1, x2 + 1 - w
@@ -239,17 +239,17 @@ def _tag(
     place: Sequence[int],
     text: str,
     font: ImageFont.FreeTypeFont,
-    colour: tuple[int, int, int],
+    color: tuple[int, int, int],
 ) -> None:
     x1, y1, x2, y2 = place
-    draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=colour)
-    bright = np.dot(colour, (0.299, 0.587, 0.114)) > 120
+    draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
+    bright = np.dot(color, (0.299, 0.587, 0.114)) > 120
     draw.text((x1 + 3, (y1 + y2) / 2), text, INK if bright else PAPER, font, anchor='lm')
 
 
 def _legend(font: ImageFont.FreeTypeFont, class_names: Sequence[str], labels: Sequence[int], width: int) -> Image.Image:
-    """A colour and a name for each of these labels, in as many lines as it takes."""
-    colours = class_colours(len(class_names))
+    """Color and name of each label, in lines of at most ``width``."""
+    colors = class_colors(len(class_names))
     side, line = round(font.size * 0.9), round(font.size * 1.7)
     places, x, y = [], 0, 0
     for label in labels:
@@ -258,10 +258,10 @@ def _legend(font: ImageFont.FreeTypeFont, class_names: Sequence[str], labels: Se
             x, y = 0, y + line
         places.append((x, y))
         x += length
-    picture = Image.new('RGB', (width, y + line), PAPER)
-    draw = ImageDraw.Draw(picture)
+    canvas = Image.new('RGB', (width, y + line), PAPER)
+    draw = ImageDraw.Draw(canvas)
     for label, (x, y) in zip(labels, places, strict=True):
         top = y + (line - side) // 2
-        draw.rectangle((x, top, x + side, top + side), fill=tuple(colours[label].tolist()), outline=INK)
+        draw.rectangle((x, top, x + side, top + side), fill=tuple(colors[label].tolist()), outline=INK)
         draw.text((x + side + 6, y + line / 2), class_names[label], INK, font, anchor='lm')
-    return picture
+    return canvas

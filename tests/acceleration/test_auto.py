@@ -1,4 +1,4 @@
-"""Importing msda_plugin.auto, as a config's custom_imports do, makes mmcv's layer run our operator."""
+"""Importing msda_plugin.auto, as custom_imports in a config do, makes mmcv's layer run msda_plugin's operator."""
 
 import importlib
 import subprocess
@@ -17,7 +17,7 @@ FIELDS = dict(embed_dims=32, num_heads=4, num_levels=2, num_points=2, batch_firs
 
 
 class RenamedAttention(StockAttention):
-    """mmcv's forward under another name."""
+    """A subclass that inherits mmcv's forward."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def inputs():
 
 
 @pytest.mark.parametrize('layer_class', [StockAttention, RenamedAttention])
-def test_mmcvs_layer_runs_our_operator_until_uninstalled(auto, layer_class, monkeypatch):
+def test_mmcv_layer_runs_the_operator_until_uninstalled(auto, layer_class, monkeypatch):
     torch.manual_seed(0)
     layer = layer_class(**FIELDS).eval()
     torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.1)
@@ -65,7 +65,7 @@ def test_mmcvs_layer_runs_our_operator_until_uninstalled(auto, layer_class, monk
     assert calls == [1]
 
 
-def test_says_so_once(auto, lines):
+def test_logs_once(auto, lines):
     auto.install()
     importlib.reload(auto)
     assert len(lines) <= 1  # none if it had been imported before this test
@@ -73,10 +73,10 @@ def test_says_so_once(auto, lines):
     lines.clear()
     auto.install()
     [line] = lines
-    assert 'runs the operator of msda_plugin from now on' in line and 'backend on cpu: cpu (compiled kernels' in line
+    assert "now runs msda_plugin's operator" in line and 'backend on cpu: cpu (compiled kernels' in line
 
 
-def test_accelerate_and_restore_work_beside_it(auto):
+def test_works_with_accelerate_and_restore(auto):
     layer = StockAttention(**FIELDS).eval()
     expected = layer(**inputs())
     assert msda_plugin.accelerate(layer) == 1 and isinstance(layer, MultiScaleDeformableAttention)
@@ -86,7 +86,7 @@ def test_accelerate_and_restore_work_beside_it(auto):
 
 @pytest.mark.slow
 def test_custom_imports_of_a_config(tiny_stock_config):
-    """In a process of its own: an inferencer, which runs no hooks, and a model that was never written for us."""
+    """A stock config with MMDetection's inferencer, which runs no hooks, in a new process."""
     tiny_stock_config.write_text(
         "custom_imports = dict(imports=['msda_plugin.auto'])\n" + tiny_stock_config.read_text()
     )
@@ -100,9 +100,9 @@ from msda_plugin.layers import multi_scale_deformable_attention as layer
 fused = layer.ms_deform_attn_fused
 layer.ms_deform_attn_fused = lambda *args: calls.append(1) or fused(*args)
 inferencer(numpy.zeros((64, 64, 3), numpy.uint8))
-print('layers that ran our operator:', len(calls))
+print('layers that ran the operator:', len(calls))
 """
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'layers that ran our operator: 4' in done.stdout
-    assert (done.stdout + done.stderr).count('runs the operator of msda_plugin from now on') == 1
+    assert 'layers that ran the operator: 4' in done.stdout
+    assert (done.stdout + done.stderr).count("now runs msda_plugin's operator") == 1

@@ -1,4 +1,4 @@
-"""accelerate changes what runs and nothing else; restore undoes it; what cannot be changed is said."""
+"""accelerate changes module classes only, restore undoes it, and unsupported models raise."""
 
 import copy
 import importlib
@@ -32,7 +32,7 @@ FIELDS = dict(embed_dims=32, num_heads=4, num_levels=2, num_points=2, batch_firs
 
 
 class RenamedAttention(StockAttention):
-    """mmcv's forward under another name."""
+    """A subclass that inherits mmcv's forward."""
 
     def __init__(self, **fields):
         super().__init__(**fields)
@@ -68,7 +68,7 @@ def make_block(*args, **kwargs):
 
 
 def draw(model):
-    """Weights of which the samples depend on the queries; they are zero initially."""
+    """Randomize weights that are initially zero, so that samples depend on the queries."""
     for module in model.modules():
         if isinstance(module, StockAttention):
             nn.init.normal_(module.sampling_offsets.weight, std=0.1)
@@ -81,7 +81,7 @@ def queries():
 
 @pytest.fixture
 def log(monkeypatch):
-    """What MMEngine's logger is told, as (level, message); not its registry's talk of what was built."""
+    """Records of MMEngine's loggers above DEBUG, as (level, message)."""
     lines = []
 
     def append(self, record):
@@ -92,7 +92,7 @@ def log(monkeypatch):
     return lines
 
 
-def test_same_numbers_gradients_and_random_state():
+def test_same_results_gradients_and_random_state():
     block = make_block()
     stock = copy.deepcopy(block)
     assert msda_plugin.accelerate(block) == 1
@@ -105,10 +105,10 @@ def test_same_numbers_gradients_and_random_state():
         results.append([output.detach(), query.grad, *(p.grad for p in model.parameters()), torch.rand(3)])
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(results[0][-1], results[1][-1])  # as many random numbers were drawn
+    assert torch.equal(results[0][-1], results[1][-1])  # the same number of random numbers was drawn
 
 
-def test_in_place_and_back():
+def test_accelerate_and_restore_in_place():
     block = make_block().double().eval()
     stock = copy.deepcopy(block)
     modules, parameters = list(block.modules()), list(block.parameters())
@@ -140,19 +140,19 @@ def test_second_call_changes_nothing(log):
     block = make_block()
     assert msda_plugin.accelerate(block) == 1
     assert msda_plugin.accelerate(block) == 0
-    assert 'none of the' in log[-1][1] and '1 ran it before' in log[-1][1]
+    assert 'none of the' in log[-1][1] and '1 already ran it' in log[-1][1]
     assert msda_plugin.restore(block) == 1
     assert msda_plugin.restore(block) == 0
 
 
-def test_layers_of_ours_stay():
+def test_own_layers_stay_unchanged():
     block = make_block(MultiScaleDeformableAttention)
     assert msda_plugin.accelerate(block) == 0
     assert msda_plugin.restore(block) == 0
     assert type(block.attention) is MultiScaleDeformableAttention
 
 
-def test_subclass_with_mmcvs_forward_is_changed_and_stays_one():
+def test_subclass_that_inherits_forward_changes_and_stays_an_instance():
     block, stock = make_block(RenamedAttention), make_block(RenamedAttention)
     assert msda_plugin.accelerate(block) == 1
     assert isinstance(block.attention, RenamedAttention) and isinstance(block.attention, MultiScaleDeformableAttention)
@@ -161,17 +161,17 @@ def test_subclass_with_mmcvs_forward_is_changed_and_stays_one():
     assert type(block.attention) is RenamedAttention
 
 
-def test_own_forwards_are_left_alone_and_named(log):
+def test_overridden_forwards_stay_and_are_logged(log):
     model = nn.ModuleList([Block(OwnAttention), Block(), Block()])
     model[2].attention.forward = lambda query, **kwargs: query
     assert msda_plugin.accelerate(model) == 1
     assert type(model[0].attention) is OwnAttention and type(model[2].attention) is StockAttention
     level, message = log[-1]
     assert level == 'WARNING'
-    assert '0.attention (OwnAttention has a forward of its own)' in message and '2.attention (' in message
+    assert '0.attention (OwnAttention overrides forward)' in message and '2.attention (' in message
 
 
-def test_log_says_how_many_which_backend_and_why(log):
+def test_log_has_count_backend_and_reason(log):
     msda_plugin.accelerate(nn.ModuleList([Block(), Block()]))
     [(level, message)] = log
     assert level == 'INFO'
@@ -181,21 +181,21 @@ def test_log_says_how_many_which_backend_and_why(log):
 
 def test_nothing_to_change(log):
     assert msda_plugin.accelerate(nn.Linear(2, 2)) == 0
-    assert log == [('INFO', 'accelerate: Linear has no MultiScaleDeformableAttention of mmcv; nothing was changed.')]
+    assert log == [('INFO', 'accelerate: Linear has no mmcv MultiScaleDeformableAttention; nothing changed.')]
 
 
-def test_left_alone_where_no_compiled_kernels_run(log):
+def test_unchanged_without_compiled_kernels(log):
     block = make_block()
     with use_backend('reference'):
         assert msda_plugin.accelerate(block) == 0
     assert type(block.attention) is StockAttention
-    assert log[-1][0] == 'WARNING' and 'no compiled kernels would run' in log[-1][1]
+    assert log[-1][0] == 'WARNING' and 'no compiled kernels: ' in log[-1][1]
 
 
-def test_bad_models_are_refused_untouched():
+def test_unsupported_models_raise_and_stay_unchanged():
     from torch.ao.quantization import MinMaxObserver, QuantStub, quantize_dynamic
 
-    with pytest.raises(TypeError, match='model is a dict, but a torch.nn.Module is needed'):
+    with pytest.raises(TypeError, match='model is a dict; expected a torch.nn.Module'):
         msda_plugin.accelerate({})
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch.ao is deprecated
@@ -204,9 +204,9 @@ def test_bad_models_are_refused_untouched():
         observed.attention.value_proj.add_module('activation_post_process', MinMaxObserver())
         scripted = nn.Sequential(make_block(), torch.jit.script(nn.Linear(2, 2)))
     for model, message in (
-        (dynamic, "quantised or prepared for it .module 'attention.sampling_offsets' is a torch.ao.nn.quantized"),
-        (observed, "quantised .* 'attention.value_proj.activation_post_process'"),
-        (stub, 'quantised .*QuantStub'),
+        (dynamic, "prepared for quantization .module 'attention.sampling_offsets' is a torch.ao.nn.quantized"),
+        (observed, "quantized .* 'attention.value_proj.activation_post_process'"),
+        (stub, 'quantized .*QuantStub'),
         (scripted, "scripted or traced .module '1' is a RecursiveScriptModule"),
         (torch.jit.script(nn.Linear(2, 2)), 'the model itself is a RecursiveScriptModule'),
     ):
@@ -216,7 +216,7 @@ def test_bad_models_are_refused_untouched():
         assert [type(module) for module in model.modules()] == classes
 
 
-def test_weights_of_another_dtype_are_refused_untouched():
+def test_unsupported_dtypes_raise_and_stay_unchanged():
     model = nn.ModuleList([Block(), Block()])
     model[1].attention.value_proj.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match='torch.int8'):
@@ -224,7 +224,7 @@ def test_weights_of_another_dtype_are_refused_untouched():
     assert type(model[0].attention) is StockAttention
 
 
-def test_optimizer_and_training_go_on():
+def test_training_continues_with_the_same_optimizer():
     block = make_block(dropout=0.0)
     stock = copy.deepcopy(block)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (stock, block)]
@@ -242,10 +242,10 @@ def test_optimizer_and_training_go_on():
 
 
 @pytest.mark.parametrize('attention', [StockAttention, RenamedAttention])
-def test_copies_and_files_of_the_model_run_the_operator_too(attention):
+def test_copies_and_pickles_run_the_operator(attention):
     block = make_block(attention)
     msda_plugin.accelerate(block)
-    # By the name under which this file can be imported in a test.
+    # Pickle imports this file by its module name.
     sys.modules.setdefault(__name__, sys.modules[attention.__module__])
     file = io.BytesIO()
     torch.save(block, file)
@@ -395,7 +395,7 @@ def test_grounding_dinos_encoder():
 
 @pytest.mark.slow
 def test_same_losses_over_twenty_steps(tiny_stock_config):
-    """Dropout is on: the random numbers are the same as well."""
+    """With dropout, which draws the same random numbers."""
     init_default_scope('mmdet')
     cfg = Config.fromfile(str(tiny_stock_config))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Layers that hold less compute what the stock ones compute, and draw the same random numbers."""
+"""Memory-efficient layers give the stock results, from the same random numbers."""
 
 import copy
 
@@ -18,8 +18,8 @@ def run(module, x):
     return [output.detach(), x.grad, *(p.grad for p in module.parameters()), torch.rand(3)]
 
 
-def kept_bytes(module, x):
-    """What is kept for the backward pass beyond the module's own weights and the input."""
+def stored_bytes(module, x):
+    """Bytes stored for the backward pass, without the module's weights and the input; and the output."""
     kept = {}
     own = {t.data_ptr() for t in [x, *module.parameters()]}
 
@@ -35,7 +35,7 @@ def kept_bytes(module, x):
 
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('p', [0.0, 0.3, 1.0])
-def test_dropout_equals_torchs(p, training):
+def test_dropout_equals_pytorch(p, training):
     x = torch.randn(3, 5, 8)
     for got, expected in zip(run(Dropout(p).train(training), x), run(nn.Dropout(p).train(training), x), strict=True):
         assert torch.equal(got, expected)
@@ -64,11 +64,11 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(same_noise, x)
 
 
-def test_keeps_less():
+def test_stored_bytes():
     x = torch.randn(100, 32, requires_grad=True)
-    kept, output = kept_bytes(Dropout(0.1), x)
+    kept, output = stored_bytes(Dropout(0.1), x)
     assert kept == output.numel()
-    kept, output = kept_bytes(LinearReLUDropout(nn.Linear(32, 64), nn.ReLU(), nn.Dropout(0.1)), x)
+    kept, output = stored_bytes(LinearReLUDropout(nn.Linear(32, 64), nn.ReLU(), nn.Dropout(0.1)), x)
     assert kept == output.nbytes
 
 
@@ -84,7 +84,7 @@ def test_hooks_on_the_parts_are_called():
 @pytest.mark.parametrize('batch_first', [False, True])
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('masked', [False, True])
-def test_attention_equals_torchs(masked, training, batch_first):
+def test_attention_equals_pytorch(masked, training, batch_first):
     torch.manual_seed(0)
     stock = nn.MultiheadAttention(16, 4, dropout=0.2, batch_first=batch_first).train(training)
     ours = MultiheadAttention(16, 4, dropout=0.2, batch_first=batch_first).train(training)
@@ -104,7 +104,7 @@ def test_attention_equals_torchs(masked, training, batch_first):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_with_a_hook_has_its_weights():
+def test_attention_with_a_hook_computes_its_weights():
     module = MultiheadAttention(16, 4)
     seen = []
     module.register_forward_hook(lambda module, args, output: seen.append(output[1]))

@@ -245,8 +245,8 @@ def test_bad_configs_are_refused(changes, message):
         ),
         ('bbox_head.embed_dims', 64, "'bbox_head': 64"),
         ('encoder.layer_cfg.self_attn_cfg.num_levels', 3, 'encoder.layers.0.self_attn has num_levels=3'),
-        ('encoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
-        ('decoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
+        ('encoder.num_cp', 3, 'num_cp=3 exceeds num_layers=2'),
+        ('decoder.num_cp', 3, 'num_cp=3 exceeds num_layers=2'),
         ('decoder.post_norm_cfg', dict(type='LN'), 'no norm after the last layer'),
     ],
 )

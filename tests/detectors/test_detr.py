@@ -154,8 +154,8 @@ def test_transformer_reads_nothing_back_from_the_device():
         ('backbone.num_outs', 2, r'the backbone gives maps of \[16, 32\] channels, but neck.in_channels is \[32\]'),
         ('neck', None, None),
         ('bbox_head.embed_dims', 64, "'bbox_head': 64"),
-        ('encoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
-        ('decoder.num_cp', 3, 'num_cp=3 layers are to be checkpointed'),
+        ('encoder.num_cp', 3, 'num_cp=3 exceeds num_layers=2'),
+        ('decoder.num_cp', 3, 'num_cp=3 exceeds num_layers=2'),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_at_build_time(path, value, message):

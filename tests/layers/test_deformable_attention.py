@@ -1,10 +1,11 @@
-"""One-scale deformable attention is the multi-scale layer with one level, on tokens and on maps."""
+"""Single-scale deformable attention equals the multi-scale layer with one level, on tokens and on feature maps."""
 
 import pytest
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MMCVLayer
 
 from msda_plugin.layers import DeformableAttention, DeformableDetrTransformerEncoder, MultiScaleDeformableAttention
+from msda_plugin.ops import ms_deform_attn
 from msda_plugin.registry import MODELS
 
 FIELDS = dict(embed_dims=32, num_heads=4, num_points=3, dropout=0.0)
@@ -12,7 +13,7 @@ SHAPE = (5, 7)
 
 
 def build_pair(theirs=MultiScaleDeformableAttention):
-    """Ours and a multi-scale layer of one level, with the same random weights, in float64."""
+    """The layer and a multi-scale layer with one level, with the same random weights, in float64."""
     torch.manual_seed(0)
     ours = MODELS.build(dict(type='msda_plugin.DeformableAttention', **FIELDS)).double()
     theirs = theirs(num_levels=1, batch_first=True, **FIELDS).double()
@@ -32,7 +33,7 @@ def tokens_of(fmap):
 
 
 def make_inputs(coordinates=2, num_queries=11):
-    """Keywords that both layers take."""
+    """Keywords of both layers."""
     generator = torch.Generator().manual_seed(2)
     query, query_pos, identity = (
         torch.randn(2, num_queries, 32, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)
@@ -58,7 +59,7 @@ def gradients(out, leaves):
 
 
 def centers(height, width):
-    """(1, height * width, 1, 2), in float64 written out."""
+    """Pixel centers (1, height * width, 1, 2), float64."""
     return torch.tensor(
         [[[[(x + 0.5) / width, (y + 0.5) / height]] for y in range(height) for x in range(width)]], dtype=torch.float64
     )
@@ -83,7 +84,7 @@ def test_equals_mmcv_in_float64(coordinates):
     torch.testing.assert_close(ours(**inputs), theirs(**inputs), rtol=0, atol=1e-12)
 
 
-def test_is_the_multi_scale_layer_in_weights_and_initialisation():
+def test_has_the_weights_and_initialization_of_mmcv():
     layers = []
     for kind, fields in ((DeformableAttention, {}), (MMCVLayer, dict(num_levels=1))):
         torch.manual_seed(3)
@@ -94,7 +95,7 @@ def test_is_the_multi_scale_layer_in_weights_and_initialisation():
 
 
 @pytest.mark.parametrize('shapes', [SHAPE, list(SHAPE), [SHAPE], torch.tensor([SHAPE])], ids=str)
-def test_spatial_shapes_in_every_form(shapes):
+def test_accepted_forms_of_spatial_shapes(shapes):
     ours, _ = build_pair()
     inputs = make_inputs()
     expected = ours(**inputs)
@@ -102,7 +103,7 @@ def test_spatial_shapes_in_every_form(shapes):
     assert torch.equal(ours(**inputs), expected)
 
 
-def test_samples_a_map():
+def test_value_as_a_map():
     ours, theirs = build_pair()
     inputs = make_inputs()
     fmap = make_map()
@@ -112,9 +113,23 @@ def test_samples_a_map():
     assert gradients(out, [fmap])[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize('given', [False, True])
+def test_sampling_reproduces_the_output(given):
+    layer, _ = build_pair()
+    fmap, position = make_map(), make_map(seed=5)
+    inputs = dict(query=fmap, query_pos=position)
+    if given:
+        inputs['reference_points'] = torch.rand(2, 35, 4, dtype=torch.float64)
+    locations, weights, reference_points, shapes = layer.sampling(**inputs)
+    assert reference_points.shape == (2, 35, 1, 4 if given else 2) and shapes == [SHAPE]
+    value = layer.value_proj(tokens_of(fmap)).unflatten(-1, (4, -1))
+    attended = layer.output_proj(ms_deform_attn(value, shapes, None, locations, weights))
+    torch.testing.assert_close(tokens_of(layer(**inputs)), attended + tokens_of(fmap), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize('batch', [1, 2])
 @pytest.mark.parametrize('shape', [SHAPE, (1, 6), (1, 1)], ids=str)
-def test_a_map_attends_to_itself(shape, batch):
+def test_self_attention_of_a_map(shape, batch):
     ours, theirs = build_pair()
     fmap, position = make_map(shape, batch), make_map(shape, batch, seed=5)
     out = ours(fmap, query_pos=position)
@@ -125,7 +140,7 @@ def test_a_map_attends_to_itself(shape, batch):
         reference_points=centers(*shape).expand(batch, -1, -1, -1),
     )
     assert out.shape == fmap.shape
-    # Pixel centres are computed in float32.
+    # Pixel centers are computed in float32.
     torch.testing.assert_close(tokens_of(out), expected, rtol=0, atol=1e-5)
     as_tokens = ours(tokens_of(fmap), query_pos=tokens_of(position), spatial_shapes=shape)
     torch.testing.assert_close(as_tokens, tokens_of(out), rtol=0, atol=1e-12)
@@ -135,7 +150,7 @@ def test_a_map_attends_to_itself(shape, batch):
         torch.testing.assert_close(ours(other, query_pos=position), out, rtol=0, atol=1e-12)
 
 
-def test_a_config_chooses_it_for_an_encoder_of_one_level():
+def test_encoder_config_with_one_level():
     torch.manual_seed(0)
     fields = dict(
         num_layers=2,
@@ -171,7 +186,7 @@ def test_autocast(dtype):
     torch.testing.assert_close(out.float(), exact, rtol=0.05, atol=0.1)
 
 
-def test_batch_second_is_refused():
+def test_batch_first_must_be_true():
     with pytest.raises(ValueError, match='batch_first=False, but DeformableAttention takes tokens'):
         DeformableAttention(**FIELDS, batch_first=False)
 
@@ -179,14 +194,14 @@ def test_batch_second_is_refused():
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (dict(spatial_shapes=None), r'value is \(2, 35, 32\) and spatial_shapes None; expected a map'),
+        (dict(spatial_shapes=None), r'value has shape \(2, 35, 32\) and spatial_shapes is None; expected a map'),
         (dict(spatial_shapes=[(5, 7), (3, 4)]), 'has 2 levels, but the layer was built with num_levels=1'),
         (dict(spatial_shapes=(5, 6)), 'num_keys = 35'),
         (dict(reference_points=None), 'reference_points is None, but there are 11 queries for the 35 pixels'),
         (dict(key_padding_mask=torch.zeros(2, 36)), r'\(bs, num_keys\) = \(2, 35\)'),
     ],
 )
-def test_bad_input_is_explained(changes, message):
+def test_bad_inputs_raise(changes, message):
     ours, _ = build_pair()
     with pytest.raises(ValueError, match=message):
         ours(**make_inputs() | changes)

@@ -1,4 +1,4 @@
-"""DAT's deformable attention against the published numbers, and against its arithmetic with the scores in memory."""
+"""DAT's deformable attention against published values and against its formula with the scores stored."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def make_layer(form, dims=16, heads=4, groups=2, **options):
 
 
 def plain_attention(layer, x, form):
-    """The layer, step by step on whole matrices: softmax(q k^T / sqrt(d) + bias) v."""
+    """The layer's formula on full matrices: softmax(q k^T / sqrt(d) + bias) v."""
     options = dict(positional='rpe_table', version='v1', offset_range_factor=2, kernel_size=5, stride=1) | FORMS[form]
     v1, factor, positional = options['version'] == 'v1', options['offset_range_factor'], options['positional']
     (batch, dims, height, width), heads, groups = x.shape, layer.num_heads, layer.num_groups
@@ -118,7 +118,7 @@ def plain_attention(layer, x, form):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_matches_the_published_numbers(case):
+def test_matches_the_published_values(case):
     shape, options = CASES[case]
     shapes = json.loads((GOLDEN / 'dat_state_dict.json').read_text())[f'attn_{case}']
     upstream = recipe.fill({key: torch.zeros(size) for key, size in shapes.items()})
@@ -153,7 +153,7 @@ def test_matches_plain_attention_in_float64(form, chunk_bytes, monkeypatch):
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
 
 
-def test_queries_are_split_where_their_biases_are_large(monkeypatch):
+def test_queries_are_split_if_their_biases_are_large(monkeypatch):
     layer = make_layer('v1 rpe')
     x = torch.randn(1, 16, 5, 7, dtype=torch.float64)
     parts = []
@@ -188,7 +188,7 @@ def test_gradcheck(form, chunk_bytes, monkeypatch):
 
 @pytest.mark.parametrize('form', [form for form in FORMS if form != 'v2 dwc'])
 def test_one_pixel(form):
-    """Its point's reference is the middle of the map, in the form too whose grid would divide by zero."""
+    """The reference is the center of the map, also in 'v2', whose grid formula would divide by zero."""
     layer = make_layer(form)
     out, points = layer(torch.randn(1, 16, 1, 1, dtype=torch.float64), return_points=True)
     assert out.shape == (1, 16, 1, 1) and out.isfinite().all()
@@ -208,7 +208,7 @@ def test_returned_points():
     assert points.references[0, 0, :, 0, 0].tolist() == pytest.approx([-0.8, -0.4, 0, 0.4, 0.8])
 
 
-def test_layouts_give_the_same_numbers():
+def test_layouts_give_the_same_results():
     layer = make_layer('v1 rpe')
     x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
     torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), layer(x), rtol=0, atol=1e-14)
@@ -216,7 +216,7 @@ def test_layouts_give_the_same_numbers():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('form', ['v1 rpe', 'v1 fixed', 'v2 cpb, clamped', 'v2 dwc'])
-def test_halves_keep_positions_in_float32(form, dtype):
+def test_low_precision_keeps_positions_in_float32(form, dtype):
     layer = make_layer(form).float()
     x = torch.randn(2, 16, 5, 7)
     expected, reference = layer(x, return_points=True)
@@ -239,7 +239,7 @@ def test_dropout_acts_in_training_only(chunk_bytes, monkeypatch):
     x = torch.randn(1, 16, 5, 7, dtype=torch.float64)
     assert torch.equal(layer.eval()(x), layer(x))
     assert not torch.equal(layer.train()(x), layer(x))
-    # The backward pass has the forward's dropout, also where a part is computed again: the step is linear in `value`.
+    # The backward pass uses the forward's dropout, also for recomputed parts: the step is linear in `value`.
     torch.manual_seed(3)
     out = layer(x)
     (grad,) = torch.autograd.grad(out.sum(), layer.value.weight)
@@ -266,9 +266,9 @@ def test_builds_from_the_registry():
         (dict(num_groups=0), 'not a multiple of num_groups=0'),
         (dict(version='v3'), "unknown version 'v3'; known: \\['v1', 'v2'\\]"),
         (dict(positional='rpe'), "unknown positional 'rpe'; known: \\['rpe_table', "),
-        (dict(map_size=None), "map_size=None does not fit; the table of positional='rpe_table' .* give \\(H, W\\)"),
-        (dict(map_size=(0, 3)), 'map_size=\\(0, 3\\) does not fit'),
-        (dict(stride=0), 'stride=0 do not fit; expected 1 or more'),
+        (dict(map_size=None), 'map_size=None; expected \\(H, W\\), both at least 1: the table'),
+        (dict(map_size=(0, 3)), 'map_size=\\(0, 3\\); expected'),
+        (dict(stride=0), 'stride=0; expected at least 1 for both'),
     ],
 )
 def test_bad_options(options, message):
@@ -280,5 +280,5 @@ def test_bad_input():
     layer = make_layer('v2 dwc')
     with pytest.raises(ValueError, match='expected \\(B, 16, H, W\\)'):
         layer(torch.rand(1, 8, 5, 5))
-    with pytest.raises(ValueError, match='got a 1x5 map, too small for a point; give at least 2 rows and columns'):
+    with pytest.raises(ValueError, match='got a 1x5 map, which is too small for one point; give at least 2 rows'):
         layer(torch.rand(1, 16, 1, 5))

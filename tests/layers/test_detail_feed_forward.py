@@ -40,7 +40,7 @@ def test_slices_cover_every_channel_once(monkeypatch):
         assert channels == list(range(200))
 
 
-def test_dropout_and_half_precision_take_the_plain_path():
+def test_dropout_and_low_precision_are_not_sliced():
     torch.manual_seed(0)
     layer = DetailFeedForward(32, 64, drop_rate=0.5)
     x = torch.randn(1, 16, 32)

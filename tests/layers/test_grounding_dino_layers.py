@@ -1,4 +1,4 @@
-"""The image encoder is the image part of MMDetection's Grounding DINO, in weights and numbers."""
+"""The image encoder equals the image layers of MMDetection's Grounding DINO."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SMALL = dict(self_attn_cfg=dict(embed_dims=32, num_heads=4, num_levels=3), ffn_c
 
 
 def build_theirs(num_layers, embed_dims, num_heads, num_levels, feedforward_channels):
-    """MMDetection's encoder with fusion and text layers, with the image layers' settings of its configs."""
+    """MMDetection's encoder with fusion and text layers, and the image layers of its configs."""
     return GroundingDinoTransformerEncoder(
         num_layers=num_layers,
         num_cp=-1,
@@ -72,7 +72,7 @@ def test_equals_the_image_layers_of_mmdetection():
         assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm() + 1e-6
 
 
-def test_the_published_size_is_the_default():
+def test_defaults_are_the_published_sizes():
     ours = GroundingDinoImageEncoder()
     theirs = build_theirs(6, embed_dims=256, num_heads=8, num_levels=4, feedforward_channels=2048)
     ours.load_state_dict(image_weights(theirs))
@@ -94,7 +94,7 @@ def test_autocast(dtype):
 
 
 class OneMap(nn.Module):
-    """The smallest backbone: stride 16."""
+    """A minimal backbone of stride 16."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ class OneMap(nn.Module):
         return (self.conv(x),)
 
 
-def test_a_config_chooses_it_for_deformable_detr():
+def test_encoder_of_a_deformable_detr_config():
     attention = dict(embed_dims=32, num_heads=4, dropout=0.0, batch_first=True)
     torch.manual_seed(0)
     model = MODELS.build(
@@ -156,6 +156,6 @@ def test_a_config_chooses_it_for_deformable_detr():
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
 
 
-def test_a_width_that_does_not_fit_is_refused():
+def test_mismatched_widths_raise():
     with pytest.raises(ValueError, match='embed_dims must be divisible by num_heads'):
         GroundingDinoImageEncoder(layer_cfg=dict(self_attn_cfg=dict(embed_dims=30)))

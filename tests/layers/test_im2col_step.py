@@ -1,4 +1,4 @@
-"""mmcv's ``im2col_step`` is accepted, and any batch size goes with it."""
+"""mmcv's ``im2col_step`` is accepted with any batch size."""
 
 import torch
 
@@ -6,7 +6,7 @@ from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeform
 
 
 def test_im2col_step_has_no_effect():
-    query, value = torch.rand(3, 5, 16), torch.rand(3, 12, 16)  # mmcv's kernel refuses: 2 does not divide 3
+    query, value = torch.rand(3, 5, 16), torch.rand(3, 12, 16)  # mmcv's kernel refuses this: 2 does not divide 3
     outputs = []
     for step in (64, 2):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The feed-forward layer is PVT's, with the convolution and without."""
+"""The feed-forward layer equals PVT's, with and without the convolution."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The layer equals mmcv's, keeps its precision under autocast, reads nothing back from the device, explains errors."""
+"""Equality with mmcv's layer, sampling, precision under autocast, device synchronization and error messages."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MM
 
 from msda_plugin.layers import multi_scale_deformable_attention as module
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
+from msda_plugin.ops import ms_deform_attn
 from msda_plugin.registry import MODELS
 
 SHAPES = [(6, 9), (3, 5), (1, 2)]
@@ -14,7 +15,7 @@ FIELDS = dict(embed_dims=32, num_heads=4, num_levels=3, num_points=2, dropout=0.
 
 
 def build_pair(**fields):
-    """Ours and mmcv's with the same random weights."""
+    """msda_plugin's and mmcv's layer with the same random weights."""
     torch.manual_seed(0)
     ours = MODELS.build(dict(type='msda_plugin.MultiScaleDeformableAttention', **FIELDS | fields))
     theirs = MMCVLayer(**FIELDS | fields)
@@ -79,6 +80,36 @@ def test_value_and_identity_default_to_the_query():
     torch.testing.assert_close(ours(**inputs), theirs(**inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('batch_first', [False, True])
+@pytest.mark.parametrize('coordinates', [2, 4])
+@pytest.mark.parametrize('kind', ['ours', 'mmcv'])
+def test_sampling_reproduces_the_output(kind, coordinates, batch_first):
+    layer = build_pair(batch_first=batch_first)[kind == 'mmcv']
+    inputs = make_inputs(coordinates, batch_first, masked=True)
+    locations, weights, reference_points, shapes = MultiScaleDeformableAttention.sampling(layer, **inputs)
+    assert locations.shape == (2, 11, 4, 3, 2, 2) and weights.shape == (2, 11, 4, 3, 2)
+    assert reference_points is inputs['reference_points'] and shapes is inputs['spatial_shapes']
+    torch.testing.assert_close(weights.sum((3, 4)), torch.ones(2, 11, 4))
+    value = inputs['value'] if batch_first else inputs['value'].transpose(0, 1)
+    value = layer.value_proj(value).masked_fill(inputs['key_padding_mask'][..., None], 0).unflatten(-1, (4, -1))
+    attended = layer.output_proj(ms_deform_attn(value, shapes, inputs['level_start_index'], locations, weights))
+    expected = (attended if batch_first else attended.transpose(0, 1)) + inputs['identity']
+    torch.testing.assert_close(layer(**inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_keeps_locations_in_float32_under_autocast():
+    layer, _ = build_pair(batch_first=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        locations, weights, *_ = layer.sampling(**make_inputs())
+    assert locations.dtype == weights.dtype == torch.float32
+
+
+def test_forward_computes_no_locations(monkeypatch):
+    ours, _ = build_pair(batch_first=True)
+    monkeypatch.setattr(module, 'sampling_locations', lambda *_: pytest.fail('forward computed sampling locations'))
+    ours(**make_inputs())
+
+
 def test_wider_values():
     ours, theirs = build_pair(batch_first=True, value_proj_ratio=2.0)
     inputs = make_inputs()
@@ -93,7 +124,7 @@ def test_shapes_as_pairs_without_starts_and_a_byte_mask():
     assert torch.equal(ours(**inputs), expected)
 
 
-def test_is_mmcvs_layer_in_weights_and_initialisation():
+def test_has_the_weights_and_initialization_of_mmcv():
     torch.manual_seed(3)
     ours = MultiScaleDeformableAttention(**FIELDS)
     torch.manual_seed(3)
@@ -105,7 +136,7 @@ def test_is_mmcvs_layer_in_weights_and_initialisation():
 
 
 @pytest.mark.parametrize('coordinates', [2, 4])
-def test_autocast_is_as_near_to_float32_as_mmcv(coordinates):
+def test_autocast_error_is_at_most_twice_that_of_mmcv(coordinates):
     ours, theirs = build_pair(batch_first=True)
     inputs = make_inputs(coordinates, masked=True)
     exact, exact_gradients = run(theirs, inputs)
@@ -138,8 +169,8 @@ def test_autocast_rounds_the_value_once_and_no_location(dtype, monkeypatch):
     assert seen['reference_points'] is inputs['reference_points']
 
 
-def test_reads_nothing_back_from_the_device(monkeypatch):
-    """A tensor on the meta device has no values to read."""
+def test_no_device_synchronization(monkeypatch):
+    """Reading a value of a meta tensor raises."""
     ours, _ = build_pair(batch_first=True)
     inputs = {name: tensor.to('meta') for name, tensor in make_inputs(masked=True).items()}
     monkeypatch.setattr(
@@ -162,7 +193,7 @@ def test_reads_nothing_back_from_the_device(monkeypatch):
         (dict(key_padding_mask=torch.zeros(NUM_KEYS, 2)), r'\(bs, num_keys\) = \(2, 71\)'),
     ],
 )
-def test_bad_input_is_explained(changes, message):
+def test_bad_inputs_raise(changes, message):
     ours, _ = build_pair(batch_first=True)
     with pytest.raises(ValueError, match=message):
         ours(**make_inputs() | changes)

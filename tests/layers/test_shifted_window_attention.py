@@ -1,4 +1,4 @@
-"""Window attention is MMDetection's in weights and numbers, at any size, and forms no mask of all windows."""
+"""Window attention equals MMDetection's at any map size, without a mask of all windows."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WINDOWS = [(7, 0), (7, 3), (7, 4), (4, 1), (4, 3), (1, 0)]
 
 
 def build_pair(window_size, shift_size, **fields):
-    """Ours and MMDetection's with the same random weights, in float64."""
+    """msda_plugin's and MMDetection's layer with the same random weights, in float64."""
     torch.manual_seed(0)
     fields = dict(embed_dims=16, num_heads=4, window_size=window_size, shift_size=shift_size) | fields
     ours = MODELS.build(dict(type='msda_plugin.ShiftedWindowAttention', **fields)).double()
@@ -47,13 +47,13 @@ def test_equals_mmdetection(window_size, shift_size, hw_shape):
 
 
 @pytest.mark.parametrize('fields', [dict(qkv_bias=False), dict(qk_scale=0.3), dict(num_heads=1)], ids=str)
-def test_equals_mmdetection_in_its_other_forms(fields):
+def test_equals_mmdetection_with_other_options(fields):
     ours, theirs = build_pair(7, 3, **fields)
     x = make_tokens((10, 13), batch=1)
     torch.testing.assert_close(run(ours, x, (10, 13)), run(theirs, x, (10, 13)), rtol=0, atol=1e-10)
 
 
-def test_is_mmdetections_layer_in_weights_and_initialisation():
+def test_has_the_weights_and_initialization_of_mmdetection():
     layers = []
     for kind in (ShiftedWindowAttention, ShiftWindowMSA):
         torch.manual_seed(3)
@@ -73,7 +73,7 @@ def test_non_contiguous_tokens():
 
 
 def test_no_mask_of_all_windows(monkeypatch):
-    """9 windows of 16 pixels: their masks, or those of several images, would be 9 x 16 x 16 numbers or more."""
+    """With 9 windows of 16 pixels, masks of all windows would have at least 9 x 16 x 16 elements."""
     sizes, attend = [], F.scaled_dot_product_attention
 
     def record(query, key, value, attn_mask, *args, **kwargs):

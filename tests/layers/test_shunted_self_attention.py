@@ -1,4 +1,4 @@
-"""Shunted self-attention against the published arithmetic, written out with the scores in memory."""
+"""Shunted self-attention against the published formula, with the scores stored."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Spatial-reduction attention is MMDetection's in weights and numbers, works at any size, and has the linear form."""
+"""Spatial-reduction attention equals MMDetection's, works at any map size, and has the linear form."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def run(layer, x, *args, **kwargs):
 
 
 def plain_attention(layer, query, key):
-    """softmax(q k^T / sqrt(d)) v, head by head, with the scores in memory: (B, N, C), (B, M, C) -> (B, N, C)."""
+    """softmax(q k^T / sqrt(d)) v, head by head, with the scores stored: (B, N, C), (B, M, C) -> (B, N, C)."""
     weights, biases = layer.attn.in_proj_weight.chunk(3), layer.attn.in_proj_bias.chunk(3)
     query, key, value = (
         F.linear(x, weight, bias).split(query.shape[-1] // layer.num_heads, -1)
@@ -59,13 +59,13 @@ def test_equals_mmdetection(sr_ratio, hw_shape, batch):
     torch.testing.assert_close(run(ours, x, hw_shape), run(theirs, x, hw_shape), rtol=0, atol=1e-10)
 
 
-def test_equals_mmdetection_in_its_other_forms():
+def test_equals_mmdetection_with_other_options():
     ours, theirs = build_pair(sr_ratio=2, qkv_bias=False, norm_cfg=dict(type='LN', eps=1e-3))
     x, identity = make_tokens((4, 6)), torch.randn(2, 24, 16, dtype=torch.float64)
     torch.testing.assert_close(run(ours, x, (4, 6), identity), run(theirs, x, (4, 6), identity), rtol=0, atol=1e-10)
 
 
-def test_takes_the_place_of_mmdetections_layer_in_pvt():
+def test_replaces_mmdetections_layer_in_pvt():
     torch.manual_seed(0)
     block = PVTEncoderLayer(16, 4, feedforward_channels=32, sr_ratio=2, use_conv_ffn=True).double().eval()
     x = make_tokens((7, 9))
@@ -98,7 +98,7 @@ def test_a_side_shorter_than_the_reduction_is_padded_with_zeros(hw_shape, padded
 
 @pytest.mark.parametrize('hw_shape', [(14, 21), (9, 16), (3, 2), (1, 1)], ids=str)
 def test_linear_form(hw_shape):
-    """Pool to 7 x 7, 1 x 1 convolution, norm, GELU, whatever sr_ratio says."""
+    """Pooling to 7 x 7, 1 x 1 convolution, norm and GELU, for any sr_ratio."""
     layer = build(linear=True, sr_ratio=8)
     x = make_tokens(hw_shape)
     pooled = F.adaptive_avg_pool2d(x.mT.reshape(2, 16, *hw_shape), 7).flatten(2).mT
@@ -117,8 +117,8 @@ def test_attends_to_another_map():
     torch.testing.assert_close(out, plain_attention(layer, x, reduced), rtol=0, atol=1e-12)
 
 
-def test_scores_are_not_held():
-    """1024 x 1024 scores of one head alone would be 4 MiB."""
+def test_scores_are_not_stored():
+    """The 1024 x 1024 scores of one head are 4 MiB."""
     layer = build(num_heads=1).float()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):

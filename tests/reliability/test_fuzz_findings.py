@@ -38,7 +38,7 @@ def test_channels_and_heads_are_at_least_one(layer, dims, heads):
 @pytest.mark.parametrize('number', [0, -1])
 def test_no_size_of_deformable_attention_is_below_one(name, number):
     """Without a head there was a division by zero."""
-    with pytest.raises(ValueError, match=f'{name}={number}.* do not fit; expected 1 or more of each'):
+    with pytest.raises(ValueError, match=f'{name}={number}.*; expected at least 1 for each of them'):
         MultiScaleDeformableAttention(**dict(embed_dims=8, num_heads=2) | {name: number})
 
 
@@ -62,7 +62,7 @@ def test_empty_batches():
 
 def test_the_channels_of_the_value_are_checked():
     layer = MultiScaleDeformableAttention(8, 2, num_levels=1, batch_first=True)
-    with pytest.raises(ValueError, match=r'value \(1, 6, 9\) .* \(bs, num_keys, 8\) are needed'):
+    with pytest.raises(ValueError, match=r'value \(1, 6, 9\) .* \(bs, num_keys, 8\)'):
         layer(
             torch.rand(1, 3, 8),
             value=torch.rand(1, 6, 9),

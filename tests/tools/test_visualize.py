@@ -1,4 +1,4 @@
-"""The command leaves pictures and a page that show what was asked for; mistakes end in a sentence."""
+"""Files and error messages of the visualize command."""
 
 import json
 import re
@@ -20,14 +20,14 @@ CONFIG = Path(__file__).parents[2] / 'configs' / 'shapes' / 'deformable-detr-two
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A folder with a checkpoint, its config beside it, and an image."""
+    """A folder with a checkpoint, its config and an image."""
     folder = tmp_path_factory.mktemp('trained')
     cfg = Config.fromfile(CONFIG)
     init_default_scope('mmdet')
     torch.manual_seed(1)
     model = MODELS.build(cfg.model)
     model.init_weights()
-    for parameter in model.parameters():  # scores and boxes that differ
+    for parameter in model.parameters():  # makes scores and boxes differ
         parameter.data += 0.02 * torch.randn(parameter.shape)
     cfg.dump(folder / 'config.py')
     torch.save(dict(state_dict=model.state_dict(), meta={}), folder / 'last.pth')
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def quick_pictures(monkeypatch):
+def no_drawing(monkeypatch):
     for name in ('draw_query', 'draw_heads'):
         monkeypatch.setattr(f'msda_plugin.visualization.{name}', lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
 
@@ -62,7 +62,7 @@ def page_data(path):
     return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
 
 
-def test_leaves_pictures_and_a_page(trained, tmp_path, capsys):
+def test_writes_figures_and_a_page(trained, tmp_path, capsys):
     assert visualize(trained, tmp_path, '--detection', '0', '--query', '20,30.5') == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {'image.html', 'image_detection-0.png', 'image_point-20-30.5.png'}
@@ -74,11 +74,11 @@ def test_leaves_pictures_and_a_page(trained, tmp_path, capsys):
     assert place['label'] == 'point (20, 30.5)' and place['at'] == [20, 30.5]
     assert [layer['kind'] for layer in detection['layers']] == ['shunted'] * 4 + ['encoder'] * 2 + ['decoder'] * 2
     assert [layer['kind'] for layer in place['layers']] == ['shunted'] * 4 + ['encoder'] * 2
-    with Image.open(tmp_path / 'image_detection-0.png') as picture:
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / 'image_detection-0.png') as figure:
+        assert min(figure.size) > 300
 
 
-def test_shows_the_surest_detections_of_different_queries_where_none_is_named(trained, tmp_path, quick_pictures):
+def test_default_is_the_highest_scoring_detections_of_different_queries(trained, tmp_path, no_drawing):
     assert visualize(trained, tmp_path, '--score-thr', '0') == 0
     labels = [query['label'] for query in page_data(tmp_path / 'image.html')['queries']]
     assert len(labels) == 3 and labels[0].startswith('detection 0: ')
@@ -86,13 +86,13 @@ def test_shows_the_surest_detections_of_different_queries_where_none_is_named(tr
     assert len(boxes) == 3
 
 
-def test_shows_the_centre_where_nothing_is_detected(trained, tmp_path, quick_pictures):
+def test_default_is_the_center_if_nothing_is_detected(trained, tmp_path, no_drawing):
     assert visualize(trained, tmp_path, '--score-thr', '1') == 0
     (query,) = page_data(tmp_path / 'image.html')['queries']
     assert query['at'] == [80, 48] and query['box'] is None
 
 
-def test_draws_chosen_layers_head_by_head(trained, tmp_path, quick_pictures):
+def test_draws_chosen_layers_head_by_head(trained, tmp_path, no_drawing):
     assert visualize(trained, tmp_path, '--detection', '2', '--layer', 'decoder.layers.1', 'stages.0.blocks.0') == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         'image.html',
@@ -105,19 +105,19 @@ def test_draws_chosen_layers_head_by_head(trained, tmp_path, quick_pictures):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (['--query', '160,3'], 'the point 160,3 is not in the image, which is 160 wide and 96 high'),
-        (['--detection', '100'], 'there is no detection 100; they are numbered from 0'),
+        (['--query', '160,3'], 'the point 160,3 is outside the image, which is 160x96'),
+        (['--detection', '100'], 'detection 100 does not exist; expected 0'),
         (
             ['--layer', 'decoder.layers.9'],
-            'no layer is called decoder.layers.9; there are backbone.stages.0.blocks.0.attn',
+            'no layer matches decoder.layers.9; the layers are backbone.stages.0.blocks.0.attn',
         ),
-        (['--score-thr', '2'], '--score-thr is 2.0, but a number from 0 to 1 is needed'),
+        (['--score-thr', '2'], '--score-thr is 2.0; expected a number from 0 to 1'),
         (['--config', 'none.py'], 'the config none.py does not exist'),
         (['--device', 'tpu'], "--device is 'tpu'"),
-        (['--query', 'a,b'], "'a,b' is not a point; write X,Y in pixels"),
+        (['--query', 'a,b'], "'a,b' is not a point; expected X,Y in image pixels"),
     ],
 )
-def test_mistakes_end_in_a_sentence(trained, tmp_path, capsys, options, message):
+def test_bad_options_exit_with_a_message(trained, tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
         visualize(trained, tmp_path / 'out', *options)
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""From the command line: DAT's moved points and Shunted attention's two granularities, for any detector around them."""
+"""The visualize command with DAT and Shunted Transformer backbones in different detectors."""
 
 import json
 import re
@@ -44,7 +44,7 @@ DETECTORS = {
 
 
 def shrink(cfg, arch):
-    """A config of the zoo with a tiny backbone, small images, and no checkpoint to start from."""
+    """Give a config a tiny backbone, small images, and no pretrained checkpoint."""
     cfg.model.backbone.update(arch=arch, init_cfg=None)
     cfg.model.neck.in_channels = list(arch['embed_dims'][-len(cfg.model.neck.in_channels) :])
     if 'encoder' in cfg.model:
@@ -57,7 +57,7 @@ def shrink(cfg, arch):
 
 @pytest.fixture(scope='module', params=DETECTORS)
 def detector(request, tmp_path_factory):
-    """The name of a detector, and a folder with its config, a checkpoint of random weights, and an image."""
+    """The name of a detector, and a folder with its config, a checkpoint with random weights, and an image."""
     folder = tmp_path_factory.mktemp(request.param)
     path, arch = DETECTORS[request.param]
     cfg = Config.fromfile(CONFIGS / path)
@@ -65,8 +65,8 @@ def detector(request, tmp_path_factory):
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
-    model.init_weights()  # until then some parameters are whatever the memory held
-    for layer in model.modules():  # points that move visibly
+    model.init_weights()  # some parameters are uninitialized before
+    for layer in model.modules():  # moves points visibly
         if isinstance(layer, DeformableMultiHeadAttention):
             torch.nn.init.normal_(layer.offset_proj.weight, std=0.5)
     cfg.dump(folder / 'config.py')
@@ -78,8 +78,8 @@ def detector(request, tmp_path_factory):
 
 @pytest.fixture
 def page(detector, tmp_path, monkeypatch):
-    """What the page of ``--query 50,20 --layer all`` shows; the pictures are drawn for the first layer alone."""
-    from msda_plugin.visualization import attention_picture as drawing
+    """The page data of ``--query 50,20 --layer all``; only the first layer's figure is drawn."""
+    from msda_plugin.visualization import attention_figure as drawing
 
     drawn = []
     monkeypatch.setattr(
@@ -117,8 +117,8 @@ def page(detector, tmp_path, monkeypatch):
     data = re.search(r'id="data">(.*?)</script>', (tmp_path / 'image.html').read_text(), re.S)[1]
     (query,) = json.loads(data)['queries']
     assert [layer['name'] for layer in query['layers']] == drawn
-    with Image.open(tmp_path / f'image_point-50-20_{drawn[0]}.png') as picture:
-        assert min(picture.size) > 250
+    with Image.open(tmp_path / f'image_point-50-20_{drawn[0]}.png') as figure:
+        assert min(figure.size) > 250
     return name, query['layers']
 
 
@@ -151,14 +151,14 @@ def check_dat(layers):
             weights, at, origin = (of_head(layer, head, key) for key in ('weight', 'level', 'origin'))
             assert len(weights) == rows * columns and abs(weights.sum() - 1) < 1e-3
             assert set(at) == {head * groups // heads}  # the heads of a group share its points
-            # They come from a regular grid over the whole image, and were moved off it.
+            # The origins are a regular grid over the image; the points are moved off it.
             x, y = (np.unique(origin[:, axis]) for axis in (0, 1))
             assert (len(x), len(y)) == (columns, rows)
             np.testing.assert_allclose(np.diff(x), np.diff(x).mean(), atol=0.02)
             assert 0 < x[0] < stride and WIDTH - stride < x[-1] < WIDTH
             moved = np.column_stack([of_head(layer, head, 'x'), of_head(layer, head, 'y')]) - origin
             assert 0.3 < np.abs(moved).max() < 2.5 * stride
-        # The query is the pixel of the map that holds the place.
+        # The query is the map pixel that contains the point.
         np.testing.assert_allclose(layer['at'], [(np.floor(place / stride) + 0.5) * stride for place in (50, 20)])
     first, last = (of_head(layers[0], head, 'x') for head in (0, heads_of(layers[0]) - 1))
     assert np.abs(first - last).max() > 0.3  # each group has its own
@@ -170,11 +170,11 @@ def check_shunted(layers):
     for layer, stride, its_rates in zip(layers, strides, rates, strict=True):
         assert len(layer['levels']) == len(layer['cells']) == len(its_rates)
         for level, (cell, rate) in enumerate(zip(layer['cells'], its_rates, strict=True)):
-            assert cell == [stride * rate, stride * rate]  # pixels of the image
+            assert cell == [stride * rate, stride * rate]  # image pixels
             text = f'{rate}×{rate} merged' if rate > 1 else 'not merged'
             assert layer['levels'][level] == f'{text}, {HEIGHT // stride // rate}×{WIDTH // stride // rate}'
         for head in range(heads_of(layer)):
             weights, at = of_head(layer, head, 'weight'), of_head(layer, head, 'level')
-            level = head * len(its_rates) // heads_of(layer)  # the first half of the heads look at the coarse cells
+            level = head * len(its_rates) // heads_of(layer)  # the first half of the heads attends to the coarse cells
             assert set(at) == {level} and abs(weights.sum() - 1) < 1e-3
             assert len(weights) == (HEIGHT * WIDTH) // (stride * its_rates[level]) ** 2

@@ -1,4 +1,4 @@
-"""What is recorded reproduces the layers' results, changes nothing, and lies where it should in the image."""
+"""Recordings reproduce the layers' results, do not change them, and have the right locations in the image."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def make_sample(image=(80, 96), resized=(160, 192), padded=(192, 256), **fields)
     )
 
 
-# ---- the proof: weights and places give the layer's own result ------------------------------------------------------
+# ---- recorded locations and weights reproduce the layer ------------------------------------------------------------
 @pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('batch_first', [False, True])
 @pytest.mark.parametrize('coordinates', [2, 4])
@@ -76,7 +76,7 @@ def test_sampled_attention_reproduces_the_layer(kind, coordinates, batch_first, 
     assert not record.within_keys and record.spatial_shapes == tuple(SHAPES)
 
 
-@pytest.mark.parametrize('references', ['own', 'given'])
+@pytest.mark.parametrize('references', ['default', 'given'])
 def test_attention_on_one_scale_reproduces_the_layer(references):
     layer = randomize(DeformableAttention(32, num_heads=4, num_points=3))
     torch.manual_seed(1)
@@ -136,8 +136,8 @@ def test_deformed_attention_reproduces_the_layer(version, positional):
     with record_attention(layer) as recording, torch.no_grad():
         output, points = layer(x, return_points=True)
     (record,) = recording.records
-    torch.testing.assert_close(record.points.positions, points.positions)
-    # The sampled values, by hand: bilinear, -1 and 1 at the centres of the border pixels.
+    torch.testing.assert_close(record.inputs.points.positions, points.positions)
+    # The sampled values, by hand: bilinear, -1 and 1 at the centers of the border pixels.
     grid = points.positions.flatten(0, 1).flip(-1)
     sampled = torch.nn.functional.grid_sample(x.reshape(4, 16, 8, 10), grid, align_corners=True).reshape(2, 32, -1)
     value = layer.value(sampled.transpose(1, 2)).unflatten(2, (4, 8))
@@ -146,7 +146,7 @@ def test_deformed_attention_reproduces_the_layer(version, positional):
         torch.testing.assert_close(layer.proj(attended), output[image].flatten(1)[:, query], rtol=1e-4, atol=1e-5)
 
 
-# ---- places ---------------------------------------------------------------------------------------------------------
+# ---- locations -------------------------------------------------------------------------------------------------------
 def make_encoder():
     """One encoder layer, two levels of strides 8 and 16, one head; offsets and weights are the same for every query."""
     encoder = DeformableDetrTransformerEncoder(
@@ -172,11 +172,11 @@ def run_encoder(encoder, valid_ratios):
     return recording
 
 
-def test_places_of_known_offsets_in_a_resized_and_padded_image():
+def test_locations_of_known_offsets_in_a_resized_and_padded_image():
     recording = run_encoder(make_encoder(), torch.tensor([[192 / 256, 160 / 192]] * 2)[None])
     query = recording.at_point((34.9, 21), make_sample())
     (view,) = query.layers
-    # The network sees twice the size: (69.8, 42) lies in column 8, row 5 of level 0, whose centre is 68, 44 there.
+    # The network sees twice the size: (69.8, 42) lies in column 8, row 5 of level 0, whose center is 68, 44 there.
     assert view.query == 'encoder query 168: level 0, row 5, column 8'
     np.testing.assert_allclose(view.at, (34, 22), atol=1e-4)
     # Offsets of 3, -1 pixels of stride 8, and of -2, 1.5 pixels of stride 16, halved.
@@ -186,14 +186,14 @@ def test_places_of_known_offsets_in_a_resized_and_padded_image():
     assert view.level_names == ('level 0, 24×32', 'level 1, 12×16')
 
 
-def test_points_beyond_the_image_and_the_last_pixel():
+def test_points_outside_the_image_and_the_last_pixel():
     recording = run_encoder(make_encoder(), torch.tensor([[192 / 256, 160 / 192]] * 2)[None])
     (view,) = recording.at_point((95.9, 79.9), make_sample()).layers
     np.testing.assert_allclose(view.at, (94, 78), atol=1e-4)  # the last pixel that is not padding
     np.testing.assert_allclose(view.xy[1], (106, 74), atol=1e-4)
 
 
-def test_a_layer_that_knows_no_valid_ratios_is_given_those_of_the_sample():
+def test_without_valid_ratios_those_of_the_sample_are_used():
     layer = make_encoder().layers[0].self_attn
     reference_points = torch.tensor([0.25, 0.5]).expand(1, 1, 2, 2)
     with record_attention(layer) as recording, torch.no_grad():
@@ -244,22 +244,22 @@ def test_cells_of_shunted_attention():
     np.testing.assert_allclose(view.xy[-1], (31.5 * 4 - 2, 23.5 * 4 - 2))
 
 
-def test_places_of_deformed_points():
+def test_locations_of_deformed_points():
     layer = randomize(DeformableMultiHeadAttention(32, num_heads=4, num_groups=2, kernel_size=3, positional='none'))
-    torch.nn.init.zeros_(layer.offset_proj.weight)  # points that are not moved
+    torch.nn.init.zeros_(layer.offset_proj.weight)  # points stay on the grid
     with record_attention(layer) as recording, torch.no_grad():
         layer(torch.rand(1, 32, 24, 32))
     (view,) = recording.at_point((34.9, 21), make_sample()).layers
     np.testing.assert_allclose(view.at, (34, 22))
     assert len(view.xy) == 4 * 24 * 32 and set(view.level[view.head == 2]) == {1}
     np.testing.assert_allclose(view.xy, view.origin)
-    # The reference of v1 in column i is (2i + 1) / 32 - 1, and -1 and 1 are the centres 0.5 and 31.5 of 32 pixels.
+    # The reference of v1 in column i is (2i + 1) / 32 - 1, and -1 and 1 are the centers 0.5 and 31.5 of 32 pixels.
     column, row = 5, 7
     expected = (((2 * column + 1) / 64 * 31 + 0.5) * 4, ((2 * row + 1) / 48 * 23 + 0.5) * 4)
     np.testing.assert_allclose(view.xy[row * 32 + column], expected, atol=1e-4)
 
 
-def test_merging_takes_the_mean_of_heads_that_look_at_one_place():
+def test_merging_averages_heads_with_the_same_location():
     layer = randomize(ShuntedSelfAttention(32, num_heads=4, sr_ratio=4))
     with record_attention(layer) as recording, torch.no_grad():
         layer(torch.rand(1, 24 * 32, 32), (24, 32))
@@ -271,7 +271,7 @@ def test_merging_takes_the_mean_of_heads_that_look_at_one_place():
     np.testing.assert_allclose(merged.weight[merged.level == 0][order], expected)
 
 
-# ---- whole detectors ------------------------------------------------------------------------------------------------
+# ---- detectors -------------------------------------------------------------------------------------------------------
 def build_detector(path):
     cfg = Config.fromfile(path)
     init_default_scope('mmdet')
@@ -279,14 +279,14 @@ def build_detector(path):
     model = MODELS.build(cfg.model)
     model.init_weights()
     generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():  # no two queries are alike
+    for parameter in model.parameters():  # so that all queries differ
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 
 @pytest.fixture(scope='module', params=[OURS, STOCK], ids=['ours', 'mmdet'])
 def run(request):
-    """A model, what was recorded, its answer for an image that is padded in its batch, and the decoder's references."""
+    """A model, its recording, its results with and without recording for a padded batch, and the decoder references."""
     model = build_detector(request.param)
     images = [
         torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(h))
@@ -310,7 +310,7 @@ def run(request):
     return model, recording, answers, expected, [seen['start'], *seen['after']]
 
 
-def test_recording_changes_nothing_and_leaves_nothing(run):
+def test_recording_changes_no_result_and_removes_its_hooks(run):
     model, _, answers, expected, _ = run
     for answer, other in zip(answers, expected, strict=True):
         assert torch.equal(answer.pred_instances.bboxes, other.pred_instances.bboxes)
@@ -332,7 +332,7 @@ def test_every_layer_is_recorded_in_order(run):
     assert not any(record.weights.requires_grad for record in recording.records if hasattr(record, 'weights'))
 
 
-def test_a_detection_leads_to_its_query(run):
+def test_query_of_a_detection(run):
     model, recording, answers, *_ = run
     for image, answer in enumerate(answers):
         boxes, size = recording.boxes[image].double(), torch.tensor([64.0, 48] if image == 0 else [48.0, 32]).repeat(2)
@@ -346,7 +346,7 @@ def test_a_detection_leads_to_its_query(run):
         assert len(found) > 10
 
 
-def test_references_are_those_that_the_decoder_refined(run):
+def test_decoder_views_have_the_refined_references(run):
     _, recording, answers, _, references = run
     for image, answer in enumerate(answers):
         view = recording.at_detection(0, answer, 'abcdef', image=image)
@@ -361,7 +361,7 @@ def test_references_are_those_that_the_decoder_refined(run):
         np.testing.assert_allclose(view.box, answer.pred_instances.bboxes[0])
 
 
-def test_backbone_and_encoder_look_from_the_centre_of_a_detection(run):
+def test_backbone_and_encoder_use_the_center_of_a_detection(run):
     _, recording, answers, *_ = run
     view = recording.at_detection(1, answers[1], 'abcdef', image=1)
     center = (view.box[:2] + view.box[2:]) / 2
@@ -371,38 +371,38 @@ def test_backbone_and_encoder_look_from_the_centre_of_a_detection(run):
     assert view.label.startswith('detection 1: ')
 
 
-def test_mistakes_are_explained(run):
+def test_bad_arguments_raise(run):
     model, recording, answers, *_ = run
-    with pytest.raises(ValueError, match='64,10 is not in the image, which is 64 wide and 48 high'):
+    with pytest.raises(ValueError, match='64,10 is outside the image, which is 64x48'):
         recording.at_point((64, 10), answers[0])
-    with pytest.raises(ValueError, match='no detection 100; they are numbered from 0, the surest, to 99'):
+    with pytest.raises(ValueError, match=r'detection 100 does not exist; expected 0 \(highest score\) to 99'):
         recording.at_detection(100, answers[0], 'abcdef')
-    with pytest.raises(ValueError, match='no layer is called decoder.layers.7; there are .*decoder.layers.1'):
+    with pytest.raises(ValueError, match='no layer matches decoder.layers.7; the layers are .*decoder.layers.1'):
         recording.at_detection(0, answers[0], 'abcdef', ['decoder.layers.7'])
-    with pytest.raises(ValueError, match='none looks from places'):
+    with pytest.raises(ValueError, match='none of the chosen layers is in the backbone'):
         recording.at_point((1, 1), answers[0], ['decoder'])
     flipped = make_sample(flip=True, flip_direction='horizontal')
-    with pytest.raises(ValueError, match='flipped .horizontal.*without RandomFlip'):
+    with pytest.raises(ValueError, match='flipped the image .horizontal.*without RandomFlip'):
         recording.at_point((1, 1), flipped)
-    with pytest.raises(ValueError, match='Linear has no attention that can be recorded; covered are Multi'):
+    with pytest.raises(ValueError, match='Linear has no attention layer that can be recorded; supported are Multi'):
         with record_attention(torch.nn.Linear(1, 1)):
             pass
 
 
-def test_detections_of_a_model_without_a_decoder_are_refused():
+def test_detections_need_a_decoder():
     recording = run_encoder(make_encoder(), torch.ones(1, 2, 2))
-    with pytest.raises(ValueError, match='come from no decoder'):
+    with pytest.raises(ValueError, match='no decoder queries to show'):
         recording.query_of(0, make_sample())
 
 
-def test_hooks_go_when_the_model_fails():
+def test_hooks_are_removed_when_the_model_fails():
     layer = MultiScaleDeformableAttention(32, num_heads=4)
     with pytest.raises(ValueError, match='reference_points is None'), record_attention(layer):
         layer(torch.rand(1, 1, 32))
     assert not layer._forward_hooks
 
 
-def test_layers_are_chosen_by_parts_of_their_names():
+def test_choose_layers_by_parts_of_their_names():
     names = [
         'backbone.stages.0.blocks.0.attn',
         'backbone.stages.0.blocks.1.attn',

@@ -1,4 +1,4 @@
-"""The page holds everything it needs, nothing can escape from its data, and a browser draws what the data says."""
+"""The page is self-contained, escapes its data, and is drawn correctly by a browser."""
 
 import json
 import re
@@ -17,7 +17,7 @@ IMAGE = np.full((80, 100, 3), 200, np.uint8)
 
 
 def sampled(name, kind, heads=2, seed=0):
-    """Two levels and three points a head, at places that are easily told apart."""
+    """Two levels and three points per head, all at different locations."""
     random = np.random.default_rng(seed)
     head, level, point = (part.ravel() for part in np.indices((heads, 2, 3)))
     weight = random.random(len(head))
@@ -36,7 +36,7 @@ def sampled(name, kind, heads=2, seed=0):
 
 
 def cells():
-    """Two heads on a coarse grid of two cells, one head on a fine one of four."""
+    """Two heads on a coarse grid of two cells, one head on a fine grid of four."""
     return LayerView(
         name='backbone.attn',
         kind='shunted',
@@ -64,7 +64,7 @@ def data_of(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
-def test_the_page_holds_everything_it_needs():
+def test_the_page_is_self_contained():
     page = attention_page(IMAGE, make_queries(), title='a title')
     addresses = [found for found in re.findall(r'https?://[^\s"\'<>]+', page) if found != 'http://www.w3.org/2000/svg']
     assert addresses == []
@@ -75,7 +75,7 @@ def test_the_page_holds_everything_it_needs():
     assert data_of(large)['image'].startswith('data:image/jpeg;base64,') and data_of(large)['width'] == 900
 
 
-def test_data_survives_and_cannot_end_its_element():
+def test_data_is_escaped_and_restored():
     page = attention_page(IMAGE, make_queries(), title=EVIL)
     data = data_of(page)
     assert data['queries'][0]['label'] == f'detection 0: {EVIL}'
@@ -98,7 +98,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason='needs a Chromium: a
 
 
 def browse(tmp_path, state='', script=''):
-    """The document after a browser has run the page from a file, in this state, and then a script."""
+    """The DOM after a browser opened the page with this URL fragment and ran a script."""
     path = tmp_path / 'page.html'
     write_attention_page(path, IMAGE, make_queries(), title=EVIL)
     if script:
@@ -123,7 +123,7 @@ def browse(tmp_path, state='', script=''):
 
 
 def samples_in(document):
-    """(x, y) of each drawn point by its transform, with its head and level."""
+    """(x, y, head, level) of each drawn point, from its transform."""
     pattern = (
         r'<path class="sample"[^>]*data-head="(\d+)" data-level="(\d+)"'
         r'[^>]*transform="translate\(([\d.-]+) ([\d.-]+)\)"'
@@ -132,7 +132,7 @@ def samples_in(document):
 
 
 @needs_browser
-def test_a_browser_draws_the_last_layer_at_first(tmp_path):
+def test_a_browser_first_draws_the_last_layer(tmp_path):
     document = browse(tmp_path)
     view = sampled('decoder.0', 'decoder')
     expected = sorted(
@@ -142,12 +142,12 @@ def test_a_browser_draws_the_last_layer_at_first(tmp_path):
     assert samples_in(document) == expected
     assert 'decoder.0 · decoder query 3 · 12 points' in document
     assert '<rect x="32" y="22" width="36" height="36"' in document  # the detection, in pixels of the image
-    assert '<rect x="30" y="20" width="40" height="40"' in document  # the box that the layer starts from
+    assert '<rect x="30" y="20" width="40" height="40"' in document  # the reference box of the layer
     assert '<title>broken' not in document and '&lt;/script&gt;' in document
 
 
 @needs_browser
-def test_a_browser_draws_what_the_address_says(tmp_path):
+def test_a_browser_restores_the_state_of_the_url(tmp_path):
     document = browse(tmp_path, 'query=1&layer=encoder.0&head=1&level=0&zoom=0')
     assert samples_in(document) == [(30, 10, 1, 0), (35, 10.25, 1, 0), (40, 10.5, 1, 0)]
     assert 'viewBox="0 0 100 80"' in document
@@ -155,7 +155,7 @@ def test_a_browser_draws_what_the_address_says(tmp_path):
 
 
 @needs_browser
-def test_selectors_work_and_cells_are_means_over_heads(tmp_path):
+def test_selectors_and_mean_cells_over_heads(tmp_path):
     choose = """
         const layer = document.getElementById('layer');
         layer.value = 'backbone.attn';
@@ -166,7 +166,7 @@ def test_selectors_work_and_cells_are_means_over_heads(tmp_path):
         r'fill-opacity="([\d.]+)"',
         document,
     )
-    # Mean weights of 0.75 and 0.25 on the coarse grid; the largest is drawn deepest.
+    # Mean weights of 0.75 and 0.25 on the coarse grid; the largest has the highest opacity.
     assert sorted((float(x), float(left), round(float(depth), 3)) for x, left, depth in drawn) == [
         (25, 0, 0.75),
         (75, 50, 0.25),

@@ -1,4 +1,4 @@
-"""The panels of a training's curves."""
+"""Panels of training curves."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ ACCURACY = {'AP': [0.1, np.nan, 0.3], 'AP50': [0.2, 0.3, 0.5]}
 POSITIONS = {'epoch': [1, 2, 3], 'minutes': [0.5, 1.0, 1.5]}
 
 
-def test_one_panel_for_losses_and_one_for_each_way_of_counting():
+def test_one_panel_for_losses_and_one_per_axis():
     three = draw_curves(LOSSES, ACCURACY, POSITIONS, title='run')
     assert three.dtype == np.uint8 and three.shape[2] == 3
     two, one = draw_curves({}, ACCURACY, POSITIONS), draw_curves(LOSSES, {}, POSITIONS)
@@ -18,7 +18,7 @@ def test_one_panel_for_losses_and_one_for_each_way_of_counting():
     assert len(np.unique(three.reshape(-1, 3), axis=0)) > 50
 
 
-def test_values_change_the_picture():
+def test_values_change_the_figure():
     other = {'AP': [0.1, 0.9, 0.3]}
     assert (draw_curves({}, {'AP': [0.1, 0.2, 0.3]}, POSITIONS) != draw_curves({}, other, POSITIONS)).any()
 
@@ -28,7 +28,7 @@ def test_nothing_to_draw():
         draw_curves({'loss': ([], [])}, {}, {})
 
 
-def test_a_measure_without_a_number():
+def test_a_metric_of_nan_only():
     draw_curves({}, {'AP': [np.nan, np.nan, np.nan]}, POSITIONS)
 
 

@@ -1,83 +1,83 @@
-"""Boxes on images and sheets of them."""
+"""Boxes on images, and sheets of ground truth and predictions."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from msda_plugin.visualization import class_colours, draw_boxes, draw_sheet, write_png
+from msda_plugin.visualization import class_colors, draw_boxes, draw_sheet, write_png
 
-GREY = np.full((40, 60, 3), 128, np.uint8)
+GRAY = np.full((40, 60, 3), 128, np.uint8)
 NAMES = ('cat', 'dog')
 
 
-def columns_of(picture, colour):
-    """First and last column, first and last row where this colour is."""
-    rows, columns = np.where((picture == colour).all(axis=2))
+def columns_of(drawn, color):
+    """First and last column, first and last row with this color."""
+    rows, columns = np.where((drawn == color).all(axis=2))
     return columns.min(), columns.max(), rows.min(), rows.max()
 
 
-def test_colours_are_distinct_and_stable():
-    colours = class_colours(100)
-    assert colours.shape == (100, 3) and colours.dtype == np.uint8
-    assert len(np.unique(colours, axis=0)) == 100
-    np.testing.assert_array_equal(class_colours(3), colours[:3])
+def test_colors_are_distinct_and_stable():
+    colors = class_colors(100)
+    assert colors.shape == (100, 3) and colors.dtype == np.uint8
+    assert len(np.unique(colors, axis=0)) == 100
+    np.testing.assert_array_equal(class_colors(3), colors[:3])
 
 
 def test_box_lies_on_its_edges():
-    picture = draw_boxes(GREY, np.array([[20, 18, 50, 36]]), np.array([1]), NAMES)
-    assert picture.shape == GREY.shape
-    colour = class_colours(2)[1]
-    assert tuple(picture[18, 30]) == tuple(picture[30, 20]) == tuple(colour)
-    assert tuple(picture[35, 30]) == tuple(picture[30, 49]) == tuple(colour)
-    assert tuple(picture[27, 35]) == (128, 128, 128)
+    drawn = draw_boxes(GRAY, np.array([[20, 18, 50, 36]]), np.array([1]), NAMES)
+    assert drawn.shape == GRAY.shape
+    color = class_colors(2)[1]
+    assert tuple(drawn[18, 30]) == tuple(drawn[30, 20]) == tuple(color)
+    assert tuple(drawn[35, 30]) == tuple(drawn[30, 49]) == tuple(color)
+    assert tuple(drawn[27, 35]) == (128, 128, 128)
 
 
 def test_enlarging_scales_image_and_boxes():
-    picture = draw_boxes(GREY, np.array([[15, 10, 30, 20]]), np.array([0]), NAMES, longer_side=240)
-    assert picture.shape == (160, 240, 3)
-    assert columns_of(picture[40:], class_colours(2)[0]) == (60, 119, 0, 39)  # the tag lies above
+    drawn = draw_boxes(GRAY, np.array([[15, 10, 30, 20]]), np.array([0]), NAMES, longer_side=240)
+    assert drawn.shape == (160, 240, 3)
+    assert columns_of(drawn[40:], class_colors(2)[0]) == (60, 119, 0, 39)  # the tag lies above
 
 
-def test_the_image_is_left_as_it_is():
-    image = GREY.copy()
+def test_the_input_image_is_not_modified():
+    image = GRAY.copy()
     draw_boxes(image, np.array([[0, 0, 60, 40]]), np.array([0]), NAMES)
-    np.testing.assert_array_equal(image, GREY)
+    np.testing.assert_array_equal(image, GRAY)
 
 
-def test_the_surest_box_is_on_top_and_keeps_its_tag():
+def test_the_highest_scoring_box_is_on_top_and_keeps_its_tag():
     box = np.array([[10, 14, 50, 34]])
-    two = draw_boxes(GREY, np.repeat(box, 2, axis=0), np.array([0, 1]), NAMES, np.array([0.9, 0.4]), longer_side=240)
-    other = draw_boxes(GREY, np.repeat(box, 2, axis=0), np.array([1, 0]), NAMES, np.array([0.4, 0.9]), longer_side=240)
+    two = draw_boxes(GRAY, np.repeat(box, 2, axis=0), np.array([0, 1]), NAMES, np.array([0.9, 0.4]), longer_side=240)
+    other = draw_boxes(GRAY, np.repeat(box, 2, axis=0), np.array([1, 0]), NAMES, np.array([0.4, 0.9]), longer_side=240)
     np.testing.assert_array_equal(two, other)
-    assert tuple(two[100, 40]) == tuple(class_colours(2)[0])
+    assert tuple(two[100, 40]) == tuple(class_colors(2)[0])
 
 
 @pytest.mark.parametrize('height, width', [(1, 8000), (8000, 1), (1, 1)])
-def test_a_picture_of_one_row_or_column(height, width):
+def test_an_image_of_one_row_or_column(height, width):
     image = np.full((height, width, 3), 128, np.uint8)
-    picture = draw_boxes(image, np.array([[0, 0, width, height]]), np.array([0]), NAMES, longer_side=384)
-    assert picture.shape[:2] == (384 if height >= width else 1, 384 if width >= height else 1)
+    drawn = draw_boxes(image, np.array([[0, 0, width, height]]), np.array([0]), NAMES, longer_side=384)
+    assert drawn.shape[:2] == (384 if height >= width else 1, 384 if width >= height else 1)
 
 
 @pytest.mark.parametrize(
     'box', [[-50, -50, 500, 500], [59.9, 39.9, 60, 40], [70, 50, 90, 60], [10, 10, 10, 10], [np.nan, 0, 5, 5]]
 )
 def test_odd_boxes_are_drawn_somewhere_inside(box):
-    picture = draw_boxes(GREY, np.array([box]), np.array([0]), NAMES, np.array([0.5]))
-    assert (picture != GREY).any()
+    drawn = draw_boxes(GRAY, np.array([box]), np.array([0]), NAMES, np.array([0.5]))
+    assert (drawn != GRAY).any()
 
 
 def test_no_boxes():
-    np.testing.assert_array_equal(draw_boxes(GREY, np.zeros((0, 4)), np.zeros(0), NAMES), GREY)
+    np.testing.assert_array_equal(draw_boxes(GRAY, np.zeros((0, 4)), np.zeros(0), NAMES), GRAY)
 
 
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        ((GREY / 255, np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60, 3\) float64'),
-        ((GREY[..., 0], np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60\) uint8'),
-        ((GREY, np.zeros((2, 4)), [0]), 'of one length, got 2, 1'),
-        ((GREY, np.zeros((1, 4)), [2]), 'labels must be from 0 to 1, .* got 2 to 2'),
+        ((GRAY / 255, np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60, 3\) float64'),
+        ((GRAY[..., 0], np.zeros((0, 4)), []), r'image must be \(H, W, 3\) uint8, got \(40, 60\) uint8'),
+        ((GRAY, np.zeros((2, 4)), [0]), 'equal lengths, got 2, 1'),
+        ((GRAY, np.zeros((1, 4)), [2]), 'labels must be from 0 to 1, .* got 2 to 2'),
     ],
 )
 def test_bad_arrays(arguments, message):
@@ -96,7 +96,7 @@ def test_sheet_shows_every_image_twice_and_names_the_classes():
     assert with_box.shape == sheet.shape
     changed = np.where((sheet != with_box).any(axis=2))
     assert changed[1].min() < 132 and not (sheet != with_box)[:150, 140:].any()  # the true side of the first pair
-    assert (with_box[-20:] == class_colours(2)[1]).all(axis=2).any()  # the legend
+    assert (with_box[-20:] == class_colors(2)[1]).all(axis=2).any()  # the legend
 
 
 def test_sheet_of_nothing():

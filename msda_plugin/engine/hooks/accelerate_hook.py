@@ -1,4 +1,4 @@
-"""The operator for a config that was written without it."""
+"""Runs msda_plugin's operator in a config written without it."""
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -9,16 +9,16 @@ from msda_plugin.registry import HOOKS
 
 @HOOKS.register_module()
 class AccelerateHook(Hook):
-    """Runs :func:`msda_plugin.accelerate` on the runner's model before a training, a validation or a test.
+    """Runs :func:`msda_plugin.accelerate` on the runner's model before training, validation or test.
 
-    One line in any config: ``custom_hooks = [dict(type='msda_plugin.AccelerateHook')]``. Weights, checkpoints and the
-    optimizer are what they would be without it.
+    Add it to any config: ``custom_hooks = [dict(type='msda_plugin.AccelerateHook')]``. Weights, checkpoints and
+    optimizer stay compatible.
 
     Raises:
-        ValueError: The model is quantised, prepared for it, or scripted.
+        ValueError: If the model is quantized, prepared for quantization, or scripted.
     """
 
-    priority = 'VERY_HIGH'  # hooks that copy the model, such as EMAHook, copy the fast one
+    priority = 'VERY_HIGH'  # before hooks that copy the model, such as EMAHook
 
     def before_run(self, runner: Runner) -> None:
         accelerate(runner.model)

@@ -1,4 +1,4 @@
-"""What the attention looks at, logged during validation: the same images each time, so that learning can be watched."""
+"""Logs figures of the attention during validation, always of the same images."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,22 +16,22 @@ from msda_plugin.visualization import Recording, draw_query, record_attention
 
 @HOOKS.register_module()
 class AttentionVisualizationHook(Hook):
-    """Draws what the attention looks at for the first images of the validation data, into the visualizer's backends.
+    """Logs figures of the attention for the first images of the validation data.
 
-    A picture has a panel for the boxes of all decoder layers and one for each layer of attention; for the surest
-    detection of the image, or for its centre where the model has no decoder. It is logged as ``attention_0``,
-    ``attention_1`` … (the number of the image) at the step of the training, by every backend of the runner's visualizer
-    that takes images. The model is recorded for these images alone; nothing is done for the others.
+    A figure has a panel with the boxes of all decoder layers, and a panel for each attention layer. Its query is the
+    highest-scoring detection, or the center of the image if nothing is detected or the model has no decoder. Figures
+    are logged as ``attention_0``, ``attention_1`` … (the index of the image) at the training step, by the visualizer
+    backends that support images. Attention is recorded for these images only.
 
     Args:
-        num_images: Images a validation.
-        interval: Draw in every so many validations, beginning with the first.
-        layers: Layers to draw: parts of their names, patterns with ``*``, or 'all'. None: all but the earlier blocks
-            of each stage of the backbone.
+        num_images: Number of images per validation.
+        interval: Log figures in every ``interval``-th validation, starting with the first.
+        layers: Layers to draw: parts of their names, patterns with ``*``, or 'all'. None: the last block of each
+            backbone stage, and all other layers.
 
     Raises:
-        ValueError: ``num_images`` or ``interval`` is not positive; or, in the first validation, the model has no
-            attention that can be recorded, or a name fits no layer.
+        ValueError: If ``num_images`` or ``interval`` is less than 1; in the first validation, if the model has no
+            supported attention layer, or a pattern matches no layer.
 
     Example:
         >>> custom_hooks = [dict(type='msda_plugin.AttentionVisualizationHook', num_images=2)]
@@ -44,12 +44,12 @@ class AttentionVisualizationHook(Hook):
         self.interval = interval
         self.layers = layers
         self._validations = 0
-        self._drawn = 0  # images of this validation
+        self._drawn = 0  # images drawn in this validation
         self._recording: Recording | None = None
         self._stop = ExitStack()
 
     def before_val_epoch(self, runner: Runner) -> None:
-        self._stop.close()  # if a validation was broken off
+        self._stop.close()  # removes hooks of an interrupted validation
         self._recording = None
         due = self._validations % self.interval == 0
         self._validations += 1
@@ -78,6 +78,6 @@ class AttentionVisualizationHook(Hook):
                 query = recording.at_detection(0, sample, class_names, self.layers, index)
             else:
                 query = recording.at_point((image.shape[1] / 2, image.shape[0] / 2), sample, self.layers, index)
-            picture = draw_query(image, query, title=f'image {self._drawn}, iteration {runner.iter}')
-            runner.visualizer.add_image(f'attention_{self._drawn}', picture, step=runner.iter)
+            figure = draw_query(image, query, title=f'image {self._drawn}, iteration {runner.iter}')
+            runner.visualizer.add_image(f'attention_{self._drawn}', figure, step=runner.iter)
             self._drawn += 1

@@ -20,7 +20,8 @@ from msda_plugin.layers import (
     ShuntedSelfAttention,
     SpatialReductionAttention,
 )
-from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
+from msda_plugin.layers.attention_weights import attention_weights
+from msda_plugin.layers.token_layout import map_to_tokens, merge_heads, tokens_to_map
 from msda_plugin.tools.benchmarks.backbone import plain_attention
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 from msda_plugin.tools.benchmarks.op import Timer
@@ -110,17 +111,9 @@ def moved_points(levels: list[tuple[int, int]], device: torch.device) -> tuple[l
 
     def plain(x: Tensor) -> Tensor:
         """Softmax(q k^T + bias) and the bias of all queries in memory."""
-        x, hw_shape = tokens_to_map(x, levels[0]), torch.Size(levels[0])
-        query = layer.query(map_to_tokens(x))
-        points = layer._deform(tokens_to_map(query, hw_shape))
-        sampled = layer._sample(x, points.positions)
-        query, key, value = (
-            t.unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
-            for t in (query, layer.key(sampled), layer.value(sampled))
-        )
-        bias = layer.position_bias(layer._grid(hw_shape, 0.0, points.positions), points.positions)(slice(None))
-        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + bias
-        return layer.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+        query, key, value, bias, _ = layer.attention_inputs(tokens_to_map(x, levels[0]))
+        weights = attention_weights(query, key, bias(slice(None)))
+        return layer.proj(merge_heads(weights @ value))
 
     return [layer], plain, lambda x: map_to_tokens(layer(tokens_to_map(x, levels[0])))
 

@@ -1,4 +1,4 @@
-"""A stock config, run by MMEngine's runner, is accelerated by one line of custom hooks."""
+"""AccelerateHook in a stock config, run by MMEngine's runner."""
 
 import logging
 
@@ -18,7 +18,7 @@ from msda_plugin.tools.shapes import CLASSES, generate
 
 @pytest.fixture
 def cfg(tmp_path, tiny_stock_config):
-    """The tiny stock config on two generated images, one epoch, and a test."""
+    """The tiny stock config with two generated training images, one epoch, and a test."""
     data = tmp_path / 'data'
     generate(str(data), train=2, val=1, size=(96, 96), seed=1)
 
@@ -87,7 +87,7 @@ def test_stock_config_runs_accelerated(cfg, log):
     said = [line for line in log if line.startswith('accelerate: ')]
     assert len(said) == 1 and '4 MultiScaleDeformableAttention layers of DeformableDETR' in said[0]
 
-    # The checkpoint is a stock one.
+    # The checkpoint has the keys of the stock model.
     names = torch.load(f'{cfg.work_dir}/epoch_1.pth', weights_only=False)['state_dict'].keys()
     msda_plugin.restore(runner.model)
     assert names == runner.model.state_dict().keys()
@@ -99,7 +99,7 @@ def test_runs_before_a_test(cfg, log):
     assert all(isinstance(layer, MultiScaleDeformableAttention) for layer in attention_layers(runner.model))
 
 
-def test_averaged_model_is_a_copy_of_the_accelerated_one(cfg, log):
+def test_averaged_model_is_accelerated_too(cfg, log):
     cfg.custom_hooks = [dict(type='EMAHook'), *cfg.custom_hooks]
     runner = Runner.from_cfg(cfg)
     runner.call_hook('before_run')

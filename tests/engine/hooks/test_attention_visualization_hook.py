@@ -1,4 +1,4 @@
-"""Pictures of the attention, logged during the validations of a real runner with a small detector."""
+"""Attention figures, logged during validation by a runner with a small detector."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ CONFIG = Path(__file__).parents[3] / 'configs' / 'shapes' / 'deformable-detr-two
 
 
 class ToyData(BaseDataset):
-    """Three images of noise, as the pipeline of a detector leaves them: enlarged to twice the size."""
+    """Three noise images, resized to twice their size as a pipeline does."""
 
     METAINFO = dict(classes=tuple('abcdef'))
 
@@ -66,7 +66,7 @@ def model():
 
 @pytest.fixture
 def logged(monkeypatch):
-    """(name, step, picture) of everything that the visualizer was given."""
+    """(name, step, image) of each call of add_image."""
     from mmengine.visualization import LocalVisBackend
 
     seen = []
@@ -105,7 +105,7 @@ def make_runner(folder, model, hook, batch_size=2):
 
 
 @pytest.mark.parametrize('batch_size', [1, 2])
-def test_logs_a_picture_of_each_of_the_first_images(tmp_path, model, logged, batch_size):
+def test_logs_a_figure_for_each_of_the_first_images(tmp_path, model, logged, batch_size):
     hook = dict(type='msda_plugin.AttentionVisualizationHook', num_images=2, layers=['decoder.layers.1'])
     make_runner(tmp_path, model, hook, batch_size).val()
     assert [(name, step) for name, step, _ in logged] == [('attention_0', 0), ('attention_1', 0)]
@@ -114,7 +114,7 @@ def test_logs_a_picture_of_each_of_the_first_images(tmp_path, model, logged, bat
     assert len(list(tmp_path.glob('work/*/vis_data/vis_image/attention_*.png'))) == 2
 
 
-def test_records_the_batches_it_draws_and_no_others(tmp_path, model, monkeypatch):
+def test_records_only_the_batches_it_draws(tmp_path, model, monkeypatch):
     hooked = []
     layer = model.decoder.layers[1].cross_attn
     original = type(layer).forward
@@ -142,7 +142,7 @@ def test_draws_in_every_second_validation(tmp_path, model, logged, monkeypatch):
     assert counts == [1, 1, 2]
 
 
-def test_what_is_logged_is_the_surest_detection(tmp_path, model, logged, monkeypatch):
+def test_the_query_is_the_highest_scoring_detection(tmp_path, model, logged, monkeypatch):
     queries = []
     monkeypatch.setattr(
         'msda_plugin.engine.hooks.attention_visualization.draw_query',
@@ -159,7 +159,7 @@ def test_what_is_logged_is_the_surest_detection(tmp_path, model, logged, monkeyp
     assert len(queries) == 3
 
 
-def test_a_validation_that_was_broken_off_leaves_no_hooks_for_the_next(tmp_path, model):
+def test_hooks_of_an_interrupted_validation_are_removed(tmp_path, model):
     hook = AttentionVisualizationHook(num_images=1)
     runner = make_runner(tmp_path, model, hook)
     hook.before_val_epoch(runner)

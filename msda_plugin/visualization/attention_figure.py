@@ -1,4 +1,4 @@
-"""What a query looks at, drawn over the image: one picture of all layers, or one layer head by head."""
+"""Draws what a query attends to over the image: all layers, or one layer head by head."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,32 +13,31 @@ from matplotlib.patheffects import withStroke
 
 from msda_plugin.visualization.attention import LayerView, QueryView
 
-# The colours of Okabe and Ito, which stay apart for colour-blind eyes, and shapes, which need no colour.
-LEVEL_COLOURS = ('#56b4e9', '#e69f00', '#009e73', '#cc79a7', '#f0e442', '#0072b2', '#d55e00')
+# The palette of Okabe and Ito, which is safe for color-blind readers, and marker shapes.
+LEVEL_COLORS = ('#56b4e9', '#e69f00', '#009e73', '#cc79a7', '#f0e442', '#0072b2', '#d55e00')
 LEVEL_SHAPES = 'os^Dv<>'
 INK, PAPER, DETECTION = '#111111', '#ffffff', '#f0e442'
 LARGEST, SMALLEST = 80, 3  # areas of markers, square points
-ALL_MARKERS = 12000  # area of all markers of a layer that looks at the whole image, where they would hide it
+ALL_MARKERS = 12000  # total marker area of a layer that attends to the whole image, square points
 PANEL = 3.3  # width of a panel, inches
-COLUMNS = (4, 5, 3)  # of panels, in the order in which they are preferred
+COLUMNS = (4, 5, 3)  # columns of panels, in order of preference
 
 
 def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.ndarray:
-    """A panel of the image with the query and the refinement of its box, and one of each layer.
+    """Draw a panel of the image with the query and the refinement of its box, and one or more panels per layer.
 
-    Points are larger and clearer the more they weigh. Multi-scale deformable attention has one scale for all layers,
-    and its panels show the part of the image that encoder or decoder look at; other layers look at the whole image, and
-    have a scale each. Heads that look at the same places are drawn as their mean; Shunted attention gets a panel for
-    each of its granularities, and DAT's for each group of heads that shares its points, with lines from where they were
-    before they moved.
+    Size and opacity of a point show its weight. Panels of multi-scale deformable attention share one weight scale and
+    show the part of the image that encoder or decoder attend to. The other layers show the whole image, each panel with
+    its own weight scale; heads with the same samples are averaged. Shunted attention has a panel per scale, DAT a panel
+    per group, with lines from the original to the moved points.
 
     Args:
         image: (H, W, 3) uint8, RGB: the original image.
         query: from :class:`msda_plugin.visualization.attention.Recording`.
-        title: above all panels; the query's label follows it.
+        title: title of the figure, before the query's label.
 
     Returns:
-        The picture, (H', W', 3) uint8, RGB.
+        The figure, (H', W', 3) uint8, RGB.
     """
     largest = _largest(query.layers)
 
@@ -46,7 +45,7 @@ def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.nd
         _show(axis, image, whole(image.shape))
         _draw_boxes(axis, query)
         _draw_place(axis, query.at)
-        axis.set_title('the query' if query.box is None else 'references by decoder layer, detection')
+        axis.set_title('query' if query.box is None else 'references by decoder layer, detection')
 
     panels = [overview]
     for view in query.layers:
@@ -62,7 +61,7 @@ def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.nd
 
 
 def draw_heads(image: np.ndarray, query: QueryView, view: LayerView, *, title: str = '') -> np.ndarray:
-    """One layer: a panel of all its heads, and one of each head. Arguments and result as for :func:`draw_query`."""
+    """Draw one layer: a panel of all heads, and one per head. Arguments and result as for :func:`draw_query`."""
     window, largest = layer_window(query, view, image.shape), _largest([view])
     panels = [_panel(image, view, window, largest, 'all heads')] if view.cells is None else []
     for head in np.unique(view.head):
@@ -73,16 +72,16 @@ def draw_heads(image: np.ndarray, query: QueryView, view: LayerView, *, title: s
 
 
 def whole(shape: Sequence[int]) -> np.ndarray:
-    """(left, top, right, bottom) of an image of this (h, w, …), in pixels."""
+    """(left, top, right, bottom) of an image of ``shape`` (h, w, …), in pixels."""
     return np.array([0, 0, shape[1], shape[0]], float)
 
 
 def layer_window(query: QueryView, view: LayerView, shape: Sequence[int]) -> np.ndarray:
-    """(left, top, right, bottom), in pixels: the part of an image of this (h, w, …) to show for a layer.
+    """The part of an image of ``shape`` (h, w, …) to show for a layer, (left, top, right, bottom) in pixels.
 
-    All encoder layers have one, and all decoder layers. It holds nine tenths of the weight along each axis and the
-    references, has the shape of the image, and reaches beyond it by a twelfth at most; where that is most of the image,
-    it is all of it. Layers that look at the whole image show it.
+    All encoder layers share one window, and so do all decoder layers. The window contains the references and the
+    central 90% of the weight along each axis. It has the image's aspect ratio and extends beyond the image by at most a
+    twelfth. If it covers most of the image, or the layer attends to the whole image, it is the whole image.
     """
     views = [other for other in query.layers if other.kind == view.kind]
     if not view.is_local:
@@ -109,7 +108,7 @@ def _weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float)
 
 
 def _largest(views: Sequence[LayerView]) -> float:
-    """The weight of multi-scale deformable attention that is drawn largest; 0 where there is none."""
+    """The largest weight of multi-scale deformable attention; 0 if there is no such layer."""
     return max((float(view.weight.max()) for view in views if view.is_local), default=0.0)
 
 
@@ -120,7 +119,7 @@ def _join(*parts: str) -> str:
 def _panel(
     image: np.ndarray, view: LayerView, window: np.ndarray, largest: float, title: str, keep: np.ndarray | None = None
 ) -> Callable[[Axes], None]:
-    """What draws one layer, or those of its samples that `keep` (N,) says, into axes."""
+    """A function that draws a layer, or only the samples in `keep` (N,), into axes."""
     keep = np.ones(len(view.head), bool) if keep is None else keep
 
     def draw(axis: Axes) -> None:
@@ -137,7 +136,7 @@ def _panel(
 
 
 def _show(axis: Axes, image: np.ndarray, window: np.ndarray, pale: bool = False) -> None:
-    if pale:  # so that one hue on it is seen
+    if pale:  # makes the colors of the samples visible
         image = (0.35 * 255 + 0.65 * image.mean(2, keepdims=True).repeat(3, 2)).astype(np.uint8)
     height, width = image.shape[:2]
     axis.imshow(image, extent=(0, width, height, 0), interpolation='nearest' if max(height, width) < 256 else 'auto')
@@ -149,15 +148,15 @@ def _draw_points(axis: Axes, view: LayerView, largest: float) -> None:
         axis.add_collection(LineCollection(np.stack([view.origin, view.xy], 1), colors=INK, linewidths=0.5, alpha=0.5))
     for level in np.unique(view.level):
         of_level = np.flatnonzero(view.level == level)
-        of_level = of_level[view.weight[of_level].argsort()]  # what weighs most comes on top
+        of_level = of_level[view.weight[of_level].argsort()]  # highest weight on top
         strength = (view.weight[of_level] / largest).clip(0, 1)
         marker = dict(s=_area(strength, marker_area(view)), marker=LEVEL_SHAPES[level % len(LEVEL_SHAPES)], zorder=3)
-        # A pale rim, for dark images.
+        # A light outline, visible on dark images.
         rim = 1 if view.is_local else 0.3
         axis.scatter(*view.xy[of_level].T, c=PAPER, alpha=0.4, edgecolors=PAPER, linewidths=1.4 * rim, **marker)
         axis.scatter(
             *view.xy[of_level].T,
-            c=LEVEL_COLOURS[level % len(LEVEL_COLOURS)],
+            c=LEVEL_COLORS[level % len(LEVEL_COLORS)],
             alpha=_opacity(strength),
             edgecolors=INK,
             linewidths=0.6 * rim,
@@ -184,21 +183,21 @@ def _draw_cells(axis: Axes, view: LayerView, largest: float) -> None:
         of_level = view.level == level
         size = view.cells[level]
         patches = [Rectangle(corner, *size) for corner in view.xy[of_level] - size / 2]
-        colours = np.array(
+        colors = np.array(
             [
-                _rgba(LEVEL_COLOURS[level % len(LEVEL_COLOURS)], 0.7 * strength)
+                _rgba(LEVEL_COLORS[level % len(LEVEL_COLORS)], 0.7 * strength)
                 for strength in view.weight[of_level] / largest
             ]
         )
-        axis.add_collection(PatchCollection(patches, facecolors=colours, edgecolors=(1, 1, 1, 0.35), linewidths=0.4))
+        axis.add_collection(PatchCollection(patches, facecolors=colors, edgecolors=(1, 1, 1, 0.35), linewidths=0.4))
 
 
-def _rgba(colour: str, alpha: float) -> tuple[float, float, float, float]:
-    return *(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)), alpha
+def _rgba(color: str, alpha: float) -> tuple[float, float, float, float]:
+    return *(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), alpha
 
 
 def _draw_boxes(axis: Axes, query: QueryView) -> None:
-    """References, thinner the earlier, and the detection."""
+    """Draw the reference boxes, with thinner lines for earlier layers, and the detection."""
     references = [view.box for view in query.layers if view.box is not None]
     for i, box in enumerate(references):
         _draw_box(axis, box, PAPER, '--', 0.6 + 0.8 * i / len(references))
@@ -208,14 +207,14 @@ def _draw_boxes(axis: Axes, query: QueryView) -> None:
         _draw_box(axis, query.box, DETECTION, '-', 1.8)
 
 
-def _draw_box(axis: Axes, box: np.ndarray, colour: str, style: str, width: float = 1.2) -> None:
+def _draw_box(axis: Axes, box: np.ndarray, color: str, style: str, width: float = 1.2) -> None:
     outline = withStroke(linewidth=width + 1.2, foreground=INK, alpha=0.7)
     axis.add_patch(
         Rectangle(
             box[:2],
             *(box[2:] - box[:2]),
             fill=False,
-            edgecolor=colour,
+            edgecolor=color,
             linestyle=style,
             linewidth=width,
             path_effects=[outline],
@@ -257,22 +256,15 @@ def _legend(views: Sequence[LayerView], largest: float) -> list:
     marker = dict(color='none', markeredgecolor=INK, markeredgewidth=0.6)
     handles = [
         Line2D(
-            [],
-            [],
-            marker='P',
-            markersize=8,
-            color='none',
-            markerfacecolor=PAPER,
-            markeredgecolor=INK,
-            label='the query',
+            [], [], marker='P', markersize=8, color='none', markerfacecolor=PAPER, markeredgecolor=INK, label='query'
         )
     ]
     if any(view.box is not None for view in views):
         handles.append(Line2D([], [], color='#777777', linestyle='--', label='reference box'))
     points = [view for view in views if view.cells is None]
-    # The groups of DAT have titles where levels need the colours.
-    of_colours = [view for view in points if view.is_local] or points
-    for level, name in enumerate(max((view.level_names for view in of_colours), key=len, default=())):
+    # If levels use the colors, DAT's groups are named by panel titles only.
+    of_colors = [view for view in points if view.is_local] or points
+    for level, name in enumerate(max((view.level_names for view in of_colors), key=len, default=())):
         handles.append(
             Line2D(
                 [],
@@ -280,7 +272,7 @@ def _legend(views: Sequence[LayerView], largest: float) -> list:
                 marker=LEVEL_SHAPES[level % len(LEVEL_SHAPES)],
                 markersize=7,
                 label=name,
-                markerfacecolor=LEVEL_COLOURS[level % len(LEVEL_COLOURS)],
+                markerfacecolor=LEVEL_COLORS[level % len(LEVEL_COLORS)],
                 **marker,
             )
         )
@@ -298,7 +290,7 @@ def _legend(views: Sequence[LayerView], largest: float) -> list:
             )
         )
     if any(view.origin is not None for view in views):
-        handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.7, label='how a point was moved'))
+        handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.7, label='displacement of a point'))
     if len(points) < len(views):
-        handles.append(Patch(facecolor=LEVEL_COLOURS[0], edgecolor='#777777', label='cells: the deeper, the heavier'))
+        handles.append(Patch(facecolor=LEVEL_COLORS[0], edgecolor='#777777', label='cells: opacity shows the weight'))
     return handles

@@ -1,4 +1,4 @@
-"""Samples are drawn where they lie, as large as they weigh, on small images and large ones."""
+"""Location and size of drawn samples, windows, and figures of small and large images."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 
 from msda_plugin.visualization import draw_heads, draw_query
 from msda_plugin.visualization.attention import LayerView, QueryView
-from msda_plugin.visualization.attention_picture import LEVEL_COLOURS, _panel, layer_window, whole
+from msda_plugin.visualization.attention_figure import LEVEL_COLORS, _panel, layer_window, whole
 
 
-def rgb(colour):
-    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+def rgb(color):
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
 
 
 def points_view(
@@ -53,7 +53,7 @@ def cells_view():
 
 
 def render(view, size=(100, 80), scale=4):
-    """The panel of a view over a black image, filled to its edges: (H, W, 3), `scale` pixels per pixel of the image."""
+    """The panel of a view over a black image, without margins: (H, W, 3), `scale` pixels per image pixel."""
     image = np.zeros((size[1], size[0], 3), np.uint8)
     figure = Figure(figsize=(size[0] * scale / 100, size[1] * scale / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
@@ -64,38 +64,38 @@ def render(view, size=(100, 80), scale=4):
     return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
 
 
-def like(picture, colour, tolerance=70):
-    return np.abs(picture - rgb(colour)).sum(2) < tolerance
+def like(figure, color, tolerance=70):
+    return np.abs(figure - rgb(color)).sum(2) < tolerance
 
 
 @pytest.mark.parametrize('place', [(20, 60), (90.5, 10.25)])
-def test_a_point_is_drawn_at_its_place(place):
-    picture = render(points_view([place], [1.0], level=[1], at=(50, 40), box=None))
-    rows, columns = np.nonzero(like(picture, LEVEL_COLOURS[1]))
+def test_a_point_is_drawn_at_its_location(place):
+    figure = render(points_view([place], [1.0], level=[1], at=(50, 40), box=None))
+    rows, columns = np.nonzero(like(figure, LEVEL_COLORS[1]))
     assert len(rows) > 20
     np.testing.assert_allclose(
         [(columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2], np.array(place) * 4, atol=1
     )
 
 
-def test_weight_is_seen_in_the_size():
-    picture = render(points_view([(20, 20), (80, 60)], [0.8, 0.2], box=None))
+def test_marker_size_shows_the_weight():
+    figure = render(points_view([(20, 20), (80, 60)], [0.8, 0.2], box=None))
     sizes = [
-        like(picture[rows, columns], LEVEL_COLOURS[0], 200).sum()
+        like(figure[rows, columns], LEVEL_COLORS[0], 200).sum()
         for rows, columns in ((slice(40, 120), slice(40, 120)), (slice(200, 280), slice(280, 360)))
     ]
     assert sizes[0] > 2 * sizes[1] > 0
 
 
-def test_a_cell_is_drawn_over_what_it_stands_for():
-    picture = render(cells_view())
-    # The image is black, so that the weightless cells are grey and the one of weight 1 is coloured.
-    coloured = picture.max(2) - picture.min(2) > 40
-    rows, columns = np.nonzero(coloured)
+def test_a_cell_covers_its_area():
+    figure = render(cells_view())
+    # On the black image, cells of weight 0 are gray and the cell of weight 1 is colored.
+    colored = figure.max(2) - figure.min(2) > 40
+    rows, columns = np.nonzero(colored)
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == pytest.approx((200, 299, 160, 319), abs=2)
 
 
-def test_the_window_holds_weight_and_reference_of_all_layers_of_a_kind():
+def test_the_window_contains_samples_and_references_of_all_layers_of_a_kind():
     first = points_view([(48, 40), (52, 40), (200, 200)], [0.6, 0.39, 0.01], at=(50, 40), box=(45, 35, 55, 45))
     second = points_view([(60, 42)], [1.0], at=(50, 40), box=None, name='decoder.1')
     far = points_view([(5, 75)], [1.0], kind='encoder', box=None)
@@ -104,19 +104,19 @@ def test_the_window_holds_weight_and_reference_of_all_layers_of_a_kind():
     np.testing.assert_array_equal(window, layer_window(query, second, (80, 100, 3)))
     left, top, right, bottom = window
     assert left <= 45 and top <= 35 and right >= 60 and bottom >= 45  # the box, and the point of the second layer
-    assert right < 100 and bottom < 80  # but not the distant point of 1 % of the weight
+    assert right < 100 and bottom < 80  # but not the distant point with 1% of the weight
     assert (right - left) / (bottom - top) == pytest.approx(100 / 80)
     np.testing.assert_array_equal(layer_window(query, cells_view(), (80, 100, 3)), (0, 0, 100, 80))
 
 
-def test_the_window_is_the_image_where_the_samples_are_all_over_it():
+def test_the_window_is_the_image_if_the_samples_cover_it():
     view = points_view([(1, 1), (99, 79)], [0.5, 0.5])
     query = QueryView('detection 0', np.array([50.0, 40]), None, (view,))
     np.testing.assert_array_equal(layer_window(query, view, (80, 100, 3)), (0, 0, 100, 80))
 
 
 @pytest.mark.parametrize('size', [(128, 128), (1333, 800), (300, 1000)])
-def test_pictures_of_all_layers_and_of_all_heads(size):
+def test_figures_of_all_layers_and_of_all_heads(size):
     width, height = size
     image = np.full((height, width, 3), 128, np.uint8)
     views = (
@@ -125,8 +125,8 @@ def test_pictures_of_all_layers_and_of_all_heads(size):
         points_view([(50, 40), (60, 50)], [1, 1]),
     )
     query = QueryView('detection 0: cat 0.90', np.array([50.0, 40]), np.array([30.0, 20, 70, 60]), views)
-    picture, heads = draw_query(image, query, title='image'), draw_heads(image, query, views[-1])
-    for result in (picture, heads):
+    figure, heads = draw_query(image, query, title='image'), draw_heads(image, query, views[-1])
+    for result in (figure, heads):
         assert result.dtype == np.uint8 and result.ndim == 3 and result.shape[2] == 3
         assert 300 < result.shape[1] < 2000 and result.shape[0] < 3000
-    assert like(picture, LEVEL_COLOURS[0], 120).any() and like(heads, LEVEL_COLOURS[0], 120).any()
+    assert like(figure, LEVEL_COLORS[0], 120).any() and like(heads, LEVEL_COLORS[0], 120).any()
