@@ -182,6 +182,7 @@ class DAT(PublishedBackbone):
         self.out_indices = check_indices(
             'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages'
         )
+        self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.frozen_stages = check_frozen_stages(frozen_stages, len(dims), 'stem', 'stages')
 
         drop_path_rate = arch['drop_path_rate'] if drop_path_rate is None else drop_path_rate

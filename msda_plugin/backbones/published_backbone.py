@@ -12,10 +12,13 @@ class PublishedBackbone(BaseModule):
     """A backbone whose ``init_cfg=dict(type='Pretrained', checkpoint=…)`` takes its authors' file as it is.
 
     Attributes:
-        family: of its checkpoints, one of `msda_plugin.convert.FAMILIES`.
+        family: family of its checkpoints, one of ``msda_plugin.convert.FAMILIES``.
+        out_channels: channels of each map that ``forward`` returns. Detectors compare them with ``in_channels`` of the
+            neck; other backbones may declare them, too.
     """
 
     family: str
+    out_channels: tuple[int, ...]
 
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, or draw the published initialisation.

@@ -218,6 +218,7 @@ class ShuntedTransformer(PublishedBackbone):
         self.out_indices = check_indices(
             'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages'
         )
+        self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.frozen_stages = check_frozen_stages(frozen_stages, len(dims), 'stem', 'stages')
         self.norm_eval = norm_eval
 

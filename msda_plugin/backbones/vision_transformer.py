@@ -253,6 +253,7 @@ class VisionTransformer(PublishedBackbone):
         self.patch_size = patch_size
         self.grid = tuple(math.ceil(side / patch_size) for side in img_size)
         self.out_indices = out_indices
+        self.out_channels = (dims,) * len(out_indices)
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
 

@@ -15,11 +15,13 @@ PADDED = [(64, 80), (45, 96)]
 
 
 class Pyramid(nn.Module):
-    """The smallest backbone: strides 8, 16 and 32, or the last alone."""
+    """The smallest backbone: strides 8, 16 and 32, or the last ``num_outs`` of them."""
 
-    def __init__(self, num_outs=3):
+    def __init__(self, num_outs=3, declared=True):
         super().__init__()
         self.num_outs = num_outs
+        if declared:
+            self.out_channels = (8, 16, 32)[-num_outs:]
         self.convs = nn.ModuleList([nn.Conv2d(3, 8, 9, 8, 4), nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)])
 
     def forward(self, x):

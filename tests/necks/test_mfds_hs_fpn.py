@@ -36,15 +36,23 @@ def maps(sizes, channels=(32, 48, 64), bs=2, dtype=torch.float32):
     ]
 
 
-def test_matches_the_published_numbers():
+@pytest.mark.parametrize(
+    'name, batch, sizes',
+    [
+        ('hs_fpn_2x_64_128_256_to_64', 2, [(16, 24), (8, 12), (4, 6)]),
+        ('hs_fpn_1x_64_128_256_to_64_odd', 1, [(21, 27), (11, 14), (6, 7)]),
+    ],
+)
+def test_matches_the_published_numbers(name, batch, sizes):
     neck = MFDSHSFPN([64, 128, 256], 64)
     neck.load_state_dict(convert_state_dict(upstream_state_dict(), 'hs_fpn'))
     inputs = [
-        recipe.tensor(f'feat2x{c}x{h}x{w}', (2, c, h, w)) for c, h, w in ((64, 16, 24), (128, 8, 12), (256, 4, 6))
+        recipe.tensor(f'feat{batch}x{c}x{h}x{w}', (batch, c, h, w))
+        for c, (h, w) in zip((64, 128, 256), sizes, strict=True)
     ]
     with torch.inference_mode():
         outs = neck(inputs)
-    golden = np.load(GOLDEN / 'hs_fpn_2x_64_128_256_to_64.npz')
+    golden = np.load(GOLDEN / f'{name}.npz')
     assert len(outs) == len(golden.files) == 4
     for i, out in enumerate(outs):
         expected = torch.from_numpy(golden[f'out{i}'])
@@ -153,7 +161,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize('channels, sizes', [((32, 48), [(4, 4), (2, 2)]), ((32, 48, 63), [(4, 4), (2, 2), (1, 1)])])
 def test_maps_that_do_not_fit(channels, sizes):
-    with pytest.raises(ValueError, match=r'in_channels is \[32, 48, 64\]: set it to what the backbone gives'):
+    with pytest.raises(ValueError, match=r'in_channels is \[32, 48, 64\]: set it to the channels of the backbone'):
         MFDSHSFPN([32, 48, 64], 32)(maps(sizes, channels))
 
 
