@@ -20,7 +20,6 @@ from mmdet.models.dense_heads import DETRHead
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
 from msda_plugin.layers.deformable_attention import DeformableAttention
 from msda_plugin.layers.deformable_detr_layers import pixel_centers
 from msda_plugin.layers.deformable_multi_head_attention import DeformableMultiHeadAttention, DeformedPoints
@@ -463,7 +462,8 @@ class Recording:
             raise ValueError(f'there is no detection {number}; {known}')
         # A head sorts and repeats its queries' boxes, and clips them to the image: the box finds its query again.
         frame = ImageFrame.from_sample(sample)
-        candidates = to_numpy(box_cxcywh_to_xyxy(self.boxes[image])).clip(0, 1)
+        center, size = np.split(to_numpy(self.boxes[image]), 2, axis=1)
+        candidates = np.concatenate([center - size / 2, center + size / 2], 1).clip(0, 1)
         return int(np.abs(candidates - boxes[number] / np.tile(frame.size, 2)).sum(1).argmin())
 
     def _chosen(self, layers: Sequence[str] | None) -> list[Record]:

@@ -1,4 +1,4 @@
-"""HS-FPN against the published numbers (tests/golden), and in front of dense and of DETR-style heads."""
+"""HS-FPN against golden outputs of the published neck, and in front of dense and DETR-style heads."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ def test_parameters_on_a_resnet50():
 
 @pytest.mark.parametrize('sizes', [[(19, 13), (10, 7), (5, 4)], [(1, 1)] * 3, [(7, 9), (7, 9), (2, 2)]])
 @pytest.mark.parametrize('num_outs', [3, 4])
-def test_any_size_and_every_parameter_learns(sizes, num_outs):
+def test_every_parameter_gets_a_gradient_at_any_size(sizes, num_outs):
     neck = MFDSHSFPN([32, 48, 64], 32, num_outs=num_outs)
     neck.init_weights()
     outs = neck(maps(sizes))
@@ -80,7 +80,7 @@ def test_any_size_and_every_parameter_learns(sizes, num_outs):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
 
 
-def test_channels_last_input_and_batch_one_give_the_same():
+def test_channels_last_and_batch_one_give_the_same():
     neck = MFDSHSFPN([32, 48, 64], 32).double().eval()
     inputs = maps([(9, 7), (5, 4), (3, 2)], dtype=torch.float64)
     with torch.inference_mode():
@@ -103,7 +103,7 @@ def test_autocast_is_finite(dtype):
 
 
 def detector(kind):
-    """The config of a detector on a ResNet-18, made from a base config by changing backbone, neck and channels."""
+    """Config of a detector with a ResNet-18: a base config with another backbone and neck."""
     backbone = dict(type='mmdet.ResNet', depth=18, norm_cfg=dict(type='BN'))
     if kind == 'DeformableDETR':
         cfg = Config.fromfile(ROOT / 'configs/_base_/models/deformable-detr-two-stage_shunted-nano.py').model
@@ -165,7 +165,7 @@ def test_maps_that_do_not_fit(channels, sizes):
         MFDSHSFPN([32, 48, 64], 32)(maps(sizes, channels))
 
 
-def test_conversion_accounts_for_every_key_and_refuses_what_does_not_fit():
+def test_conversion_records_every_key_and_names_missing_ones():
     upstream = upstream_state_dict()
     conversion = convert(upstream, 'hs_fpn')
     assert conversion.taken.keys() == upstream.keys() and not conversion.dropped
