@@ -224,7 +224,7 @@ class VisionTransformer(PublishedBackbone):
         dims, depth = arch['embed_dims'], arch['depth']
         if global_indices is not None and not window_size:
             raise ValueError(
-                f'global_indices={tuple(global_indices)} needs window_size, but window_size=0 makes every block global; '
+                f'global_indices={tuple(global_indices)} needs windows, but window_size=0 makes every block global; '
                 'set window_size, such as 14'
             )
         if global_indices is None:

@@ -137,7 +137,7 @@ def build_detector(num_classes=CLASSES, backbone=None, in_channels=24):
     )
 
 
-@pytest.mark.parametrize('valid', [VALID, [IMAGE, IMAGE]], ids=['padded', 'whole'])
+@pytest.mark.parametrize('valid', [VALID, [IMAGE, IMAGE]], ids=['padded', 'unpadded'])
 def test_equals_the_published_model(valid):
     upstream = published()
     conversion = convert({'model': upstream.state_dict()}, FAMILY)

@@ -160,7 +160,7 @@ def test_bad_arguments(arguments, message):
 
 
 @pytest.mark.parametrize('channels, sizes', [((32, 48), [(4, 4), (2, 2)]), ((32, 48, 63), [(4, 4), (2, 2), (1, 1)])])
-def test_maps_that_do_not_fit(channels, sizes):
+def test_maps_with_wrong_channels(channels, sizes):
     with pytest.raises(ValueError, match=r'in_channels is \[32, 48, 64\]: set it to the channels of the backbone'):
         MFDSHSFPN([32, 48, 64], 32)(maps(sizes, channels))
 

@@ -1,4 +1,4 @@
-"""The ``convert`` command: complete output files with a record of every key, clear errors, and no code of a file runs."""
+"""The ``convert`` command: complete outputs with a record of every key, clear errors, and no code of a file runs."""
 
 import argparse
 import json
