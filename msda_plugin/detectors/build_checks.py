@@ -96,8 +96,11 @@ def declared_channels(backbone: nn.Module) -> list[int] | None:
     Swin Transformer have public attributes that give them.
     """
     out_channels = getattr(backbone, 'out_channels', None)
+    out_indices = getattr(backbone, 'out_indices', None)
     if isinstance(out_channels, Sequence):
-        return list(out_channels)
+        # Some code uses this name for all stages, including those that are not returned.
+        is_per_map = not isinstance(out_indices, Sequence) or len(out_indices) == len(out_channels)
+        return list(out_channels) if is_per_map else None
     # Exact types, because subclasses may return other maps. Maps come in the order of the stages.
     if type(backbone) is SwinTransformer:
         return [backbone.num_features[i] for i in sorted(backbone.out_indices)]

@@ -154,3 +154,11 @@ def test_other_backbones_declare_no_channels(kind):
     """RegNet is a ResNet of other widths; ``out_channels`` of EfficientNet belongs to its last layer."""
     arch = dict(RegNet=dict(arch='regnetx_400mf'), EfficientNet=dict(arch='b0'))
     assert declared_channels(MMDET_MODELS.build(dict(type=f'mmdet.{kind}') | arch.get(kind, {}))) is None
+
+
+def test_out_channels_of_all_stages_declare_nothing():
+    backbone = nn.Module()
+    backbone.out_channels, backbone.out_indices = [8, 16, 32], (1, 2)
+    assert declared_channels(backbone) is None
+    backbone.out_indices = (0, 1, 2)
+    assert declared_channels(backbone) == [8, 16, 32]
