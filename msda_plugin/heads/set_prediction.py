@@ -35,7 +35,7 @@ class SetPrediction:
     initial ones when a training starts; the log names it. All other parameters are loaded as usual.
 
     Attributes:
-        matcher: None if MMDetection's code computes the losses.
+        matcher: None where MMDetection's code computes the losses.
         new_class_layers: full names of class layers that the last checkpoint did not fit.
     """
 
@@ -43,7 +43,7 @@ class SetPrediction:
     new_class_layers: tuple[str, ...]
 
     def init_set_prediction(self) -> None:
-        """Choose how the losses are computed. Call it at the end of ``__init__``."""
+        """Choose how the losses are computed; to be called at the end of ``__init__``."""
         self.new_class_layers = ()
         self.matcher = None
         if self.train_cfg:

@@ -76,7 +76,7 @@ def write_complete(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file with ``write``. On failure, the file is not created and an existing one is kept.
 
     Raises:
-        OSError: the disk is full, or does not let us write.
+        OSError: If the file cannot be written.
     """
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
