@@ -165,9 +165,7 @@ def run(args: argparse.Namespace) -> int:
     print(conditions(args))
     print(f'{"layer":<32}{"":<20}{"stock":<8}{"stock ms":>10}{"ours ms":>10}{"ratio":>8}{"difference":>12}')
     for row in comparisons(args):
-        print(
-            f'{row.case:<32}{row.run:<20}{row.sides[0]:<8}{row.milliseconds()}{row.difference:>12.1e}', flush=True
-        )
+        print(f'{row.case:<32}{row.run:<20}{row.sides[0]:<8}{row.milliseconds()}{row.difference:>12.1e}', flush=True)
     return 0
 
 

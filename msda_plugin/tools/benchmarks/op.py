@@ -109,7 +109,7 @@ def _compare(
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Seeded inputs of the plain and the fused form. Locations are uniform over the levels, the worst case for caches."""
+    """Seeded inputs of the plain and the fused form. Locations are uniform, the worst case for caches."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*size: int) -> Tensor:
@@ -285,7 +285,7 @@ def _copy_speed(_: int) -> float:
 
 
 def memory(threads: int) -> str:
-    """Peak memory of forward + backward at the encoder shape beyond inputs, output and gradients, in fresh processes."""
+    """Peak memory of forward + backward at the encoder shape, without inputs, output and gradients."""
     stock, ours = (in_a_process(_extra_memory, stock, threads) for stock in (True, False))
     return (
         f'extra peak memory of forward + backward at the encoder shape: mmcv {stock / 1e6:.0f} MB, ours '
