@@ -132,4 +132,4 @@ def test_broken_config_file(tmp_path, capsys):
 def test_file_that_is_not_a_checkpoint(tmp_path, capsys):
     config = write(tmp_path, 'msda_plugin.MultiScaleDeformableAttention')
     (tmp_path / 'bad.pth').write_bytes(pickle.dumps({'state_dict': {}, 'meta': print}))
-    sentence(['test', config, str(tmp_path / 'bad.pth'), '--work-dir', str(tmp_path)], capsys)
+    assert 'bad.pth' in sentence(['test', config, str(tmp_path / 'bad.pth'), '--work-dir', str(tmp_path)], capsys)

@@ -406,5 +406,5 @@ def test_ctrl_c_keeps_last_checkpoint(shapes, tmp_path):
     assert process.returncode == 130, errors[-3000:]
     last = errors.splitlines()[-1]
     assert 'msda_plugin train: stopped' in last and '--resume' in last and 'Traceback' not in errors
-    (checkpoint,) = [word.rstrip(',') for word in last.split() if word.rstrip(',').endswith('.pth')]
+    (checkpoint,) = [word.rstrip(',;.') for word in last.split() if word.rstrip(',;.').endswith('.pth')]
     assert torch.load(checkpoint, weights_only=False)['meta']['epoch'] >= 1
