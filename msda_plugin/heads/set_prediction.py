@@ -1,4 +1,4 @@
-"""What the heads of DETR and Deformable DETR share: losses over all layers at once, and how they load checkpoints."""
+"""Shared by the heads of DETR and Deformable DETR: batched losses, non-maximum suppression, checkpoints."""
 
 import logging
 from collections.abc import Sequence
