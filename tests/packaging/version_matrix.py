@@ -4,9 +4,9 @@
     python tests/packaging/version_matrix.py --list
 
 One wheel is built in the environment that runs this script, and installed in every row. For each row, a virtual
-environment is created and gets the stack of `requirements/`. It runs ``python -m msda_plugin env`` and tests from a folder
-without the package's sources, and is deleted. A row takes 2 to 4 minutes on two cores if pip has mmcv in its cache, and
-10 more if mmcv is compiled. The results are kept next to the table, so that rows can be run one by one.
+environment is created and gets the stack of `requirements/`. It runs ``python -m msda_plugin env`` and tests from a
+folder without the package's sources, and is deleted. A row takes 2 to 4 minutes on two cores if pip has mmcv in its
+cache, and 10 more if mmcv is compiled. The results are kept next to the table, so that rows can be run one by one.
 """
 
 import argparse
