@@ -1,4 +1,4 @@
-# make setup | train | test | test-long | bench | lint | format | docs   STACK=forks (default) or upstream: see README.md, "Two stacks"
+# make setup | train | test | test-long | bench | lint | format | docs   STACK=forks (default) or upstream: see docs/install.md
 STACK  ?= forks
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
