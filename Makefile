@@ -1,4 +1,4 @@
-# make setup | train | test | bench | lint | docs   STACK=forks (default) or upstream: see README.md, "Two stacks"
+# make setup | train | test | test-long | bench | lint | format | docs   STACK=forks (default) or upstream: see docs/install.md
 STACK  ?= forks
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -21,7 +21,10 @@ else
   $(error STACK=$(STACK) is not known: use STACK=forks or STACK=upstream)
 endif
 
-.PHONY: setup train test bench lint docs clean
+# Trainings that the tests start share the cores with the other tests: one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+.PHONY: setup train test test-long bench lint format lint-tools docs clean
 setup: $(PLUGIN_OK)
 
 # torch comes first and alone, and nothing is built in isolation: a build environment of pip's own would fetch another torch.
@@ -47,13 +50,31 @@ train: setup  # always the shapes; another config: python -m msda_plugin train C
 	  --cfg-options data_root=$(DATA)/
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-long: setup  # what `make test` leaves out: full builds, launchers, long trainings
+	$(PYTEST) -m slow $(ARGS)
 
 bench: setup
 	$(BIN)/python -m msda_plugin benchmark op
 
-lint: setup
+MARKDOWN = $(BIN)/mdformat --wrap 120 --compact-tables $$(git ls-files '*.md')
+CPP_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+lint: lint-tools
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(MARKDOWN) --check
+
+format: lint-tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+	$(MARKDOWN)
+
+lint-tools: setup
+	$(BIN)/python -m pip install -q -r requirements/lint.txt
 
 docs: setup  # the pages, in build/site
 	$(BIN)/python -m pip install -q -r requirements/docs.txt

@@ -1,4 +1,4 @@
-"""Build of msda_plugin: metadata is in pyproject.toml, the native build in csrc/build.py; this file joins the two.
+"""Build of msda_plugin. The metadata is in pyproject.toml, the native build in csrc/build.py.
 
 pip install .                      # CPU library; the CUDA library as well when nvcc is found
 MSDA_BUILD_CUDA=1 pip install .    # fail when the CUDA library cannot be built
@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT / 'csrc'))
 import build as native  # noqa: E402  (csrc/build.py)
 
 LIBRARIES = Path('msda_plugin/ops/lib')
-# mim looks for `.mim/{model-index.yml,configs,tools}` in what it takes for the package's folder: the package itself in
-# a regular install; in an editable one the root of the clone (onedl-mim), where only the tools are put, since mim
-# searches that folder for configs and must not meet one twice.
+# mim looks for `.mim/{model-index.yml,configs,tools}` in the package's folder. In an editable install, onedl-mim takes
+# the root of the clone for that folder. Only the tools are placed there: mim also searches it for configs, and must not
+# find one twice.
 MIM_FILES = {
     'model-index.yml': 'model-index.yml',
     'configs': 'configs',
@@ -37,14 +37,14 @@ def cuda_mode() -> str:
     modes = {'': 'auto', '1': 'on', '0': 'off'}
     if value not in modes:
         raise SystemExit(
-            f'MSDA_BUILD_CUDA={value!r} is not understood: 1 demands the CUDA library, 0 leaves it out, '
-            'unset builds it when nvcc is found'
+            f'MSDA_BUILD_CUDA={value!r} is invalid: 1 requires the CUDA library, 0 skips it, '
+            'unset builds it if nvcc is found'
         )
     return modes[value]
 
 
 class BuildNative(build_ext):
-    """Compiles the operator's libraries. They use torch's stable ABI alone, so they are no Python extension modules."""
+    """Compiles the operator's libraries. They use only torch's stable ABI, so they are not Python extension modules."""
 
     def run(self) -> None:
         out = ROOT / LIBRARIES if self.inplace else Path(self.build_lib) / LIBRARIES
@@ -57,7 +57,7 @@ class BuildNative(build_ext):
             self.built = []
             self.warn(
                 f'{error} msda_plugin is installed without compiled libraries: the operator runs on its '
-                'reference backend (plain PyTorch, slower). Install a C++20 compiler and reinstall.'
+                'slower reference backend in plain PyTorch. Install a C++20 compiler and reinstall.'
             )
 
     def get_outputs(self) -> list:
@@ -71,7 +71,7 @@ class BuildPackage(build_py):
     """Adds `.mim`: copies in a wheel, links to the tools in an editable install."""
 
     def run(self) -> None:
-        if not self.editable_mode:  # what an earlier build left must not get into this one's wheel
+        if not self.editable_mode:  # a wheel must not contain files of an earlier build
             shutil.rmtree(Path(self.build_lib) / 'msda_plugin', ignore_errors=True)
         super().run()
         if self.editable_mode:
@@ -101,14 +101,14 @@ class BuildPackage(build_py):
 
 
 class Wheel(bdist_wheel):
-    """One wheel serves every Python and every torch >= 2.10 on its platform."""
+    """One wheel works with every Python and every torch >= 2.10 on its platform."""
 
     def get_tag(self) -> tuple:
         return ('py3', 'none', super().get_tag()[2])
 
 
 setup(
-    # The sources are named so that the wheel is marked as binary and the sdist carries them.
+    # Listing the sources marks the wheel as binary and adds them to the sdist.
     ext_modules=[
         Extension(
             'msda_plugin.ops.lib.msda',

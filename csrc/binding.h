@@ -1,5 +1,5 @@
-// From tensors to the kernels' arguments, for every backend. Checks here keep memory safe whoever calls the operator;
-// the checks that explain themselves are in msda_plugin/ops/checks.py.
+// Converts tensors to the kernels' arguments and registers the operators, for every backend. The checks here keep
+// memory safe for callers of torch.ops.msda; msda_plugin/ops/checks.py has the checks with helpful messages.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -43,9 +43,11 @@ inline void check_sizes(const Tensor& tensor, const char* name, const std::vecto
 inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
                                 const Tensor* reference_points, const Tensor& coordinates, const Tensor& weights) {
   STD_TORCH_CHECK(value.dim() == 4, "value must be (bs, num_keys, num_heads, head_dim)");
-  STD_TORCH_CHECK(coordinates.dim() == 6, "coordinates must be (bs, num_queries, num_heads, num_levels, num_points, 2)");
-  STD_TORCH_CHECK(spatial_shapes.scalar_type() == ScalarType::Long && level_start_index.scalar_type() == ScalarType::Long,
-                  "spatial_shapes and level_start_index must have dtype int64");
+  STD_TORCH_CHECK(coordinates.dim() == 6,
+                  "coordinates must be (bs, num_queries, num_heads, num_levels, num_points, 2)");
+  STD_TORCH_CHECK(
+      spatial_shapes.scalar_type() == ScalarType::Long && level_start_index.scalar_type() == ScalarType::Long,
+      "spatial_shapes and level_start_index must have dtype int64");
   Problem p{};
   p.batch = value.size(0);
   p.keys = value.size(1);
@@ -70,8 +72,13 @@ inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shape
                   "coordinates and weights must both have value's dtype or float32 (float64 for a float64 value)");
 
   using torch::stable::contiguous;
-  Arguments a{contiguous(value), contiguous(spatial_shapes), contiguous(level_start_index), value,
-              contiguous(coordinates), contiguous(weights), p};
+  Arguments a{contiguous(value),
+              contiguous(spatial_shapes),
+              contiguous(level_start_index),
+              value,
+              contiguous(coordinates),
+              contiguous(weights),
+              p};
   if (reference_points != nullptr) {
     a.problem.reference_size = static_cast<int>(reference_points->size(-1));
     check_sizes(*reference_points, "reference_points", {p.batch, p.queries, p.levels, a.problem.reference_size});
@@ -90,17 +97,86 @@ inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shape
   return a;
 }
 
-inline Tensor make_output(const Arguments& a) {
-  const Problem& p = a.problem;
-  return torch::stable::new_empty(a.value, {p.batch, p.queries, p.heads * p.channels});
-}
+// The gradients of one backward pass, uninitialized, and the gradient of the output, contiguous.
+struct GradientTensors {
+  Tensor output, value, reference_points, coordinates, weights;
 
-// The gradient of the output, made contiguous.
-inline Tensor make_grad_output(const Arguments& a, const Tensor& grad_output) {
-  const Problem& p = a.problem;
-  check_sizes(grad_output, "grad_output", {p.batch, p.queries, p.heads * p.channels});
-  STD_TORCH_CHECK(grad_output.scalar_type() == a.value.scalar_type(), "grad_output must have value's dtype");
-  return torch::stable::contiguous(grad_output);
-}
+  GradientTensors(const Arguments& a, const Tensor& grad_output)
+      : output(torch::stable::contiguous(grad_output)), value(torch::stable::empty_like(a.value)),
+        reference_points(a.problem.reference_size != 0 ? torch::stable::empty_like(a.reference_points) : value),
+        coordinates(torch::stable::empty_like(a.coordinates)), weights(torch::stable::empty_like(a.weights)) {
+    const Problem& p = a.problem;
+    check_sizes(grad_output, "grad_output", {p.batch, p.queries, p.heads * p.channels});
+    STD_TORCH_CHECK(grad_output.scalar_type() == a.value.scalar_type(), "grad_output must have value's dtype");
+  }
+
+  Gradients pointers() const {
+    return {output.const_data_ptr(), value.mutable_data_ptr(), reference_points.mutable_data_ptr(),
+            coordinates.mutable_data_ptr(), weights.mutable_data_ptr()};
+  }
+};
+
+// The operators of a backend, as torch.ops.msda declares them. Backend has two static functions, which check the
+// problem and run it:
+//   void forward(const Arguments&, Tensor& output)
+//   void backward(const Arguments&, const GradientTensors&, bool deterministic)
+template <class Backend>
+struct Operators {
+  static Tensor ms_deform_attn(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+                               const Tensor& sampling_locations, const Tensor& attention_weights, bool) {
+    return forward(
+        make_arguments(value, spatial_shapes, level_start_index, nullptr, sampling_locations, attention_weights));
+  }
+
+  static Tensor ms_deform_attn_fused(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+                                     const Tensor& reference_points, const Tensor& sampling_offsets,
+                                     const Tensor& attention_logits, bool) {
+    return forward(make_arguments(value, spatial_shapes, level_start_index, &reference_points, sampling_offsets,
+                                  attention_logits));
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
+      const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+      const Tensor& sampling_locations, const Tensor& attention_weights, bool deterministic) {
+    const GradientTensors g = backward(
+        make_arguments(value, spatial_shapes, level_start_index, nullptr, sampling_locations, attention_weights),
+        grad_output, deterministic);
+    return {g.value, g.coordinates, g.weights};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
+      const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+      const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
+      bool deterministic) {
+    const GradientTensors g = backward(
+        make_arguments(value, spatial_shapes, level_start_index, &reference_points, sampling_offsets, attention_logits),
+        grad_output, deterministic);
+    return {g.value, g.reference_points, g.coordinates, g.weights};
+  }
+
+ private:
+  static Tensor forward(const Arguments& a) {
+    const Problem& p = a.problem;
+    Tensor output = torch::stable::new_empty(a.value, {p.batch, p.queries, p.heads * p.channels});
+    Backend::forward(a, output);
+    return output;
+  }
+
+  static GradientTensors backward(const Arguments& a, const Tensor& grad_output, bool deterministic) {
+    GradientTensors gradients(a, grad_output);
+    Backend::backward(a, gradients, deterministic);
+    return gradients;
+  }
+};
 
 }  // namespace msda
+
+// Registers the operators of a backend for a dispatch key, such as CPU.
+#define MSDA_REGISTER_OPERATORS(dispatch_key, Backend)                                             \
+  STABLE_TORCH_LIBRARY_IMPL(msda, dispatch_key, m) {                                               \
+    using Operators = msda::Operators<Backend>;                                                    \
+    m.impl("ms_deform_attn", TORCH_BOX(&Operators::ms_deform_attn));                               \
+    m.impl("ms_deform_attn_backward", TORCH_BOX(&Operators::ms_deform_attn_backward));             \
+    m.impl("ms_deform_attn_fused", TORCH_BOX(&Operators::ms_deform_attn_fused));                   \
+    m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&Operators::ms_deform_attn_fused_backward)); \
+  }

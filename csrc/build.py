@@ -1,10 +1,10 @@
-"""Builds the compiled operator: ``libmsda_cpu.so``, and ``libmsda_cuda.so`` where there is a CUDA compiler.
+"""Builds the compiled operator: ``libmsda_cpu.so``, and ``libmsda_cuda.so`` if there is a CUDA compiler.
 
     python csrc/build.py [--out DIR] [--cuda auto|on|off] [--sanitize address,undefined] [--verbose]
 
-One build serves every torch >= 2.10 and every Python, by way of LibTorch's stable ABI: torch is needed for its headers
-and for two libraries to name, and is not imported. Environment: ``CXX`` and ``NVCC`` name the compilers,
-``MSDA_CUDA_ARCHS`` the GPU architectures, such as "80;90;120" (machine code for each, and PTX for the last).
+The libraries use LibTorch's stable ABI, so one build works with every torch >= 2.10 and every Python. The build needs
+torch's headers and links to its libraries, but does not import torch. Environment variables: ``CXX`` and ``NVCC`` name
+the compilers, ``MSDA_CUDA_ARCHS`` the GPU architectures, such as "80;90;120" (machine code for each, PTX for the last).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).resolve().parent
+sys.path.insert(0, str(SOURCE_DIR.parent))
+from msda_plugin.tools.common.nvcc import find_nvcc  # noqa: E402
+
 DEFAULT_OUT = SOURCE_DIR.parent / 'msda_plugin' / 'ops' / 'lib'
 TORCH_MINIMUM = (2, 10)
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -34,8 +37,8 @@ COMMON_FLAGS = [
     '-fvisibility=hidden',
     '-Wall',
     '-Wextra',
-    '-Wno-maybe-uninitialized',
-]  # false alarms in the compiler's own intrinsics
+    '-Wno-maybe-uninitialized',  # false alarms in the compiler's own intrinsics
+]
 KERNEL_FLAGS = ['-ffp-contract=fast', '-fno-math-errno', '-fno-trapping-math']
 ISA_FLAGS = {
     'avx512': [
@@ -55,33 +58,35 @@ STABLE_ABI_FLAGS = ['-DTORCH_TARGET_VERSION=0x020a000000000000']
 
 
 class BuildError(RuntimeError):
-    """The build cannot go on; the message says why and what to do."""
+    """The build failed; the message names the reason and the remedy."""
 
 
 class CompilerNotFound(BuildError):
-    """There is no C++ compiler (or no CUDA compiler, where one was asked for)."""
+    """No C++ compiler was found, or no CUDA compiler for a build that demands it."""
 
 
 class TorchNotFound(BuildError):
-    """There is no torch of a version that has the stable ABI."""
+    """No torch with the stable ABI was found."""
 
 
 def build(
     out_dir: str | os.PathLike = DEFAULT_OUT, cuda: str = 'auto', sanitize: str = '', verbose: bool = False
 ) -> list[Path]:
-    """Build the libraries into ``out_dir``, replacing older ones only when everything is built.
+    """Build the libraries into ``out_dir``. Existing libraries are replaced only after everything is built.
 
     Args:
-        out_dir: Where ``libmsda_cpu.so`` and ``libmsda_cuda.so`` go.
-        cuda: 'on': build for CUDA or raise; 'off': don't; 'auto': if nvcc is found. The torch may be CPU-only.
-        sanitize: Sanitizers for the CPU library, as after ``-fsanitize=``.
+        out_dir: Directory of ``libmsda_cpu.so`` and ``libmsda_cuda.so``.
+        cuda: Whether to build the CUDA library: 'on', 'off', or 'auto' if nvcc is found. A CPU-only torch is enough.
+        sanitize: Sanitizers for the CPU library, as in ``-fsanitize=``.
         verbose: Print the commands.
 
     Returns:
-        The paths of the libraries built.
+        The paths of the built libraries.
 
     Raises:
-        CompilerNotFound, TorchNotFound, BuildError: See there.
+        CompilerNotFound: If there is no C++ compiler, or no nvcc with ``cuda='on'``.
+        TorchNotFound: If there is no torch >= 2.10.
+        BuildError: If a command fails.
     """
     if cuda not in ('auto', 'on', 'off'):
         raise ValueError(f"cuda is {cuda!r}, but 'auto', 'on' or 'off' is needed")
@@ -102,7 +107,7 @@ def build(
 
 
 def find_torch() -> Path:
-    """The directory of the installed torch, found without importing it (a build environment of pip's hides it)."""
+    """Find the directory of the installed torch without importing it (pip's build environments hide it)."""
     places = [Path(sysconfig.get_path(key)) / 'torch' for key in ('purelib', 'platlib')]
     spec = importlib.util.find_spec('torch')
     if spec is not None and spec.origin is not None:
@@ -121,7 +126,7 @@ def find_torch() -> Path:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command: ``CXX``, else g++, c++ or clang++."""
+    """Find the command of the C++ compiler: ``CXX``, g++, c++ or clang++."""
     if os.environ.get('CXX'):
         command = shlex.split(os.environ['CXX'])
         if shutil.which(command[0]) is None:
@@ -133,16 +138,6 @@ def find_compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise CompilerNotFound('no C++ compiler was found: install g++ >= 10 or clang >= 14, or set CXX')
-
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler: ``NVCC``, that of ``CUDA_HOME`` or ``CUDA_PATH``, on PATH, or in its usual place; or None."""
-    homes = [Path(os.environ[key]) / 'bin' / 'nvcc' for key in ('CUDA_HOME', 'CUDA_PATH') if os.environ.get(key)]
-    for candidate in (os.environ.get('NVCC'), *homes, 'nvcc', '/usr/local/cuda/bin/nvcc'):
-        found = shutil.which(str(candidate)) if candidate else None
-        if found:
-            return found
-    return None
 
 
 class _Builder:
@@ -169,11 +164,14 @@ class _Builder:
         ]
         cuda = []
         if self.nvcc:
+            codes = self.cuda_codes()
+            gencodes = [f'-gencode=arch={code.replace("sm", "compute")},code={code}' for code in codes]
+            named = f'-DMSDA_CUDA_ARCHITECTURES={"+".join(codes)}'
             cuda = [
-                self.compile_cuda('cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *self.cuda_codes()]),
-                self.compile_cuda('cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', *binding]),
+                self.compile_cuda('cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *gencodes]),
+                self.compile_cuda('cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', named, *binding]),
             ]
-        # The longest first, so that two jobs end together.
+        # The longest commands first, so that parallel jobs end together.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             list(pool.map(self.execute, [command for command, _ in cuda + cpu]))
         results = [self.link('libmsda_cpu.so', [target for _, target in cpu], self.sanitize)]
@@ -188,7 +186,7 @@ class _Builder:
     def compile_cuda(self, source: str, flags: list[str]) -> tuple[list[str], Path]:
         target = self.work / (source.replace('/', '_') + '.o')
         host = ['-ccbin', self.compiler[0], '-Xcompiler=-fPIC,-fvisibility=hidden']
-        # --resource-usage: registers and spills of every kernel, which --verbose shows.
+        # --resource-usage: --verbose shows the registers and spills of every kernel.
         return [
             self.nvcc,
             '-O3',
@@ -202,17 +200,17 @@ class _Builder:
         ], target
 
     def cuda_codes(self) -> list[str]:
+        """Machine code for each architecture (``sm_90``), and PTX for the last (``compute_120``)."""
         if os.environ.get('MSDA_CUDA_ARCHS'):
             listed = re.split(r'[;, ]+', os.environ['MSDA_CUDA_ARCHS'].strip('; ,'))
             archs = sorted(int(arch.replace('.', '')) for arch in listed)
         else:
             supported = set(re.findall(r'compute_(\d+)', self.execute([self.nvcc, '--list-gpu-arch'])))
             archs = [arch for arch in CUDA_ARCHS if str(arch) in supported]
-        codes = [f'-gencode=arch=compute_{arch},code=sm_{arch}' for arch in archs]
-        return [*codes, f'-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}']
+        return [*(f'sm_{arch}' for arch in archs), f'compute_{archs[-1]}']
 
     def link(self, name: str, objects: list[Path], flags: list[str]) -> Path:
-        # The library must name torch's library, whether or not Python has loaded it first.
+        # The library must depend on torch's library explicitly, in case Python has not loaded it before.
         named = ['-ltorch_cpu'] if sys.platform == 'darwin' else ['-Wl,--no-as-needed', '-ltorch_cpu']
         target = self.work / name
         self.execute(
@@ -232,7 +230,7 @@ class _Builder:
     def link_cuda(self, name: str, objects: list[Path]) -> Path:
         places = [self.torch_dir / 'lib']
         if not _library(self.torch_dir, 'torch_cuda').exists():
-            # An empty library of that name stands in for the one that a CPU-only torch lacks.
+            # A CPU-only torch lacks this library: link to an empty one of the same name.
             empty = self.work / 'empty.cpp'
             empty.write_text('')
             self.execute(
@@ -283,7 +281,7 @@ def _library(torch_dir: Path, name: str) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, default=DEFAULT_OUT, help='where the libraries go (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=DEFAULT_OUT, help='output directory (default: %(default)s)')
     parser.add_argument('--cuda', choices=('auto', 'on', 'off'), default='auto', help='default: %(default)s')
     parser.add_argument('--sanitize', default='', metavar='LIST', help='for example address,undefined')
     parser.add_argument('--verbose', action='store_true', help='print the commands')

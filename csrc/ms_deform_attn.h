@@ -1,5 +1,5 @@
-// Multi-scale deformable attention: what every backend shares. The operator's arguments, and its arithmetic for one
-// sample, in functions that are compiled for the host and for CUDA devices alike.
+// Multi-scale deformable attention: the operator's arguments and its arithmetic for one sample, shared by all backends.
+// The functions are compiled for the host and for CUDA devices.
 #pragma once
 
 #include <cstdint>
@@ -31,14 +31,14 @@ struct Problem {
   MSDA_MEMBER int64_t samples() const { return levels * points; }
 };
 
-// Gradients, each shaped like what it is the gradient of.
+// Gradients, each with the shape of its input.
 struct Gradients {
   const void* output;  // in: (batch, queries, heads * channels)
   void *value, *reference_points, *coordinates, *weights;
 };
 
-// The arithmetic below is written for one sample, or for a vector of samples (GCC's vector extension): A is then a vector
-// of floats and I one of integers. ScalarOf names the type of a vector's elements.
+// The arithmetic below works on one sample, or on a vector of samples (GCC's vector extension): then A is a vector of
+// floats and I a vector of integers. ScalarOf is the type of a vector's elements.
 template <class A>
 struct ScalarOf {
   using type = A;
@@ -56,7 +56,7 @@ MSDA_INLINE To convert(From x) {
     return static_cast<To>(x);
 }
 
-// Position in pixels along one axis, 0 at the centre of the first pixel. `size` is the level's extent along the axis.
+// Position in pixels along one axis, 0 at the center of the first pixel. `size` is the level's extent along the axis.
 template <class A>
 MSDA_INLINE A pixel_of_location(A location, A size) {
   return location * size - Scalar<A>(0.5);
@@ -66,12 +66,12 @@ MSDA_INLINE A pixel_of_point(A point, A offset, A size) {
   return point * size + offset - Scalar<A>(0.5);
 }
 template <class A>
-MSDA_INLINE A pixel_of_box(A centre, A extent, A offset, A unit, A size) {  // unit = 0.5 / points
-  return (centre + offset * extent * unit) * size - Scalar<A>(0.5);
+MSDA_INLINE A pixel_of_box(A center, A extent, A offset, A unit, A size) {  // unit = 0.5 / points
+  return (center + offset * extent * unit) * size - Scalar<A>(0.5);
 }
 
-// The 2x2 neighbourhood of a position: its first row and column, and the fractions of the way to the next ones. Where no
-// neighbour is a pixel of the level, or the position is not a number, none of the four exists and the fractions are 0.
+// The 2x2 neighborhood of a position: its first row and column, and the fractions of the way to the next ones. If no
+// neighbor is a pixel of the level, or the position is NaN, none of the four exists and the fractions are 0.
 template <class A, class I>
 struct Cell {
   I row, column;
@@ -114,8 +114,8 @@ MSDA_INLINE A corner_weight(A down, A right, int corner) {
   return (corner / 2 ? down : Scalar<A>(1) - down) * (corner % 2 ? right : Scalar<A>(1) - right);
 }
 
-// Gradients of a sample from d[i] = grad_output . corner i (0 for a corner that does not exist): with respect to the
-// attention weight, and, per unit of attention weight, to the position in pixels.
+// Gradients of a sample from d[i] = grad_output . corner i (0 for a corner that does not exist), with respect to the
+// attention weight and, per unit of attention weight, to the position in pixels.
 template <class A>
 struct SampleGradient {
   A weight, x, y;

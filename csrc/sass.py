@@ -1,9 +1,9 @@
-"""What the compiled CUDA kernels cost: registers, stack, and the instructions of their inner loops.
+"""Prints registers, stack and inner-loop instructions of the compiled CUDA kernels.
 
     python csrc/sass.py [LIBRARY] [--arch sm_90] [--kernels REGEX]
 
-Needs cuobjdump of the CUDA toolkit, on PATH or named by ``CUOBJDUMP`` (triton's wheels from PyPI hold one as well).
-An inner loop is one that reads 16 bytes a lane and holds no other such loop; its counts are of one run through it.
+Needs cuobjdump of the CUDA toolkit, on PATH or named by ``CUOBJDUMP`` (triton's wheels on PyPI contain it as well).
+An inner loop reads 16 bytes per lane and contains no other such loop. The counts are those of one iteration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WIDE_LOAD = 'LDG.E.128'
 
 
 class Kernel(NamedTuple):
-    """A kernel's name without its namespace, as mangled; bytes of stack are spills, for no kernel has another use."""
+    """A kernel, with its mangled name without the namespace. Its bytes of stack are spills."""
 
     name: str
     registers: int
@@ -32,21 +32,21 @@ class Kernel(NamedTuple):
 
 
 def find_cuobjdump() -> str:
-    """The command, or a FileNotFoundError that names the remedy."""
+    """Return the command, or raise FileNotFoundError."""
     found = shutil.which(os.environ.get('CUOBJDUMP') or 'cuobjdump')
     if found is None:
-        raise FileNotFoundError('there is no cuobjdump: put that of the CUDA toolkit on PATH or set CUOBJDUMP')
+        raise FileNotFoundError('cuobjdump was not found: put the CUDA toolkit on PATH or set CUOBJDUMP')
     return found
 
 
 def resources(text: str) -> dict[str, tuple[int, int]]:
-    """Registers and bytes of stack of each kernel, from ``cuobjdump --dump-resource-usage``."""
+    """Parse the registers and stack bytes of each kernel from ``cuobjdump --dump-resource-usage``."""
     found = re.findall(r'Function (\S+):\s+REG:(\d+) STACK:(\d+)', text)
     return {_short(name): (int(registers), int(stack)) for name, registers, stack in found}
 
 
 def inner_loops(text: str) -> dict[str, list[collections.Counter]]:
-    """How often each operation stands in the inner loops of each kernel, from ``cuobjdump --dump-sass``."""
+    """Count the operations in the inner loops of each kernel from ``cuobjdump --dump-sass``."""
     loops = {}
     for part in text.split('Function : ')[1:]:
         lines = re.findall(r'/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?([^;{]+);', part)
@@ -71,7 +71,7 @@ def inner_loops(text: str) -> dict[str, list[collections.Counter]]:
             collections.Counter(_operation(instruction) for address, instruction in code if first <= address <= last)
             for first, last in sorted(inner)
         ]
-        # What jumps back over the end of the kernel is no loop: rare paths are put behind it.
+        # Rare paths come after the end of the kernel. Jumps back from there are not loops.
         loops[_short(part.split(maxsplit=1)[0])] = [count for count in counts if 'EXIT' not in count]
     return loops
 
@@ -86,14 +86,14 @@ def _short(name: str) -> str:
 
 
 def dump(library: Path, arch: str, what: str) -> str:
-    """What cuobjdump prints of a library for one architecture; ``what`` is 'resource-usage' or 'sass'."""
+    """Return the output of cuobjdump for an architecture; ``what`` is 'resource-usage' or 'sass'."""
     return subprocess.run(
         [find_cuobjdump(), '-arch', arch, f'--dump-{what}', str(library)], capture_output=True, text=True, check=True
     ).stdout
 
 
 def kernels(library: Path, arch: str) -> list[Kernel]:
-    """All kernels of a library for one architecture."""
+    """Return all kernels of a library for one architecture."""
     loops = inner_loops(dump(library, arch, 'sass'))
     return [
         Kernel(name, *sizes, loops.get(name, []))
@@ -105,7 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('library', nargs='?', type=Path, default=LIBRARY, help='default: %(default)s')
     parser.add_argument('--arch', default='sm_90', help='default: %(default)s')
-    parser.add_argument('--kernels', default='', metavar='REGEX', help='of the names to print, such as forward.*IffLi4')
+    parser.add_argument('--kernels', default='', metavar='REGEX', help='names to print, such as forward.*IffLi4')
     args = parser.parse_args()
     try:
         found = kernels(args.library, args.arch)

@@ -1,4 +1,4 @@
-"""Griffe extension: what docstrings say in Sphinx's terms, in Markdown's."""
+"""Griffe extension: convert Sphinx markup in docstrings to Markdown."""
 
 import re
 
@@ -6,7 +6,7 @@ from griffe import Docstring, Extension, Object
 
 
 class DocstringRoles(Extension):
-    """``:func:`name` `` becomes code, and an ``Example:`` a section of examples, whose prompts are no quotations."""
+    """Turn ``:func:`name` `` into code, and an ``Example:`` section into ``Examples:``, which Griffe recognizes."""
 
     def on_instance(self, *, obj: Object, **kwargs) -> None:
         if isinstance(obj.docstring, Docstring):

@@ -1,4 +1,4 @@
-"""MkDocs hook: a link that leaves docs/ becomes the path it points to, since the site does not hold that file."""
+"""MkDocs hook: replace links to files outside docs/ with their paths, since the site does not contain these files."""
 
 import re
 from posixpath import join, normpath

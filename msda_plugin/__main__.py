@@ -1,31 +1,31 @@
-"""``python -m msda_plugin COMMAND``: one module of `msda_plugin.tools` a command, imported when it is called."""
+"""``python -m msda_plugin COMMAND``: each command is a module of `msda_plugin.tools`, imported when it is called."""
 
 import sys
 from importlib import import_module
 
 COMMANDS = {
-    'env': 'say what is installed, which backend runs for what, and what is wrong',
-    'shapes': 'write the generated COCO-format data set',
-    'train': 'train a detector from a config, or on own data in COCO format',
+    'env': 'print installed versions, GPUs and backends, and check for problems',
+    'shapes': 'generate the shapes data set in COCO format',
+    'train': 'train a detector from a config, or on your data in COCO format',
     'test': 'evaluate a checkpoint',
-    'demo': 'draw the detected boxes on images, folders and videos',
-    'visualize': 'show what the attention of a detector looks at, as pictures and as a page',
-    'convert': 'turn a published checkpoint into ours, with an account of every key',
-    'complexity': 'say what attention costs: by formula, for a config, and by the clock',
-    'benchmark': 'time the operator and the models against the stock ones, side by side',
+    'demo': 'draw detected boxes on images, folders and videos',
+    'visualize': 'visualize the attention of a detector as images and an HTML page',
+    'convert': 'convert a published checkpoint, with a report on every key',
+    'complexity': 'compute the cost of attention by formula or for a config, or measure it',
+    'benchmark': 'time operator, layers and models against the stock implementations',
 }
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f'  {name:<{width}}  {what}' for name, what in COMMANDS.items()]
+    lines = [f'  {name:<{width}}  {description}' for name, description in COMMANDS.items()]
     return '\n'.join(
         [
             'usage: python -m msda_plugin COMMAND [ARGUMENTS]',
             '',
             *lines,
             '',
-            'python -m msda_plugin COMMAND --help tells more of a command.',
+            'python -m msda_plugin COMMAND --help describes a command.',
         ]
     )
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     if command not in COMMANDS:
-        print(f'msda_plugin: there is no command {command!r}; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
+        print(f'msda_plugin: unknown command {command!r}; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     try:
         return import_module(f'msda_plugin.tools.{command}').main(rest)

@@ -1,5 +1,5 @@
 """Public name of `msda_plugin.acceleration.auto`."""
 
-from msda_plugin.acceleration.auto import install, uninstall
+from msda_plugin.acceleration.auto import STOCK_FORWARD, install, uninstall
 
-__all__ = ['install', 'uninstall']
+__all__ = ['STOCK_FORWARD', 'install', 'uninstall']

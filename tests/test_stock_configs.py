@@ -1,4 +1,4 @@
-"""A config of MMDetection's own takes each of our backbones, necks, heads and layers by the change of one dict."""
+"""MMDetection's stock configs with one dict replaced by a backbone, neck, head or detector of msda_plugin."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SMALL_LAYERS = """
     encoder=dict(num_layers=1), decoder=dict(num_layers=2), num_queries=20, test_cfg=dict(max_per_img=20)"""
 NARROW = """dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 4), mlp_ratios=(2, 2, 2, 2),
             sr_ratios=(8, 4, 2, 1), stem_convs=1)"""
-# name of ours: (MMDetection's config, what changes in its model)
+# name in msda_plugin: (MMDetection's config, changes to its model)
 CHANGES = {
     'ShuntedTransformer': (
         RETINANET,
@@ -64,7 +64,7 @@ def test_a_stock_config_with_one_dict_changed(name, tmp_path):
     path = tmp_path / 'config.py'
     path.write_text(f"_base_ = 'mmdet::{base}'\nmodel = dict({changes})\n")
     cfg = Config.fromfile(str(path))
-    if cfg.model.backbone.type == 'ResNet':  # its weights are fetched from the net
+    if cfg.model.backbone.type == 'ResNet':  # its weights would be downloaded
         cfg.model.backbone.init_cfg = None
     init_default_scope('mmdet')
     torch.manual_seed(0)

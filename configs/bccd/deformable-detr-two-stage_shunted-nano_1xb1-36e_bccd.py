@@ -1,4 +1,4 @@
-# Real photographs on a CPU: the detector of the main job, on blood cells, from scratch, at 384×288.
+# The `make train` detector on blood cells at 384×288, from scratch on a CPU.
 _base_ = './deformable-detr-two-stage_shunted-nano_1xb1-44e_bccd.py'
 
 train_pipeline = [
@@ -10,7 +10,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(460, 345), keep_ratio=True),  # the largest that training sees: the platelets are small
+    dict(type='Resize', scale=(460, 345), keep_ratio=True),  # the largest training size, because platelets are small
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]

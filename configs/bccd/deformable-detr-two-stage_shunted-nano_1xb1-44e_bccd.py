@@ -1,4 +1,4 @@
-# Real photographs on a CPU: the detector of the main job, on blood cells, from scratch, at 320×240.
+# The `make train` detector on blood cells at 320×240, from scratch on a CPU.
 _base_ = [
     '../_base_/models/deformable-detr-two-stage_shunted-nano.py',
     '../_base_/datasets/bccd_detection.py',
@@ -10,9 +10,9 @@ runner_type = 'msda_plugin.DetectionRunner'
 model = dict(
     num_queries=100,
     bbox_head=dict(num_classes=3),
-    # So early in a DETR's training the decoder still repeats itself: without suppression duplicates cost the most.
+    # Early in training a DETR still predicts duplicates, which would cost most of the AP.
     test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7)),
 )
 
-# With 205 photographs the number of steps is what limits learning: one photograph a step.
+# With 205 training images, the number of steps limits learning: one image per step.
 train_dataloader = dict(batch_size=1)

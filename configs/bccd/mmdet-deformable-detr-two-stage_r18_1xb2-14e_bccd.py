@@ -1,6 +1,5 @@
-# For comparison: MMDetection's own two-stage Deformable DETR with ResNet-18 on the same photographs, for as many
-# minutes of a CPU, which are 14 of its epochs. Batch normalisation and MMDetection's learning rate go with two
-# photographs a step.
+# For comparison: MMDetection's two-stage Deformable DETR with ResNet-18 on the same images for the same CPU time, which
+# is 14 epochs. Batch normalization and MMDetection's learning rate need two images per step.
 _base_ = [
     '../_base_/models/mmdet-deformable-detr-two-stage_r18.py',
     '../_base_/datasets/bccd_detection.py',

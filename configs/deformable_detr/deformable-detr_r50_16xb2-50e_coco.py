@@ -1,4 +1,4 @@
-# Deformable DETR: MMDetection's config and schedule, our layers, head and operator.
+# MMDetection's Deformable DETR config and schedule with msda_plugin's layers, head, and operator.
 _base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 model = dict(type='msda_plugin.DeformableDETR', bbox_head=dict(type='msda_plugin.DeformableDETRHead'))
 

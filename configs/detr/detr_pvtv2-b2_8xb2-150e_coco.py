@@ -1,4 +1,4 @@
-# DETR on the last stage of PVTv2-B2, as the PVT paper combines the two.
+# DETR on the last stage of PVTv2-B2, as in the PVT paper.
 _base_ = './detr_r50_8xb2-150e_coco.py'
 model = dict(
     backbone=dict(

@@ -1,4 +1,4 @@
-# DETR: MMDetection's config and schedule, our detector and head.
+# MMDetection's DETR config and schedule with msda_plugin's detector and head.
 _base_ = 'mmdet::detr/detr_r50_8xb2-150e_coco.py'
 model = dict(type='msda_plugin.DETR', bbox_head=dict(type='msda_plugin.DETRHead'))
 

@@ -1,4 +1,4 @@
-# MMDetection's DINO with this project's operator inside: one hook, the same checkpoints.
+# MMDetection's DINO, accelerated by one hook; it loads the same checkpoints.
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 custom_hooks = [dict(type='msda_plugin.AccelerateHook')]
 

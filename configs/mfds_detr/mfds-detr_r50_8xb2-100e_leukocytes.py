@@ -1,4 +1,4 @@
-# MFDS-DETR: Deformable DETR behind the high-level screening pyramid, for leukocytes.
+# MFDS-DETR: Deformable DETR with the high-level screening pyramid, for leukocytes.
 _base_ = '../deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 
 data_root = 'data/leukocytes/'

@@ -1,4 +1,4 @@
-# The same on PVT-Small, the first version, which does not normalise its maps: the neck does.
+# The same on PVT-Small (v1). The neck normalizes the maps, since this backbone does not.
 _base_ = './deformable-detr_pvtv2-b2-pvt-neck_16xb2-50e_coco.py'
 model = dict(
     backbone=dict(

@@ -1,4 +1,4 @@
-# Deformable DETR on PVTv2-B2, its pyramid fused by spatial-reduction attention.
+# Deformable DETR on PVTv2-B2, with a pyramid fused by spatial-reduction attention.
 _base_ = '../deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 model = dict(
     backbone=dict(

@@ -1,4 +1,4 @@
-# One map, of stride 16, the backbone's last; learned queries, no box refinement.
+# One map, the backbone's last with stride 16; learned queries, no box refinement.
 _base_ = './deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
 model = dict(
     num_feature_levels=1,

@@ -1,4 +1,4 @@
-# The main job: from scratch on the generated shapes, on two CPU cores in minutes (`make train`).
+# `make train`: from scratch on the generated shapes, in minutes on two CPU cores.
 _base_ = [
     '../_base_/models/deformable-detr-two-stage_shunted-nano.py',
     '../_base_/datasets/shapes_detection.py',
@@ -7,4 +7,4 @@ _base_ = [
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 
-model = dict(num_queries=40, decoder=dict(num_layers=2))  # an image has seven objects at most
+model = dict(num_queries=40, decoder=dict(num_layers=2))  # at most seven objects per image

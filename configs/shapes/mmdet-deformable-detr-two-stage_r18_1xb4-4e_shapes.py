@@ -1,4 +1,4 @@
-# For comparison: MMDetection's own two-stage Deformable DETR with ResNet-18 on the same data.
+# For comparison: MMDetection's two-stage Deformable DETR with ResNet-18 on the same data.
 _base_ = [
     '../_base_/models/mmdet-deformable-detr-two-stage_r18.py',
     '../_base_/datasets/shapes_detection.py',
@@ -7,7 +7,7 @@ _base_ = [
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 
-max_epochs = 4  # as many minutes as the main job takes
+max_epochs = 4  # about the training time of `make train`
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),

@@ -1,4 +1,4 @@
-# Deformable DETR on Swin-T, its pyramid fused by shifted-window attention.
+# Deformable DETR on Swin-T, with a pyramid fused by shifted-window attention.
 _base_ = '../deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 model = dict(
     backbone=dict(

@@ -1,4 +1,4 @@
-# Deformable DETR on a plain ViT-B with windows, and the simple feature pyramid. Weights: MAE, as published.
+# Deformable DETR on a plain ViT-B with windows and the simple feature pyramid, with MAE's published weights.
 _base_ = '../deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 model = dict(
     backbone=dict(

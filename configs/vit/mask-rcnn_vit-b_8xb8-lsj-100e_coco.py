@@ -1,4 +1,4 @@
-# ViTDet: Mask R-CNN on a plain ViT-B with windows, and the simple feature pyramid. Weights: MAE, as published.
+# ViTDet: Mask R-CNN on a plain ViT-B with windows and the simple feature pyramid, with MAE's published weights.
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::common/lsj-100e_coco-instance.py']
 image_size = (1024, 1024)
 

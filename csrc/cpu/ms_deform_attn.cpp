@@ -6,10 +6,10 @@
 
 namespace msda {
 
-#define MSDA_DECLARE(isa)                                                    \
-  namespace isa {                                                            \
-  void forward(const Problem&, void*, const cpu::Pool&);                     \
-  void backward(const Problem&, const Gradients&, const cpu::Pool&);         \
+#define MSDA_DECLARE(isa)                                            \
+  namespace isa {                                                    \
+  void forward(const Problem&, void*, const cpu::Pool&);             \
+  void backward(const Problem&, const Gradients&, const cpu::Pool&); \
   }
 MSDA_DECLARE(portable)
 #ifdef __x86_64__
@@ -28,20 +28,20 @@ struct InstructionSet {
 
 constexpr InstructionSet kPortable{"portable", portable::forward, portable::backward};
 
-// MSDA_CPU_ISA=avx2 or portable asks for less than the machine has.
+// MSDA_CPU_ISA=avx2 or MSDA_CPU_ISA=portable selects a smaller instruction set than the machine supports.
 InstructionSet choose(int64_t channels) {
 #ifdef __x86_64__
   const char* limit = std::getenv("MSDA_CPU_ISA");
   const auto allowed = [limit](const char* name) { return limit == nullptr || std::strcmp(limit, name) == 0; };
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  // Half of the last 16 lanes would be padding at 8, 24, 40... channels.
+  // With 8, 24, 40... channels, half of the last 16 lanes would be padding.
   const bool fits_16_lanes = (channels + 7) / 8 % 2 == 0;
   if (has_avx512 && allowed("avx512") && (fits_16_lanes || limit != nullptr))
     return {"avx512", avx512::forward, avx512::backward};
-  if (has_avx2 && (allowed("avx2") || allowed("avx512")))
-    return {"avx2", avx2::forward, avx2::backward};
+  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return {"avx2", avx2::forward, avx2::backward};
 #endif
   return kPortable;
 }

@@ -1,5 +1,5 @@
-// Vectors of the accumulation type, in the instruction set that this translation unit is compiled for. Everything has
-// internal linkage: nothing compiled here may be linked into code for a smaller machine.
+// Vectors of the accumulation type, in the instruction set of this translation unit. Everything has internal linkage:
+// the linker must not use code from here for a smaller instruction set.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct VectorOf {
 template <class A>
 using Vector = typename VectorOf<A, kLanes<A>>::type;
 template <class E, class A>
-using Lanes = typename VectorOf<E, kLanes<A>>::type;  // as many elements as a Vector<A> has
+using Lanes = typename VectorOf<E, kLanes<A>>::type;  // with as many elements as Vector<A>
 template <class A>
 using Integers = Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, A>;  // as wide as A, like its comparisons
 
@@ -109,7 +109,7 @@ inline Half to_half(float x) {
   return {static_cast<uint16_t>(sign | result)};
 }
 
-// One vector from memory of any storage type, unaligned.
+// Loads a vector from unaligned memory of any storage type.
 inline Vector<float> load(const float* source) {
   Vector<float> result;
   std::memcpy(&result, source, sizeof(result));
@@ -172,11 +172,11 @@ inline A lane_max(Vector<A> x) {
   return largest;
 }
 
-// The elements of a and b in turn: those of the first halves, then those of the second ones.
+// Interleaves a and b: first their lower halves, then their upper halves.
 template <class V>
 inline void zip(V a, V b, V* target) {
   constexpr int kCount = sizeof(V) / sizeof(a[0]);
-#ifdef __clang__  // which has no __builtin_shuffle, and makes shuffles of this
+#ifdef __clang__  // has no __builtin_shuffle, but compiles this to shuffles
   for (int i = 0; i < kCount; ++i) {
     target[0][i] = i % 2 ? b[i / 2] : a[i / 2];
     target[1][i] = i % 2 ? b[(kCount + i) / 2] : a[(kCount + i) / 2];
@@ -192,7 +192,7 @@ inline void zip(V a, V b, V* target) {
 #endif
 }
 
-// The first elements of all vectors, then the second ones, and so on.
+// Interleaves all vectors: their first elements, then their second ones, and so on.
 template <class V, int N>
 inline void interleave(const V (&x)[N], V (&target)[N]) {
   static_assert(N == 2 || N == 4);
@@ -282,7 +282,7 @@ inline void reduce4(const Vector<A> (&x)[4], A* target) {
   }
 }
 
-// Arrays between storage and accumulation types.
+// Conversions of arrays between storage and accumulation types.
 inline void widen(const float* source, float* target, int64_t count) {
   for (int64_t i = 0; i < count; ++i) target[i] = source[i];
 }
@@ -313,8 +313,8 @@ inline void narrow(const float* source, Half* target, int64_t count) {
   for (; i < count; ++i) target[i] = to_half(source[i]);
 }
 
-// Copies whole vectors between aligned addresses past the caches: the lines of the target are not read first, and push
-// out nothing. Others may read the target after end_of_stream().
+// Copies whole vectors between aligned addresses, bypassing the caches: the target's lines are not read first and evict
+// nothing. Other threads may read the target after end_of_stream().
 #ifdef __AVX2__
 constexpr bool kStreams = true;
 inline void stream(const void* source, void* target, int64_t bytes) {
@@ -335,7 +335,7 @@ inline void stream(const void*, void*, int64_t) {}
 inline void end_of_stream() {}
 #endif
 
-// e^x for x <= 0 (0 below the smallest normal result); not a number stays so. Within 2 units in the last place.
+// e^x for x <= 0 within 2 units in the last place; 0 below the smallest normal result. NaN stays NaN.
 inline Vector<float> exp_of_nonpositive(Vector<float> x) {
   const Vector<float> clamped = x > -87.0f ? x : Vector<float>{} - 87.0f;
   const Integers<float> n = floor_to_int<Integers<float>>(clamped * 1.44269504f + 0.5f);

@@ -1,10 +1,11 @@
-// Registers the CUDA kernels with torch's dispatcher, by way of the stable ABI.
-#include <cuda_runtime_api.h>
-
+// Registers the CUDA kernels with torch's dispatcher through the stable ABI.
 #include "../binding.h"
-#include "ms_deform_attn.h"
 
+#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK: torch 2.11's accelerator.h does not include it
+
+#include "ms_deform_attn.h"
 
 namespace msda::cuda {
 namespace {
@@ -25,93 +26,54 @@ void check_limits(const Problem& p, bool sorts) {
                   "queries in parts");
 }
 
-Tensor run_forward(const Arguments& a) {
-  check_limits(a.problem, false);
-  const torch::stable::accelerator::DeviceGuard guard(a.value.get_device_index());
-  Tensor output = make_output(a);
-  STD_CUDA_CHECK(cuda::forward(a.problem, output.mutable_data_ptr(), current_stream(a.value)));
-  return output;
-}
-
-Tensor ms_deform_attn(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-                      const Tensor& sampling_locations, const Tensor& attention_weights, bool) {
-  return run_forward(make_arguments(value, spatial_shapes, level_start_index, nullptr, sampling_locations,
-                                    attention_weights));
-}
-
-Tensor ms_deform_attn_fused(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-                            const Tensor& reference_points, const Tensor& sampling_offsets,
-                            const Tensor& attention_logits, bool) {
-  return run_forward(make_arguments(value, spatial_shapes, level_start_index, &reference_points, sampling_offsets,
-                                    attention_logits));
-}
-
-// The gradients of the value, the reference points (meaningless for the plain operator), the coordinates and the weights.
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor& grad_output,
-                                                        bool deterministic) {
-  using torch::stable::empty_like;
-  using torch::stable::new_empty;
-  const torch::stable::accelerator::DeviceGuard guard(a.value.get_device_index());
-  const Problem& p = a.problem;
-  check_limits(p, deterministic);
-  const ScalarType sum_type = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  const bool narrow = a.value.scalar_type() != sum_type, fused = p.reference_size != 0;
-
-  const Tensor output = make_grad_output(a, grad_output);
-  Tensor value = empty_like(a.value), coordinates = empty_like(a.coordinates), weights = empty_like(a.weights);
-  Tensor reference_points = fused ? empty_like(a.reference_points) : weights;
-
-  Scratch scratch{};
-  Tensor value_sum = value, parts = value, attention = value, sort = value;
-  if (narrow && !deterministic) {
-    value_sum = new_empty(a.value, a.value.sizes(), sum_type);
-    scratch.value = value_sum.mutable_data_ptr();
-  }
-  if (fused) {
-    parts = new_empty(a.value, {p.batch, p.heads, p.queries, p.levels, p.reference_size}, sum_type);
-    scratch.reference_points = parts.mutable_data_ptr();
-  }
-  if (fused && deterministic) {
-    attention = new_empty(a.value, a.weights.sizes(), sum_type);
-    scratch.attention = attention.mutable_data_ptr();
-  }
-  if (deterministic) {
-    sort = new_empty(a.value, {sort_elements(p)}, ScalarType::Int);
-    scratch.sort = static_cast<int32_t*>(sort.mutable_data_ptr());
-  }
-  STD_CUDA_CHECK(cuda::backward(p,
-                                {output.const_data_ptr(), value.mutable_data_ptr(), reference_points.mutable_data_ptr(),
-                                 coordinates.mutable_data_ptr(), weights.mutable_data_ptr()},
-                                scratch, deterministic, current_stream(a.value)));
-  if (scratch.value != nullptr) torch::stable::copy_(value, value_sum);
-  return {value, reference_points, coordinates, weights};
-}
-
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_output, const Tensor& value,
-                                                           const Tensor& spatial_shapes, const Tensor& level_start_index,
-                                                           const Tensor& sampling_locations,
-                                                           const Tensor& attention_weights, bool deterministic) {
-  const auto [grad_value, unused, grad_locations, grad_weights] =
-      run_backward(make_arguments(value, spatial_shapes, level_start_index, nullptr, sampling_locations,
-                                  attention_weights),
-                   grad_output, deterministic);
-  return {grad_value, grad_locations, grad_weights};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
-    const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits, bool deterministic) {
-  return run_backward(make_arguments(value, spatial_shapes, level_start_index, &reference_points, sampling_offsets,
-                                     attention_logits),
-                      grad_output, deterministic);
-}
-
 }  // namespace
+
+struct Backend {
+  static void forward(const Arguments& a, Tensor& output) {
+    check_limits(a.problem, false);
+    const torch::stable::accelerator::DeviceGuard guard(a.value.get_device_index());
+    STD_CUDA_CHECK(cuda::forward(a.problem, output.mutable_data_ptr(), current_stream(a.value)));
+  }
+
+  static void backward(const Arguments& a, const GradientTensors& gradients, bool deterministic) {
+    using torch::stable::new_empty;
+    const Problem& p = a.problem;
+    check_limits(p, deterministic);
+    const torch::stable::accelerator::DeviceGuard guard(a.value.get_device_index());
+    const ScalarType sum_type = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+    const bool narrow = a.value.scalar_type() != sum_type, fused = p.reference_size != 0;
+
+    Scratch scratch{};
+    Tensor value = gradients.value, value_sum = value, parts = value, attention = value, sort = value;
+    if (narrow && !deterministic) {
+      value_sum = new_empty(value, value.sizes(), sum_type);
+      scratch.value = value_sum.mutable_data_ptr();
+    }
+    if (fused) {
+      parts = new_empty(value, {p.batch, p.heads, p.queries, p.levels, p.reference_size}, sum_type);
+      scratch.reference_points = parts.mutable_data_ptr();
+    }
+    if (fused && deterministic) {
+      attention = new_empty(value, a.weights.sizes(), sum_type);
+      scratch.attention = attention.mutable_data_ptr();
+    }
+    if (deterministic) {
+      sort = new_empty(value, {sort_elements(p)}, ScalarType::Int);
+      scratch.sort = static_cast<int32_t*>(sort.mutable_data_ptr());
+    }
+    STD_CUDA_CHECK(cuda::backward(p, gradients.pointers(), scratch, deterministic, current_stream(a.value)));
+    if (scratch.value != nullptr) torch::stable::copy_(value, value_sum);
+  }
+};
+
 }  // namespace msda::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(msda, CUDA, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&msda::cuda::ms_deform_attn));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&msda::cuda::ms_deform_attn_backward));
-  m.impl("ms_deform_attn_fused", TORCH_BOX(&msda::cuda::ms_deform_attn_fused));
-  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&msda::cuda::ms_deform_attn_fused_backward));
+MSDA_REGISTER_OPERATORS(CUDA, msda::cuda::Backend)
+
+#define MSDA_STRING_(x) #x
+#define MSDA_STRING(x) MSDA_STRING_(x)
+
+// The GPU code in this library, such as "sm_80+sm_90+compute_90". Read by msda_plugin/ops/backends.py.
+extern "C" __attribute__((visibility("default"))) const char* msda_cuda_architectures() {
+  return MSDA_STRING(MSDA_CUDA_ARCHITECTURES);  // from csrc/build.py
 }

@@ -1,7 +1,5 @@
-// What the CUDA kernels share: number types, memory access, sums over a group of lanes, and samples.
+// Shared by the CUDA kernels: number types, memory access, reductions over a group of lanes, and samples.
 #pragma once
-
-#include "ms_deform_attn.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,6 +7,8 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+
+#include "ms_deform_attn.h"
 
 #ifndef MSDA_EMULATED
 #define MSDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -63,7 +63,7 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// `base` moved by `key` rows of `bytes` bytes, in one instruction; left to itself, the compiler multiplies in 64 bits.
+// `base` plus `key` rows of `bytes` bytes. One instruction: by itself, the compiler would multiply in 64 bits.
 template <class T>
 __device__ __forceinline__ T* row_at(T* base, int32_t key, int32_t bytes) {
 #ifdef __CUDA_ARCH__
@@ -127,7 +127,7 @@ __device__ __forceinline__ void atomic_add(A* target, const A (&x)[N]) {
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
-// Over the `lanes` of a group.
+// Reductions over the `lanes` of a group.
 template <class A>
 __device__ __forceinline__ A group_sum(A x, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
@@ -151,7 +151,7 @@ __device__ __forceinline__ Level level_of(const Problem& p, int level) {
           static_cast<int32_t>(p.level_start_index[level])};
 }
 
-// The reference point of a query on a level: (x, y, w, h), as far as there is one. `row` counts (image, query).
+// The reference point of a query on a level: (x, y, w, h), with 0 for absent values. `row` counts (image, query).
 template <class A, class C>
 __device__ __forceinline__ void load_reference(const Problem& p, int64_t row, int level, A (&reference)[4]) {
   const C* source = static_cast<const C*>(p.reference_points) + (row * p.levels + level) * p.reference_size;
@@ -176,7 +176,7 @@ __device__ __forceinline__ Cell<A, int32_t> cell_of(const Problem& p, int64_t ro
                 pixel_of_box(reference[1], reference[3], y, unit, height), shape.height, shape.width);
 }
 
-// Whether a cell has any pixel of the level, and the key of the first one, row by row.
+// Whether a cell has any pixel of the level, and the key of its first pixel in row-major order.
 __device__ __forceinline__ bool any_exists(int32_t row, const Level& shape) {
   return row >= -1 && shape.height > 0 && shape.width > 0;
 }

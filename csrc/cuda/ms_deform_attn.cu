@@ -1,12 +1,11 @@
 // CUDA kernels of multi-scale deformable attention.
 //
-// A unit is one query of one head; a group of 2^k <= 32 lanes of a warp serves a unit, and a block serves units of one
-// image and head, so that neighbouring queries share the L1 cache. The lanes of a group first plan samples in parallel
-// (cells and attention weights, 16 bytes a sample in shared memory), then run through them together, each lane with 16
-// bytes of channels. Groups never wait for one another: warp-level synchronisation is all there is.
-#include "ms_deform_attn.h"
-
+// A unit is one query of one head. A group of 2^k <= 32 lanes of a warp computes a unit, and a block computes units of
+// one image and head, so that neighboring queries share the L1 cache. The lanes of a group first plan samples in
+// parallel (cells and attention weights, 16 bytes per sample in shared memory), then process each sample together, each
+// lane with 16 bytes of channels. All synchronization is within a warp.
 #include "common.cuh"
+#include "ms_deform_attn.h"
 #include "ordered.cuh"
 
 namespace msda::cuda {
@@ -14,17 +13,20 @@ namespace {
 
 template <class T>
 constexpr int kForwardThreads = sizeof(T) == 2 ? 256 : 512;  // 64 units of 32 channels
-constexpr int kChunk = 32;                // samples of a unit that are planned at a time, at most
-constexpr int kBand = 8;                  // rows of pixels, see query_of
-constexpr int kSharedBytes = 48 * 1024;   // what every device grants without being asked
-constexpr int kManyBlocks = 1024;         // blocks are made smaller where there are fewer
+template <class T>
+constexpr int kForwardBlocks = sizeof(T) == 2 ? 3 : 8 / sizeof(T);  // at least, on a multiprocessor
 
-// A planned sample. Its first corner is the cell's first pixel within the level, so that along each axis either both
-// neighbours exist, and the fraction is the weight of the second, or only the first does, and the fraction is minus its
-// weight (and negative zero if that is zero).
+constexpr int kChunk = 32;               // maximum number of samples of a unit that are planned at a time
+constexpr int kBand = 8;                 // rows of pixels, see query_of
+constexpr int kSharedBytes = 48 * 1024;  // every device grants these by default
+constexpr int kManyBlocks = 1024;        // blocks are made smaller where there are fewer
+
+// A planned sample. Its first corner is the cell's first pixel inside the level. Along each axis, either both neighbors
+// exist and the fraction is the weight of the second, or only the first exists and the fraction is minus its weight
+// (negative zero for a weight of zero).
 template <class A>
 struct alignas(16) Sample {
-  int32_t key;  // of the first corner; -1: there is none
+  int32_t key;  // of the first corner; -1 if there is none
   A down, right, weight;
 };
 
@@ -40,7 +42,7 @@ __device__ __forceinline__ Sample<A> sample_of(const Cell<A, int32_t>& cell, con
           within(cell.column, cell.right, shape.width), weight};
 }
 
-// What a lane reads of a sample, corner by corner: (first, first), (first, second), (second, first), (second, second).
+// The corners of a sample (row, column): (first, first), (first, second), (second, first), (second, second).
 template <class A>
 struct Corners {
   bool exists[4];
@@ -48,12 +50,12 @@ struct Corners {
   A weight[4];
 
   __device__ __forceinline__ Corners(const Sample<A>& sample, int32_t width) {
-    const bool below = !std::signbit(sample.down), beside = !std::signbit(sample.right);
+    const bool below = !std::signbit(sample.down), next = !std::signbit(sample.right);
     const A row[2] = {(below ? A(1) - sample.down : -sample.down) * sample.weight, sample.down * sample.weight};
-    const A column[2] = {beside ? A(1) - sample.right : -sample.right, sample.right};
+    const A column[2] = {next ? A(1) - sample.right : -sample.right, sample.right};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      exists[i] = sample.key >= 0 && (below || i / 2 == 0) && (beside || i % 2 == 0);
+      exists[i] = sample.key >= 0 && (below || i / 2 == 0) && (next || i % 2 == 0);
       key[i] = sample.key + i / 2 * width + i % 2;
       weight[i] = row[i / 2] * column[i % 2];
     }
@@ -65,12 +67,13 @@ template <class A>
 __device__ __forceinline__ SampleGradient<A> gradient_of(const Cell<A, int32_t>& cell, const A* d) {
   const bool up = cell.row < 0, left = cell.column < 0;  // the first corner is the second one of the cell
   const A d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
-  return sample_gradient(cell.down, cell.right, up || left ? A(0) : d0, up ? A(0) : left ? d0 : d1,
-                         left ? A(0) : up ? d0 : d2, up ? (left ? d0 : d1) : left ? d2 : d3);
+  const A upper_right = left ? d0 : d1, lower_left = up ? d0 : d2;
+  return sample_gradient(cell.down, cell.right, up || left ? A(0) : d0, up ? A(0) : upper_right,
+                         left ? A(0) : lower_left, up ? upper_right : (left ? d2 : d3));
 }
 
-// The query at a position in the order in which blocks take them. The queries of an encoder are the pixels: they are
-// taken in bands of rows, column by column, so that a block's are close together in both directions. Others: in order.
+// The query at a position in the order in which blocks process them. The queries of an encoder are the pixels: they are
+// processed in bands of rows, column by column, so that those of a block are close together.
 __device__ __forceinline__ int32_t query_of(const Problem& p, int32_t position) {
   if (p.queries != p.keys) return position;
   const int32_t queries = static_cast<int32_t>(p.queries);
@@ -90,7 +93,7 @@ __device__ __forceinline__ int32_t query_of(const Problem& p, int32_t position) 
   return position;
 }
 
-// What a lane knows about its unit. `row` counts (image, query), `index` (image, query, head), as the tensors do.
+// The unit of a lane. `row` counts (image, query) and `index` counts (image, query, head), as in the tensors.
 struct Unit {
   int32_t image, query, head;
   int64_t row, index;
@@ -110,7 +113,7 @@ __device__ __forceinline__ Unit unit_of(const Problem& p, unsigned tiles) {
   return unit;
 }
 
-// The softmax of a unit's logits, or its weights as they are.
+// The attention weights of a unit: the softmax of its logits, or the given weights.
 template <class A, class C>
 struct Attention {
   const C* source;
@@ -138,11 +141,9 @@ struct Attention {
   }
 };
 
-// How many samples are planned at a time, and what a unit takes of the shared memory: padded, so that the groups of a
-// warp use different banks.
-MSDA_INLINE int chunk_of(const Problem& p) {
-  return static_cast<int>(p.samples() < kChunk ? p.samples() : kChunk);
-}
+// The number of samples planned at a time, and a unit's shared memory, padded so that the groups of a warp use
+// different banks.
+MSDA_INLINE int chunk_of(const Problem& p) { return static_cast<int>(p.samples() < kChunk ? p.samples() : kChunk); }
 template <class A>
 MSDA_INLINE int samples_per_unit(const Problem& p) {
   return chunk_of(p) + 1;
@@ -163,7 +164,7 @@ __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const A
     if (unit.valid) {
       const int s = first + i;
       while (static_cast<unsigned>(s) >= (level + 1) * points) ++level;
-      const A weight = attention(s);  // first: so that its load and those of the cell are in flight together
+      const A weight = attention(s);  // first, so that its load overlaps with those of the cell
       const Level shape = level_of(p, level);
       sample = sample_of(cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, shape), shape, weight);
     }
@@ -171,7 +172,7 @@ __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const A
   }
 }
 
-// Calls f(i, width of its level) for sample first + i, i < count; kTogether of them have their loads in flight together.
+// Calls f(i, width of its level) for sample first + i, i < count. The loads of kTogether samples overlap.
 template <int kTogether, class F>
 __device__ __forceinline__ void for_each_sample(const Problem& p, int first, int count, const F& f) {
   const int points = static_cast<int>(p.points);
@@ -184,7 +185,7 @@ __device__ __forceinline__ void for_each_sample(const Problem& p, int first, int
 }
 
 template <class T, class C, int N>
-__global__ void __launch_bounds__(kForwardThreads<T>, sizeof(T) == 8 ? 1 : sizeof(T) == 4 ? 2 : 3)
+__global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
     forward_kernel(const Problem p, unsigned tiles, T* __restrict__ output) {
   using A = typename AccumulatorOf<T>::type;
   const int lanes = blockDim.x, channels = static_cast<int>(p.channels), all = static_cast<int>(p.samples());
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kForwardThreads<T>, sizeof(T) == 8 ? 1 : sizeo
   }
 }
 
-// Sums over a group: of four numbers in log2(lanes) + 2 exchanges, as each lane hands on those that others sum up.
+// Sums four numbers over a group in log2(lanes) + 2 shuffles: each lane passes on the numbers that other lanes sum.
 template <class A>
 __device__ __forceinline__ void store_group_sums(const A (&x)[4], int lanes, A* target) {
   if (lanes < 4) {
@@ -238,6 +239,126 @@ __device__ __forceinline__ void store_group_sums(const A (&x)[4], int lanes, A* 
   if (threadIdx.x % quarter == 0) target[threadIdx.x / quarter] = sum;
 }
 
+// Samples [first, first + count) of the group's unit in the backward pass, in shared memory: as planned, and four
+// numbers each, which are first the dots of grad_output with the corners, then the gradients of location and box.
+template <class A>
+struct Chunk {
+  Sample<A>* samples;
+  A* dots;
+  int first, count;
+};
+
+// The gradient of the output at the channels of a lane. It stays in registers if the lanes cover all channels.
+template <class T, int N>
+struct OutputGradient {
+  using A = typename AccumulatorOf<T>::type;
+  const T* source;
+  int channels;  // of the unit; 0 without one
+  bool covered;
+  A x[N] = {};
+
+  __device__ __forceinline__ OutputGradient(const Problem& p, const Gradients& g, const Unit& unit)
+      : source(static_cast<const T*>(g.output) + unit.index * p.channels),
+        channels(unit.valid ? static_cast<int>(p.channels) : 0), covered(p.channels <= blockDim.x * N) {
+    if (covered && static_cast<int>(threadIdx.x) * N < channels) load(source + threadIdx.x * N, x);
+  }
+};
+
+// Fills chunk.dots with the dots. With kAtomic and `adds`, also adds to the gradient of the value. `rows` and
+// `grad_value` begin at the first key of the unit's image and head.
+template <bool kAtomic, class T, int N, class A>
+__device__ __forceinline__ void corner_dots(const Problem& p, const Chunk<A>& chunk, OutputGradient<T, N>& grad,
+                                            const T* rows, A* grad_value, bool adds) {
+  constexpr int kWidening = sizeof(A) / sizeof(T);
+  const int lanes = blockDim.x;
+  const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
+  for_each_sample<1>(p, chunk.first, chunk.count, [&](int i, int32_t width) {
+    const Corners<A> corners(chunk.samples[i], width);
+    A dot[4] = {};
+    for (int c = threadIdx.x * N; c < grad.channels; c += lanes * N) {
+      if (!grad.covered) load(grad.source + c, grad.x);
+      A x[4][N] = {};
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner)
+        if (corners.exists[corner]) load(row_at(rows + c, corners.key[corner], row_bytes), x[corner]);
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          dot[corner] += grad.x[j] * x[corner][j];
+          x[corner][j] = corners.weight[corner] * grad.x[j];
+        }
+        if (kAtomic && adds && corners.exists[corner])
+          atomic_add<N>(row_at(grad_value + c, corners.key[corner], row_bytes * kWidening), x[corner]);
+      }
+    }
+    store_group_sums(dot, lanes, chunk.dots + 4 * i);
+  });
+}
+
+// From the dots to the gradients of the operator's arguments: writes those of coordinates and weights, and leaves those
+// of location and box in chunk.dots. `mean` is the mean of the weights' gradients, which the softmax subtracts.
+template <class C, class A>
+__device__ __forceinline__ void chain_rule(const Problem& p, const Gradients& g, const Unit& unit,
+                                           const Chunk<A>& chunk, A mean, A* attention_out) {
+  const unsigned points = static_cast<unsigned>(p.points);
+  const A box_unit = A(0.5) / static_cast<A>(p.points);
+  const int lanes = blockDim.x;
+  for (int i = threadIdx.x; i < chunk.count && unit.valid; i += lanes) {
+    const int s = chunk.first + i, level = s / points;
+    const int64_t index = unit.index * p.samples() + s;
+    const Level shape = level_of(p, level);
+    const A attention_weight = chunk.samples[i].weight;
+    const bool inside = chunk.samples[i].key >= 0;
+    A* d = chunk.dots + 4 * i;
+    const SampleGradient<A> grad = gradient_of(cell_of<A, C>(p, unit.row, index, level, shape), d);
+    const A pixel_x = inside ? grad.x * attention_weight : A(0);
+    const A pixel_y = inside ? grad.y * attention_weight : A(0);
+    const A location_x = pixel_x * static_cast<A>(shape.width), location_y = pixel_y * static_cast<A>(shape.height);
+    A x = location_x, y = location_y, weight = grad.weight;
+    if (p.reference_size != 0) {
+      weight = attention_weight * (grad.weight - mean);
+      d[0] = location_x;
+      d[1] = location_y;
+      d[2] = d[3] = 0;
+      if (p.reference_size == 2) {
+        x = pixel_x;
+        y = pixel_y;
+      } else if (inside) {
+        const C* offset = static_cast<const C*>(p.coordinates) + 2 * index;
+        A box[4];
+        load_reference<A, C>(p, unit.row, level, box);
+        x = location_x * box[2] * box_unit;
+        y = location_y * box[3] * box_unit;
+        d[2] = location_x * widen<A>(offset[0]) * box_unit;
+        d[3] = location_y * widen<A>(offset[1]) * box_unit;
+      }
+      if (attention_out != nullptr) attention_out[index] = attention_weight;
+    }
+    static_cast<C*>(g.weights)[index] = narrow<C>(weight);
+    static_cast<C*>(g.coordinates)[2 * index] = narrow<C>(x);
+    static_cast<C*>(g.coordinates)[2 * index + 1] = narrow<C>(y);
+  }
+}
+
+// Adds the chunk to this head's part of the gradient of the reference points. A level may begin in an earlier chunk.
+template <class A>
+__device__ __forceinline__ void reference_parts(const Problem& p, const Unit& unit, const Chunk<A>& chunk, A* parts) {
+  const unsigned points = static_cast<unsigned>(p.points);
+  const int lanes = blockDim.x, last = chunk.first + chunk.count, last_level = (last - 1) / points;
+  for (int level = chunk.first / points + threadIdx.x; level <= last_level && unit.valid; level += lanes) {
+    const int start = level * points, stop = start + points;
+    const int begin = start > chunk.first ? start : chunk.first, end = stop < last ? stop : last;
+    A* part =
+        parts + (((unit.image * p.heads + unit.head) * p.queries + unit.query) * p.levels + level) * p.reference_size;
+    for (int f = 0; f < p.reference_size; ++f) {
+      A sum = begin == start ? A(0) : part[f];
+      for (int s = begin; s < end; ++s) sum += chunk.dots[4 * (s - chunk.first) + f];
+      part[f] = sum;
+    }
+  }
+}
+
 // The gradients of coordinates and weights, and with kAtomic that of the value, summed into `grad_value`.
 template <class T, class C, int N, bool kAtomic>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -246,126 +367,45 @@ __global__ void __launch_bounds__(kThreads, 2)
                     typename AccumulatorOf<T>::type* __restrict__ parts,
                     typename AccumulatorOf<T>::type* __restrict__ attention_out) {
   using A = typename AccumulatorOf<T>::type;
-  constexpr int kWidening = sizeof(A) / sizeof(T);
   const int lanes = blockDim.x, all = static_cast<int>(p.samples());
   const unsigned points = static_cast<unsigned>(p.points);
   const bool fused = p.reference_size != 0;
   const Unit unit = unit_of(p, tiles);
-  Sample<A>* samples = reinterpret_cast<Sample<A>*>(shared_memory) + threadIdx.y * samples_per_unit<A>(p);
-  // Per sample, after the planned samples of all units: first the four dots, then the gradients of location and box.
-  A* dots = reinterpret_cast<A*>(reinterpret_cast<Sample<A>*>(shared_memory) + blockDim.y * samples_per_unit<A>(p)) +
-            threadIdx.y * dots_per_unit<A>(p);
+  Sample<A>* samples = reinterpret_cast<Sample<A>*>(shared_memory);
+  A* dots = reinterpret_cast<A*>(samples + blockDim.y * samples_per_unit<A>(p)) + threadIdx.y * dots_per_unit<A>(p);
+  samples += threadIdx.y * samples_per_unit<A>(p);
   const Attention<A, C> attention(p, unit, lanes);
   const int64_t base = (unit.image * p.keys * p.heads + unit.head) * p.channels;
-  const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
   const T* rows = static_cast<const T*>(p.value) + base;
-  const T* grad_output = static_cast<const T*>(g.output) + unit.index * p.channels;
-  const A box_unit = A(0.5) / static_cast<A>(p.points);
-  // The gradient of the output stays in registers if the lanes cover the channels.
-  const int channels = unit.valid ? static_cast<int>(p.channels) : 0;
-  const bool covered = p.channels <= lanes * N;
-  A grad[N] = {};
-  if (covered && static_cast<int>(threadIdx.x) * N < channels) load(grad_output + threadIdx.x * N, grad);
+  OutputGradient<T, N> grad(p, g, unit);
 
-  // The gradient of a logit needs the mean of the weights' gradients over all samples of the unit. If they are not all
-  // planned at once, a pass before finds it.
+  // The gradient of a logit needs the mean of the weights' gradients over all samples of the unit. If these do not fit
+  // in one chunk, a first pass computes it.
   A mean = 0;
   const bool several = all > kChunk;
   for (int pass = fused && several ? 0 : 1; pass < 2; ++pass) {
     for (int first = 0; first < all; first += kChunk) {
-      const int count = all - first < kChunk ? all - first : kChunk;
+      const Chunk<A> chunk = {samples, dots, first, all - first < kChunk ? all - first : kChunk};
       __syncwarp();
-      plan(p, unit, attention, first, count, samples);
+      plan(p, unit, attention, first, chunk.count, samples);
       __syncwarp();
-
-      for_each_sample<1>(p, first, count, [&](int i, int32_t width) {
-        const Corners<A> corners(samples[i], width);
-        A dot[4] = {};
-        for (int c = threadIdx.x * N; c < channels; c += lanes * N) {
-          if (!covered) load(grad_output + c, grad);
-          A x[4][N] = {};
-#pragma unroll
-          for (int corner = 0; corner < 4; ++corner)
-            if (corners.exists[corner]) load(row_at(rows + c, corners.key[corner], row_bytes), x[corner]);
-#pragma unroll
-          for (int corner = 0; corner < 4; ++corner) {
-#pragma unroll
-            for (int j = 0; j < N; ++j) {
-              dot[corner] += grad[j] * x[corner][j];
-              x[corner][j] = corners.weight[corner] * grad[j];
-            }
-            if (kAtomic && pass == 1 && corners.exists[corner])
-              atomic_add<N>(row_at(grad_value + base + c, corners.key[corner], row_bytes * kWidening), x[corner]);
-          }
-        }
-        store_group_sums(dot, lanes, dots + 4 * i);
-      });
+      corner_dots<kAtomic>(p, chunk, grad, rows, grad_value + base, pass == 1);
       __syncwarp();
-
-      const auto cell_at = [&](int s, int level, const Level& shape) {
-        return cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, shape);
-      };
       if (fused && (pass == 0 || !several)) {
         A part = 0;
-        for (int i = threadIdx.x; i < count && unit.valid; i += lanes) {
+        for (int i = threadIdx.x; i < chunk.count && unit.valid; i += lanes) {
           const int s = first + i, level = s / points;
-          part += samples[i].weight * gradient_of(cell_at(s, level, level_of(p, level)), dots + 4 * i).weight;
+          const Cell<A, int32_t> cell =
+              cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, level_of(p, level));
+          part += samples[i].weight * gradient_of(cell, dots + 4 * i).weight;
         }
         mean += group_sum(part, lanes);
       }
       if (pass == 0) continue;
-
-      for (int i = threadIdx.x; i < count && unit.valid; i += lanes) {
-        const int s = first + i, level = s / points;
-        const int64_t index = unit.index * p.samples() + s;
-        const Level shape = level_of(p, level);
-        const A attention_weight = samples[i].weight;
-        const bool inside = samples[i].key >= 0;
-        A* d = dots + 4 * i;
-        const SampleGradient<A> grad = gradient_of(cell_at(s, level, shape), d);
-        const A pixel_x = inside ? grad.x * attention_weight : A(0);
-        const A pixel_y = inside ? grad.y * attention_weight : A(0);
-        const A location_x = pixel_x * static_cast<A>(shape.width), location_y = pixel_y * static_cast<A>(shape.height);
-        A x = location_x, y = location_y, weight = grad.weight;
-        if (fused) {
-          weight = attention_weight * (grad.weight - mean);
-          d[0] = location_x;
-          d[1] = location_y;
-          d[2] = d[3] = 0;
-          if (p.reference_size == 2) {
-            x = pixel_x;
-            y = pixel_y;
-          } else if (inside) {
-            const C* offset = static_cast<const C*>(p.coordinates) + 2 * index;
-            A box[4];
-            load_reference<A, C>(p, unit.row, level, box);
-            x = location_x * box[2] * box_unit;
-            y = location_y * box[3] * box_unit;
-            d[2] = location_x * widen<A>(offset[0]) * box_unit;
-            d[3] = location_y * widen<A>(offset[1]) * box_unit;
-          }
-          if (attention_out != nullptr) attention_out[index] = attention_weight;
-        }
-        static_cast<C*>(g.weights)[index] = narrow<C>(weight);
-        static_cast<C*>(g.coordinates)[2 * index] = narrow<C>(x);
-        static_cast<C*>(g.coordinates)[2 * index + 1] = narrow<C>(y);
-      }
+      chain_rule<C>(p, g, unit, chunk, mean, attention_out);
       if (!fused) continue;
       __syncwarp();
-
-      // This head's part of the gradient of the reference points; a level may begin in an earlier chunk.
-      const int last_level = (first + count - 1) / points;
-      for (int level = first / points + threadIdx.x; level <= last_level && unit.valid; level += lanes) {
-        const int start = level * points, stop = start + points;
-        const int begin = start > first ? start : first, end = stop < first + count ? stop : first + count;
-        A* part = parts + (((unit.image * p.heads + unit.head) * p.queries + unit.query) * p.levels + level) *
-                              p.reference_size;
-        for (int f = 0; f < p.reference_size; ++f) {
-          A sum = begin == start ? A(0) : part[f];
-          for (int s = begin; s < end; ++s) sum += dots[4 * (s - first) + f];
-          part[f] = sum;
-        }
-      }
+      reference_parts(p, unit, chunk, parts);
     }
   }
 }
@@ -387,7 +427,7 @@ struct Shape {
   size_t shared_bytes;
 };
 
-// Groups wide enough for `vectors` lanes; blocks of units as large as the shared memory allows, but enough of them.
+// Groups of up to `vectors` lanes. Blocks are as large as the shared memory allows, or smaller if they are few.
 Shape shape_for(const Problem& p, int64_t vectors, unsigned threads, size_t bytes_per_unit) {
   unsigned lanes = 1;
   while (lanes < 32 && lanes < vectors) lanes *= 2;
@@ -443,7 +483,7 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
   return ordered_value_gradient<T, C, N>(p, g, scratch, static_cast<int>(shape.block.x), stream);
 }
 
-// Calls f(T, C, vector width): 16 bytes of channels a lane where the channels and the pointers allow it, else one.
+// Calls f(T, C, vector width): 16 bytes of channels per lane if the channels and the pointers allow it, else 1.
 template <class T, class C, class F>
 cudaError_t dispatch_width(const Problem& p, uintptr_t pointers, const F& f) {
   constexpr int kWide = 16 / sizeof(T);
@@ -479,10 +519,11 @@ cudaError_t forward(const Problem& problem, void* output, cudaStream_t stream) {
 
 cudaError_t backward(const Problem& problem, const Gradients& gradients, const Scratch& scratch, bool deterministic,
                      cudaStream_t stream) {
-  const uintptr_t pointers = reinterpret_cast<uintptr_t>(gradients.output) | reinterpret_cast<uintptr_t>(gradients.value) |
-                             reinterpret_cast<uintptr_t>(scratch.value);
+  const uintptr_t pointers = reinterpret_cast<uintptr_t>(gradients.output) |
+                             reinterpret_cast<uintptr_t>(gradients.value) | reinterpret_cast<uintptr_t>(scratch.value);
   return dispatch(problem, pointers, [&](auto t, auto c, auto width) {
-    return backward_as<decltype(t), decltype(c), decltype(width)::value>(problem, gradients, scratch, deterministic, stream);
+    return backward_as<decltype(t), decltype(c), decltype(width)::value>(problem, gradients, scratch, deterministic,
+                                                                         stream);
   });
 }
 

@@ -1,7 +1,7 @@
-// CUDA kernels of multi-scale deformable attention. Torch-free. Every call returns the launch's error.
+// CUDA kernels of multi-scale deformable attention, without torch. Every call returns the error of its launches.
 //
-// Sizes must be below these: queries 2^31, levels * points 2^31, bytes of a key's row (heads * channels) in the
-// accumulation type 2^31; for a deterministic backward pass, queries * levels * points 2^30.
+// Limits: queries and levels * points must be below 2^31, and so must the bytes of a key's row (heads * channels) in
+// the accumulation type. For a deterministic backward pass, queries * levels * points must be below 2^30.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,9 +10,9 @@
 
 namespace msda::cuda {
 
-// Memory that the backward pass works in, of the accumulation type unless said otherwise; null where it is not needed.
+// Scratch memory of the backward pass, of the accumulation type except for `sort`. Unused pointers are null.
 struct Scratch {
-  void* value;             // the sums of the value's gradient, like value: unless deterministic or of that type already
+  void* value;             // sums of the value's gradient, like value: if not deterministic and value has another type
   void* reference_points;  // fused: (batch, heads, queries, levels, reference_size)
   void* attention;         // fused and deterministic: like weights
   int32_t* sort;           // deterministic: sort_elements(problem) integers
@@ -22,8 +22,8 @@ int64_t sort_elements(const Problem& problem);
 
 cudaError_t forward(const Problem& problem, void* output, cudaStream_t stream);
 
-// Without `deterministic`, the gradient of the value is summed by atomics, in Scratch::value if that is given (the caller
-// converts it), else in Gradients::value. The other gradients are bitwise repeatable always.
+// Without `deterministic`, the gradient of the value is summed by atomics in Scratch::value, which the caller converts,
+// or in Gradients::value if that is null. The other gradients are always bitwise repeatable.
 cudaError_t backward(const Problem& problem, const Gradients& gradients, const Scratch& scratch, bool deterministic,
                      cudaStream_t stream);
 

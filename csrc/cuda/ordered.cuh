@@ -1,11 +1,11 @@
-// The gradient of the value in a fixed order. The samples of each image and head are sorted by the first pixel of their
-// cells (a radix sort, which keeps equal keys in order). A pixel's gradient is then the sum over four neighbouring
-// pixels' runs of samples, gathered by one warp: no atomics, and every element is written once.
+// The gradient of the value, summed in a fixed order. The samples of each image and head are sorted by the first pixel
+// of their cells with a stable radix sort. A pixel's gradient is then the sum over the samples of four neighboring
+// pixels, gathered by one warp: there are no atomics, and every element is written once.
 #pragma once
 
-#include "common.cuh"
-
 #include <utility>
+
+#include "common.cuh"
 
 namespace msda::cuda {
 namespace {
@@ -15,12 +15,12 @@ constexpr int kSortWarps = kThreads / 32, kSortRounds = 8, kSortItems = kThreads
 
 // Items of all segments (a segment is an image and head), in the order (segment, item); see Scratch::sort.
 struct SortBuffers {
-  int32_t *keys, *indices;        // (segments, items)
+  int32_t *keys, *indices;            // (segments, items)
   int32_t *next_keys, *next_indices;  // the same, after a pass
-  int32_t* counts;                // (segments, chunks, digits): of a digit in a chunk
-  int32_t* before;                // the same: of a digit in earlier chunks
-  int32_t* smaller;               // (segments, digits): of smaller digits
-  int32_t* begins;                // (segments, keys + 1): the first item that has this key or a larger one
+  int32_t* counts;                    // (segments, chunks, digits): of a digit in a chunk
+  int32_t* before;                    // the same: of a digit in earlier chunks
+  int32_t* smaller;                   // (segments, digits): of smaller digits
+  int32_t* begins;                    // (segments, keys + 1): the first item that has this key or a larger one
   int64_t segments;
   int32_t items, chunks;
 
@@ -45,7 +45,7 @@ struct SortBuffers {
   int64_t used = 0;  // elements
 };
 
-// The key of every sample: its cell's first pixel, or past all pixels if it has none.
+// The key of every sample: its cell's first pixel, or p.keys if there is none.
 template <class A, class C>
 __global__ void __launch_bounds__(kThreads) keys_kernel(const Problem p, SortBuffers b) {
   const int32_t segment = blockIdx.x / b.chunks, begin = blockIdx.x % b.chunks * kSortItems;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kDigits) prefix_kernel(SortBuffers b) {
   b.smaller[int64_t{blockIdx.x} * kDigits + digit] = sum - total;
 }
 
-// Moves the items of a chunk to their places. Each warp ranks its own items, in order, among equal digits.
+// Moves the items of a chunk to their sorted positions. Each warp ranks its items among equal digits, in order.
 __global__ void __launch_bounds__(kThreads) scatter_kernel(SortBuffers b, int shift) {
   int32_t* counts = reinterpret_cast<int32_t*>(shared_memory);  // (warps, digits, and one for lanes without an item)
   const int thread = threadIdx.x, lane = thread % 32;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) begins_kernel(SortBuffers b, int32_t
   b.begins[i] = low;
 }
 
-// A warp per pixel: its lanes plan 32 samples at a time; then groups of `lanes` lanes, N channels each, take turns.
+// A warp per pixel: its lanes plan 32 samples at a time, then groups of `lanes` lanes with N channels each sum them up.
 template <class T, class C, int N>
 __global__ void __launch_bounds__(kThreads, 2)
     gather_kernel(const Problem p, const Gradients g, const typename AccumulatorOf<T>::type* attention, SortBuffers b,
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int lane = threadIdx.x % 32, ways = 32 / lanes, way = lane / lanes;
   const int32_t keys = static_cast<int32_t>(p.keys), heads = static_cast<int32_t>(p.heads);
   const int32_t tiles = (keys + kWarps - 1) / kWarps, segment = blockIdx.x / tiles;
-  // The last levels are the smallest, and their pixels have the longest runs: they come first.
+  // The last levels are the smallest, and their pixels have the most samples: they start first.
   const int32_t key = keys - 1 - (blockIdx.x % tiles * kWarps + threadIdx.x / 32);
   if (key < 0) return;
   const int32_t image = segment / heads, head = segment % heads;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int32_t pixel = key - shape.start;
       if (pixel < 0 || pixel >= shape.height * shape.width) continue;
       const int32_t row = pixel / shape.width, column = pixel % shape.width;
-      // The pixels before and at this one have neighbouring runs; so have those of the row above.
+      // The samples of this pixel and the one before it are consecutive, as are those of the row above.
       const int32_t left = key - (column > 0 ? 1 : 0);
       const int32_t begin = begins[left], count = begins[key + 1] - begin;
       const int32_t above = row > 0 ? begins[left - shape.width] : 0;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int64_t q = image * p.queries + item / samples, index = (q * heads + head) * samples + s;
           const Cell<A, int32_t> cell = cell_of<A, C>(p, q, index, level, shape);
           const int32_t down = row - cell.row, right = column - cell.column;
-          // Cells that begin outside have the key of a pixel within; and levels may share pixels.
+          // Cells that begin outside the level have the key of a pixel inside, and levels may overlap in `value`.
           if (down <= 1 && right <= 1 && s / points == level) {
             query = item / samples;
             weight = corner_weight(cell.down, cell.right, 2 * down + right) *
@@ -247,8 +247,7 @@ cudaError_t ordered_value_gradient(const Problem& p, const Gradients& g, const S
                                    cudaStream_t stream) {
   using A = typename AccumulatorOf<T>::type;
   if (p.batch * p.keys == 0) return cudaSuccess;
-  if (p.queries == 0)
-    return cudaMemsetAsync(g.value, 0, p.batch * p.keys * p.heads * p.channels * sizeof(T), stream);
+  if (p.queries == 0) return cudaMemsetAsync(g.value, 0, p.batch * p.keys * p.heads * p.channels * sizeof(T), stream);
   SortBuffers buffers(p, scratch.sort);
   MSDA_LAUNCH((keys_kernel<A, C>), dim3(static_cast<unsigned>(buffers.segments * buffers.chunks)), dim3(kThreads), 0,
               stream, p, buffers);

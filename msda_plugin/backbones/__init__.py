@@ -1,7 +1,7 @@
-"""Backbones: images to maps of features."""
+"""Backbones: images to feature maps."""
 
-from .dat import DAT
-from .shunted_transformer import ShuntedTransformer
-from .vision_transformer import VisionTransformer
+from msda_plugin.backbones.dat import DAT
+from msda_plugin.backbones.shunted_transformer import ShuntedTransformer
+from msda_plugin.backbones.vision_transformer import VisionTransformer
 
 __all__ = ['DAT', 'ShuntedTransformer', 'VisionTransformer']

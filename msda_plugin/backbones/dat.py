@@ -14,7 +14,6 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from msda_plugin.backbones.published_backbone import (
     PublishedBackbone,
@@ -28,10 +27,11 @@ from msda_plugin.layers.deformable_position_bias import RelativePositionTable
 from msda_plugin.layers.layer_norm_2d import LayerNorm2d
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
+from msda_plugin.layers.transformer_parts import run_layer
 from msda_plugin.registry import MODELS
 
-# The published sizes; `blocks` names the attention of every block of a stage (L: windows, S: shifted windows, D:
-# deformable), `kernel_sizes` are the offset networks'.
+# The published sizes. `blocks` gives the attention of each block of a stage (L: windows, S: shifted windows, D:
+# deformable); `kernel_sizes` belong to the offset networks.
 _COMMON = dict(
     num_heads=(3, 6, 12, 24),
     num_groups=(1, 1, 3, 6),
@@ -56,7 +56,7 @@ STEM_STRIDE = 4
 
 
 class PatchEmbed(BaseModule):
-    """Non-overlapping patches: a convolution whose stride is its kernel, and a LayerNorm."""
+    """Non-overlapping patches: a convolution with equal stride and kernel size, and a LayerNorm."""
 
     def __init__(self, in_channels: int, embed_dims: int, patch_size: int, bias: bool):
         super().__init__()
@@ -64,18 +64,18 @@ class PatchEmbed(BaseModule):
         self.norm = nn.LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Map (B, C_in, H, W) -> tokens (B, h * w, C), and (h, w); rows and columns that fill no patch are left out."""
+        """Map (B, C_in, H, W) -> tokens (B, h * w, C), and (h, w); incomplete patches are dropped."""
         x = self.proj(x)
         return self.norm(map_to_tokens(x)), (x.shape[2], x.shape[3])
 
 
 class DATBlock(BaseModule):
-    """Pre-norm transformer block of one kind of attention and a feed-forward layer.
+    """Pre-norm transformer block with window or deformable attention.
 
     Args:
-        attn: ``ShiftedWindowAttention``, or ``DeformableMultiHeadAttention``.
+        attn: ``ShiftedWindowAttention`` or ``DeformableMultiHeadAttention``.
         embed_dims: channels C.
-        hidden_dims: channels inside the feed-forward layer.
+        hidden_dims: hidden channels of the feed-forward layer.
         drop_rate: dropout in the feed-forward layer, 0-1.
         drop_path_rate: stochastic depth, 0-1.
     """
@@ -106,7 +106,7 @@ class DATBlock(BaseModule):
 
 
 class DATStage(BaseModule):
-    """Patch embedding and blocks; the output has no norm."""
+    """Patch embedding and blocks; the output is not normalized."""
 
     def __init__(self, patch_embed: PatchEmbed, blocks: list[DATBlock], with_cp: bool):
         super().__init__()
@@ -118,42 +118,39 @@ class DATStage(BaseModule):
         """Map (B, C_in, H, W) -> map (B, C, h, w)."""
         x, hw_shape = self.patch_embed(x)
         for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, hw_shape, use_reentrant=False)
-            else:
-                x = block(x, hw_shape)
+            x = run_layer(block, self.with_cp, x=x, hw_shape=hw_shape)
         return tokens_to_map(x, hw_shape)
 
 
 @MODELS.register_module()
 class DAT(PublishedBackbone):
-    """DAT in its CVPR 2022 form, as a detection backbone.
+    """DAT (CVPR 2022) as a detection backbone.
 
-    Images of any size are taken. The tables of deformable attention belong to the maps of ``image_size``, and are
-    resized bicubically for others; maps are padded to whole windows.
+    Accepts images of any size. The tables of deformable attention have the size of ``image_size``'s maps and are
+    resized (bicubic) for others; maps are padded to complete windows.
 
     Args:
-        arch: 'tiny', 'small', 'base', or a dict with the keys of an entry of ``ARCHS``: ``embed_dims``, ``blocks`` (a
-            letter a block: L windows, S windows shifted by half a window, rounded up, D deformable), ``num_heads``,
-            ``num_groups`` and ``kernel_sizes`` (of D blocks), one value a stage; ``mlp_ratio``, ``window_size``,
-            ``image_size`` (the side of the images that the tables are made for, pixels) and ``drop_path_rate``.
-        in_channels: channels of the image.
-        out_indices: the stages to return, 0-based, in increasing order; None for all. Strides are 4, 8, 16, 32.
-        frozen_stages: -1 trains everything; 0 freezes the stem; k > 0 freezes the stem and the first k stages with the
+        arch: 'tiny', 'small', 'base', or a dict with the keys of an entry of ``ARCHS``: ``embed_dims``, ``blocks`` (one
+            letter per block: L windows, S windows shifted by half a window, rounded up, D deformable), ``num_heads``,
+            ``num_groups`` and ``kernel_sizes`` (of D blocks), one value per stage; ``mlp_ratio``, ``window_size``,
+            ``image_size`` (side of the images that the tables belong to, in pixels) and ``drop_path_rate``.
+        in_channels: channels of the images.
+        out_indices: 0-based stages whose maps are returned, in increasing order; None: all. Strides are 4, 8, 16, 32.
+        frozen_stages: -1 freezes nothing; 0 freezes the stem; k > 0 freezes the stem and the first k stages with the
             norms of their maps (no gradients, eval mode).
         with_cp: recompute each block in the backward pass instead of keeping its activations.
-        drop_path_rate: stochastic depth of the last block, 0-1; grows linearly from 0 over all blocks. None for the
-            arch's: .2, .3, .5 for 'tiny', 'small', 'base'.
+        drop_path_rate: stochastic depth of the last block, 0-1; increases linearly from 0 over all blocks. None: the
+            value of ``arch``, which is 0.2, 0.3, 0.5 for 'tiny', 'small', 'base'.
         drop_rate: dropout after projections and in the feed-forward layers, 0-1.
         attn_drop_rate: dropout of the attention weights, 0-1.
-        init_cfg: ``dict(type='Pretrained', checkpoint=path_or_url)`` loads the authors' file as it is, a converted
-            file, or (with ``prefix='backbone.'``) a detector's; None draws the published initialisation.
+        init_cfg: ``dict(type='Pretrained', checkpoint=path_or_url)`` loads a published checkpoint, a converted one, or
+            (with ``prefix='backbone.'``) that of a detector; None: the published initialization.
 
-    A checkpoint's tables are resized to those of the arch, and the norms of maps that are not returned are left out;
-    both are logged.
+    When a checkpoint is loaded, its tables are resized to those of ``arch``, and norms of maps that are not returned
+    are ignored; both are logged.
 
     Raises:
-        ValueError: for an unknown arch, an arch dict that does not fit, or an index out of range.
+        ValueError: If ``arch`` is unknown or invalid, or an index is out of range.
 
     Example:
         >>> backbone = DAT('tiny')
@@ -183,6 +180,7 @@ class DAT(PublishedBackbone):
         self.out_indices = check_indices(
             'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages'
         )
+        self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.frozen_stages = check_frozen_stages(frozen_stages, len(dims), 'stem', 'stages')
 
         drop_path_rate = arch['drop_path_rate'] if drop_path_rate is None else drop_path_rate
@@ -218,10 +216,10 @@ class DAT(PublishedBackbone):
         self.apply(_init_module)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image (B, in_channels, H, W) -> one normalised map (B, C_i, H_i, W_i) for each of ``out_indices``.
+        """Images (B, in_channels, H, W) -> one normalized map (B, C_i, H_i, W_i) per entry of ``out_indices``.
 
         Raises:
-            ValueError: if the channels differ from ``in_channels``, or the image is smaller than a stage's stride.
+            ValueError: If the channels differ from ``in_channels``, or the images are smaller than a stage's stride.
         """
         self._check_image(x)
         outs = []
@@ -242,13 +240,13 @@ class DAT(PublishedBackbone):
         check_image('DAT', x, self.in_channels)
         if min(x.shape[2:]) < self.min_image_side:
             raise ValueError(
-                f'an image of {x.shape[2]}x{x.shape[3]} is smaller than the stride of stage '
-                f'{self.out_indices[-1]}; give images of at least {self.min_image_side} pixels a side'
+                f'an image of {x.shape[2]}x{x.shape[3]} is smaller than the stride of stage {self.out_indices[-1]}; '
+                f'use images of at least {self.min_image_side}x{self.min_image_side} pixels'
             )
 
     @property
     def min_image_side(self) -> int:
-        """The smallest side, in pixels, of an image that every stage can reduce."""
+        """Minimum height and width of the images, in pixels."""
         return STEM_STRIDE * 2 ** self.out_indices[-1]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
@@ -256,7 +254,7 @@ class DAT(PublishedBackbone):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _fit_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Fit, in place, what belongs to another resolution, or to maps that this model does not return."""
+        """In place, resize tables of another resolution, and remove norms of maps that this model does not return."""
         done = []
         for name, own in self.named_parameters():
             table = state_dict.get(prefix + name)
@@ -267,20 +265,20 @@ class DAT(PublishedBackbone):
                     state_dict[prefix + name] = resized
         for key in [key for key in state_dict if key.startswith(f'{prefix}norms.')]:
             if key.removeprefix(f'{prefix}norms.').split('.')[0] not in self.norms:
-                done.append(f'left out {key.removeprefix(prefix)}')
+                done.append(f'ignored {key.removeprefix(prefix)}')
                 del state_dict[key]
         if done:
-            print_log(f'DAT, to load a checkpoint: {"; ".join(done)}', logger='current')
+            print_log(f'DAT checkpoint: {"; ".join(done)}', logger='current')
 
 
 def resolve_arch(arch: str | dict) -> dict:
-    """The arch dict of a published name, or the given dict after checking it; ValueError says what does not fit."""
+    """The arch dict of a published name, or a given dict; raises ValueError if the dict is invalid."""
     arch = choose_arch(arch, ARCHS)
     per_stage = {key: arch[key] for key in ('embed_dims', 'blocks', 'num_heads', 'num_groups', 'kernel_sizes')}
     for key, value in per_stage.items():
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(arch['blocks']):
             raise ValueError(
-                f'arch dict has {key}={value!r}; expected a tuple with one value a stage, as in '
+                f'arch dict has {key}={value!r}; expected a tuple with one value per stage, as in '
                 f'blocks={arch["blocks"]!r}'
             )
     if not all(blocks and set(blocks) <= set('LSD') for blocks in arch['blocks']):
@@ -293,12 +291,12 @@ def resolve_arch(arch: str | dict) -> dict:
         try:
             check_groups(arch['embed_dims'][i], arch['num_heads'][i], arch['num_groups'][i])
         except ValueError as error:
-            raise ValueError(f'arch dict does not fit in stage {i}: {error}') from None
+            raise ValueError(f'arch dict is invalid in stage {i}: {error}') from None
     return arch
 
 
 def _build_attention(kind: str, arch: dict, stage: int, attn_drop_rate: float, proj_drop_rate: float) -> BaseModule:
-    """The attention of a block, by its letter."""
+    """Build the attention of a block from its letter."""
     dims, heads = arch['embed_dims'][stage], arch['num_heads'][stage]
     rates = dict(attn_drop_rate=attn_drop_rate, proj_drop_rate=proj_drop_rate)
     if kind == 'D':
@@ -308,7 +306,7 @@ def _build_attention(kind: str, arch: dict, stage: int, attn_drop_rate: float, p
         )
     shift = math.ceil(arch['window_size'] / 2) if kind == 'S' else 0
     attn = ShiftedWindowAttention(dims, heads, arch['window_size'], shift, **rates)
-    # It follows from the window size, and a checkpoint of another window size must not bring its own.
+    # The index depends on the window size, so a checkpoint with another window size must not replace it.
     attn.w_msa.register_buffer('relative_position_index', attn.w_msa.relative_position_index, persistent=False)
     return attn
 
@@ -321,7 +319,7 @@ def _init_module(module: nn.Module) -> None:
 
 
 def _resize_table(table: Tensor, shape: torch.Size) -> Tensor | None:
-    """A table of windows (side ** 2, heads) or of a map (heads, H, W) in this shape; None where the heads differ."""
+    """Resize a table of windows (side ** 2, heads) or of a map (heads, H, W); None if the number of heads differs."""
     if table.dim() != len(shape):
         return None
     if len(shape) == 3:

@@ -1,4 +1,4 @@
-"""What every backbone does alike: start from published weights, keep frozen parts frozen, check its arguments."""
+"""Base class of the backbones: published weights, frozen stages and checks of arguments."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,19 +9,22 @@ from msda_plugin.convert import convert_state_dict, load_checkpoint_file
 
 
 class PublishedBackbone(BaseModule):
-    """A backbone whose ``init_cfg=dict(type='Pretrained', checkpoint=…)`` takes its authors' file as it is.
+    """A backbone whose ``init_cfg=dict(type='Pretrained', checkpoint=…)`` loads published checkpoints unconverted.
 
     Attributes:
-        family: of its checkpoints, one of `msda_plugin.convert.FAMILIES`.
+        family: family of its checkpoints, one of ``msda_plugin.convert.FAMILIES``.
+        out_channels: channels of each map that ``forward`` returns. Detectors compare them with ``in_channels`` of the
+            neck; other backbones may declare them, too.
     """
 
     family: str
+    out_channels: tuple[int, ...]
 
     def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or draw the published initialisation.
+        """Load the checkpoint of ``init_cfg``, or initialize the weights as published.
 
         Raises:
-            ValueError: if the file is not of this family, or does not fit this model.
+            ValueError: If the checkpoint belongs to another family or does not fit this model.
         """
         if self.init_cfg is None:
             self._draw_weights()
@@ -30,7 +33,7 @@ class PublishedBackbone(BaseModule):
             state_dict = convert_state_dict(load_checkpoint_file(path, self.init_cfg.get('prefix')), self.family)
             try:
                 self._load_published(state_dict, path)
-            except RuntimeError as error:  # of load_state_dict, a line for each key
+            except RuntimeError as error:  # from load_state_dict, with one line per key
                 raise ValueError(
                     f'{path} does not fit this {type(self).__name__}: {" ".join(str(error).split())}'
                 ) from None
@@ -38,29 +41,29 @@ class PublishedBackbone(BaseModule):
             super().init_weights()
 
     def train(self, mode: bool = True) -> 'PublishedBackbone':
-        """Set the mode, but keep frozen stages in eval mode."""
+        """Set the mode; frozen stages stay in eval mode."""
         super().train(mode)
         self._freeze_stages()
         return self
 
     def _draw_weights(self) -> None:
-        """Draw the published initialisation."""
+        """Initialize the weights as published."""
         raise NotImplementedError
 
     def _load_published(self, state_dict: dict[str, Tensor], path: str) -> None:
-        """Load the converted content of the file ``path``."""
+        """Load the converted state dict of the file ``path``."""
         self.load_state_dict(state_dict)
 
     def _freeze_stages(self) -> None:
-        """Take gradients and training mode from what ``frozen_stages`` names."""
+        """Disable gradients and training mode of the stages that ``frozen_stages`` selects."""
         raise NotImplementedError
 
 
 def choose_arch(arch: str | dict, archs: Mapping[str, dict]) -> dict:
-    """The arch dict of a published name, or the given dict where it has the keys of one.
+    """The arch dict of a published name, or ``arch`` itself if it is a dict with the same keys.
 
     Raises:
-        ValueError: for an unknown name, or missing or unknown keys.
+        ValueError: If the name is unknown, or keys are missing or unknown.
     """
     keys = next(iter(archs.values())).keys()
     if isinstance(arch, str):
@@ -72,28 +75,28 @@ def choose_arch(arch: str | dict, archs: Mapping[str, dict]) -> dict:
     missing, unknown = keys - arch.keys(), arch.keys() - keys
     if missing or unknown:
         raise ValueError(
-            f'arch dict does not fit: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
+            f'arch dict is invalid: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
             f'expected exactly {list(keys)}'
         )
     return arch
 
 
 def check_indices(name: str, indices: Sequence[int], count: int, of: str) -> tuple[int, ...]:
-    """The indices, which must increase and lie in 0 to ``count`` - 1; ``of`` is what they count, such as 'stages'.
+    """``indices`` as a tuple; ``of`` names what they count, such as 'stages'.
 
     Raises:
-        ValueError: they do not.
+        ValueError: If they do not increase, or are not within 0 to ``count`` - 1.
     """
     if not indices or any(not 0 <= i < count for i in indices) or sorted(set(indices)) != list(indices):
-        raise ValueError(f'{name}={tuple(indices)} does not fit; expected increasing indices of {of}, 0 to {count - 1}')
+        raise ValueError(f'{name}={tuple(indices)} is invalid; expected increasing indices of {of}, 0 to {count - 1}')
     return tuple(indices)
 
 
 def check_frozen_stages(frozen_stages: int, count: int, first: str, of: str) -> int:
-    """The number, -1 to ``count``; ``first`` is what 0 freezes.
+    """``frozen_stages``, -1 to ``count``; ``first`` names the part that 0 freezes.
 
     Raises:
-        ValueError: it is out of range.
+        ValueError: If it is out of range.
     """
     if not -1 <= frozen_stages <= count:
         raise ValueError(
@@ -106,6 +109,6 @@ def check_image(backbone: str, x: Tensor, in_channels: int) -> None:
     """Raise ValueError unless ``x`` is (B, in_channels, H, W)."""
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(
-            f'{backbone} got an image of shape {tuple(x.shape)}; expected (B, {in_channels}, H, W); set '
-            'in_channels if the images have another number'
+            f'{backbone} got images of shape {tuple(x.shape)}; expected (B, {in_channels}, H, W). Set in_channels to '
+            'the number of image channels'
         )

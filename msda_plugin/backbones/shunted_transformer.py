@@ -1,7 +1,7 @@
-"""Shunted Transformer: a four-stage backbone on shunted self-attention.
+"""Shunted Transformer: a four-stage backbone with shunted self-attention.
 
 Source: Ren et al., "Shunted Self-Attention via Multi-Scale Token Aggregation", CVPR 2022,
-https://arxiv.org/abs/2111.15193, with the details of the authors' published code.
+https://arxiv.org/abs/2111.15193, with the details of the published code.
 """
 
 import math
@@ -12,7 +12,6 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from msda_plugin.backbones.published_backbone import (
     PublishedBackbone,
@@ -24,9 +23,10 @@ from msda_plugin.backbones.published_backbone import (
 from msda_plugin.layers.detail_feed_forward import DetailFeedForward
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention, check_attention_sizes
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
+from msda_plugin.layers.transformer_parts import run_layer
 from msda_plugin.registry import MODELS
 
-# The published sizes; one entry a stage. `stem_convs`: extra 3x3 convolutions in the stem.
+# The published sizes, one value per stage. `stem_convs`: additional 3x3 convolutions in the stem.
 ARCHS = {
     'tiny': dict(
         embed_dims=(64, 128, 256, 512),
@@ -56,7 +56,7 @@ ARCHS = {
 
 
 class ShuntedBlock(BaseModule):
-    """Pre-norm transformer block of shunted self-attention and the detail-specific feed-forward layer."""
+    """Pre-norm transformer block with shunted self-attention and the detail-specific feed-forward layer."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class ShuntedBlock(BaseModule):
 
 
 class ConvNormReLU(BaseModule):
-    """Convolution without bias, BatchNorm and ReLU; one convolution where the BatchNorm uses running statistics."""
+    """Convolution without bias, BatchNorm and ReLU; in eval mode, the BatchNorm is folded into the convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
         super().__init__()
@@ -102,7 +102,7 @@ class ConvNormReLU(BaseModule):
 
 
 class Stem(BaseModule):
-    """Image to tokens at stride 4: 7x7 convolution of stride 2, extra 3x3 convolutions, 2x2 convolution of stride 2."""
+    """Patch embedding of stride 4: 7x7 convolution (stride 2), any 3x3 convolutions, 2x2 convolution (stride 2)."""
 
     def __init__(self, in_channels: int, embed_dims: int, extra_convs: int):
         super().__init__()
@@ -120,12 +120,12 @@ class Stem(BaseModule):
 
     @staticmethod
     def output_side(side: int) -> int:
-        """Height (or width) of the output map for an image of that height (or width)."""
+        """Height (or width) of the output map for an image of height (or width) ``side``."""
         return (side + 1) // 2 // 2
 
 
 class PatchEmbed(BaseModule):
-    """Overlapping patches: 3x3 convolution of stride 2, and a LayerNorm."""
+    """Overlapping patches: 3x3 convolution (stride 2) and a LayerNorm."""
 
     def __init__(self, in_channels: int, embed_dims: int):
         super().__init__()
@@ -139,12 +139,12 @@ class PatchEmbed(BaseModule):
 
     @staticmethod
     def output_side(side: int) -> int:
-        """Height (or width) of the output map for a map of that height (or width)."""
+        """Height (or width) of the output map for a map of height (or width) ``side``."""
         return (side + 1) // 2
 
 
 class ShuntedStage(BaseModule):
-    """Patch embedding, blocks, and the norm whose output is both the stage's output and the next stage's input."""
+    """Patch embedding, blocks and a norm. The normalized map is also the input of the next stage."""
 
     def __init__(self, patch_embed: BaseModule, blocks: list[ShuntedBlock], embed_dims: int, with_cp: bool):
         super().__init__()
@@ -157,36 +157,33 @@ class ShuntedStage(BaseModule):
         """Map (B, C_in, H, W) -> map (B, C, h, w)."""
         x, hw_shape = self.patch_embed(x)
         for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, hw_shape, use_reentrant=False)
-            else:
-                x = block(x, hw_shape)
+            x = run_layer(block, self.with_cp, x=x, hw_shape=hw_shape)
         return tokens_to_map(self.norm(x), hw_shape)
 
 
 @MODELS.register_module()
 class ShuntedTransformer(PublishedBackbone):
-    """Shunted Transformer, as a detection backbone.
+    """Shunted Transformer as a detection backbone.
 
     Args:
         arch: 'tiny', 'small', 'base', or a dict with the keys of an entry of ``ARCHS``: ``embed_dims``, ``depths``,
-            ``num_heads``, ``mlp_ratios``, ``sr_ratios`` (one value a stage; ``sr_ratios`` 1 or even, ``num_heads``
-            even where ``sr_ratios`` > 1) and ``stem_convs`` (extra 3x3 convolutions in the stem).
-        in_channels: channels of the image.
-        out_indices: the stages to return, 0-based, in increasing order; None for all. Strides are 4, 8, 16, 32.
-        frozen_stages: -1 trains everything; 0 freezes the stem; k > 0 freezes the stem and the first k stages (norms
+            ``num_heads``, ``mlp_ratios``, ``sr_ratios`` (one value per stage; ``sr_ratios`` 1 or even, ``num_heads``
+            even where ``sr_ratios`` > 1) and ``stem_convs`` (additional 3x3 convolutions in the stem).
+        in_channels: channels of the images.
+        out_indices: 0-based stages whose maps are returned, in increasing order; None: all. Strides are 4, 8, 16, 32.
+        frozen_stages: -1 freezes nothing; 0 freezes the stem; k > 0 freezes the stem and the first k stages (norms
             in eval mode, no gradients).
         norm_eval: keep the stem's BatchNorm in eval mode (running statistics) while training.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
-        drop_path_rate: stochastic depth of the last block, 0-1; grows linearly from 0 over all blocks.
+        drop_path_rate: stochastic depth of the last block, 0-1; increases linearly from 0 over all blocks.
         drop_rate: dropout after projections and in the feed-forward layers, 0-1.
         attn_drop_rate: dropout of the attention weights, 0-1.
         qkv_bias: whether the query, key and value projections have a bias.
-        init_cfg: ``dict(type='Pretrained', checkpoint=path_or_url)`` loads the authors' file as it is, a converted
-            file, or (with ``prefix='backbone.'``) a detector's; None draws the published initialisation.
+        init_cfg: ``dict(type='Pretrained', checkpoint=path_or_url)`` loads a published checkpoint, a converted one, or
+            (with ``prefix='backbone.'``) that of a detector; None: the published initialization.
 
     Raises:
-        ValueError: for an unknown arch, an arch dict that does not fit, or an index out of range.
+        ValueError: If ``arch`` is unknown or invalid, or an index is out of range.
 
     Example:
         >>> backbone = ShuntedTransformer('tiny')
@@ -218,6 +215,7 @@ class ShuntedTransformer(PublishedBackbone):
         self.out_indices = check_indices(
             'out_indices', range(len(dims)) if out_indices is None else out_indices, len(dims), 'stages'
         )
+        self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.frozen_stages = check_frozen_stages(frozen_stages, len(dims), 'stem', 'stages')
         self.norm_eval = norm_eval
 
@@ -246,10 +244,10 @@ class ShuntedTransformer(PublishedBackbone):
         self.apply(_init_module)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image (B, in_channels, H, W) -> one normalised map (B, C_i, H_i, W_i) for each of ``out_indices``.
+        """Images (B, in_channels, H, W) -> one normalized map (B, C_i, H_i, W_i) per entry of ``out_indices``.
 
         Raises:
-            ValueError: if the channels differ from ``in_channels``, or the image is smaller than a stage's reduction.
+            ValueError: If the channels differ from ``in_channels``, or a map is smaller than the stage's ``sr_ratio``.
         """
         self._check_image(x)
         outs = []
@@ -260,7 +258,7 @@ class ShuntedTransformer(PublishedBackbone):
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'ShuntedTransformer':
-        """Set the mode, but keep frozen stages, and with ``norm_eval`` every BatchNorm, in eval mode."""
+        """Set the mode; frozen stages, and with ``norm_eval`` every BatchNorm, stay in eval mode."""
         super().train(mode)
         if mode and self.norm_eval:
             for module in self.modules():
@@ -281,14 +279,14 @@ class ShuntedTransformer(PublishedBackbone):
             sr_ratio = stage.blocks[0].attn.sr_ratio
             if min(height, width) < sr_ratio:
                 raise ValueError(
-                    f'an image of {x.shape[2]}x{x.shape[3]} gives stage {i} a {height}x{width} map, '
-                    f'smaller than its reduction (sr_ratio={sr_ratio}); give images of at least '
-                    f'{self.min_image_side} pixels a side'
+                    f'an image of {x.shape[2]}x{x.shape[3]} gives stage {i} a map of {height}x{width}, smaller than '
+                    f'its reduction (sr_ratio={sr_ratio}); use images of at least '
+                    f'{self.min_image_side}x{self.min_image_side} pixels'
                 )
 
     @property
     def min_image_side(self) -> int:
-        """The smallest side, in pixels, of an image that every stage can reduce."""
+        """Minimum height and width of the images, in pixels."""
         return max(
             (stage.blocks[0].attn.sr_ratio - 1) * 2 ** (i + 2) + 3
             for i, stage in enumerate(self.stages[: self.out_indices[-1] + 1])
@@ -296,17 +294,17 @@ class ShuntedTransformer(PublishedBackbone):
 
 
 def resolve_arch(arch: str | dict) -> dict:
-    """The arch dict of a published name, or the given dict after checking it; ValueError says what does not fit."""
+    """The arch dict of a published name, or a given dict; raises ValueError if the dict is invalid."""
     arch = choose_arch(arch, ARCHS)
     per_stage = {key: value for key, value in arch.items() if key != 'stem_convs'}
     for key, value in per_stage.items():
         if not isinstance(value, Sequence):
-            raise ValueError(f'arch dict has {key}={value!r}; expected a tuple with one value a stage')
+            raise ValueError(f'arch dict has {key}={value!r}; expected a tuple with one value per stage')
     num_stages = len(per_stage['embed_dims'])
     for key, value in per_stage.items():
         if len(value) != num_stages or min(value, default=0) <= 0:
             raise ValueError(
-                f'arch dict has {key}={tuple(value)}; expected {num_stages} positive values, one a stage '
+                f'arch dict has {key}={tuple(value)}; expected {num_stages} positive values, one per stage '
                 f'as in embed_dims={tuple(per_stage["embed_dims"])}'
             )
     if arch['stem_convs'] < 0:
@@ -315,7 +313,7 @@ def resolve_arch(arch: str | dict) -> dict:
         try:
             check_attention_sizes(arch['embed_dims'][i], arch['num_heads'][i], arch['sr_ratios'][i])
         except ValueError as error:
-            raise ValueError(f'arch dict does not fit in stage {i}: {error}') from None
+            raise ValueError(f'arch dict is invalid in stage {i}: {error}') from None
     return arch
 
 

@@ -1,9 +1,9 @@
-"""Plain Vision Transformer, with ViTDet's windows and relative positions as options.
+"""Plain Vision Transformer, optionally with ViTDet's windows and relative positions.
 
 Sources: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, https://arxiv.org/abs/2010.11929; Li et al.,
 "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet), ECCV 2022,
-https://arxiv.org/abs/2203.16527, with the details of the authors' published code. Written here because the packages of
-mmdet 3.3 and onedl-mmdetection 3.5 have no ViT.
+https://arxiv.org/abs/2203.16527, with the details of the published code. The packages mmdet 3.3 and
+onedl-mmdetection 3.5 have no ViT.
 """
 
 import math
@@ -16,7 +16,6 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from msda_plugin.backbones.published_backbone import (
     PublishedBackbone,
@@ -26,6 +25,7 @@ from msda_plugin.backbones.published_backbone import (
     choose_arch,
 )
 from msda_plugin.layers.token_layout import map_to_tokens, tokens_to_map
+from msda_plugin.layers.transformer_parts import run_layer
 from msda_plugin.registry import MODELS
 
 # The published sizes.
@@ -36,20 +36,20 @@ ARCHS = {
     'large': dict(embed_dims=1024, depth=24, num_heads=16, mlp_ratio=4),
 }
 
-# Up to this many tokens, as in a window, relative positions are added as a bias of all pairs: the quicker form, whose
-# memory grows with the square of the tokens.
+# Up to this number of tokens, relative positions are added as a bias per pair of tokens, which is faster but takes
+# memory quadratic in the number of tokens.
 SMALL_MAP = 400
 
 
 class Attention(BaseModule):
-    """Multi-head self-attention; no scores of all queries against all keys of a large map are held in memory.
+    """Multi-head self-attention. On large maps, the scores of all pairs of tokens are never stored.
 
     Args:
         embed_dims: channels C; a multiple of ``num_heads``.
-        num_heads: heads.
+        num_heads: attention heads.
         qkv_bias: whether the query, key and value projection has a bias.
-        rel_pos_size: (height, width) of the map that the tables of decomposed relative positions are made for (tables
-            are resized to other maps, linearly); None for no relative positions.
+        rel_pos_size: (height, width) of the map that the tables of decomposed relative positions belong to (they are
+            resized linearly to other maps); None: no relative positions.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Attention(BaseModule):
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.use_rel_pos = rel_pos_size is not None
         if rel_pos_size is not None:
-            # Row i is the distance i - (side - 1), from the key's row (or column) to the query's.
+            # Row i belongs to the distance i - (side - 1) from the key's row (or column) to the query's.
             self.rel_pos_h, self.rel_pos_w = (
                 nn.Parameter(torch.zeros(2 * side - 1, embed_dims // num_heads)) for side in rel_pos_size
             )
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, C) -> tokens (B, N, C); with relative positions N = H * W of ``hw_shape``, row by row."""
+        """Tokens (B, N, C) -> tokens (B, N, C); with relative positions, N = H * W of ``hw_shape``, row by row."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.use_rel_pos:
             x = self._attend_with_rel_pos(query, key, value, hw_shape)
@@ -84,25 +84,25 @@ class Attention(BaseModule):
         if height * width <= SMALL_MAP:
             bias = bias_h[..., :, None] + bias_w[..., None, :]
             return F.scaled_dot_product_attention(query, key, value, bias.flatten(4, 5).flatten(2, 3))
-        # The query is followed by its products with every row's and column's table entry, the key by the one-hot code
-        # of its row and column: the dot product adds the two biases, and no bias of all pairs exists.
+        # Append to the query its products with the table entries of all rows and columns, and to the key the one-hot
+        # codes of its row and column. Their dot product adds both biases without a bias per pair of tokens.
         query = torch.cat([query * head_dim**-0.5, torch.cat([bias_h, bias_w], dim=4).flatten(2, 3)], dim=3)
         rows, columns = (torch.eye(side, dtype=key.dtype, device=key.device) for side in hw_shape)
         codes = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=2)
         key = torch.cat([key, codes.flatten(0, 1).expand(*key.shape[:2], -1, -1)], dim=3)
-        # The fused kernels want values as long as queries and keys.
+        # The fused kernels require values of the same length as queries and keys.
         value = F.pad(value, (0, height + width))
         return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :head_dim]
 
 
 class ViTBlock(BaseModule):
-    """Pre-norm transformer block, its attention over the whole map or inside square windows.
+    """Pre-norm transformer block with attention over the whole map or within square windows.
 
     Args:
-        embed_dims, num_heads, qkv_bias, rel_pos_size: of the attention.
-        mlp_ratio: hidden channels of the feed-forward layer in multiples of ``embed_dims``.
+        embed_dims, num_heads, qkv_bias, rel_pos_size: see :class:`Attention`.
+        mlp_ratio: hidden channels of the feed-forward layer, as a multiple of ``embed_dims``.
         drop_path_rate: stochastic depth, 0-1.
-        window_size: side of a window, in tokens; 0 for the whole map.
+        window_size: side of a window, in tokens; 0: no windows.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ViTBlock(BaseModule):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Tokens (B, H * W, C), without windows also (B, 1 + H * W, C), of a map of ``hw_shape`` -> the same shape."""
+        """Tokens (B, H * W, C), without windows also (B, 1 + H * W, C), of a map of ``hw_shape`` -> same shape."""
         x = x + self.drop_path(self._attend(self.norm1(x), hw_shape))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -139,7 +139,7 @@ class ViTBlock(BaseModule):
 
 
 def split_windows(x: Tensor, hw_shape: tuple[int, int], size: int) -> Tensor:
-    """Tokens (B, H * W, C) -> tokens of windows (B * windows, size * size, C), zeros below and on the right."""
+    """Tokens (B, H * W, C) -> tokens of windows (B * windows, size * size, C), zero-padded at the bottom and right."""
     height, width = hw_shape
     x = F.pad(x.unflatten(1, hw_shape), (0, 0, 0, -width % size, 0, -height % size))
     return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
@@ -156,42 +156,42 @@ def merge_windows(x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
 
 @MODELS.register_module()
 class VisionTransformer(PublishedBackbone):
-    """Vision Transformer, as a detection backbone: maps of stride ``patch_size``.
+    """Vision Transformer as a detection backbone with maps of stride ``patch_size``.
 
     ViTDet's backbone is ``VisionTransformer('base', with_cls_token=False, window_size=14, use_rel_pos=True,
-    final_norm=False)``; ``SimpleFeaturePyramid`` makes the levels of a pyramid from its map.
+    final_norm=False)``, followed by the neck ``SimpleFeaturePyramid``.
 
     Args:
         arch: 'tiny', 'small', 'base', 'large', or a dict with the keys of an entry of ``ARCHS``: ``embed_dims``,
             ``depth``, ``num_heads``, ``mlp_ratio``.
-        in_channels: channels of the image.
-        patch_size: side of a patch, pixels.
-        img_size: side, or (height, width), of the images whose patches have a position of their own, pixels: those
-            of the pre-training. Images of any other size get the positions resized (bicubic). With ``use_rel_pos``,
-            rather those to be trained on: the whole map's relative positions start without pre-training.
-        out_indices: the blocks after which a map is returned, 0-based, in increasing order; None for the last alone.
-        with_cls_token: whether a class token takes part in the attention; it is left out of the maps.
-        final_norm: whether the last block's map is normalised.
-        window_size: side, in patches, of the windows that attention stays inside, ViTDet's is 14; 0 for none. As in
-            ViTDet, maps that do not fill the windows are padded with zeros after the norm, and these take part.
-        global_indices: the blocks that attend to the whole map in spite of ``window_size``; None for ViTDet's plan,
-            the last block of each quarter.
-        use_rel_pos: add ViTDet's decomposed relative positions to the attention's scores. Their tables start from zero
-            and may be missing from a checkpoint of ``init_cfg``.
-        frozen_stages: -1 trains everything; 0 freezes patch embedding, positions and class token; k > 0 also the
-            first k blocks (no gradients, eval mode), and all blocks also the final norm.
+        in_channels: channels of the images.
+        patch_size: side of a patch, in pixels.
+        img_size: side, or (height, width), in pixels, of the images that the position embeddings belong to: the size of
+            the pre-training, or with ``use_rel_pos`` the size of the fine-tuning, because the relative positions of
+            global blocks are not pre-trained. For images of other sizes, embeddings are resized (bicubic).
+        out_indices: 0-based blocks whose maps are returned, in increasing order; None: only the last.
+        with_cls_token: whether a class token takes part in the attention; the maps do not contain it.
+        final_norm: whether the last block's map is normalized.
+        window_size: side, in patches, of the attention windows (14 in ViTDet); 0: global attention. As in ViTDet, maps
+            are padded to complete windows with zeros after the norm, and the padding takes part in the attention.
+        global_indices: blocks with global attention if ``window_size`` is set; None: the last block of each quarter,
+            as in ViTDet.
+        use_rel_pos: add ViTDet's decomposed relative positions to the attention scores. Their tables are initialized
+            with zeros and may be missing from the checkpoint of ``init_cfg``.
+        frozen_stages: -1 freezes nothing; 0 freezes patch embedding, positions and class token; k > 0 also the first k
+            blocks (no gradients, eval mode). If all blocks are frozen, so is the final norm.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
-        drop_path_rate: stochastic depth of the last block, 0-1; grows linearly from 0 over the blocks.
+        drop_path_rate: stochastic depth of the last block, 0-1; increases linearly from 0 over the blocks.
         qkv_bias: whether the query, key and value projections have a bias.
-        init_cfg: ``dict(type='Pretrained', checkpoint=path_or_url)`` loads a file of timm's, MAE's or mmpretrain's as
-            it is, a converted file, or a detector's (its ``backbone``; ``prefix`` names another place); None draws
-            truncated normals, of deviation 0.02, of the patch embedding 1 / sqrt(number of its inputs).
+        init_cfg: ``dict(type='Pretrained', checkpoint=path_or_url)`` loads a checkpoint of timm, MAE or mmpretrain, a
+            converted one, or that of a detector (its ``backbone``, or another ``prefix``). None: truncated normal
+            weights of standard deviation 0.02, and 1 / sqrt(fan-in) in the patch embedding.
 
-    A checkpoint's positions are resized to the grid of ``img_size``; its class token and final norm are left out where
-    the model has none. Both are logged.
+    When a checkpoint is loaded, its positions are resized to the grid of ``img_size``, and its class token and final
+    norm are ignored if the model has none; both are logged.
 
     Raises:
-        ValueError: for an unknown arch, an arch dict or options that do not fit, or an index out of range.
+        ValueError: If ``arch`` is unknown or invalid, options do not fit together, or an index is out of range.
 
     Example:
         >>> backbone = VisionTransformer('tiny')
@@ -224,8 +224,8 @@ class VisionTransformer(PublishedBackbone):
         dims, depth = arch['embed_dims'], arch['depth']
         if global_indices is not None and not window_size:
             raise ValueError(
-                f'global_indices={tuple(global_indices)} chooses among windowed blocks, but window_size=0 '
-                'makes every block global; set window_size, such as 14'
+                f'global_indices={tuple(global_indices)} needs windows, but window_size=0 makes every block global; '
+                'set window_size, such as 14'
             )
         if global_indices is None:
             global_indices = sorted({math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
@@ -237,15 +237,14 @@ class VisionTransformer(PublishedBackbone):
         check_frozen_stages(frozen_stages, depth, 'what comes before the blocks', 'blocks')
         if with_cls_token and (window_size or use_rel_pos):
             raise ValueError(
-                'a class token has no place in windows and relative positions: set with_cls_token=False '
+                'windows and relative positions do not support a class token: set with_cls_token=False '
                 f'to use window_size={window_size}, use_rel_pos={use_rel_pos}'
             )
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if window_size < 0 or patch_size < 1 or len(img_size) != 2 or min(img_size) < 1:
             raise ValueError(
-                f'window_size={window_size}, patch_size={patch_size}, img_size={img_size} do not fit; '
-                'expected a window of 0 or more patches, a patch of 1 or more pixels, and a side, or '
-                '(height, width), in pixels'
+                f'window_size={window_size}, patch_size={patch_size}, img_size={img_size} are invalid; expected '
+                'window_size of 0 or more, patch_size of 1 or more, and img_size as a side or (height, width)'
             )
 
         self.in_channels = in_channels
@@ -253,12 +252,13 @@ class VisionTransformer(PublishedBackbone):
         self.patch_size = patch_size
         self.grid = tuple(math.ceil(side / patch_size) for side in img_size)
         self.out_indices = out_indices
+        self.out_channels = (dims,) * len(out_indices)
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
 
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_channels, dims, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims)) if with_cls_token else None
-        # The class token's position, if there is one, comes first.
+        # The position of the class token, if any, comes first.
         self.pos_embed = nn.Parameter(torch.zeros(1, with_cls_token + math.prod(self.grid), dims))
         self.blocks = nn.ModuleList()
         for i in range(depth):
@@ -279,11 +279,11 @@ class VisionTransformer(PublishedBackbone):
         self._freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image (B, in_channels, H, W) -> a map (B, C, ceil(H / patch_size), ceil(W / patch_size)) for each of
-        ``out_indices``; the image is padded with zeros to whole patches.
+        """Images (B, in_channels, H, W) -> one map (B, C, ceil(H / patch_size), ceil(W / patch_size)) per entry
+        of ``out_indices``; the images are zero-padded to complete patches.
 
         Raises:
-            ValueError: if the channels differ from ``in_channels``.
+            ValueError: If the channels differ from ``in_channels``.
         """
         check_image('VisionTransformer', x, self.in_channels)
         x = self.patch_embed(F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size)))
@@ -294,10 +294,7 @@ class VisionTransformer(PublishedBackbone):
             x = torch.cat([cls_token.to(x.dtype), x], dim=1)
         outs = []
         for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, hw_shape, use_reentrant=False)
-            else:
-                x = block(x, hw_shape)
+            x = run_layer(block, self.with_cp, x=x, hw_shape=hw_shape)
             if i in self.out_indices:
                 out = x if self.cls_token is None else x[:, 1:]
                 if self.norm is not None and i == len(self.blocks) - 1:
@@ -306,7 +303,7 @@ class VisionTransformer(PublishedBackbone):
         return tuple(outs)
 
     def _positions(self, hw_shape: tuple[int, int]) -> Tensor:
-        """The positions of a map's patches, (1, H * W, C)."""
+        """Position embeddings of a map's patches, (1, H * W, C)."""
         positions = self.pos_embed if self.cls_token is None else self.pos_embed[:, 1:]
         return _resize_positions(positions, self.grid, hw_shape)
 
@@ -339,23 +336,23 @@ class VisionTransformer(PublishedBackbone):
     def _load_published(self, state_dict: dict[str, Tensor], path: str) -> None:
         self._fit_state_dict(state_dict)
         own = self.state_dict()
-        # The tables of relative positions come with fine-tuning, and start from zero.
+        # Pre-trained models have no tables of relative positions; they start from zero.
         missing = [key for key in own if key not in state_dict and '.rel_pos_' not in key]
         unexpected = [key for key in state_dict if key not in own]
         if missing or unexpected:
             raise ValueError(
                 f'{path} does not fit the model: missing keys {missing}, unexpected keys {unexpected}; '
-                'choose arch, with_cls_token, final_norm, qkv_bias and use_rel_pos as in the file'
+                'set arch, with_cls_token, final_norm, qkv_bias and use_rel_pos as in the checkpoint'
             )
         wrong = [
-            f'{key} has shape {tuple(value.shape)} and not {tuple(own[key].shape)}'
+            f'{key} has shape {tuple(value.shape)}, expected {tuple(own[key].shape)}'
             for key, value in state_dict.items()
             if value.shape != own[key].shape
         ]
         if wrong:
             raise ValueError(
-                f'{path} is of a ViT of another size: {"; ".join(wrong[:3])} ({len(wrong)} in all); '
-                'choose arch, patch_size, in_channels, img_size and window_size as in the file'
+                f'{path} belongs to a ViT of another size: {"; ".join(wrong[:3])} ({len(wrong)} in total); '
+                'set arch, patch_size, in_channels, img_size and window_size as in the checkpoint'
             )
         self.load_state_dict(state_dict, strict=False)
 
@@ -364,53 +361,52 @@ class VisionTransformer(PublishedBackbone):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _fit_state_dict(self, state_dict: dict[str, Tensor], prefix: str = '') -> None:
-        """Fit, in place, what is pre-trained at another resolution or with parts that this model does without."""
+        """In place, resize positions of another resolution, and remove parts that this model does not have."""
         done = []
         pos_embed, cls_token = f'{prefix}pos_embed', f'{prefix}cls_token'
         if self.cls_token is None and cls_token in state_dict:
-            done.append('left out the class token')
+            done.append('ignored the class token')
             del state_dict[cls_token]
             if pos_embed in state_dict:
                 state_dict[pos_embed] = state_dict[pos_embed][:, 1:]
         norm = [key for key in state_dict if key.startswith(f'{prefix}norm.')]
         if self.norm is None and norm:
-            done.append('left out the final norm')
+            done.append('ignored the final norm')
             for key in norm:
                 del state_dict[key]
         positions = state_dict.get(pos_embed)
         if positions is not None and positions.shape[1:] != self.pos_embed.shape[1:]:
             first = 0 if self.cls_token is None else 1
             side = math.isqrt(max(positions.shape[1] - first, 0))
-            # A table of another shape than a square says nothing of its grid; torch names the sizes.
+            # The grid of a non-square table is unknown; loading it fails with torch's message about the sizes.
             if side and side * side == positions.shape[1] - first:
                 done.append(f'resized the positions from {side}x{side} to {self.grid[0]}x{self.grid[1]}')
                 state_dict[pos_embed] = torch.cat(
                     [positions[:, :first], _resize_positions(positions[:, first:], (side, side), self.grid)], dim=1
                 )
         if done:
-            print_log(f'VisionTransformer, to load a checkpoint: {"; ".join(done)}', logger='current')
+            print_log(f'VisionTransformer checkpoint: {"; ".join(done)}', logger='current')
 
 
 def resolve_arch(arch: str | dict) -> dict:
-    """The arch dict of a published name, or the given dict after checking it; ValueError says what does not fit."""
+    """The arch dict of a published name, or a given dict; raises ValueError if the dict is invalid."""
     arch = choose_arch(arch, ARCHS)
     if min(arch.values()) <= 0 or arch['embed_dims'] % arch['num_heads']:
         raise ValueError(
-            f'arch dict does not fit: got {dict(arch)}; expected positive numbers, and embed_dims a '
-            'multiple of num_heads'
+            f'arch dict is invalid: got {dict(arch)}; expected positive numbers, and embed_dims a multiple of num_heads'
         )
     return arch
 
 
 def _resize_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Positions (1, h * w, C) of a ``grid`` (h, w) -> (1, H * W, C) of a ``size`` (H, W), bicubic."""
+    """Resize positions (1, h * w, C) of a ``grid`` (h, w) to (1, H * W, C) of a ``size`` (H, W), bicubic."""
     if grid == size:
         return positions
     return map_to_tokens(F.interpolate(tokens_to_map(positions, grid), size, mode='bicubic', align_corners=False))
 
 
 def _rel_pos(table: Tensor, side: int) -> Tensor:
-    """Table (2 * size - 1, d) -> entries (side, side, d) of every query and key, by their distance on this axis."""
+    """Table (2 * size - 1, d) -> entries (side, side, d) by the distance of query and key along this axis."""
     if table.shape[0] != 2 * side - 1:
         table = F.interpolate(table.t()[None], 2 * side - 1, mode='linear', align_corners=False)[0].t()
     position = torch.arange(side, device=table.device)

@@ -1,11 +1,11 @@
-"""Upstream checkpoints to ours: one module a family, each with a function ``convert(state_dict) -> Conversion``."""
+"""Conversion of published checkpoints: one module per family, with a function ``convert(state_dict) -> Conversion``."""
 
 from collections.abc import Mapping
 from importlib import import_module
 
 from torch import Tensor
 
-from .conversion import Conversion, load_checkpoint_file, unwrap
+from msda_plugin.convert.conversion import Conversion, load_checkpoint_file, unwrap
 
 FAMILIES = ('dat', 'deformable_detr', 'detr', 'hs_fpn', 'shunted_transformer', 'vision_transformer')
 
@@ -13,15 +13,15 @@ __all__ = ['FAMILIES', 'Conversion', 'convert', 'convert_state_dict', 'load_chec
 
 
 def convert(state_dict: Mapping, family: str) -> Conversion:
-    """Convert an upstream state dict, keeping account of every key.
+    """Convert an upstream state dict, and record what happened to every key.
 
     Args:
-        state_dict: upstream keys, bare, under 'model' or under 'state_dict'. A dict that already has our keys passes
-            through.
+        state_dict: upstream state dict, or a checkpoint that holds it under 'model' or 'state_dict'. A state dict with
+            msda_plugin's keys is returned unchanged.
         family: one of ``FAMILIES``.
 
     Raises:
-        ValueError: for an unknown family, or a dict that does not fit it: missing and unexpected keys are named.
+        ValueError: If the family is unknown, or keys are missing or unexpected.
     """
     if family not in FAMILIES:
         raise ValueError(f'unknown family {family!r}; known: {list(FAMILIES)}')
@@ -29,5 +29,5 @@ def convert(state_dict: Mapping, family: str) -> Conversion:
 
 
 def convert_state_dict(state_dict: Mapping, family: str) -> dict[str, Tensor]:
-    """``convert``, without the account: the state dict that the project's module loads."""
+    """Convert an upstream state dict to the one that msda_plugin's module loads; arguments as in :func:`convert`."""
     return convert(state_dict, family).state_dict

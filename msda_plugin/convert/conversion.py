@@ -1,4 +1,4 @@
-"""What every family of checkpoints shares: reading a file, unwrapping it, and the account of a conversion."""
+"""Shared by all checkpoint families: reading a file, and recording a conversion."""
 
 import argparse
 import re
@@ -12,16 +12,18 @@ from torch import Tensor
 from msda_plugin import safe_loading
 
 WRAPPERS = ('model', 'state_dict')
+PARAMETERS = ('weight', 'bias')
+IN_PROJ = ('in_proj_weight', 'in_proj_bias')  # of torch.nn.MultiheadAttention
 
 
 @dataclass
 class Conversion:
-    """The result of a conversion, and where every upstream key went.
+    """The result of a conversion, and a record of every upstream key.
 
     Attributes:
-        state_dict: what the project's module loads.
-        taken: upstream key -> our key.
-        dropped: upstream key -> why it is left out.
+        state_dict: the state dict that msda_plugin's module loads.
+        taken: upstream key -> msda_plugin's key.
+        dropped: upstream key -> reason why it is left out.
     """
 
     state_dict: dict[str, Tensor] = field(default_factory=dict)
@@ -33,12 +35,17 @@ class Conversion:
         self.state_dict[new_key] = value
         self.taken[key] = new_key
 
+    @classmethod
+    def unchanged(cls, state_dict: Mapping[str, Tensor]) -> 'Conversion':
+        """The conversion of a state dict that has msda_plugin's keys already."""
+        return cls(dict(state_dict), {key: key for key in state_dict})
+
 
 def unwrap(checkpoint: Mapping) -> Mapping[str, Tensor]:
-    """The state dict of a checkpoint that holds it bare, under 'model' or under 'state_dict'.
+    """The state dict of a checkpoint: the checkpoint itself, or its entry 'model' or 'state_dict'.
 
     Raises:
-        ValueError: if there is no dict of tensors in any of the three places.
+        ValueError: If none of them is a dict of tensors.
     """
     state_dict = checkpoint
     if isinstance(checkpoint, Mapping):
@@ -51,23 +58,23 @@ def unwrap(checkpoint: Mapping) -> Mapping[str, Tensor]:
     ):
         found = list(checkpoint)[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise ValueError(
-            f'the checkpoint holds no state dict: got {found}; expected a dict of tensors, bare or under '
+            f'the checkpoint holds no state dict: got {found}; expected a dict of tensors, at the top level or under '
             f'one of the keys {list(WRAPPERS)}'
         )
     return state_dict
 
 
 def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping[str, Tensor]:
-    """Read the state dict of a checkpoint file or URL on the CPU, tensors and plain containers only.
+    """Read the state dict of a checkpoint file or URL to the CPU. No code in the file is executed.
 
     Args:
         path: a local file, or an http(s) URL.
-        prefix: keep the keys under this prefix alone, without it ('backbone' for the backbone of a detector).
+        prefix: take only the keys with this prefix, and remove it ('backbone' for the backbone of a detector).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no whole checkpoint, names more than tensors and plain containers, is not the one whose
-            hash is in the name of the URL, holds no state dict, or no key has the prefix.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a complete checkpoint, contains other objects than tensors and plain containers,
+            does not match the hash in the name of its URL, or holds no state dict, or if no key has the prefix.
     """
     state_dict = unwrap(_read(str(path)))
     if prefix:
@@ -80,17 +87,17 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
 
 
 def _read(path: str) -> object:
-    """What a checkpoint file holds; every failure is a sentence."""
+    """Content of a checkpoint file or URL."""
     if path.startswith(('http://', 'https://')):
         path = str(safe_loading.fetch(path, progress=sys.stderr.isatty()))
     elif not Path(path).is_file():
         raise FileNotFoundError(f'the checkpoint {path} does not exist; give the path of a .pth file, or a URL')
-    # Training scripts keep their command line in the checkpoint; as a class, it does nothing when it is read.
+    # Training scripts store their command line in the checkpoint; loading a Namespace executes nothing.
     return safe_loading.load_checkpoint(path, 'cpu', allow=[argparse.Namespace])
 
 
 def check_keys(family: str, found: set[str], expected: set[str]) -> None:
-    """Raise ValueError, naming every key, unless an upstream dict has exactly the keys that its family expects."""
+    """Raise ValueError, with the missing and unexpected keys, unless ``found`` equals ``expected``."""
     missing, unexpected = sorted(expected - found), sorted(found - expected)
     if missing or unexpected:
         raise ValueError(
@@ -98,6 +105,13 @@ def check_keys(family: str, found: set[str], expected: set[str]) -> None:
         )
 
 
+def rename(module: str, new_module: str, names: Iterable[str] | Mapping[str, str] = PARAMETERS) -> dict[str, str]:
+    """Keys of a module -> keys of a renamed module; a mapping of ``names`` renames the parameters as well."""
+    if not isinstance(names, Mapping):
+        names = {name: name for name in names}
+    return {f'{module}.{name}': f'{new_module}.{new_name}' for name, new_name in names.items()}
+
+
 def count(keys: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the pattern finds at the start of a key."""
+    """One more than the largest number that the pattern's group matches at the start of a key; 0 without a match."""
     return 1 + max((int(match.group(1)) for key in keys if (match := re.match(pattern, key))), default=-1)

@@ -1,7 +1,7 @@
-"""DAT (CVPR 2022): the authors' checkpoints to ours: classifiers, detection backbones, and single attention layers.
+"""Checkpoints of DAT's authors (CVPR 2022): classifiers, detection backbones and single attention layers.
 
-The classifier and the buffers are dropped. A classifier has no norms for the maps that a detector takes; it is given
-fresh ones (weight 1, bias 0).
+The classification layer and the buffers are dropped. Classifiers have no norms for the output maps; new ones (weight
+1, bias 0) are added.
 """
 
 import re
@@ -10,66 +10,51 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .conversion import Conversion, check_keys
+from msda_plugin.convert.conversion import PARAMETERS, Conversion, check_keys, count, rename
 
 FAMILY = 'dat'
 
-# Upstream -> ours, inside one layer of deformable attention (which has one of the last four, or none), of window
-# attention, and of the feed-forward layer. 1x1 convolutions are linear layers here.
+# Upstream name -> msda_plugin's, inside a layer of deformable attention (with at most one of _POSITIONAL), of window
+# attention and of the feed-forward layer. Upstream's 1x1 convolutions are linear layers here.
 _LINEAR = {'proj_q': 'query', 'proj_k': 'key', 'proj_v': 'value', 'proj_out': 'proj'}
 _DEFORMABLE = {
-    'conv_offset.0.weight': 'offset_conv.weight',
-    'conv_offset.0.bias': 'offset_conv.bias',
-    'conv_offset.1.norm.weight': 'offset_norm.weight',
-    'conv_offset.1.norm.bias': 'offset_norm.bias',
+    **rename('conv_offset.0', 'offset_conv'),
+    **rename('conv_offset.1.norm', 'offset_norm'),
     'conv_offset.3.weight': 'offset_proj.weight',
-    **{f'{upstream}.{name}': f'{ours}.{name}' for upstream, ours in _LINEAR.items() for name in ('weight', 'bias')},
+    **{key: new_key for names in _LINEAR.items() for key, new_key in rename(*names).items()},
 }
 _POSITIONAL = (
     {'rpe_table': 'position_bias.table'},
-    {'rpe_table.weight': 'position_conv.weight', 'rpe_table.bias': 'position_conv.bias'},
-    {
-        'rpe_table.0.weight': 'position_bias.mlp.0.weight',
-        'rpe_table.0.bias': 'position_bias.mlp.0.bias',
-        'rpe_table.2.weight': 'position_bias.mlp.2.weight',
-    },
+    rename('rpe_table', 'position_conv'),
+    {**rename('rpe_table.0', 'position_bias.mlp.0'), 'rpe_table.2.weight': 'position_bias.mlp.2.weight'},
 )
 _WINDOW = {
     'relative_position_bias_table': 'w_msa.relative_position_bias_table',
-    'proj_qkv.weight': 'w_msa.qkv.weight',
-    'proj_qkv.bias': 'w_msa.qkv.bias',
-    'proj_out.weight': 'w_msa.proj.weight',
-    'proj_out.bias': 'w_msa.proj.bias',
+    **rename('proj_qkv', 'w_msa.qkv'),
+    **rename('proj_out', 'w_msa.proj'),
 }
-_FEED_FORWARD = {
-    'linear1.weight': '0.weight',
-    'linear1.bias': '0.bias',
-    'linear2.weight': '3.weight',
-    'linear2.bias': '3.bias',
-}
-_WEIGHT_AND_BIAS = {'weight': 'weight', 'bias': 'bias'}
-# End of a key -> why it is dropped.
+_FEED_FORWARD = rename('linear1', '0') | rename('linear2', '3')
+_CLASSIFIER = 'classification layer, not part of a backbone'
+# End of a key -> reason why it is dropped.
 _DROPPED = {
-    'cls_norm.norm.weight': 'the classifier; a backbone has none',
-    'cls_norm.norm.bias': 'the classifier; a backbone has none',
-    'cls_head.weight': 'the classifier; a backbone has none',
-    'cls_head.bias': 'the classifier; a backbone has none',
-    'relative_position_index': 'follows from the window size',
-    'attn_mask': 'follows from the sizes of the map and the window',
+    'cls_norm.norm.weight': _CLASSIFIER,
+    'cls_norm.norm.bias': _CLASSIFIER,
+    'cls_head.weight': _CLASSIFIER,
+    'cls_head.bias': _CLASSIFIER,
+    'relative_position_index': 'computed from the window size',
+    'attn_mask': 'computed from the sizes of the map and the window',
 }
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """Rename every key; the sizes of the model are read off the keys.
+    """Rename every key; the sizes of the model follow from the keys.
 
     Raises:
-        ValueError: if the keys are not those of a whole DAT in its CVPR 2022 form, or of a whole attention layer.
+        ValueError: If the keys are not those of a complete DAT (CVPR 2022) or of a complete attention layer.
     """
-    conversion = Conversion()
     if 'stages.0.patch_embed.proj.weight' in state_dict or 'offset_conv.weight' in state_dict:
-        for key, value in state_dict.items():
-            conversion.take(key, key, value)
-        return conversion
+        return Conversion.unchanged(state_dict)
+    conversion = Conversion()
     for key in state_dict:
         reason = next((why for end, why in _DROPPED.items() if f'.{key}'.endswith(f'.{end}')), None)
         if reason is not None:
@@ -88,51 +73,42 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
 
 
 def _model_table(keys: set[str]) -> dict[str, str]:
-    """Upstream key -> our key, for the whole model that these keys are a part of."""
-    depths: dict[int, int] = {}
-    for key in keys:
-        if match := re.match(r'stages\.(\d+)\.attns\.(\d+)\.', key):
-            stage, block = map(int, match.groups())
-            depths[stage] = max(depths.get(stage, 0), block + 1)
-    if not depths:
+    """Upstream key -> msda_plugin's key, for a complete model of the sizes that ``keys`` imply."""
+    num_stages = count(keys, r'stages\.(\d+)\.attns\.\d+\.')
+    if not num_stages:
         raise ValueError(
             f'the state dict does not fit family {FAMILY!r}: expected keys such as '
-            f'"stages.0.attns.0.proj_qkv.weight"; got {sorted(keys)[:8]}; give their prefix if they lie '
-            'under another one'
+            f'"stages.0.attns.0.proj_qkv.weight"; got {sorted(keys)[:8]}. If they have a prefix, specify it'
         )
     table: dict[str, str] = {}
-
-    def add(upstream: str, ours: str, names: Mapping[str, str] = _WEIGHT_AND_BIAS) -> None:
-        table.update({f'{upstream}.{name}': f'{ours}.{new_name}' for name, new_name in names.items()})
-
-    for stage in range(max(depths) + 1):
-        ours = f'stages.{stage}'
+    for stage in range(num_stages):
+        prefix = f'stages.{stage}'
         embed = 'patch_proj' if stage == 0 else f'down_projs.{stage - 1}'
-        add(f'{embed}.0', f'{ours}.patch_embed.proj', _WEIGHT_AND_BIAS if stage == 0 else {'weight': 'weight'})
-        add(f'{embed}.1.norm', f'{ours}.patch_embed.norm')
-        for block in range(depths.get(stage, 1)):
-            add(f'{ours}.layer_norms.{2 * block}.norm', f'{ours}.blocks.{block}.norm1')
-            add(f'{ours}.layer_norms.{2 * block + 1}.norm', f'{ours}.blocks.{block}.norm2')
-            add(f'{ours}.mlps.{block}.chunk', f'{ours}.blocks.{block}.mlp', _FEED_FORWARD)
-            attention = f'{ours}.attns.{block}'
-            if f'{attention}.conv_offset.0.weight' in keys:
-                add(attention, f'{ours}.blocks.{block}.attn', _deformable_names(keys, f'{attention}.'))
-            else:
-                add(attention, f'{ours}.blocks.{block}.attn', _WINDOW)
-        # Only a detector has them, and only for the maps that it takes.
+        table |= rename(f'{embed}.0', f'{prefix}.patch_embed.proj', PARAMETERS if stage == 0 else ['weight'])
+        table |= rename(f'{embed}.1.norm', f'{prefix}.patch_embed.norm')
+        for i in range(max(1, count(keys, rf'stages\.{stage}\.attns\.(\d+)\.'))):
+            attention, block = f'{prefix}.attns.{i}', f'{prefix}.blocks.{i}'
+            is_deformable = f'{attention}.conv_offset.0.weight' in keys
+            table |= rename(f'{prefix}.layer_norms.{2 * i}.norm', f'{block}.norm1')
+            table |= rename(f'{prefix}.layer_norms.{2 * i + 1}.norm', f'{block}.norm2')
+            table |= rename(f'{prefix}.mlps.{i}.chunk', f'{block}.mlp', _FEED_FORWARD)
+            table |= rename(
+                attention, f'{block}.attn', _deformable_names(keys, f'{attention}.') if is_deformable else _WINDOW
+            )
+        # Only detectors have norms, for the maps that they use.
         if f'norms.{stage}.norm.weight' in keys:
-            add(f'norms.{stage}.norm', f'norms.{stage}')
+            table |= rename(f'norms.{stage}.norm', f'norms.{stage}')
     return table
 
 
 def _deformable_names(keys: set[str], prefix: str) -> dict[str, str]:
-    """Upstream name -> our name, inside the deformable attention whose upstream keys have this prefix."""
+    """Upstream name -> msda_plugin's name, inside the deformable attention whose upstream keys have this prefix."""
     positional = next((names for names in _POSITIONAL if any(prefix + name in keys for name in names)), {})
     return _DEFORMABLE | positional
 
 
 def _add_norms(state_dict: dict[str, Tensor]) -> None:
-    """Add fresh norms for the maps that have none."""
+    """Add norms with weight 1 and bias 0 for the maps that have none."""
     for key in [key for key in state_dict if key.endswith('patch_embed.norm.weight')]:
         stage = key.split('.')[1]
         state_dict.setdefault(f'norms.{stage}.weight', torch.ones_like(state_dict[key]))

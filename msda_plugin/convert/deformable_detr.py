@@ -1,7 +1,7 @@
-"""Deformable DETR: the authors' checkpoints (base, box refinement, two-stage; one scale or several) to our detector's.
+"""Checkpoints of Deformable DETR's authors: base, box refinement or two-stage, single-scale or multi-scale.
 
-The neck they fit is a ``ChannelMapper`` whose convolutions have a bias (``bias=True``) and a group norm. A classifier
-of 91 rows is indexed by COCO's category ids and becomes one of 80.
+They fit a neck ``ChannelMapper`` with ``bias=True`` and a group norm. A classifier of 91 rows, indexed by COCO's
+category ids, becomes one of 80.
 """
 
 from collections.abc import Mapping
@@ -9,15 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .coco import COCO_IDS, NUM_COCO_IDS
-from .conversion import Conversion, check_keys, count
+from msda_plugin.convert.coco import COCO_IDS, NUM_COCO_IDS
+from msda_plugin.convert.conversion import IN_PROJ, Conversion, check_keys, count, rename
 
 FAMILY = 'deformable_detr'
 
-_PARAMETERS = ('weight', 'bias')
 _DEFORMABLE = ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
 _FFN = {'linear1': 'ffn.layers.0.0', 'linear2': 'ffn.layers.1'}
-# Upstream module -> ours, inside a layer. Ours numbers the norms in the order in which they run.
+# Upstream module -> msda_plugin's, inside a layer. msda_plugin numbers the norms in the order of execution.
 _ENCODER_LAYER = {
     **{f'self_attn.{name}': f'self_attn.{name}' for name in _DEFORMABLE},
     'norm1': 'norms.0',
@@ -44,29 +43,26 @@ _REPEATS = ('transformer.decoder.bbox_embed.', 'transformer.decoder.class_embed.
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """Rename every key; the sizes of the model are read off the keys.
+    """Rename every key; the sizes of the model follow from the keys.
 
     Raises:
-        ValueError: if the keys are not those of a whole Deformable DETR, or 91 classes cannot become 80.
+        ValueError: If the keys are not those of a complete Deformable DETR, or 91 classes cannot be reduced to 80.
     """
-    conversion = Conversion()
     if any(key.startswith('bbox_head.cls_branches.') for key in state_dict):
-        for key, value in state_dict.items():
-            conversion.take(key, key, value)
-        return conversion
+        return Conversion.unchanged(state_dict)
     if any('.multihead_attn.' in key for key in state_dict):
         raise ValueError(
-            f'the state dict is of plain DETR, whose decoder has multihead_attn: family {FAMILY!r} needs '
-            "deformable attention; use family 'detr'"
+            f'the state dict belongs to DETR (its decoder has multihead_attn), but family {FAMILY!r} needs deformable '
+            "attention; use family 'detr'"
         )
-    table = _rename_table(state_dict)
+    conversion, table = Conversion(), _rename_table(state_dict)
     body = {key for key in state_dict if not key.startswith((_BACKBONE, *_REPEATS))}
     check_keys(FAMILY, body, set(table))
     for key, value in state_dict.items():
         if key.startswith(_BACKBONE):
             conversion.take(key, 'backbone.' + key[len(_BACKBONE) :], value)
         elif key.startswith(_REPEATS):
-            conversion.dropped[key] = 'repeats the module of the same name at the top level'
+            conversion.dropped[key] = 'duplicate of the module of this name at the top level'
         elif key.startswith('class_embed.') and len(value) == NUM_COCO_IDS:
             conversion.take(key, table[key], value[_class_rows(key, state_dict)])
         else:
@@ -75,55 +71,47 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
 
 
 def _class_rows(key: str, state_dict: Mapping[str, Tensor]) -> list[int]:
-    """Which of the 91 rows of this classifier become our 80."""
+    """The 80 of the 91 rows of this classifier to keep."""
     if 'transformer.enc_output.weight' not in state_dict:
         return COCO_IDS
     if not any(key.startswith(_REPEATS[0]) for key in state_dict):
         raise ValueError(
-            'the state dict has 91 classes in two stages without box refinement: one classifier scores '
-            'the objects by their COCO id and the proposals by row 0, and no 80 rows of it can do both. '
-            'Use a two-stage file with box refinement, or reduce its classes before training'
+            'the state dict has 91 classes and two stages without box refinement: a single classifier scores objects '
+            'by COCO id and proposals by row 0, which 80 rows cannot do. Use a two-stage checkpoint with box refinement'
         )
-    # The last classifier scores the encoder's proposals, by row 0, which is no category's id.
+    # The last classifier scores the encoder's proposals with row 0, which is not a category id.
     is_proposal = int(key.split('.')[1]) == count(state_dict, r'class_embed\.(\d+)\.') - 1
     return [0, *COCO_IDS[1:]] if is_proposal else COCO_IDS
 
 
 def _rename_table(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """Upstream key -> our key, for the whole model that these keys are a part of, but for its backbone."""
+    """Upstream key -> msda_plugin's key, for a complete model of these sizes without its backbone."""
     table = {'transformer.level_embed': 'level_embed'}
-
-    def add(upstream: str, ours: str, names: tuple[str, ...] = _PARAMETERS) -> None:
-        table.update({f'{upstream}.{name}': f'{ours}.{name}' for name in names})
-
     for part, modules in (('encoder', _ENCODER_LAYER), ('decoder', _DECODER_LAYER)):
         for i in range(max(1, count(state_dict, rf'transformer\.{part}\.layers\.(\d+)\.'))):
+            upstream_layer, layer = f'transformer.{part}.layers.{i}', f'{part}.layers.{i}'
             for upstream, ours in modules.items():
-                add(f'transformer.{part}.layers.{i}.{upstream}', f'{part}.layers.{i}.{ours}')
+                table |= rename(f'{upstream_layer}.{upstream}', f'{layer}.{ours}')
             if part == 'decoder':
-                add(
-                    f'transformer.decoder.layers.{i}.self_attn',
-                    f'decoder.layers.{i}.self_attn.attn',
-                    ('in_proj_weight', 'in_proj_bias'),
-                )
+                table |= rename(f'{upstream_layer}.self_attn', f'{layer}.self_attn.attn', IN_PROJ)
     if any(key.startswith('transformer.enc_output') for key in state_dict):
         for upstream, ours in _TWO_STAGE.items():
-            add(f'transformer.{upstream}', ours)
+            table |= rename(f'transformer.{upstream}', ours)
     else:
-        add('transformer.reference_points', 'reference_points_fc')
-        add('query_embed', 'query_embedding', ('weight',))
+        table |= rename('transformer.reference_points', 'reference_points_fc')
+        table |= rename('query_embed', 'query_embedding', ['weight'])
 
-    # Maps of the backbone are projected by 1x1 convolutions, the coarser levels made from the last by 3x3 ones.
+    # 1x1 convolutions project the backbone's maps; 3x3 convolutions compute the extra, coarser levels.
     num_projected = 0
     for i in range(max(1, count(state_dict, r'input_proj\.(\d+)\.'))):
         kernel = state_dict.get(f'input_proj.{i}.0.weight', torch.empty(0, 0, 1, 1)).shape[-1]
         num_projected += kernel == 1
         ours = f'neck.convs.{i}' if kernel == 1 else f'neck.extra_convs.{i - num_projected}'
-        add(f'input_proj.{i}.0', f'{ours}.conv')
-        add(f'input_proj.{i}.1', f'{ours}.gn')
+        table |= rename(f'input_proj.{i}.0', f'{ours}.conv')
+        table |= rename(f'input_proj.{i}.1', f'{ours}.gn')
 
     for i in range(max(1, count(state_dict, r'class_embed\.(\d+)\.'), count(state_dict, r'bbox_embed\.(\d+)\.'))):
-        add(f'class_embed.{i}', f'bbox_head.cls_branches.{i}')
+        table |= rename(f'class_embed.{i}', f'bbox_head.cls_branches.{i}')
         for j in range(3):
-            add(f'bbox_embed.{i}.layers.{j}', f'bbox_head.reg_branches.{i}.{2 * j}')
+            table |= rename(f'bbox_embed.{i}.layers.{j}', f'bbox_head.reg_branches.{i}.{2 * j}')
     return table

@@ -1,15 +1,15 @@
-"""Shunted Transformer: the authors' checkpoints to ours. The classifier ``head`` is dropped."""
+"""Checkpoints of Shunted Transformer's authors. The classification layer ``head`` is dropped."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from .conversion import Conversion, check_keys
+from msda_plugin.convert.conversion import PARAMETERS, Conversion, check_keys, count, rename
 
 FAMILY = 'shunted_transformer'
 
-# Upstream module -> ours, inside a block.
+# Upstream module -> msda_plugin's, inside a block.
 _REDUCED_ATTENTION = {
     'attn.q': 'attn.query',
     **{
@@ -32,63 +32,46 @@ _QKV = ('attn.q', 'attn.kv', 'attn.kv1', 'attn.kv2')
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """Rename every key; the sizes of the model are read off the keys.
+    """Rename every key; the sizes of the model follow from the keys.
 
     Raises:
-        ValueError: if the keys are not those of a whole Shunted Transformer.
+        ValueError: If the keys are not those of a complete Shunted Transformer.
     """
-    conversion = Conversion()
     if any(key.startswith('stages.') for key in state_dict):
-        for key, value in state_dict.items():
-            conversion.take(key, key, value)
-        return conversion
-    renamed = _rename_table(state_dict)
+        return Conversion.unchanged(state_dict)
+    conversion, renamed = Conversion(), _rename_table(state_dict)
     body = {key for key in state_dict if not key.startswith('head.')}
     check_keys(FAMILY, body, set(renamed))
     for key, value in state_dict.items():
         if key in renamed:
             conversion.take(key, renamed[key], value)
         else:
-            conversion.dropped[key] = 'the classifier; a backbone has none'
+            conversion.dropped[key] = 'classification layer, not part of a backbone'
     return conversion
 
 
 def _rename_table(keys: Mapping[str, Tensor]) -> dict[str, str]:
-    """Upstream key -> our key, for the whole model that these keys are a part of."""
-    depths: dict[int, int] = {}
-    last_stem_conv = 3
-    for key in keys:
-        if match := re.match(r'block(\d+)\.(\d+)\.', key):
-            stage, block = map(int, match.groups())
-            depths[stage] = max(depths.get(stage, 0), block + 1)
-        elif match := re.match(r'patch_embed1\.conv\.(\d+)\.', key):
-            last_stem_conv = max(last_stem_conv, int(match.group(1)))
-    # A model built without qkv biases has none in any block.
+    """Upstream key -> msda_plugin's key, for a complete model of the sizes that ``keys`` imply."""
+    # A model without qkv biases has none in any block.
     qkv_bias = any(key.endswith('.attn.q.bias') for key in keys)
     table: dict[str, str] = {}
-
-    def add(upstream: str, ours: str, names: tuple[str, ...] = ('weight', 'bias')) -> None:
-        table.update({f'{upstream}.{name}': f'{ours}.{name}' for name in names})
-
-    # The stem is (conv, norm, ReLU) repeated, and a last convolution that upstream numbers along with them.
-    last_stem_conv -= last_stem_conv % 3
-    for i in range(last_stem_conv // 3):
-        add(f'patch_embed1.conv.{3 * i}', f'stages.0.patch_embed.convs.{i}.conv', ('weight',))
-        add(f'patch_embed1.conv.{3 * i + 1}', f'stages.0.patch_embed.convs.{i}.norm', _BATCH_NORM)
-    add(f'patch_embed1.conv.{last_stem_conv}', 'stages.0.patch_embed.proj')
-    for stage in range(1, max(depths, default=4) + 1):
-        ours = f'stages.{stage - 1}'
+    # The stem repeats (conv, norm, ReLU) and ends with a convolution; upstream numbers them consecutively.
+    num_convs = max(3, count(keys, r'patch_embed1\.conv\.(\d+)\.') - 1) // 3
+    for i in range(num_convs):
+        table |= rename(f'patch_embed1.conv.{3 * i}', f'stages.0.patch_embed.convs.{i}.conv', ['weight'])
+        table |= rename(f'patch_embed1.conv.{3 * i + 1}', f'stages.0.patch_embed.convs.{i}.norm', _BATCH_NORM)
+    table |= rename(f'patch_embed1.conv.{3 * num_convs}', 'stages.0.patch_embed.proj')
+    num_stages = max(1, count(keys, r'block(\d+)\.\d+\.')) - 1
+    for stage in range(1, (num_stages or 4) + 1):
+        prefix = f'stages.{stage - 1}'
         if stage > 1:
-            add(f'patch_embed{stage}.proj', f'{ours}.patch_embed.proj')
-        add(f'patch_embed{stage}.norm', f'{ours}.patch_embed.norm')
-        add(f'norm{stage}', f'{ours}.norm')
+            table |= rename(f'patch_embed{stage}.proj', f'{prefix}.patch_embed.proj')
+        table |= rename(f'patch_embed{stage}.norm', f'{prefix}.patch_embed.norm')
+        table |= rename(f'norm{stage}', f'{prefix}.norm')
         reduced = any(re.match(rf'block{stage}\.\d+\.attn\.sr[12]\.', key) for key in keys)
         modules = (_REDUCED_ATTENTION if reduced else _PLAIN_ATTENTION) | _REST_OF_BLOCK
-        for block in range(depths.get(stage, 1)):
-            for upstream, name in modules.items():
-                add(
-                    f'block{stage}.{block}.{upstream}',
-                    f'{ours}.blocks.{block}.{name}',
-                    ('weight', 'bias') if qkv_bias or upstream not in _QKV else ('weight',),
-                )
+        for i in range(max(1, count(keys, rf'block{stage}\.(\d+)\.'))):
+            for upstream, ours in modules.items():
+                names = PARAMETERS if qkv_bias or upstream not in _QKV else ['weight']
+                table |= rename(f'block{stage}.{i}.{upstream}', f'{prefix}.blocks.{i}.{ours}', names)
     return table

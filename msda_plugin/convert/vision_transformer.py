@@ -1,7 +1,8 @@
-"""Vision Transformer: checkpoints of timm (and of MAE and ViTDet, which name alike) and of mmpretrain to ours.
+"""Vision Transformer checkpoints of timm, of MAE and ViTDet, which use timm's names, and of mmpretrain.
 
-Our names are timm's. Classifiers, and the decoder of MAE's pre-training, are dropped. Variants that compute something
-else (layer scale, distillation or register tokens, a norm before the blocks, gated feed-forward layers) are refused.
+msda_plugin uses timm's names. Classification layers and the decoder of MAE's pre-training are dropped. Variants with
+another architecture (layer scale, distillation or register tokens, a norm before the blocks, gated feed-forward layers)
+are refused.
 """
 
 import math
@@ -12,24 +13,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .conversion import Conversion, check_keys, count
+from msda_plugin.convert.conversion import PARAMETERS, Conversion, check_keys, count, rename
 
 FAMILY = 'vision_transformer'
 
-_CLASSIFIER = 'the classifier; a backbone has none'
-_MEAN_NORM = 'normalises the mean over all patches, for the classifier; a backbone has none'
-_DECODER = 'the decoder of the pre-training; a backbone has none'
+_CLASSIFIER = 'classification layer, not part of a backbone'
+_MEAN_NORM = 'norm of the mean over all patches, for classification, not part of a backbone'
+_DECODER = 'decoder of the pre-training, not part of a backbone'
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a code base names a ViT.
+    """Names of a ViT's modules in a code base.
 
     Attributes:
         blocks: name of the list of blocks.
-        block: upstream module -> ours, inside a block.
-        rest: upstream module -> ours, outside the blocks.
-        dropped: start of a key -> why it is dropped.
+        block: upstream module -> msda_plugin's, inside a block.
+        rest: upstream module -> msda_plugin's, outside the blocks.
+        dropped: start of a key -> reason why it is dropped.
     """
 
     blocks: str
@@ -38,7 +39,7 @@ class Style:
     dropped: dict[str, str]
 
     def matches(self, key: str) -> bool:
-        """Whether the key is of a block's first norm, whose name no two styles share."""
+        """Whether the key belongs to a block's first norm, whose name differs between styles."""
         return re.match(rf'{self.blocks}\.\d+\.{next(iter(self.block))}\.', key) is not None
 
 
@@ -73,14 +74,14 @@ _REL_POS = ('attn.rel_pos_h', 'attn.rel_pos_w')
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """Rename every key; style, depth and options are read off the keys.
+    """Rename every key; style, depth and options follow from the keys.
 
-    Where there are keys under ``backbone.``, the ViT is there, and what lies outside is dropped. ``pos_embed``
-    (1, rows, C) is made to have a row for the class token, the first one, exactly where the file has a class token: a
-    row without a token (ViTDet's files) is left out, and a token without a row gets one of zeros.
+    If there are keys with the prefix ``backbone.``, all others are dropped. The first row of the converted
+    ``pos_embed`` (1, rows, C) belongs to the class token, if there is one: a row without a token (ViTDet's checkpoints)
+    is removed, and a token without a row gets a row of zeros.
 
     Raises:
-        ValueError: if the keys are not those of a whole ViT, or the positions are no table of them.
+        ValueError: If the keys are not those of a complete ViT, or ``pos_embed`` has another shape.
     """
     conversion = Conversion()
     prefix = 'backbone.' if any(key.startswith('backbone.') for key in state_dict) else ''
@@ -88,9 +89,9 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
     style = next((style for style in STYLES if any(map(style.matches, names.values()))), None)
     if style is None:
         raise ValueError(
-            f'the state dict does not fit family {FAMILY!r}: expected keys of timm, "blocks.0.norm1.'
-            'weight", or of mmpretrain, "layers.0.ln1.weight", both also under "backbone."; got '
-            f'{list(state_dict)[:8]}; give their prefix if they lie under another one'
+            f'the state dict does not fit family {FAMILY!r}: expected keys of timm ("blocks.0.norm1.weight") or of '
+            f'mmpretrain ("layers.0.ln1.weight"), possibly after "backbone."; got {list(state_dict)[:8]}. If they have '
+            'another prefix, specify it'
         )
     for key in state_dict:
         reason = 'outside the backbone'
@@ -110,39 +111,35 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
 
 
 def _rename_table(keys: set[str], style: Style) -> dict[str, str]:
-    """Upstream key -> our key, for the whole model that these keys are a part of."""
-    # These are options of a whole model: it has them in every block, or in none.
+    """Upstream key -> msda_plugin's key, for a complete model of the depth and options that ``keys`` imply."""
+    # Either all blocks have these, or none.
     bias = any(key.endswith('.attn.qkv.bias') for key in keys)
     rel_pos = any(key.endswith(_REL_POS) for key in keys)
     table = {'pos_embed': 'pos_embed'}
     if 'cls_token' in keys:
         table['cls_token'] = 'cls_token'
-
-    def add(upstream: str, ours: str, names: tuple[str, ...] = ('weight', 'bias')) -> None:
-        table.update({f'{upstream}.{name}': f'{ours}.{name}' for name in names})
-
     for upstream, ours in style.rest.items():
-        # A model that is read out by the mean of its patches has no norm at the end, nor has ViTDet's.
+        # ViTDet's models, and classifiers of the mean over the patches, have no final norm.
         if ours != 'norm' or any(key.startswith(f'{upstream}.') for key in keys):
-            add(upstream, ours)
+            table |= rename(upstream, ours)
     for i in range(count(keys, rf'{style.blocks}\.(\d+)\.')):
         for upstream, ours in style.block.items():
-            names = ('weight', 'bias') if bias or ours != 'attn.qkv' else ('weight',)
-            add(f'{style.blocks}.{i}.{upstream}', f'blocks.{i}.{ours}', names)
+            names = PARAMETERS if bias or ours != 'attn.qkv' else ['weight']
+            table |= rename(f'{style.blocks}.{i}.{upstream}', f'blocks.{i}.{ours}', names)
         if rel_pos:
-            table.update({f'{style.blocks}.{i}.{name}': f'blocks.{i}.{name}' for name in _REL_POS})
+            table |= rename(f'{style.blocks}.{i}', f'blocks.{i}', _REL_POS)
     return table
 
 
 def _fit_class_row(positions: Tensor, has_cls_token: bool) -> Tensor:
-    """Give or take the class token's row, so that there is one exactly where there is a class token."""
+    """Add or remove the class token's row, so that it exists if and only if there is a class token."""
     if positions.dim() != 3 or positions.shape[0] != 1 or positions.shape[1] < 1:
         raise ValueError(
             f'the state dict does not fit family {FAMILY!r}: pos_embed has shape '
             f'{tuple(positions.shape)}; expected (1, rows, C)'
         )
     rows = positions.shape[1]
-    # A number of rows that is neither a square nor one more is of an oblong grid, and taken to be as it should.
+    # Numbers of rows that are neither n^2 nor n^2 + 1 belong to a non-square grid and are kept.
     is_square, is_square_and_one = (math.isqrt(n) ** 2 == n for n in (rows, rows - 1))
     if has_cls_token and is_square and not is_square_and_one:
         return torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)

@@ -1,6 +1,6 @@
-"""What attention costs: by formula, by counting a model's operations, and by the clock."""
+"""The cost of attention: formulas, and a counter for models."""
 
-from .formulas import (
+from msda_plugin.costs.formulas import (
     Cost,
     convolution,
     cross_attention,

@@ -1,6 +1,6 @@
 """Detectors."""
 
-from .deformable_detr import DeformableDETR
-from .detr import DETR
+from msda_plugin.detectors.deformable_detr import DeformableDETR
+from msda_plugin.detectors.detr import DETR
 
 __all__ = ['DETR', 'DeformableDETR']

@@ -1,7 +1,8 @@
-"""Deformable DETR: one scale or several, with box refinement, one stage or two.
+"""Deformable DETR: single-scale or multi-scale, with optional box refinement and two stages.
 
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159. Modules, fields and state-dict keys are
-MMDetection's; here encoder, decoder and their attention come from the registry, and no forward waits for the device.
+MMDetection's. Encoder, decoder and their attention come from the registry, and the forward pass does not synchronize
+with the device.
 """
 
 import copy
@@ -15,7 +16,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from msda_plugin.compat import pretrained_last
-from msda_plugin.detectors.build_checks import check_given, check_parts
+from msda_plugin.detectors.build_checks import NeckInputCheck, check_given, check_parts
 from msda_plugin.detectors.padding import is_padded, padding_masks
 from msda_plugin.layers.deformable_detr_layers import (
     DeformableDetrTransformerDecoder,
@@ -29,24 +30,24 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 @MODELS.register_module()
-class DeformableDETR(MMDetDeformableDETR):
-    """Deformable DETR on our layers. A config of MMDetection's becomes ours by its types.
+class DeformableDETR(NeckInputCheck, MMDetDeformableDETR):
+    """Deformable DETR with msda_plugin's layers. Takes the config fields of MMDetection's.
 
     Args:
-        backbone, neck: configs; the neck gives ``num_feature_levels`` maps of ``embed_dims`` channels.
-        encoder, decoder: configs of :class:`DeformableDetrTransformerEncoder` and ``...Decoder``; ``type`` is optional,
-            also that of ``layer_cfg`` and of the attentions in it. An attention without ``type`` and ``num_levels``
-            gets ``num_feature_levels``.
+        backbone, neck: configs; the neck returns ``num_feature_levels`` maps of ``embed_dims`` channels.
+        encoder, decoder: configs of :class:`DeformableDetrTransformerEncoder` and ``...Decoder``; ``type`` is optional
+            in them, in ``layer_cfg`` and in its attentions. An attention without ``type`` and ``num_levels`` gets
+            ``num_feature_levels``.
         bbox_head: config of the head; the detector sets ``share_pred_layer``, ``num_pred_layer`` and ``as_two_stage``.
-        positional_encoding: config; without ``type`` a ``SinePositionalEncoding``.
-        num_queries: how many objects a picture can have at most.
-        with_box_refine: each decoder layer refines the boxes of the one before.
-        as_two_stage: queries start from the encoder's best proposals, not from learned positions.
-        num_feature_levels: how many maps the neck gives; 1 is single-scale.
+        positional_encoding: config; the default ``type`` is ``SinePositionalEncoding``.
+        num_queries: maximum number of objects per image.
+        with_box_refine: each decoder layer refines the boxes of the previous one.
+        as_two_stage: queries start from the encoder's best proposals instead of learned positions.
+        num_feature_levels: number of maps from the neck; 1 for single-scale.
         train_cfg, test_cfg, data_preprocessor, init_cfg: as in MMDetection.
 
     Raises:
-        ValueError: parts do not fit one another, or ``test_cfg.max_per_img`` asks for more boxes than there are.
+        ValueError: If parts do not fit together, or ``test_cfg.max_per_img`` exceeds the number of predicted boxes.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class DeformableDETR(MMDetDeformableDETR):
             'positional_encoding': positional_encoding,
         }
         check_given('DeformableDETR', parts)
-        # Copies: building fills in fields, and a config may be built again.
+        # Copies: building adds fields, and a config may be built again.
         parts = copy.deepcopy(parts)
         for part, name in (('encoder', 'self_attn_cfg'), ('decoder', 'cross_attn_cfg')):
             layer_cfg = parts[part].get('layer_cfg', {})
@@ -92,6 +93,7 @@ class DeformableDETR(MMDetDeformableDETR):
             init_cfg=init_cfg,
             **parts,
         )
+        self.neck_in_channels = (neck or {}).get('in_channels')
         check_parts(self, neck, num_feature_levels, f'num_feature_levels={num_feature_levels}')
         self._check_levels()
 
@@ -113,12 +115,12 @@ class DeformableDETR(MMDetDeformableDETR):
             self.reference_points_fc = nn.Linear(embed_dims, 2)
 
     def init_weights(self) -> None:
-        """Initialise the weights; what ``init_cfg`` wants loaded (``Pretrained``) stays as loaded."""
+        """Initialize the weights, except for parts that ``init_cfg`` loads from a file (``Pretrained``)."""
         with pretrained_last(self):
             super().init_weights()
 
     def _check_levels(self) -> None:
-        """Raise ValueError where an attention is built for another number of maps."""
+        """Raise ValueError if an attention is built for another number of maps."""
         for part in ('encoder', 'decoder'):
             for name, module in getattr(self, part).named_modules():
                 if isinstance(module, MultiScaleDeformableAttention) and module.num_levels != self.num_feature_levels:
@@ -130,12 +132,12 @@ class DeformableDETR(MMDetDeformableDETR):
     def pre_transformer(
         self, mlvl_feats: tuple[Tensor, ...], batch_data_samples: list[DetDataSample] | None = None
     ) -> tuple[dict, dict]:
-        """Flatten the maps, and embed and mask their pixels.
+        """Flatten the maps, and compute position embeddings and padding masks.
 
         Args:
             mlvl_feats: num_feature_levels maps (bs, embed_dims, h, w).
-            batch_data_samples: give ``batch_input_shape`` and each ``img_shape``, (h, w) in pixels: what lies beyond is
-                padding. None: there is no padding.
+            batch_data_samples: hold ``batch_input_shape`` and ``img_shape`` of each image, (h, w) in pixels; the
+                difference is padding. None: no padding.
 
         Returns:
             The inputs of the encoder: ``feat`` and ``feat_pos`` (bs, num_keys, embed_dims), ``feat_mask`` (bs,
@@ -143,14 +145,14 @@ class DeformableDETR(MMDetDeformableDETR):
             int64, ``valid_ratios`` (bs, num_levels, 2); and those of the decoder.
 
         Raises:
-            ValueError: the maps are not as many or as wide as the model was built for.
+            ValueError: If the number of maps or of their channels is not the one the model was built for.
         """
         sizes = [tuple(feat.shape) for feat in mlvl_feats]
         if len(sizes) != self.num_feature_levels or any(size[1] != self.embed_dims for size in sizes):
             raise ValueError(
-                f'the neck gave {len(sizes)} maps of {[size[1] for size in sizes]} channels, but '
-                f'num_feature_levels={self.num_feature_levels} maps of embed_dims={self.embed_dims} are '
-                'needed'
+                f'the {"neck" if self.with_neck else "backbone"} gave {len(sizes)} maps of '
+                f'{[size[1] for size in sizes]} channels, but num_feature_levels={self.num_feature_levels} maps of '
+                f'embed_dims={self.embed_dims} are needed: change the neck, or add one such as mmdet.ChannelMapper'
             )
         batch, device = sizes[0][0], mlvl_feats[0].device
         spatial_shapes = tuple(size[-2:] for size in sizes)
@@ -163,7 +165,7 @@ class DeformableDETR(MMDetDeformableDETR):
             feat_mask = torch.cat([mask.flatten(1) for mask in masks], 1)
         else:
             feat_mask, valid_ratios = None, torch.ones(batch, len(sizes), 2, device=device)
-            # The same for every image.
+            # Without padding, positions are the same for every image.
             positions = [
                 self.positional_encoding(None, input=feat[:1]).expand(batch, -1, -1, -1) for feat in mlvl_feats
             ]
@@ -189,7 +191,7 @@ class DeformableDETR(MMDetDeformableDETR):
         level_start_index: Tensor,
         valid_ratios: Tensor,
     ) -> dict:
-        """Run the encoder. Arguments are those that :meth:`pre_transformer` returns."""
+        """Run the encoder on the outputs of :meth:`pre_transformer`."""
         memory = self.encoder(
             query=feat,
             query_pos=feat_pos,
@@ -207,32 +209,31 @@ class DeformableDETR(MMDetDeformableDETR):
 
         Args:
             memory: (bs, num_keys, embed_dims).
-            memory_mask: (bs, num_keys), True on padding; None: there is none.
+            memory_mask: (bs, num_keys), True on padding; None: no padding.
             spatial_shapes, valid_ratios: as in :meth:`pre_transformer`.
 
         Returns:
             The decoder's ``query`` and ``query_pos`` (bs, num_queries, embed_dims), ``memory``, and
-            ``reference_points`` (bs, num_queries, 2), or (..., 4) boxes in two stages; and for the losses, in training,
-            ``enc_outputs_class`` (bs, num_keys, num_classes) and ``enc_outputs_coord`` (bs, num_keys, 4), None in one
-            stage.
+            ``reference_points`` (bs, num_queries, 2), or (..., 4) boxes in a two-stage model; and, in training, the
+            head's ``enc_outputs_class`` (bs, num_keys, num_classes) and ``enc_outputs_coord`` (bs, num_keys, 4), which
+            are None in a one-stage model.
 
         Raises:
-            ValueError: there are more queries than proposals to choose from.
+            ValueError: If there are more queries than proposals.
         """
         enc_class = enc_coord = None
         if self.as_two_stage:
             if self.num_queries > memory.shape[1]:
                 raise ValueError(
-                    f'num_queries={self.num_queries} proposals are to be chosen, but the maps '
-                    f'{spatial_shapes} have only {memory.shape[1]} pixels: enlarge the images, or lower '
-                    'num_queries'
+                    f'num_queries={self.num_queries} proposals are needed, but the maps {spatial_shapes} have '
+                    f'only {memory.shape[1]} pixels: enlarge the images, or lower num_queries'
                 )
             output_memory, proposals = self.gen_encoder_output_proposals(
                 memory, memory_mask, spatial_shapes, valid_ratios
             )
             enc_class = self.bbox_head.cls_branches[self.decoder.num_layers](output_memory)
             reg_branch = self.bbox_head.reg_branches[self.decoder.num_layers]
-            # Class 0 stands for any object.
+            # Class 0 is the score of any object.
             best = enc_class[..., 0].topk(self.num_queries, dim=1).indices[..., None]
             if self.training:
                 coord_logits = reg_branch(output_memory) + proposals
@@ -258,9 +259,9 @@ class DeformableDETR(MMDetDeformableDETR):
         Arguments are those of :meth:`pre_decoder`.
 
         Returns:
-            The projected memory (bs, num_keys, embed_dims), and the logits of (cx, cy, w, h), (bs, num_keys, 4): the
-            pixel's centre, 0.05 * 2^level wide and high. On padding, and where a coordinate is not between 0.01 and
-            0.99, the memory is zeroed before the projection and the logits are infinite.
+            The projected memory (bs, num_keys, embed_dims), and the logits of (cx, cy, w, h), (bs, num_keys, 4): boxes
+            around the pixel's center, 0.05 * 2^level wide and high. On padding, and where a coordinate is not between
+            0.01 and 0.99, the memory is zeroed before the projection and the logits are infinite.
         """
         centers = pixel_centers(spatial_shapes, valid_ratios)
         sides = torch.cat(
@@ -279,6 +280,6 @@ class DeformableDETR(MMDetDeformableDETR):
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``mode='tensor'``: what the head returns, logits and boxes of every decoder layer."""
+        """``mode='tensor'``: logits and boxes of every decoder layer, as the head returns them."""
         outputs = self.forward_transformer(self.extract_feat(batch_inputs), batch_data_samples)
         return self.bbox_head(outputs['hidden_states'], outputs['references'])

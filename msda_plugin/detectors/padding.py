@@ -1,4 +1,4 @@
-"""Which pixels of a batch of images of several sizes are padding."""
+"""Padding masks of a batch of images of different sizes."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
-    """Whether an image is smaller than the batch; without samples there is no padding, nor in an export to ONNX."""
+    """Whether an image is smaller than the batch. False without samples, and in an export to ONNX."""
     if batch_data_samples is None or torch.onnx.is_in_onnx_export():
         return False
     return any(
@@ -20,18 +20,18 @@ def is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
 def padding_masks(
     shapes: Sequence[tuple[int, int]], batch_data_samples: list[DetDataSample], device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
-    """Masks and valid shares of maps of the batch.
+    """Padding masks and valid ratios of the maps of a batch.
 
     Args:
         shapes: (h, w) of each map.
-        batch_data_samples: give ``batch_input_shape`` and each ``img_shape``, (h, w) in pixels.
+        batch_data_samples: hold ``batch_input_shape`` and ``img_shape`` of each image, (h, w) in pixels.
 
     Returns:
-        For each map a mask (bs, h, w), True on padding; and (bs, num_maps, 2), the shares of its width and height that
-        are not.
+        A mask (bs, h, w) for each map, True on padding; and valid ratios (bs, num_maps, 2), the fractions of width and
+        height that are not padding.
     """
     extents = torch.tensor([sample.img_shape[:2] for sample in batch_data_samples]).to(device, non_blocking=True)
-    # Images fill the top left corner, so that rows and columns can be resized apart, by nearest neighbour.
+    # Images fill the top left corner, so rows and columns can be resized separately, by nearest neighbor.
     beyond = [
         (torch.arange(size, device=device) >= extent[:, None]).float()[None]
         for size, extent in zip(batch_data_samples[0].batch_input_shape, extents.unbind(1), strict=True)

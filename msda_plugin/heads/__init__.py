@@ -1,6 +1,6 @@
 """Detection heads."""
 
-from .deformable_detr_head import DeformableDETRHead
-from .detr_head import DETRHead
+from msda_plugin.heads.deformable_detr_head import DeformableDETRHead
+from msda_plugin.heads.detr_head import DETRHead
 
 __all__ = ['DETRHead', 'DeformableDETRHead']

@@ -11,24 +11,76 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn import functional as F
 
+from msda_plugin.heads.detr_head import GIOU, L1, MATCHING, TOP_100
 from msda_plugin.heads.set_prediction import SetPrediction
 from msda_plugin.registry import MODELS
+
+FOCAL = dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0)
 
 
 @MODELS.register_module()
 class DeformableDETRHead(SetPrediction, MMDetDeformableDETRHead):
-    """MMDetection's head: same fields, same parameters, same losses, without the work per layer and image."""
+    """MMDetection's head (same fields, parameters and losses) with the losses batched over layers and images.
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        num_classes: number of object classes; with a softmax loss the class layer has an additional output, for no
+            object.
+        embed_dims: channels of the decoder's outputs.
+        num_reg_fcs: linear layers of the box branch before its last one.
+        sync_cls_avg_factor: average the divisor of the classification loss over processes.
+        loss_cls, loss_bbox, loss_iou: configs.
+        train_cfg, test_cfg: as in :class:`DETRHead`.
+        init_cfg: as in MMEngine.
+        share_pred_layer: all decoder layers share one class and one box branch.
+        num_pred_layer: number of branches; in a two-stage model the last one scores the encoder's proposals.
+        as_two_stage: the head belongs to a two-stage model.
+
+    The detector sets the last three fields.
+
+    Raises:
+        ValueError: If ``test_cfg.nms`` has no ``iou_threshold`` above 0 and up to 1.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embed_dims: int = 256,
+        num_reg_fcs: int = 2,
+        sync_cls_avg_factor: bool = False,
+        loss_cls: dict = FOCAL,
+        loss_bbox: dict = L1,
+        loss_iou: dict = GIOU,
+        train_cfg: dict | None = MATCHING,
+        test_cfg: dict | None = TOP_100,
+        init_cfg: dict | list[dict] | None = None,
+        *,
+        share_pred_layer: bool = False,
+        num_pred_layer: int = 6,
+        as_two_stage: bool = False,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            embed_dims,
+            num_reg_fcs,
+            sync_cls_avg_factor,
+            loss_cls,
+            loss_bbox,
+            loss_iou,
+            train_cfg,
+            test_cfg or {},
+            init_cfg,
+            share_pred_layer=share_pred_layer,
+            num_pred_layer=num_pred_layer,
+            as_two_stage=as_two_stage,
+        )
         self.init_set_prediction()
 
     def forward(self, hidden_states: Tensor, references: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Classify the queries and place their boxes, after every decoder layer.
+        """Predict classes and boxes of the queries after every decoder layer.
 
         Args:
             hidden_states: (num_layers, bs, num_queries, embed_dims).
-            references: what each layer started from, (bs, num_queries, 2 or 4), 0 to 1; entries past the last layer
+            references: reference points of each layer, (bs, num_queries, 2 or 4), 0 to 1; entries past the last layer
                 are not used.
 
         Returns:
@@ -40,7 +92,7 @@ class DeformableDETRHead(SetPrediction, MMDetDeformableDETRHead):
         else:
             logits = torch.stack([branch(x) for branch, x in zip(self.cls_branches, hidden_states, strict=False)])
             deltas = torch.stack([branch(x) for branch, x in zip(self.reg_branches, hidden_states, strict=False)])
-        # A reference of two coordinates is a centre: width and height come from the deltas alone.
+        # A reference of two coordinates is a center; width and height then come from the deltas alone.
         start = torch.stack(
             [
                 F.pad(inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))
@@ -64,11 +116,11 @@ class DeformableDETRHead(SetPrediction, MMDetDeformableDETRHead):
         Args:
             all_layers_cls_scores: logits (num_layers, bs, num_queries, num_classes).
             all_layers_bbox_preds: (num_layers, bs, num_queries, 4) as (cx, cy, w, h), 0 to 1 over the image.
-            enc_cls_scores: logits (bs, num_keys, num_classes), or None; every object counts as class 0.
+            enc_cls_scores: logits (bs, num_keys, num_classes), or None; the target class of every object is 0.
             enc_bbox_preds: (bs, num_keys, 4), or None.
-            batch_gt_instances: per image ``bboxes`` (n, 4) as (x1, y1, x2, y2) in pixels and ``labels`` (n,); n may
+            batch_gt_instances: ``bboxes`` (n, 4) as (x1, y1, x2, y2) in pixels and ``labels`` (n,) of each image; n may
                 be 0.
-            batch_img_metas: per image ``img_shape`` (h, w).
+            batch_img_metas: ``img_shape`` (h, w) of each image.
             batch_gt_instances_ignore: must be None.
 
         Returns:

@@ -30,23 +30,24 @@ TOP_100 = dict(max_per_img=100)
 
 @MODELS.register_module()
 class DETRHead(SetPrediction, MMDetDETRHead):
-    """MMDetection's head: same fields, same parameters, same losses, without the work per layer and image.
+    """MMDetection's head (same fields, parameters and losses) with the losses batched over layers and images.
 
     Args:
-        num_classes: classes of objects; with a softmax loss the class layer has one output more, for no object.
+        num_classes: number of object classes; with a softmax loss the class layer has an additional output, for no
+            object.
         embed_dims: channels of the decoder's outputs.
         num_reg_fcs: linear layers of the box branch before its last one.
-        sync_cls_avg_factor: average what the classification loss is divided by over processes.
-        loss_cls: config; ``class_weight`` is the weight of each class and ``bg_cls_weight`` that of no object.
+        sync_cls_avg_factor: average the divisor of the classification loss over processes.
+        loss_cls: config; ``class_weight`` is the weight of every object class, ``bg_cls_weight`` that of no object.
         loss_bbox, loss_iou: configs.
-        train_cfg: ``assigner``, the config of the matching; None: the head is not trained.
-        test_cfg: ``max_per_img``, how many boxes an image gets; ``nms``, non-maximum suppression of these within each
-            class, as in mmcv's ``batched_nms``.
+        train_cfg: ``assigner``, the config of the matching; None if the head is not trained.
+        test_cfg: ``max_per_img``, number of boxes per image; ``nms``, config of non-maximum suppression within each
+            class, as for mmcv's ``batched_nms``.
         init_cfg: as in MMEngine.
 
     Raises:
-        TypeError: ``class_weight`` or ``bg_cls_weight`` is not a number.
-        ValueError: ``test_cfg.nms`` has no ``iou_threshold`` over 0 and up to 1.
+        TypeError: If ``class_weight`` or ``bg_cls_weight`` is not a number.
+        ValueError: If ``test_cfg.nms`` has no ``iou_threshold`` above 0 and up to 1.
     """
 
     def __init__(
@@ -91,9 +92,9 @@ class DETRHead(SetPrediction, MMDetDETRHead):
         Args:
             all_layers_cls_scores: logits (num_layers, bs, num_queries, cls_out_channels).
             all_layers_bbox_preds: (num_layers, bs, num_queries, 4) as (cx, cy, w, h), 0 to 1 over the image.
-            batch_gt_instances: per image ``bboxes`` (n, 4) as (x1, y1, x2, y2) in pixels and ``labels`` (n,); n may
+            batch_gt_instances: ``bboxes`` (n, 4) as (x1, y1, x2, y2) in pixels and ``labels`` (n,) of each image; n may
                 be 0.
-            batch_img_metas: per image ``img_shape`` (h, w).
+            batch_img_metas: ``img_shape`` (h, w) of each image.
             batch_gt_instances_ignore: must be None.
 
         Returns:
@@ -113,7 +114,7 @@ class DETRHead(SetPrediction, MMDetDETRHead):
 
 
 def _class_weights(loss_cls: dict, num_classes: int) -> tuple[dict, float]:
-    """The config with a weight for each class, that of no object last; and that one, as the divisor takes it."""
+    """The config with one weight per class, no object last, and the weight of no object."""
     weight = loss_cls.get('class_weight')
     if weight is None:
         return loss_cls, 0
@@ -121,7 +122,7 @@ def _class_weights(loss_cls: dict, num_classes: int) -> tuple[dict, float]:
     for name, value in (('class_weight', weight), ('bg_cls_weight', background)):
         if not isinstance(value, Real):
             raise TypeError(
-                f'loss_cls.{name} is {value!r}, but DETR takes one number for all classes, and '
+                f'loss_cls.{name} is {value!r}; expected a number: class_weight for all object classes, '
                 'bg_cls_weight for no object'
             )
     loss_cls = {name: value for name, value in loss_cls.items() if name != 'bg_cls_weight'}

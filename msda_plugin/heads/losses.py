@@ -1,6 +1,6 @@
-"""Classification losses of all queries of a batch, for every decoder layer at once.
+"""Classification losses over all queries of a batch, for all decoder layers at once.
 
-Objects are few among the queries: both losses take the pairs that were matched, not a target for each query.
+Few queries have an object, so the losses take the matched pairs instead of one target per query.
 """
 
 import torch
@@ -18,37 +18,37 @@ def focal_loss(logits: Tensor, positives: Tensor, alpha: float, gamma: float) ->
     Returns:
         (L,)
     """
-    # Everything as if it were negative, then the few positives exchanged: no one-hot targets.
-    exchange = _focal_exchange(logits.gather(1, positives), alpha, gamma)
-    return _focal_negative(logits, alpha, gamma).sum(1) + exchange.sum(1)
+    # All entries as negatives, then a correction for the positives: no one-hot targets.
+    correction = _focal_correction(logits.gather(1, positives), alpha, gamma)
+    return _focal_negative(logits, alpha, gamma).sum(1) + correction.sum(1)
 
 
 def _focal_negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
     return (1 - alpha) * logits.sigmoid().pow(gamma) * F.softplus(logits)
 
 
-def _focal_exchange(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """The loss of these entries as positives, less their loss as negatives."""
+def _focal_correction(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Loss of entries as positives minus their loss as negatives."""
     return alpha * (-logits).sigmoid().pow(gamma) * F.softplus(-logits) - _focal_negative(logits, alpha, gamma)
 
 
 def quality_focal_loss(logits: Tensor, positives: Tensor, qualities: Tensor, beta: float) -> Tensor:
-    """Focal loss whose positives are to score as well as their boxes fit, summed per row.
+    """Focal loss whose positive targets are the IoUs of the predicted boxes, summed per row.
 
     Source: Li et al., Generalized Focal Loss, https://arxiv.org/abs/2006.04388, equation 3.
 
     Args:
         logits: (L, M).
         positives: (L, N) indices of the entries with an object; the target of all others is 0.
-        qualities: (L, N) targets of these entries, 0 to 1: the overlap of the predicted box with the object's.
+        qualities: (L, N) targets of the positives, 0 to 1: IoU of the predicted and the true box.
 
     Returns:
         (L,)
     """
     chosen = logits.gather(1, positives)
     distance = (qualities - chosen.sigmoid()).abs().pow(beta)
-    exchange = distance * (F.softplus(chosen) - qualities * chosen) - _quality_negative(chosen, beta)
-    return _quality_negative(logits, beta).sum(1) + exchange.sum(1)
+    correction = distance * (F.softplus(chosen) - qualities * chosen) - _quality_negative(chosen, beta)
+    return _quality_negative(logits, beta).sum(1) + correction.sum(1)
 
 
 def _quality_negative(logits: Tensor, beta: float) -> Tensor:
@@ -59,10 +59,10 @@ def cross_entropy(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tenso
     """Softmax cross-entropy in which queries without an object belong to the last class, summed per row.
 
     Args:
-        logits: (L, M, C), C counting the class of no object.
-        matched: (L, N) indices of the queries that have an object.
-        labels: (L, N) int64, their classes.
-        weight: (C,), of the true class of each query.
+        logits: (L, M, C); the last class is no object.
+        matched: (L, N) indices of the queries with an object.
+        labels: (L, N) int64 classes of these objects.
+        weight: (C,) weight of each class.
 
     Returns:
         (L,)

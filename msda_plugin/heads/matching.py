@@ -1,4 +1,4 @@
-"""Bipartite matching of predictions and objects: all decoder layers and images at once, one transfer to the host.
+"""Bipartite matching of predictions and objects, for all decoder layers and images with one transfer to the host.
 
 Source: Carion et al., DETR, https://arxiv.org/abs/2005.12872, equation 1; costs as in Deformable DETR.
 """
@@ -15,18 +15,20 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, generalized_box_iou
+
 Cost = FocalLossCost | ClassificationCost | BBoxL1Cost | IoUCost
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects of a batch, padded to the largest number T of any image.
+    """The objects of a batch, padded to the largest number T of objects in an image.
 
     Attributes:
         labels: (B, T) int64, 0 to num_classes - 1.
         boxes: (B, T, 4) as (cx, cy, w, h), 0 to 1 over the image.
         sizes: (B, 1, 4), (w, h, w, h) of each image in pixels.
-        counts: how many objects each image has.
+        counts: number of objects in each image.
     """
 
     labels: Tensor
@@ -42,11 +44,10 @@ class Targets:
         sizes = torch.tensor(
             [[width, height] * 2 for height, width in (meta['img_shape'][:2] for meta in metas)], dtype=torch.float32
         ).to(device, non_blocking=True)[:, None]
-        corners = pad_sequence([instance.bboxes for instance in instances], batch_first=True).float() / sizes
-        low, high = corners.chunk(2, -1)
+        boxes = pad_sequence([instance.bboxes for instance in instances], batch_first=True).float() / sizes
         return cls(
             labels=pad_sequence([instance.labels for instance in instances], batch_first=True),
-            boxes=torch.cat([(low + high) / 2, high - low], -1),
+            boxes=box_xyxy_to_cxcywh(boxes),
             sizes=sizes,
             counts=[len(instance.labels) for instance in instances],
         )
@@ -54,7 +55,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Matches:
-    """Matched pairs of each of L layers, N a layer, image after image.
+    """Matched pairs of L layers, N pairs per layer, ordered by image.
 
     Attributes:
         predictions: (L, N) indices into the B * Q predictions of a layer.
@@ -66,12 +67,12 @@ class Matches:
 
 
 class HungarianMatcher:
-    """What MMDetection's ``HungarianAssigner`` does for one image and layer, for all of them together.
+    """MMDetection's ``HungarianAssigner``, batched over images and layers.
 
     Args:
-        match_costs: built costs, each one of ``FocalLossCost``, ``ClassificationCost``, ``BBoxL1Cost`` and ``IoUCost``
-            with ``giou``.
-        num_classes: labels are 0 to num_classes - 1; logits may have one class more, for no object.
+        match_costs: built costs: ``FocalLossCost``, ``ClassificationCost``, ``BBoxL1Cost``, and ``IoUCost`` with
+            ``iou_mode='giou'``.
+        num_classes: labels are 0 to num_classes - 1; logits may have an additional class, for no object.
 
     Attributes:
         uses_softmax: whether a class's cost depends on the logits of the other classes.
@@ -83,34 +84,34 @@ class HungarianMatcher:
         self.uses_softmax = any(isinstance(cost, ClassificationCost) for cost in match_costs)
 
     @staticmethod
-    def why_not(assigner: object) -> str:
-        """An empty string, or what this matcher lacks to stand in for ``assigner``."""
+    def unsupported_reason(assigner: object) -> str:
+        """Why this matcher cannot replace ``assigner``; an empty string if it can."""
         if type(assigner) is not HungarianAssigner:
             return f'the assigner is {type(assigner).__name__}'
         for cost in assigner.match_costs:
             if type(cost) not in (FocalLossCost, ClassificationCost, BBoxL1Cost, IoUCost):
                 return f'a matching cost is {type(cost).__name__}'
             if getattr(cost, 'binary_input', False) or getattr(cost, 'iou_mode', 'giou') != 'giou':
-                return f'a {type(cost).__name__} has other settings than binary_input=False or iou_mode="giou"'
+                return f'a {type(cost).__name__} has settings other than binary_input=False and iou_mode="giou"'
         return ''
 
     @torch.no_grad()
     def match(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> list[Matches]:
-        """Match the predictions of each group to its objects, at the lowest sum of costs.
+        """Match the predictions of each group to its objects so that the sum of costs is lowest.
 
         Args:
             groups: logits (L, B, Q, C), boxes (L, B, Q, 4) as (cx, cy, w, h), 0 to 1 over the image, and targets; L, Q
-                and C may differ from group to group.
+                and C may differ between groups.
 
         Raises:
-            ValueError: a label is not among the classes.
-            FloatingPointError: predictions or boxes are NaN or infinite.
+            ValueError: If a label is not a class index, or a ground-truth box is NaN or infinite.
+            FloatingPointError: If predictions are NaN or infinite.
         """
         costs = [self.costs(*group) for group in groups]
-        # The one transfer to the host.
+        # The only transfer to the host.
         on_host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
         if not np.isfinite(on_host).all():
-            self._explain(groups)
+            self._raise_not_finite(groups)
         splits = np.split(on_host, np.cumsum([cost.numel() for cost in costs])[:-1])
         return [
             assign(split.reshape(cost.shape), targets.counts, cost.device)
@@ -118,7 +119,7 @@ class HungarianMatcher:
         ]
 
     def costs(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
-        """Costs of all pairs, (L, B, T, Q); NaN where a label is not among the classes."""
+        """Costs of all pairs, (L, B, T, Q); NaN where a label is not a class index."""
         total = 0
         for cost in self.match_costs:
             if isinstance(cost, FocalLossCost):
@@ -128,19 +129,20 @@ class HungarianMatcher:
             elif isinstance(cost, BBoxL1Cost):
                 expected, predicted = targets.boxes, boxes
                 if cost.box_format == 'xyxy':
-                    expected, predicted = corners(expected), corners(predicted)
+                    expected, predicted = box_cxcywh_to_xyxy(expected), box_cxcywh_to_xyxy(predicted)
                 total = total + cost.weight * torch.cdist(expected.expand(len(boxes), -1, -1, -1), predicted, p=1)
             else:
-                # In pixels: the overlap's guard against division by zero is absolute.
-                overlap = generalized_iou(
-                    corners(targets.boxes * targets.sizes)[:, :, None], corners(boxes * targets.sizes)[:, :, None]
+                # In pixels, because eps of the IoU is an absolute area.
+                overlap = generalized_box_iou(
+                    box_cxcywh_to_xyxy(targets.boxes * targets.sizes)[:, :, None],
+                    box_cxcywh_to_xyxy(boxes * targets.sizes)[:, :, None],
                 )
                 total = total - cost.weight * overlap
         unknown = (targets.labels < 0) | (targets.labels >= self.num_classes)
         return total.masked_fill(unknown[..., None], float('nan'))
 
-    def _explain(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> None:
-        """Raise the error that tells why costs are not finite."""
+    def _raise_not_finite(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> None:
+        """Raise the error that explains why costs are not finite."""
         for _, _, targets in groups:
             if targets.labels.min() < 0 or targets.labels.max() >= self.num_classes:
                 raise ValueError(
@@ -154,8 +156,7 @@ class HungarianMatcher:
                     'annotations and the pipeline'
                 )
         raise FloatingPointError(
-            'the predictions are NaN or infinite, so that nothing can be matched: training has '
-            'diverged; lower the learning rate or clip the gradients'
+            'the predictions are NaN or infinite: training has diverged; lower the learning rate or clip the gradients'
         )
 
 
@@ -175,13 +176,13 @@ def assign(costs: np.ndarray, counts: Sequence[int], device: torch.device) -> Ma
 
 
 def pick_classes(scores: Tensor, labels: Tensor) -> Tensor:
-    """The scores of each target's class: (L, B, C, Q), and labels (B, T) clamped to 0 .. C - 1 -> (L, B, T, Q)."""
+    """Scores (L, B, C, Q) of each target's class, for labels (B, T), clamped to 0 .. C - 1 -> (L, B, T, Q)."""
     index = labels.clamp(0, scores.shape[2] - 1)[None, :, :, None].expand(len(scores), -1, -1, scores.shape[3])
     return scores.gather(2, index)
 
 
 def focal_cost(logits: Tensor, labels: Tensor, alpha: float, gamma: float, eps: float) -> Tensor:
-    """What the focal loss would gain by calling a query its target's class.
+    """Focal loss of a query with the target's class as positive, minus its loss as negative.
 
     Args:
         logits: (L, B, Q, C).
@@ -198,44 +199,3 @@ def focal_cost(logits: Tensor, labels: Tensor, alpha: float, gamma: float, eps: 
     p = logits.sigmoid()
     cost = -(p + eps).log() * alpha * (1 - p).pow(gamma) + (1 - p + eps).log() * (1 - alpha) * p.pow(gamma)
     return cost if few_targets else pick_classes(cost, labels)
-
-
-def corners(boxes: Tensor) -> Tensor:
-    """(cx, cy, w, h) -> (x1, y1, x2, y2), (..., 4)."""
-    center, size = boxes.chunk(2, -1)
-    return torch.cat([center - size / 2, center + size / 2], -1)
-
-
-def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """Intersection over union of corner boxes, 0 to 1; shapes and ``eps`` as in ``generalized_iou``."""
-    intersection, union = _intersection_and_union(a.unbind(-1), b.unbind(-1), eps)
-    return intersection / union
-
-
-def generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """Generalised IoU (https://arxiv.org/abs/1902.09630, algorithm 1) of corner boxes, -1 to 1.
-
-    Args:
-        a, b: (x1, y1, x2, y2). With shapes (..., N, 1, 4) and (..., 1, M, 4), of all pairs; with equal ones, of each
-            pair.
-        eps: the smallest area to divide by, in the boxes' unit.
-    """
-    # Coordinate planes: a last dimension of 4 would leave the vector units idle.
-    a, b = a.unbind(-1), b.unbind(-1)
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
-    intersection, union = _intersection_and_union(a, b, eps)
-    hull = (
-        (torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)).clamp(min=0)
-        * (torch.maximum(ay2, by2) - torch.minimum(ay1, by1)).clamp(min=0)
-    ).clamp(min=eps)
-    return intersection / union - (hull - union) / hull
-
-
-def _intersection_and_union(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    """Areas, from the four coordinate planes of each."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a, b
-    intersection = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0) * (
-        torch.minimum(ay2, by2) - torch.maximum(ay1, by1)
-    ).clamp(min=0)
-    union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection).clamp(min=eps)
-    return intersection, union

@@ -1,4 +1,4 @@
-"""What the heads of DETR and Deformable DETR share: losses over all layers at once, and how they load checkpoints."""
+"""Shared by the heads of DETR and Deformable DETR: batched losses, non-maximum suppression, checkpoints."""
 
 import logging
 from collections.abc import Sequence
@@ -12,23 +12,24 @@ from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 from msda_plugin.heads.losses import cross_entropy, focal_loss, quality_focal_loss
-from msda_plugin.heads.matching import HungarianMatcher, Matches, Targets, corners, generalized_iou, iou
+from msda_plugin.heads.matching import HungarianMatcher, Matches, Targets
 
-EPS = torch.finfo(torch.float32).eps  # what MMDetection's losses add to the number they divide by
+EPS = torch.finfo(torch.float32).eps  # MMDetection's losses add it to their divisor
 
 
 class SetPrediction:
-    """Mixin of heads that descend from MMDetection's ``DETRHead``; stands before it among the bases.
+    """Mixin for subclasses of MMDetection's ``DETRHead``; must precede it in the list of bases.
 
-    Losses: matching costs of all layers and images are one batch and one transfer to the host; losses are computed for
-    all layers together. This covers ``HungarianAssigner`` with ``FocalLossCost`` or ``ClassificationCost``,
-    ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss``, ``QualityFocalLoss`` or softmax ``CrossEntropyLoss``,
-    ``L1Loss`` and ``GIoULoss`` with ``reduction='mean'``. For anything else MMDetection's own code runs, and the log
-    says so once, when the head is built.
+    Losses: matching costs of all layers and images are computed in one batch and copied to the host once; losses are
+    computed for all layers together. This covers ``HungarianAssigner`` with ``FocalLossCost`` or
+    ``ClassificationCost``, ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss``, ``QualityFocalLoss`` or
+    softmax ``CrossEntropyLoss``, ``L1Loss`` and ``GIoULoss`` with ``reduction='mean'``. Other configs run MMDetection's
+    code, with a warning when the head is built.
 
-    Predictions: DETR needs no non-maximum suppression once it has converged; after a short training duplicates are its
-    main error, and ``test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7))`` removes them, class by class.
+    Predictions: a converged DETR needs no non-maximum suppression. After a short training, duplicates are its main
+    error; ``test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7))`` removes them within each class.
 
     Checkpoints: a class layer for another number of classes is not loaded but keeps the weights it has, which are the
     initial ones when a training starts; the log names it. All other parameters are loaded as usual.
@@ -46,11 +47,11 @@ class SetPrediction:
         self.new_class_layers = ()
         self.matcher = None
         if self.train_cfg:
-            why_not = HungarianMatcher.why_not(self.assigner) or self._why_not_batched()
-            if why_not:
+            reason = HungarianMatcher.unsupported_reason(self.assigner) or self._unsupported_loss_reason()
+            if reason:
                 print_log(
                     f"{type(self).__name__} computes its losses layer by layer with MMDetection's code, because "
-                    f'{why_not}',
+                    f'{reason}',
                     logger='current',
                     level=logging.WARNING,
                 )
@@ -59,16 +60,16 @@ class SetPrediction:
         nms = self.test_cfg.get('nms')
         if nms is not None and not (isinstance(nms, dict) and 0 < nms.get('iou_threshold', -1) <= 1):
             raise ValueError(
-                f"test_cfg.nms is {nms}; give dict(type='nms', iou_threshold=…), a threshold above 0 "
-                'and up to 1, or leave nms out'
+                f"test_cfg.nms is {nms}; expected dict(type='nms', iou_threshold=…) with a threshold above 0 and up to "
+                '1. Leave nms out for no suppression'
             )
         if isinstance(self.loss_cls, CrossEntropyLoss):
             weight = self.loss_cls.class_weight
             weight = torch.ones(self.cls_out_channels) if weight is None else torch.as_tensor(weight).float()
             self.register_buffer('class_weight', weight, persistent=False)
 
-    def _why_not_batched(self) -> str:
-        """An empty string, or which loss the batched code does not cover."""
+    def _unsupported_loss_reason(self) -> str:
+        """Which loss the batched code does not cover; an empty string if it covers all of them."""
         for loss, covered in (
             (self.loss_cls, (FocalLoss, QualityFocalLoss, CrossEntropyLoss)),
             (self.loss_bbox, (L1Loss,)),
@@ -80,14 +81,14 @@ class SetPrediction:
         if isinstance(self.loss_cls, CrossEntropyLoss) and (
             self.loss_cls.use_sigmoid or self.loss_cls.use_mask or self.loss_cls.ignore_index is not None
         ):
-            return 'a CrossEntropyLoss has other settings than use_sigmoid=False and ignore_index=None'
+            return 'a CrossEntropyLoss has settings other than use_sigmoid=False and ignore_index=None'
         return ''
 
     @staticmethod
     def check_nothing_ignored(instances_ignore: object) -> None:
-        """Raise ValueError unless this is None."""
+        """Raise ValueError unless ``instances_ignore`` is None."""
         if instances_ignore is not None:
-            raise ValueError('batch_gt_instances_ignore must be None: DETR heads have no regions to ignore')
+            raise ValueError('batch_gt_instances_ignore must be None: DETR heads do not support ignored regions')
 
     # ---- losses ------------------------------------------------------------------------------------------------------
     def batched_losses(
@@ -103,10 +104,10 @@ class SetPrediction:
         Args:
             logits: (num_layers, bs, num_queries, cls_out_channels).
             boxes: (num_layers, bs, num_queries, 4) as (cx, cy, w, h), 0 to 1 over the image.
-            instances: per image ``bboxes`` (n, 4) as (x1, y1, x2, y2) in pixels and ``labels`` (n,); n may be 0.
-            metas: per image ``img_shape`` (h, w).
-            proposals: logits (bs, num_keys, cls_out_channels) and boxes (bs, num_keys, 4); every object counts as
-                class 0.
+            instances: ``bboxes`` (n, 4) as (x1, y1, x2, y2) in pixels and ``labels`` (n,) of each image; n may be 0.
+            metas: ``img_shape`` (h, w) of each image.
+            proposals: logits (bs, num_keys, cls_out_channels) and boxes (bs, num_keys, 4); the target class of every
+                object is 0.
 
         Returns:
             Scalars ``loss_cls``, ``loss_bbox``, ``loss_iou`` of the last layer, ``d0.loss_cls`` ... of the earlier
@@ -120,7 +121,7 @@ class SetPrediction:
                 *(prediction.float()[None] for prediction in proposals),
                 replace(targets, labels=torch.zeros_like(targets.labels)),
             )
-            # Unless they are normalised over the classes, costs need no other class than 0.
+            # Without a softmax over classes, the costs depend on class 0 only.
             groups.append(proposed if self.matcher.uses_softmax else (proposed[0][..., :1], *proposed[1:]))
         matches = self.matcher.match(groups)
 
@@ -136,10 +137,10 @@ class SetPrediction:
     def _losses(
         self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches
     ) -> dict[str, tuple[Tensor, ...]]:
-        """``cls``, ``bbox`` and ``iou`` loss of each layer, from (L, B, Q, C), (L, B, Q, 4) and N pairs a layer."""
+        """``cls``, ``bbox`` and ``iou`` loss of each layer, from (L, B, Q, C), (L, B, Q, 4) and N pairs per layer."""
         num_matches = matches.predictions.shape[1]
         num_unmatched = logits.shape[1] * logits.shape[2] - num_matches
-        # The class of no object counts by its weight.
+        # Unmatched queries count with the weight of the no-object class.
         totals = torch.stack(
             [boxes.new_full((), num_matches), boxes.new_full((), num_matches + num_unmatched * self.bg_cls_weight)]
         )
@@ -157,16 +158,18 @@ class SetPrediction:
         if self.loss_cls.use_sigmoid:
             index = matches.predictions * logits.shape[-1] + labels
             if isinstance(self.loss_cls, QualityFocalLoss):
-                fit = iou(corners(predicted.detach()), corners(expected))
-                loss_cls = quality_focal_loss(logits.flatten(1), index, fit, self.loss_cls.beta)
+                quality = box_iou(box_cxcywh_to_xyxy(predicted.detach()), box_cxcywh_to_xyxy(expected))
+                loss_cls = quality_focal_loss(logits.flatten(1), index, quality, self.loss_cls.beta)
             else:
                 loss_cls = focal_loss(logits.flatten(1), index, self.loss_cls.alpha, self.loss_cls.gamma)
         else:
             loss_cls = cross_entropy(logits.flatten(1, 2), matches.predictions, labels, self.class_weight.float())
 
         loss_bbox = (predicted - expected).abs().sum((1, 2))
-        # In pixels: the overlap's guard against division by zero is absolute.
-        overlap = generalized_iou(corners(predicted * sizes), corners(expected * sizes), self.loss_iou.eps)
+        # In pixels, because eps of the IoU is an absolute area.
+        overlap = generalized_box_iou(
+            box_cxcywh_to_xyxy(predicted * sizes), box_cxcywh_to_xyxy(expected * sizes), self.loss_iou.eps
+        )
         loss_iou = (1 - overlap).sum(1)
         return {
             'cls': (self.loss_cls.loss_weight / (num_classified + EPS) * loss_cls).unbind(),
@@ -178,7 +181,7 @@ class SetPrediction:
     def _predict_by_feat_single(
         self, cls_score: Tensor, bbox_pred: Tensor, img_meta: dict, rescale: bool = True
     ) -> InstanceData:
-        """MMDetection's, and non-maximum suppression within each class where ``test_cfg`` asks for it."""
+        """MMDetection's predictions of an image, after non-maximum suppression per class if ``test_cfg.nms`` is set."""
         results = super()._predict_by_feat_single(cls_score, bbox_pred, img_meta, rescale)
         nms = self.test_cfg.get('nms')
         if nms is None or len(results) == 0:

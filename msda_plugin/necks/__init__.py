@@ -1,8 +1,8 @@
-"""Necks: maps of a backbone to maps of one width."""
+"""Necks: feature maps of a backbone to maps of equal width."""
 
-from .mfds_hs_fpn import MFDSHSFPN
-from .pvt_neck import PVTNeck
-from .simple_feature_pyramid import SimpleFeaturePyramid
-from .swin_neck import SwinNeck
+from msda_plugin.necks.mfds_hs_fpn import MFDSHSFPN
+from msda_plugin.necks.pvt_neck import PVTNeck
+from msda_plugin.necks.simple_feature_pyramid import SimpleFeaturePyramid
+from msda_plugin.necks.swin_neck import SwinNeck
 
 __all__ = ['MFDSHSFPN', 'PVTNeck', 'SimpleFeaturePyramid', 'SwinNeck']

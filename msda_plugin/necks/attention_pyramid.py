@@ -1,4 +1,4 @@
-"""What PVTNeck and SwinNeck share: a ChannelMapper whose maps pass attention blocks and a top-down fusion."""
+"""Base class of PVTNeck and SwinNeck: a ChannelMapper with attention blocks and a top-down fusion."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,7 +26,7 @@ class AttentionBlock(BaseModule):
 
     Args:
         attention: maps tokens (B, H * W, C) and (H, W) to tokens, without a residual connection.
-        ffn: likewise.
+        ffn: the same.
         dims: channels C.
         scale: initial value of the layer scales.
     """
@@ -47,7 +47,7 @@ class AttentionBlock(BaseModule):
 
 
 class AddFusion(BaseModule):
-    """The finer map plus the coarser one, enlarged by nearest neighbour and scaled, as in a feature pyramid network."""
+    """Adds the coarser map, upsampled (nearest neighbor) and scaled, to the finer one, as in an FPN."""
 
     def __init__(self, dims: int, scale: float):
         super().__init__()
@@ -59,7 +59,7 @@ class AddFusion(BaseModule):
 
 
 class CrossAttentionFusion(BaseModule):
-    """The finer map plus what its pixels find in the coarser one, which is spatially reduced."""
+    """Adds cross-attention from the pixels of the finer map to the spatially reduced coarser map."""
 
     def __init__(self, dims: int, num_heads: int, sr_ratio: int, scale: float):
         super().__init__()
@@ -79,34 +79,34 @@ class CrossAttentionFusion(BaseModule):
 
 
 class AttentionPyramid(ChannelMapper):
-    """A :class:`ChannelMapper` of the same weights, whose maps are refined from the coarsest to the finest.
+    """A :class:`ChannelMapper` whose maps are refined from the coarsest to the finest.
 
-    The maps made from an input are fused with the next coarser one, and pass ``depth`` attention blocks. Extra levels
-    stay the ChannelMapper's. Every branch is added with a layer scale that starts at zero: a new neck gives what its
-    ChannelMapper gives.
+    Each map that has an input is fused with the next coarser one and passes ``depth`` attention blocks. Extra levels
+    are those of the ChannelMapper. Every branch has a layer scale that starts at zero, so a new neck computes the same
+    as a ChannelMapper with its weights.
 
     Args:
         in_channels: channels of each input map, finest first.
         out_channels: channels C of every output map.
-        num_outs: number of output maps; None: one an input. What is more than the inputs is made by 3x3 convolutions
-            of stride 2, from the last input.
-        depth: attention blocks on each map.
-        build_attention: makes the attention of a block, given the reduction of its map and the block's number: tokens
-            (B, H * W, C) and (H, W) to tokens, without a residual connection.
+        num_outs: number of output maps; None: one per input. Maps beyond the inputs are computed by 3x3 convolutions
+            of stride 2 from the last input.
+        depth: attention blocks per map.
+        build_attention: builds the attention of a block from the reduction ratio of its map and the block's index; the
+            attention maps tokens (B, H * W, C) and (H, W) to tokens, without a residual connection.
         use_conv: whether the feed-forward layers have PVT v2's convolution.
-        num_heads: heads of all attentions.
-        mlp_ratio: hidden channels of the feed-forward layers, in units of ``out_channels``.
+        num_heads: heads of every attention.
+        mlp_ratio: hidden channels of the feed-forward layers, as a multiple of ``out_channels``.
         fusion: 'add', 'cross_attention' or None.
-        sr_ratios: reduction of each input map where it is attended to as a whole; None: 1 for the last, twice as much
-            for each one before, which is PVT's 8, 4, 2, 1 at strides 4, 8, 16, 32.
-        input_norm: give each input a LayerNorm, for backbones that do not normalise their outputs (PVT v1).
+        sr_ratios: spatial reduction of each input map in global attention; None: 1 for the last map, doubled for each
+            finer one, which is PVT's 8, 4, 2, 1 at strides 4, 8, 16, 32.
+        input_norm: apply a LayerNorm to each input, for backbones that do not normalize their outputs (PVT v1).
         layer_scale_init_value: initial value of all layer scales.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
-        kernel_size, norm_cfg, act_cfg, bias: the convolutions', as in ChannelMapper.
-        init_cfg: MMEngine's initialisation config; None: :data:`INIT_CFG`.
+        kernel_size, norm_cfg, act_cfg, bias: of the convolutions, as in ChannelMapper.
+        init_cfg: MMEngine's initialization config; None: :data:`INIT_CFG`.
 
     Raises:
-        ValueError: sizes do not fit one another.
+        ValueError: If the arguments do not fit together.
     """
 
     def __init__(
@@ -152,18 +152,18 @@ class AttentionPyramid(ChannelMapper):
                 ModuleList(
                     [
                         AttentionBlock(
-                            build_attention(sr_ratio, number),
+                            build_attention(sr_ratio, index),
                             MixFeedForward(out_channels, int(out_channels * mlp_ratio), use_conv),
                             out_channels,
                             scale,
                         )
-                        for number in range(depth)
+                        for index in range(depth)
                     ]
                 )
                 for sr_ratio in sr_ratios
             ]
         )
-        # fusions[i] brings map i + 1 into map i.
+        # fusions[i] fuses map i + 1 into map i.
         if fusion == 'cross_attention':
             self.fusions = ModuleList(
                 [CrossAttentionFusion(out_channels, num_heads, sr_ratio, scale) for sr_ratio in sr_ratios[1:]]
@@ -174,17 +174,17 @@ class AttentionPyramid(ChannelMapper):
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Maps (B, in_channels[i], H_i, W_i) of any size, finest first -> ``num_outs`` maps of ``out_channels``.
 
-        Output i is as large as input i; an extra level has half the sides of the one before, rounded up.
+        Output i has the size of input i; an extra level has half the sides of the previous one, rounded up.
 
         Raises:
-            ValueError: the maps are not as many or as wide as the neck was built for.
+            ValueError: If the number of maps or their channels differ from ``in_channels``.
         """
         channels = tuple(x.shape[1] for x in inputs)
         if channels != self.in_channels:
             raise ValueError(
                 f'{type(self).__name__} got {len(channels)} maps of {channels} channels; expected '
-                f'{len(self.in_channels)} maps of in_channels={self.in_channels}: set in_channels to the '
-                "backbone's, or choose its maps by out_indices"
+                f'{len(self.in_channels)} maps of in_channels={self.in_channels}: set in_channels to the channels '
+                "of the backbone's maps, or select the maps with its out_indices"
             )
         if self.input_norms:
             inputs = [norm(x) for norm, x in zip(self.input_norms, inputs, strict=True)]
@@ -219,14 +219,13 @@ class AttentionPyramid(ChannelMapper):
         name = cls.__name__
         if not isinstance(in_channels, Sequence) or not in_channels:
             raise ValueError(
-                f'{name} got in_channels={in_channels}; expected the channels of each map of the '
-                'backbone, such as [256, 512, 1024, 2048]'
+                f'{name} got in_channels={in_channels}; expected the channels of each map of the backbone, such as '
+                '[256, 512, 1024, 2048]'
             )
         if num_outs is not None and num_outs < len(in_channels):
             raise ValueError(
-                f'{name} got num_outs={num_outs}, but there are {len(in_channels)} in_channels '
-                f'{list(in_channels)}: name fewer of them (and out_indices in the backbone), or raise '
-                'num_outs'
+                f'{name} got num_outs={num_outs}, but there are {len(in_channels)} in_channels {list(in_channels)}: '
+                'raise num_outs, or shorten in_channels and out_indices of the backbone'
             )
         if depth < 0:
             raise ValueError(f'{name} got depth={depth}; expected 0 (no attention) or more')

@@ -1,8 +1,8 @@
 """The high-level screening feature pyramid (HS-FPN) of MFDS-DETR.
 
 Source: Chen et al., Accurate leukocyte detection based on deformable-DETR and multi-level feature fusion for aiding
-diagnosis of blood diseases, Computers in Biology and Medicine 2024, https://arxiv.org/abs/2212.11552. Another neck of
-2025 is called HS-FPN too; this one carries its detector's name.
+diagnosis of blood diseases, Computers in Biology and Medicine 2024, https://arxiv.org/abs/2212.11552. The class is
+named after its detector because another neck (AAAI 2025) is also called HS-FPN.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ REDUCTION = 4  # of the channel attention's hidden layer
 
 
 class ChannelAttention(nn.Module):
-    """One weight per channel, from its mean and its maximum over the map, through one shared two-layer perceptron."""
+    """One weight per channel: mean and maximum over the map, each through a shared two-layer perceptron, summed."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -28,13 +28,13 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weights (B, C, 1, 1), 0 to 1, of a map (B, C, H, W)."""
-        # Mean and maximum go through the perceptron as one map of two pixels.
+        # Mean and maximum pass the perceptron as a map of two pixels.
         pooled = torch.stack([x.mean((2, 3)), x.amax((2, 3))], dim=-1).unsqueeze(-1)
         return self.expand(F.relu(self.squeeze(pooled))).sum(2, keepdim=True).sigmoid()
 
 
 class FeatureSelection(nn.Module):
-    """Weights the channels of a level and brings them to the pyramid's width: (B, C, H, W) to (B, out, H, W)."""
+    """Channel attention and a projection to the pyramid's width: (B, C, H, W) -> (B, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -47,19 +47,20 @@ class FeatureSelection(nn.Module):
 
 @MODELS.register_module()
 class MFDSHSFPN(BaseModule):
-    """HS-FPN: the top level, upsampled step by step, screens the channels of every finer level and is added to it.
+    """HS-FPN: the top level, upsampled step by step, weights the channels of every finer level and is added to it.
 
-    Drop-in for ``ChannelMapper`` and ``FPN``.
+    Drop-in replacement for ``ChannelMapper`` and ``FPN``.
 
     Args:
-        in_channels: channels of the input maps, finest first; the detector uses three.
+        in_channels: channels of the input maps, finest first; MFDS-DETR uses three.
         out_channels: channels of every output map.
-        num_outs: as many outputs as inputs, or one more (the detector's form): a coarser top level made from the last
-            input. Default: one more.
-        init_cfg: MMEngine's. Default: Xavier, uniform.
+        num_outs: the number of inputs, or one more (the default, as in MFDS-DETR) for a coarser top level computed from
+            the last input.
+        init_cfg: as in MMEngine. Default: Xavier, uniform.
 
     Raises:
-        ValueError: for another ``num_outs``, or channels that the group norms (32 groups) cannot divide.
+        ValueError: If ``num_outs`` has another value, or 32, the number of groups of the norms, does not divide the
+            channels.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class MFDSHSFPN(BaseModule):
         num_ins = len(self.in_channels)
         num_outs = num_ins + 1 if num_outs is None else num_outs
         if num_ins == 0:
-            raise ValueError('in_channels is empty, but the channels of at least one map are expected')
+            raise ValueError('in_channels is empty; expected the channels of at least one map')
         if num_outs not in (num_ins, num_ins + 1):
             raise ValueError(
-                f'num_outs is {num_outs} with {num_ins} in_channels, but HS-FPN has as many outputs as '
-                f'inputs or one more: set num_outs to {num_ins} or {num_ins + 1}'
+                f'num_outs is {num_outs} with {num_ins} in_channels, but HS-FPN has as many outputs as inputs, or one '
+                f'more: set num_outs to {num_ins} or {num_ins + 1}'
             )
         if out_channels % NUM_GROUPS or (num_outs > num_ins and 2 * self.in_channels[-1] % NUM_GROUPS):
             raise ValueError(
@@ -102,7 +103,7 @@ class MFDSHSFPN(BaseModule):
                 nn.GroupNorm(NUM_GROUPS, 2 * top),
             )
             channels.append(2 * top)
-        # Entry i of each list is of level i, finest first; only the levels below the top are screened.
+        # Entry i of each list belongs to level i, finest first; upsamples and screens exclude the top level.
         self.selections = nn.ModuleList(FeatureSelection(c, out_channels) for c in channels)
         self.upsamples = nn.ModuleList(
             nn.ConvTranspose2d(out_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
@@ -129,24 +130,26 @@ class MFDSHSFPN(BaseModule):
             sides, rounded up.
 
         Raises:
-            ValueError: if number or channels of the maps are not those of ``in_channels``.
+            ValueError: If the number of maps or their channels differ from ``in_channels``.
         """
         found = tuple(x.shape[1] for x in inputs)
         if found != self.in_channels:
             raise ValueError(
                 f'MFDSHSFPN got maps of {list(found)} channels, but in_channels is '
-                f'{list(self.in_channels)}: set it to what the backbone gives'
+                f'{list(self.in_channels)}: set it to the channels of the backbone'
             )
         inputs = list(inputs)
         if self.top_level is not None:
             inputs.append(self.top_level(inputs[-1]))
         selected = [select(x) for select, x in zip(self.selections, inputs, strict=True)]
 
-        # The chain of upsampled maps carries the top level alone, never what a finer level added.
+        # The chain carries the upsampled top level only: neither the fused outputs nor the maps resized for a fusion.
         top = selected[-1]
         for level in reversed(range(len(selected) - 1)):
             top = self.upsamples[level](top)
-            if top.shape[-2:] != selected[level].shape[-2:]:
-                top = F.interpolate(top, selected[level].shape[-2:], mode='bilinear', align_corners=False)
-            selected[level] = self.screens[level](top) * selected[level] + top
+            size = selected[level].shape[-2:]
+            resized = top
+            if top.shape[-2:] != size:
+                resized = F.interpolate(top, size, mode='bilinear', align_corners=False)
+            selected[level] = self.screens[level](resized) * selected[level] + resized
         return tuple(conv(x) for conv, x in zip(self.output_convs, selected, strict=True))

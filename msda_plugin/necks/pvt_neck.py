@@ -1,4 +1,4 @@
-"""A feature pyramid fused by spatial-reduction attention.
+"""Feature pyramid with spatial-reduction attention.
 
 The attention and the feed-forward layer are those of PVT v2 (Wang et al., https://arxiv.org/abs/2106.13797).
 """
@@ -6,38 +6,38 @@ The attention and the feed-forward layer are those of PVT v2 (Wang et al., https
 from collections.abc import Sequence
 
 from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
+from msda_plugin.necks.attention_pyramid import NORM_CFG, AttentionPyramid
 from msda_plugin.registry import MODELS
-
-from .attention_pyramid import NORM_CFG, AttentionPyramid
 
 
 @MODELS.register_module()
 class PVTNeck(AttentionPyramid):
-    """Takes the place of ChannelMapper or FPN; each map passes spatial-reduction attention and a top-down fusion.
+    """ChannelMapper with spatial-reduction attention on each map and a top-down fusion.
 
-    A new neck gives what a ChannelMapper of its weights gives; see :class:`AttentionPyramid` for the order of things.
+    A drop-in replacement for ChannelMapper or FPN. A new neck computes the same as a ChannelMapper with its weights;
+    see :class:`AttentionPyramid` for the order of the steps.
 
     Args:
         in_channels: channels of each input map, finest first.
         out_channels: channels of every output map; a multiple of ``num_heads`` and of the norm's groups.
-        num_outs: number of output maps; None: one an input. What is more than the inputs is made by 3x3 convolutions
-            of stride 2, from the last input.
-        depth: attention blocks on each map; 0: none.
-        num_heads: heads.
-        mlp_ratio: hidden channels of the feed-forward layers, in units of ``out_channels``.
-        sr_ratios: spatial reduction of each input map; None: 1 for the last, twice as much for each one before, which
-            is PVT's 8, 4, 2, 1 at strides 4, 8, 16, 32.
-        linear: linear spatial-reduction attention in the blocks.
-        fusion: 'add' (the coarser map is enlarged and added), 'cross_attention' (the finer map attends to the coarser
-            one, reduced by its own ``sr_ratios``), or None.
-        input_norm: give each input a LayerNorm, for backbones that do not normalise their outputs (PVT v1).
-        layer_scale_init_value: initial value of the layer scales; above zero the attention acts from the first step.
+        num_outs: number of output maps; None: one per input. Maps beyond the inputs are computed by 3x3 convolutions
+            of stride 2 from the last input.
+        depth: attention blocks per map; 0: none.
+        num_heads: attention heads.
+        mlp_ratio: hidden channels of the feed-forward layers, as a multiple of ``out_channels``.
+        sr_ratios: spatial reduction of each input map; None: 1 for the last map, doubled for each finer one, which is
+            PVT's 8, 4, 2, 1 at strides 4, 8, 16, 32.
+        linear: use linear spatial-reduction attention in the blocks.
+        fusion: 'add' (the coarser map is upsampled and added), 'cross_attention' (the finer map attends to the coarser
+            one, reduced by the coarser map's ``sr_ratios``), or None.
+        input_norm: apply a LayerNorm to each input, for backbones that do not normalize their outputs (PVT v1).
+        layer_scale_init_value: initial value of the layer scales; with 0 the attention contributes nothing at first.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
-        kernel_size, norm_cfg, act_cfg, bias: the convolutions', as in ChannelMapper; ``norm_cfg`` None: no norm.
-        init_cfg: MMEngine's initialisation config; None: Xavier for convolutions, truncated normal for linear layers.
+        kernel_size, norm_cfg, act_cfg, bias: of the convolutions, as in ChannelMapper; ``norm_cfg`` None: no norm.
+        init_cfg: MMEngine's initialization config; None: Xavier for convolutions, truncated normal for linear layers.
 
     Raises:
-        ValueError: sizes do not fit one another.
+        ValueError: If the arguments do not fit together.
 
     Example:
         >>> neck = PVTNeck([64, 128, 256], out_channels=64, num_outs=4)
@@ -66,7 +66,7 @@ class PVTNeck(AttentionPyramid):
         bias: bool | str = True,
         init_cfg: dict | list | None = None,
     ):
-        def build_attention(sr_ratio: int, number: int) -> SpatialReductionAttention:
+        def build_attention(sr_ratio: int, index: int) -> SpatialReductionAttention:
             return SpatialReductionAttention(
                 out_channels, num_heads, sr_ratio=sr_ratio, linear=linear, add_identity=False
             )

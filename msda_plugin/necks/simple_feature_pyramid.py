@@ -1,4 +1,4 @@
-"""ViTDet's simple feature pyramid: every level from the one map of a plain backbone.
+"""ViTDet's simple feature pyramid: all levels from the single map of a plain backbone.
 
 Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022,
 https://arxiv.org/abs/2203.16527, section 3, with the details of the authors' published code.
@@ -18,21 +18,21 @@ SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(BaseModule):
-    """Levels of strides 4, 8, 16 and 32 (or some of them) from a map of stride 16, as of ``VisionTransformer``.
+    """Levels of strides 4, 8, 16 and 32, or some of them, from a map of stride 16, such as ``VisionTransformer``'s.
 
-    The map is enlarged by transposed convolutions, left as it is, or reduced by a maximum; a 1x1 and a 3x3
-    convolution, each with a LayerNorm, bring every level to its width.
+    The map is upsampled by transposed convolutions, kept, or max-pooled. Each level then passes a 1x1 and a 3x3
+    convolution with LayerNorms.
 
     Args:
-        in_channels: channels C of the one input map.
+        in_channels: channels C of the input map.
         out_channels: channels of every output map.
-        num_outs: number of output maps; None for one a scale factor. What is more than the scale factors is taken
-            from the level before, every second pixel.
-        scale_factors: sides of a level in units of the input's, each of 4, 2, 1 and 0.5, finest first.
-        init_cfg: MMEngine's; None for PyTorch's initialisation, as in ViTDet.
+        num_outs: number of output maps; None: one per scale factor. Maps beyond the scale factors take every second
+            pixel of the previous map.
+        scale_factors: sides of the levels, as multiples of the input's; some of 4, 2, 1 and 0.5, finest first.
+        init_cfg: as in MMEngine; None: PyTorch's initialization, as in ViTDet.
 
     Raises:
-        ValueError: if channels, scale factors and number of outputs do not fit.
+        ValueError: If channels, scale factors and number of outputs do not fit together.
 
     Example:
         >>> neck = SimpleFeaturePyramid(192, num_outs=5)
@@ -55,13 +55,13 @@ class SimpleFeaturePyramid(BaseModule):
         num_outs = len(scale_factors) if num_outs is None else num_outs
         if num_outs < len(scale_factors):
             raise ValueError(
-                f'num_outs is {num_outs}, but there are {len(scale_factors)} scale_factors '
-                f'{scale_factors}; name fewer of them, or raise num_outs'
+                f'num_outs is {num_outs}, but there are {len(scale_factors)} scale_factors {scale_factors}: raise '
+                'num_outs, or shorten scale_factors'
             )
         if not isinstance(in_channels, int) or in_channels < 4 or in_channels % 4:
             raise ValueError(
-                f"in_channels is {in_channels}; expected one number, the channels of the backbone's one "
-                'map, a multiple of 4'
+                f"in_channels is {in_channels}; expected one number, a multiple of 4: the channels of the backbone's "
+                'single map'
             )
         self.in_channels = in_channels
         self.num_outs = num_outs
@@ -79,19 +79,19 @@ class SimpleFeaturePyramid(BaseModule):
             )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """One map (B, C, H, W), in a sequence -> ``num_outs`` maps (B, out_channels, h, w), finest first.
+        """Sequence of one map (B, C, H, W) -> ``num_outs`` maps (B, out_channels, h, w), finest first.
 
-        Sides are multiplied by the scale factor; half a side is rounded up.
+        Sides are multiplied by the scale factor, and half sides are rounded up.
 
         Raises:
-            ValueError: if there is not exactly one map, or it has other channels than ``in_channels``.
+            ValueError: If there is not exactly one map of ``in_channels`` channels.
         """
         found = [x.shape[1] for x in inputs]
         if found != [self.in_channels]:
             raise ValueError(
-                f'SimpleFeaturePyramid got {len(found)} maps of {found} channels; expected one map of '
-                f'in_channels={self.in_channels}: let the backbone give one map, and set in_channels to '
-                'its channels'
+                f'SimpleFeaturePyramid got {len(found)} maps of {found} channels; expected one map of in_channels='
+                f'{self.in_channels}: select one map with out_indices of the backbone, and set in_channels to its '
+                'channels'
             )
         outs = [level(inputs[0]) for level in self.levels]
         while len(outs) < self.num_outs:
@@ -100,7 +100,7 @@ class SimpleFeaturePyramid(BaseModule):
 
 
 def _resize(channels: int, scale: float) -> tuple[list[nn.Module], int]:
-    """The layers that multiply a map's sides by ``scale``, and the channels they give."""
+    """Layers that multiply a map's sides by ``scale``, and their output channels."""
     if scale == 4:
         return [
             nn.ConvTranspose2d(channels, channels // 2, 2, stride=2),
@@ -110,5 +110,5 @@ def _resize(channels: int, scale: float) -> tuple[list[nn.Module], int]:
         ], channels // 4
     if scale == 2:
         return [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)], channels // 2
-    # An odd side keeps its last row: the level still covers the image.
+    # Ceil mode keeps the last row of an odd side, so that the level covers the image.
     return [nn.MaxPool2d(2, stride=2, ceil_mode=True)] if scale < 1 else [], channels

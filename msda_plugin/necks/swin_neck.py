@@ -1,4 +1,4 @@
-"""A feature pyramid fused by shifted-window attention.
+"""Feature pyramid with shifted-window attention.
 
 The attention and the feed-forward layer are those of Swin Transformer (Liu et al., https://arxiv.org/abs/2103.14030).
 """
@@ -6,39 +6,38 @@ The attention and the feed-forward layer are those of Swin Transformer (Liu et a
 from collections.abc import Sequence
 
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
+from msda_plugin.necks.attention_pyramid import NORM_CFG, AttentionPyramid
 from msda_plugin.registry import MODELS
-
-from .attention_pyramid import NORM_CFG, AttentionPyramid
 
 
 @MODELS.register_module()
 class SwinNeck(AttentionPyramid):
-    """Takes the place of ChannelMapper or FPN; each map passes shifted-window attention and a top-down fusion.
+    """ChannelMapper with shifted-window attention on each map and a top-down fusion.
 
-    A new neck gives what a ChannelMapper of its weights gives; see :class:`AttentionPyramid` for the order of things.
+    A drop-in replacement for ChannelMapper or FPN. A new neck computes the same as a ChannelMapper with its weights;
+    see :class:`AttentionPyramid` for the order of the steps.
 
     Args:
         in_channels: channels of each input map, finest first.
         out_channels: channels of every output map; a multiple of ``num_heads`` and of the norm's groups.
-        num_outs: number of output maps; None: one an input. What is more than the inputs is made by 3x3 convolutions
-            of stride 2, from the last input.
-        depth: attention blocks on each map; even, because regular windows and windows shifted by half take turns; 0:
-            none.
-        num_heads: heads.
+        num_outs: number of output maps; None: one per input. Maps beyond the inputs are computed by 3x3 convolutions
+            of stride 2 from the last input.
+        depth: attention blocks per map; even, because regular and shifted windows alternate; 0: none.
+        num_heads: attention heads.
         window_size: side of the windows, in pixels of the map.
-        mlp_ratio: hidden channels of the feed-forward layers, in units of ``out_channels``.
-        fusion: 'add' (the coarser map is enlarged and added), 'cross_attention' (the finer map attends to the coarser
-            one, reduced by its ``sr_ratios``), or None.
-        sr_ratios: spatial reduction of each input map in the cross-attention; None: 1 for the last, twice as much for
-            each one before.
-        input_norm: give each input a LayerNorm, for backbones that do not normalise their outputs.
-        layer_scale_init_value: initial value of the layer scales; above zero the attention acts from the first step.
+        mlp_ratio: hidden channels of the feed-forward layers, as a multiple of ``out_channels``.
+        fusion: 'add' (the coarser map is upsampled and added), 'cross_attention' (the finer map attends to the coarser
+            one, reduced by the coarser map's ``sr_ratios``), or None.
+        sr_ratios: spatial reduction of each input map in the cross-attention; None: 1 for the last map, doubled for
+            each finer one.
+        input_norm: apply a LayerNorm to each input, for backbones that do not normalize their outputs.
+        layer_scale_init_value: initial value of the layer scales; with 0 the attention contributes nothing at first.
         with_cp: recompute each block in the backward pass instead of keeping its activations.
-        kernel_size, norm_cfg, act_cfg, bias: the convolutions', as in ChannelMapper; ``norm_cfg`` None: no norm.
-        init_cfg: MMEngine's initialisation config; None: Xavier for convolutions, truncated normal for linear layers.
+        kernel_size, norm_cfg, act_cfg, bias: of the convolutions, as in ChannelMapper; ``norm_cfg`` None: no norm.
+        init_cfg: MMEngine's initialization config; None: Xavier for convolutions, truncated normal for linear layers.
 
     Raises:
-        ValueError: sizes do not fit one another.
+        ValueError: If the arguments do not fit together.
 
     Example:
         >>> neck = SwinNeck([64, 128, 256], out_channels=64, num_outs=4)
@@ -69,13 +68,13 @@ class SwinNeck(AttentionPyramid):
     ):
         if depth % 2:
             raise ValueError(
-                f'SwinNeck got depth={depth}; expected an even number of blocks, because regular and '
-                'shifted windows take turns'
+                f'SwinNeck got depth={depth}; expected an even number of blocks, because regular and shifted windows '
+                'alternate'
             )
 
-        def build_attention(sr_ratio: int, number: int) -> ShiftedWindowAttention:
+        def build_attention(sr_ratio: int, index: int) -> ShiftedWindowAttention:
             return ShiftedWindowAttention(
-                out_channels, num_heads, window_size, shift_size=window_size // 2 if number % 2 else 0
+                out_channels, num_heads, window_size, shift_size=window_size // 2 if index % 2 else 0
             )
 
         super().__init__(

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: the operator, its reference, and the choice of backend. Knows torch alone."""
+"""Multi-scale deformable attention: the operator, its reference, and the choice of backend. Needs only torch."""
 
 from msda_plugin.ops.backends import Backend, backend_for, use_backend
 from msda_plugin.ops.functional import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_reference

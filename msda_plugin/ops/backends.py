@@ -1,8 +1,9 @@
-"""Which implementation runs: the compiled libraries, the choice among backends, and the reasons.
+"""Loads the compiled libraries and chooses the backend that runs the operator.
 
-Automatic choice: the compiled kernels of the value's device, else the reference with one warning that names the reason.
-``MSDA_BACKEND`` or :func:`use_backend` chooses one; a chosen backend that cannot run raises, it never falls back.
-``MSDA_LIBRARY_DIR`` names another directory with compiled libraries, such as a build with sanitizers.
+By default, the compiled kernels of the value's device run. If they are unavailable, the reference runs after one
+warning that names the reason. ``MSDA_BACKEND`` or :func:`use_backend` chooses a backend; if that one cannot run, the
+operator raises instead of falling back. ``MSDA_LIBRARY_DIR`` names another directory of compiled libraries, such as a
+build with sanitizers.
 """
 
 import ctypes
@@ -22,14 +23,14 @@ LIBRARY_DIR = Path(os.environ.get('MSDA_LIBRARY_DIR') or Path(__file__).parent /
 
 
 class Backend(NamedTuple):
-    """What would run (``'cuda'``, ``'cpu'`` or ``'reference'``), and why."""
+    """The name of a backend (``'cuda'``, ``'cpu'`` or ``'reference'``) and the reason why it runs."""
 
     name: str
     reason: str
 
 
 def _load(name: str) -> str:
-    """Load the compiled library of one device type; an empty string, or the reason why its kernels cannot run."""
+    """Load the compiled library of a device type. Returns the reason why it cannot be used, or an empty string."""
     path = LIBRARY_DIR / f'libmsda_{name}.so'
     if not path.exists():
         return f'{path.name} was not built: run "python csrc/build.py", or reinstall where a compiler is found'
@@ -42,16 +43,21 @@ def _load(name: str) -> str:
     return ''
 
 
+def _call(name: str, function: str) -> str:
+    """Call a function of a loaded library that returns a string."""
+    exported = ctypes.CDLL(str(LIBRARY_DIR / f'libmsda_{name}.so'))[function]
+    exported.restype = ctypes.c_char_p
+    return exported().decode()
+
+
 def _describe(name: str) -> str:
-    if name != 'cpu' or _unavailable[name]:
+    if name != 'cpu' or _unsupported[name]:
         return f'compiled kernels for {name}'
-    instruction_set = ctypes.CDLL(str(LIBRARY_DIR / 'libmsda_cpu.so')).msda_cpu_instruction_set
-    instruction_set.restype = ctypes.c_char_p
-    return f'compiled kernels for cpu, {instruction_set().decode()}'
+    return f'compiled kernels for cpu, {_call("cpu", "msda_cpu_instruction_set")}'
 
 
-_unavailable = {name: _load(name) for name in ('cpu', 'cuda')}  # '' where the kernels can run
-_description = {name: _describe(name) for name in _unavailable}
+_unsupported = {name: _load(name) for name in ('cpu', 'cuda')}  # '' if the kernels can run
+_description = {name: _describe(name) for name in _unsupported}
 _warned: set[str] = set()
 
 
@@ -67,7 +73,7 @@ _chosen = _name_from_environment()
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Choose the backend within a ``with`` block, for the whole process; None chooses automatically.
+    """Choose the backend within a ``with`` block, for all threads of the process. None restores the default.
 
     Example:
         >>> with use_backend('reference'):
@@ -85,37 +91,42 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def backend_for(device: torch.device | str, dtype: torch.dtype) -> Backend:
-    """Tell which backend would run for a value of this device and dtype, and why.
+    """Return the backend that would run for a value of this device and dtype, with the reason.
 
     Raises:
-        TypeError: The operator does not take this dtype.
-        RuntimeError: A backend was chosen that cannot run there.
+        TypeError: If the operator does not support the dtype.
+        RuntimeError: If a backend was chosen that cannot run on the device.
     """
     if dtype not in VALUE_DTYPES:
         raise TypeError(f'dtype is {dtype}, but one of float64, float32, float16, bfloat16 is needed')
     device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
-    unavailable = _unavailable.get(device_type, f'there are no kernels for device type {device_type!r}')
+    unsupported = _unsupported.get(device_type, f'there are no kernels for device type {device_type!r}')
     if _chosen == 'reference':
         return Backend('reference', 'chosen by use_backend or MSDA_BACKEND')
     if _chosen is not None:
-        if _chosen != device_type or unavailable:
-            why = unavailable or f'the tensors are on device type {device_type!r}'
+        if _chosen != device_type or unsupported:
+            reason = unsupported or f'the tensors are on device type {device_type!r}'
             raise RuntimeError(
-                f'the backend {_chosen!r} was chosen by use_backend or MSDA_BACKEND, but it cannot run: {why}'
+                f'the backend {_chosen!r} was chosen by use_backend or MSDA_BACKEND, but it cannot run: {reason}'
             )
         return Backend(_chosen, 'chosen by use_backend or MSDA_BACKEND')
-    if unavailable:
-        return Backend('reference', unavailable)
+    if unsupported:
+        return Backend('reference', unsupported)
     return Backend(device_type, _description[device_type])
 
 
-def why_unavailable(name: str) -> str:
-    """Why the compiled kernels of a device type ('cpu', 'cuda') cannot run; empty where they can."""
-    return _unavailable[name]
+def unsupported_reason(name: str) -> str:
+    """Why the compiled kernels of a device type (``'cpu'`` or ``'cuda'``) cannot run. Empty if they can."""
+    return _unsupported[name]
+
+
+def cuda_architectures() -> list[str]:
+    """The GPU code in the loaded CUDA library: ``'sm_90'`` for machine code, ``'compute_120'`` for PTX."""
+    return _call('cuda', 'msda_cuda_architectures').split('+')
 
 
 def runs_native(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether compiled kernels run, after the one warning if they ought to and cannot."""
+    """Whether compiled kernels run. Warns once for each device type that falls back to the reference."""
     backend = backend_for(device, dtype)
     if backend.name != 'reference':
         return True

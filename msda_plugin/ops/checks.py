@@ -1,4 +1,4 @@
-"""Argument checks of the operator: the one gate. A message says what came, what was expected, and the remedy."""
+"""Argument checks of the operator. Every message says what came, what is needed, and the remedy."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -38,10 +38,10 @@ def check_fused(
 def prepare_levels(
     value: Tensor, spatial_shapes: Tensor | Sequence[tuple[int, int]], level_start_index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Levels as the kernels take them: ``spatial_shapes`` (L, 2) and ``level_start_index`` (L,), int64, on the device.
+    """Convert the levels to what the kernels take: ``spatial_shapes`` (L, 2) and ``level_start_index`` (L,), int64.
 
-    The values are checked only where they are on the host (a CPU tensor or a sequence), so that nothing waits for the
-    device. Use :func:`check_levels` to check those of a device tensor.
+    Sizes are checked only on the CPU, since reading them would synchronize with a device. Use :func:`check_levels` to
+    check the sizes in a device tensor.
     """
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -82,7 +82,7 @@ def prepare_levels(
 
 
 def check_levels(spatial_shapes: Tensor, level_start_index: Tensor | None, num_keys: int) -> None:
-    """Raise ValueError unless the levels fill ``num_keys``. Reads the values: on a device this waits for it.
+    """Raise ValueError unless the levels fill ``num_keys``. Reads the values, which synchronizes with the device.
 
     Args:
         spatial_shapes: (num_levels, 2) integers, (h, w) of each level.
@@ -186,8 +186,10 @@ def _shapes_from_pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -
 
 @lru_cache(maxsize=256)
 def _cached_shapes(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    # Copying from the host waits for the device, so it happens once per set of shapes. The tensor is never written to.
-    return torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(rows), 2)
+    # Copying from the host synchronizes with the device, so each set of shapes is copied once. The tensor is never
+    # written to. A tensor made in inference mode could not be saved for a later backward pass.
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(rows), 2)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

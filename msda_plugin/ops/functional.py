@@ -24,30 +24,31 @@ def ms_deform_attn(
     *,
     deterministic: bool | None = None,
 ) -> Tensor:
-    """Multi-scale deformable attention: each query sums bilinear samples of the value, by weight.
+    """Multi-scale deformable attention: the output of each query is a weighted sum of bilinear samples of the value.
 
     Args:
-        value: (bs, num_keys, num_heads, head_dim) in float64, float32, float16 or bfloat16; the keys are the pixels of
+        value: (bs, num_keys, num_heads, head_dim) in float64, float32, float16 or bfloat16. The keys are the pixels of
             the levels, row by row.
         spatial_shapes: (num_levels, 2) int64, (h, w) of each level, or a sequence of pairs (h, w).
-        level_start_index: (num_levels,) int64, the first key of each level; None: levels one after the other.
+        level_start_index: (num_levels,) int64, the first key of each level. None: consecutive levels.
         sampling_locations: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y), 0 to 1 over the level (0
-            and 1 are the outer edges of its border pixels). Beyond it the level is 0; NaN and infinite locations
+            and 1 are the outer edges of its border pixels). The level is zero-padded. NaN and infinite locations
             contribute nothing and get gradient 0.
         attention_weights: (bs, num_queries, num_heads, num_levels, num_points), usually summing to 1 per query and
             head.
-        deterministic: Bitwise repeatable results; None follows :func:`torch.use_deterministic_algorithms`. The CPU
-            kernels always are.
+        deterministic: Whether results are bitwise repeatable; None follows
+            :func:`torch.use_deterministic_algorithms`. The CPU kernels are always deterministic.
 
-    Locations and weights may have another float dtype than the value and are then read in float32 (float64 for a
-    float64 value). Sums are in float32 (float64); each gradient has the dtype of its input.
+    Locations and weights may have another float dtype than the value; they are then converted to float32 (float64 for a
+    float64 value). Sums are computed in float32 (float64). Each gradient has the dtype of its input.
 
     Returns:
         (bs, num_queries, num_heads * head_dim) in the value's dtype.
 
     Raises:
-        TypeError, ValueError: An argument does not fit; the message names it.
-        RuntimeError: The chosen backend cannot run, or a kernel could not be launched.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If an argument has a wrong shape, size or device.
+        RuntimeError: If the chosen backend cannot run, or a kernel launch fails.
 
     Example:
         >>> value = torch.rand(1, 6 * 8 + 3 * 4, 2, 16)
@@ -84,12 +85,11 @@ def ms_deform_attn_fused(
         sampling_offsets: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y). With points, in pixels of the
             level: ``location = xy + offset / (w, h) of the level``. With boxes, in units of half the box, divided by
             the number of points: ``location = xy + offset / num_points * wh * 0.5``.
-        attention_logits: (bs, num_queries, num_heads, num_levels, num_points); their softmax over levels and points
-            together is the attention weight.
+        attention_logits: (bs, num_queries, num_heads, num_levels, num_points); their softmax over all levels
+            and points is the attention weight.
 
     Returns:
-        (bs, num_queries, num_heads * head_dim) in the value's dtype. Nothing larger than the inputs is kept for the
-        backward pass.
+        (bs, num_queries, num_heads * head_dim) in the value's dtype. Only the inputs are saved for the backward pass.
 
     Raises:
         TypeError, ValueError, RuntimeError: As :func:`ms_deform_attn`.
@@ -130,12 +130,12 @@ def ms_deform_attn_reference(
 
 
 def _uses_reference(value: Tensor) -> bool:
-    # An ONNX graph has no custom operator: the definition is what is exported.
+    # ONNX has no custom operator, so the reference is exported.
     return torch.onnx.is_in_onnx_export() or not backends.runs_native(value.device, value.dtype)
 
 
 def _unify(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Bring tensors to one dtype that the kernels take: the value's, if all have it, else the accumulation dtype."""
+    """Convert tensors to a dtype of the kernels: the value's if all tensors have it, else the accumulation dtype."""
     if all(tensor.dtype == value.dtype for tensor in tensors):
         return tensors
     return tuple(tensor.to(accumulation_dtype(value)) for tensor in tensors)

@@ -1,11 +1,15 @@
-"""The dispatcher's view of the operator: schemas, fake kernels and autograd of ``torch.ops.msda``.
+"""Defines ``torch.ops.msda``: schemas, fake kernels, autograd and FLOP formulas.
 
-The compiled libraries (csrc/) register the kernels. Under autocast the operators run in the dtypes they are given: the
-value's dtype decides, and coordinates are never rounded.
+The compiled libraries (csrc/) register the kernels. Autocast does not change the dtypes of the operators' arguments, so
+coordinates are never rounded.
 """
 
-import torch
+import math
 
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from msda_plugin.costs.formulas import MACS_PER_SAMPLE
 from msda_plugin.ops.reference import attend, attend_fused
 
 torch.library.define(
@@ -19,33 +23,35 @@ torch.library.define(
 torch.library.define(
     'msda::ms_deform_attn_backward',
     (
-        '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
-        'Tensor attention_weights, bool deterministic) -> (Tensor, Tensor, Tensor)'
+        '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, '
+        'Tensor sampling_locations, Tensor attention_weights, bool deterministic) -> (Tensor, Tensor, Tensor)'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     'msda::ms_deform_attn_fused',
     (
-        '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, Tensor sampling_offsets, '
-        'Tensor attention_logits, bool deterministic) -> Tensor'
+        '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, '
+        'Tensor sampling_offsets, Tensor attention_logits, bool deterministic) -> Tensor'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     'msda::ms_deform_attn_fused_backward',
     (
-        '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, '
-        'Tensor sampling_offsets, Tensor attention_logits, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)'
+        '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, '
+        'Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, bool deterministic) '
+        '-> (Tensor, Tensor, Tensor, Tensor)'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-# Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic); its backward
-# takes grad_output before them and returns the gradients of the value, the coordinates and the weights.
+# Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic). Its backward
+# takes grad_output before these, and returns the gradients of the value, the coordinates and the weights.
 def _register(name: str, definition) -> None:
-    backward_op = getattr(torch.ops.msda, f'{name}_backward').default
+    operator, backward_operator = getattr(torch.ops.msda, name), getattr(torch.ops.msda, f'{name}_backward')
+    backward_op = backward_operator.default
 
     @torch.library.register_fake(f'msda::{name}')
     def fake(value, spatial_shapes, level_start_index, *rest):
@@ -74,6 +80,16 @@ def _register(name: str, definition) -> None:
         result = torch.autograd.grad(grads, leaves, grad_grads, allow_unused=True, materialize_grads=True)
         return result[0], result[1], None, None, *result[2:], None
 
+    def flops(value, spatial_shapes, level_start_index, *rest, out_shape=None):
+        # The arguments are shapes. rest[-3] is (bs, num_queries, num_heads, num_levels, num_points, 2).
+        return 2 * MACS_PER_SAMPLE * math.prod(rest[-3][:5]) * value[3]
+
+    def backward_flops(grad_output, *args, out_shape=None):
+        # As for a matrix product, one part for the gradient of the value and one for those of the samples.
+        return 2 * flops(*args)
+
+    register_flop_formula(operator)(flops)
+    register_flop_formula(backward_operator)(backward_flops)
     torch.library.register_autograd(f'msda::{name}', backward, setup_context=keep_inputs)
     torch.library.register_autograd(f'msda::{name}_backward', double_backward, setup_context=keep_inputs)
 

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention in plain PyTorch: the definition that every backend is tested against.
 
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3. Every function is differentiable any
-number of times, reads no tensor's values on the host, and computes in float32 (float64 for a float64 value).
+number of times, does not read tensor values on the host, and computes in float32 (float64 for a float64 value).
 """
 
 import torch
@@ -21,11 +21,10 @@ def attend(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sum bilinear samples of ``value`` by weight; shapes as in :func:`msda_plugin.ops.ms_deform_attn`.
+    """Weighted sum of bilinear samples of ``value``; shapes as in :func:`msda_plugin.ops.ms_deform_attn`.
 
     The samples are those of ``grid_sample(mode='bilinear', padding_mode='zeros', align_corners=False)``. A location
-    whose four neighbours are all outside the level, or which is NaN or infinite, contributes nothing and gets gradient
-    0.
+    that is NaN or infinite, or whose four neighbors are all outside the level, contributes nothing and gets gradient 0.
     """
     dtype = accumulation_dtype(value)
     height, width = spatial_shapes[:, :1], spatial_shapes[:, 1:]  # (L, 1), against (..., L, P)
@@ -49,7 +48,7 @@ def attend_fused(
     weights = attention_logits.to(dtype).flatten(-2).softmax(-1).view(attention_logits.shape)
     points = reference_points.to(dtype)[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
     offsets = sampling_offsets.to(dtype)
-    # An excluded sample must not turn a gradient into 0 * inf, so it is excluded before the arithmetic.
+    # Samples are excluded before the arithmetic, since 0 * inf would make a gradient NaN.
     with torch.no_grad():
         x, y = _pixel_coordinates(points, offsets, height, width)
         inside = _inside(x, y, height, width)[..., None]
@@ -58,7 +57,7 @@ def attend_fused(
 
 
 def _pixel_coordinates(points: Tensor, offsets: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Sampling positions (x, y) in pixels of the level, 0 at the centre of the first pixel."""
+    """Sampling positions (x, y) in pixels of the level, 0 at the center of the first pixel."""
     if points.shape[-1] == 2:
         return points[..., 0] * width + offsets[..., 0] - 0.5, points[..., 1] * height + offsets[..., 1] - 0.5
     xy = points[..., :2] + offsets * points[..., 2:] * (0.5 / offsets.shape[-2])
@@ -66,7 +65,7 @@ def _pixel_coordinates(points: Tensor, offsets: Tensor, height: Tensor, width: T
 
 
 def _inside(x: Tensor, y: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Where at least one neighbour is a pixel of the level; False for NaN."""
+    """Whether at least one neighbor is a pixel of the level; False for NaN."""
     return (x >= -1) & (x < width) & (y >= -1) & (y < height)
 
 
@@ -86,7 +85,7 @@ def _sample_and_sum(
     x, y, weights = (torch.where(inside, t, 0) for t in (x, y, weights))
     x0, y0 = x.detach().floor(), y.detach().floor()
 
-    # One row per (image, key, head), and a row of zeros, which stands for every neighbour outside its level.
+    # One row per (image, key, head), and a row of zeros for neighbors outside of their level.
     rows = F.pad(value.to(accumulation_dtype(value)).reshape(-1, head_dim), (0, 0, 0, 1))
     image = torch.arange(batch, device=value.device).view(-1, 1, 1, 1, 1)
     head = torch.arange(num_heads, device=value.device).view(-1, 1, 1)

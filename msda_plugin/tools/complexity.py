@@ -1,4 +1,4 @@
-"""``python -m msda_plugin complexity``: what attention costs, by formula, for a config, and by the clock."""
+"""``python -m msda_plugin complexity``: MACs, memory and time of attention layers, and MACs of a config's model."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ def main(argv: list[str] | None = None) -> int:
         prog='python -m msda_plugin complexity',
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Multiply-adds and memory of convolution and of each attention as functions of the map; with a '
-        'config, multiply-adds and parameters of its model, module by module; with --measure, the time of '
-        'each attention against the resolution, and how it grows.',
+        description='Print the MACs (multiply-accumulate operations, of 2 FLOPs each) and the memory of a convolution '
+        'and of attention layers on a feature map. With a config: the MACs and parameters of each module of its '
+        'model. With --measure: the time of attention layers by resolution, and how it grows.',
     )
     parser.add_argument('config', nargs='?', help='path of a Python config file')
     parser.add_argument(
@@ -28,28 +28,28 @@ def main(argv: list[str] | None = None) -> int:
         nargs=2,
         default=(800, 1333),
         metavar=('H', 'W'),
-        help='of the image, for a config (default: 800 1333)',
+        help='image size, for a config (default: 800 1333)',
     )
-    parser.add_argument('--depth', type=int, default=2, help='how deep into the modules, for a config (default: 2)')
+    parser.add_argument('--depth', type=int, default=2, help='depth of the listed modules, for a config (default: 2)')
     parser.add_argument(
         '--map',
         type=int,
         nargs=2,
         default=(100, 134),
         metavar=('H', 'W'),
-        help='of the feature map, for the formulas (default: 100 134)',
+        help='size of the feature map, for the formulas (default: 100 134)',
     )
-    parser.add_argument('--channels', type=int, default=256, help='C (default: 256)')
+    parser.add_argument('--channels', type=int, default=256, help='channels C (default: 256)')
     parser.add_argument('--heads', type=int, default=8, help='attention heads (default: 8)')
-    parser.add_argument('--queries', type=int, default=300, help="N_q, the decoder's object queries (default: 300)")
-    parser.add_argument('--window', type=int, default=7, help='M, the side of a window (default: 7)')
-    parser.add_argument('--reduction', type=int, default=8, help='R, of the spatial reduction (default: 8)')
-    parser.add_argument('--points', type=int, default=4, help='K, sampling points a head and level (default: 4)')
+    parser.add_argument('--queries', type=int, default=300, help='object queries N_q of a decoder (default: 300)')
+    parser.add_argument('--window', type=int, default=7, help='window size M (default: 7)')
+    parser.add_argument('--reduction', type=int, default=8, help='spatial reduction R (default: 8)')
+    parser.add_argument('--points', type=int, default=4, help='sampling points K per head and level (default: 4)')
     parser.add_argument(
         '--measure', type=int, nargs='+', metavar='SIDE', help='time each attention on square maps of these sides'
     )
-    parser.add_argument('--plot', metavar='FILE.png', help='draw what --measure measured')
-    parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N, for --measure (default: cpu)')
+    parser.add_argument('--plot', metavar='FILE.png', help='plot the measurements')
+    parser.add_argument('--device', default='cpu', help='device for --measure: cpu, cuda or cuda:N (default: cpu)')
     args = parser.parse_args(argv)
     with user_errors('complexity'):
         _check(args)
@@ -77,17 +77,15 @@ def _check(args: argparse.Namespace) -> None:
     )
     for name, values in numbers.items():
         if min(values) < 1:
-            raise ValueError(f'--{name} is {" ".join(map(str, values))}, but numbers of at least 1 are needed')
+            raise ValueError(f'--{name} is {" ".join(map(str, values))}, but it must be at least 1')
     if args.channels % args.heads:
-        raise ValueError(f'--channels {args.channels} is not a multiple of --heads {args.heads}: change one of them')
+        raise ValueError(f'--channels {args.channels} is not a multiple of --heads {args.heads}')
     if args.reduction > 1 and args.reduction % 2:
-        raise ValueError(f'--reduction is {args.reduction}, but shunted attention halves it: give 1 or an even number')
+        raise ValueError(f'--reduction is {args.reduction}, but shunted attention halves it: use 1 or an even number')
     if args.plot and not args.measure:
-        raise ValueError('--plot draws what --measure measures: add sides to measure, such as --measure 32 48 64')
+        raise ValueError('--plot needs --measure with the sides to measure, such as --measure 32 48 64')
     if args.measure and (len(set(args.measure)) < 2 or min(args.measure) < 8):
-        raise ValueError(
-            f'--measure got {args.measure}, but at least two different sides of 8 or more are needed to see a growth'
-        )
+        raise ValueError(f'--measure is {args.measure}, but at least two different sides of 8 or more are needed')
 
 
 def _print_formulas(args: argparse.Namespace) -> None:
@@ -147,8 +145,8 @@ def _print_formulas(args: argparse.Namespace) -> None:
     print(
         f'One layer on a map of H x W = {height} x {width}, C = {channels}, {heads} heads, N_q = {args.queries}, '
         f'M = {args.window} (window; heads in the deformable rows), R = {args.reduction}, K = {args.points}.\n'
-        f'The image of the ViT row is {image[0]} x {image[1]}. Memory: what a plain implementation holds beside '
-        'input and output, in float32.\n'
+        f'The image of the ViT row is {image[0]} x {image[1]}. Memory: what a plain implementation holds in '
+        'addition to input and output, in float32.\n'
     )
     table = [
         (
@@ -156,12 +154,12 @@ def _print_formulas(args: argparse.Namespace) -> None:
             formula,
             f'{cost.projection / 1e9:.3f}',
             f'{cost.mixing / 1e9:.3f}',
-            f'{cost.multiply_adds / 1e9:.3f}',
+            f'{cost.macs / 1e9:.3f}',
             f'{cost.memory * 4 / 2**20:.1f}',
         )
         for name, formula, cost in rows
     ]
-    _print_table(('layer', 'multiply-adds', 'projection G', 'mixing G', 'sum G', 'memory MiB'), table)
+    _print_table(('layer', 'MACs', 'projection GMACs', 'mixing GMACs', 'total GMACs', 'memory MiB'), table)
 
 
 def _print_config(args: argparse.Namespace) -> None:
@@ -169,14 +167,14 @@ def _print_config(args: argparse.Namespace) -> None:
     from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
 
-    from msda_plugin.costs.counting import count_multiply_adds
+    from msda_plugin.costs.counting import count_macs
     from msda_plugin.tools.common.launch import read_config
 
     cfg = read_config(args.config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     model = MODELS.build(cfg.model).eval()
     batch = model.data_preprocessor(_blank_image(args.size), training=False)
-    counts = count_multiply_adds(model, lambda: model(**batch, mode='predict'))
+    counts = count_macs(model, lambda: model(**batch, mode='predict'))
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
     rows = [
         (
@@ -190,7 +188,7 @@ def _print_config(args: argparse.Namespace) -> None:
         if name in counts and (not name or name.count('.') < args.depth)
     ]
     print(f'{args.config}\none image of {args.size[0]} x {args.size[1]}, float32; torch {torch.__version__}\n')
-    _print_table(('module', 'type', 'parameters M', 'multiply-adds G', 'share'), rows)
+    _print_table(('module', 'type', 'parameters M', 'GMACs', 'share'), rows)
 
 
 def _blank_image(size: Sequence[int]) -> dict:
@@ -210,7 +208,7 @@ def _print_growth(args: argparse.Namespace) -> None:
 
     check_device(args.device)
     if args.plot and not Path(args.plot).absolute().parent.is_dir():
-        raise FileNotFoundError(f'--plot is {args.plot}, but its folder does not exist; create it first')
+        raise FileNotFoundError(f'--plot is {args.plot}, but its folder does not exist: create it first')
     sides = sorted(set(args.measure))
     seconds = measure_growth(sides, args.channels, args.heads, torch.device(args.device))
     pixels = [side**2 for side in sides]
@@ -221,17 +219,17 @@ def _print_growth(args: argparse.Namespace) -> None:
     ]
     print(
         f'Milliseconds of one layer, batch 1, float32, C = {args.channels}, {args.device}, '
-        f'{torch.get_num_threads()} threads, torch {torch.__version__}; medians. Growth: b of time = a pixels^b, '
-        'over the three largest maps.\n'
+        f'{torch.get_num_threads()} threads, torch {torch.__version__}; medians. Growth: exponent b in '
+        'time = a pixels^b, fitted to the three largest maps.\n'
     )
     _print_table(('layer', *(f'{side} x {side}' for side in sides), 'growth'), rows)
     if args.plot:
         draw_growth(pixels, seconds, exponents).savefig(args.plot)
-        print(f'\ndrawn in {args.plot}')
+        print(f'\nplot saved to {args.plot}')
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print a Markdown table: the first column to the left, columns of numbers to the right."""
+    """Print a Markdown table with numeric columns aligned to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     numeric = [all(row[i].replace('.', '').rstrip('%').isdigit() for row in rows) for i in range(len(head))]
 

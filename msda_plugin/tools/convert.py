@@ -1,4 +1,4 @@
-"""``python -m msda_plugin convert FAMILY IN OUT``: a published checkpoint becomes ours, with an account of each key."""
+"""``python -m msda_plugin convert FAMILY IN OUT``: convert a published checkpoint, and report every key."""
 
 import argparse
 import json
@@ -18,39 +18,39 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin convert',
-        description='Convert a published checkpoint to the keys of our modules, and say where every key went.',
+        description="Convert a published checkpoint to the keys of msda_plugin's modules, and report every key.",
         epilog='example: python -m msda_plugin convert vision_transformer mae_pretrain_vit_base.pth vit-base.pth. '
-        "A detector takes its file as load_from, a backbone as init_cfg=dict(type='Pretrained', "
-        "checkpoint='vit-base.pth').",
+        'Load the result with load_from (detectors) or with '
+        "init_cfg=dict(type='Pretrained', checkpoint='vit-base.pth') (backbones).",
     )
-    parser.add_argument('family', choices=FAMILIES, metavar='FAMILY', help=f'what it is of: {", ".join(FAMILIES)}')
-    parser.add_argument('source', metavar='IN', help='the published file, or its URL; no code in it is run')
-    parser.add_argument('out', metavar='OUT', help='the file to write: {"state_dict": …, "meta": …}, as MMEngine loads')
-    parser.add_argument('--prefix', help='take the keys under this prefix alone, such as backbone')
+    parser.add_argument('family', choices=FAMILIES, metavar='FAMILY', help=f'model family: {", ".join(FAMILIES)}')
+    parser.add_argument('source', metavar='IN', help='published checkpoint, a file or URL; no code in it is executed')
+    parser.add_argument('out', metavar='OUT', help='file to write, in MMEngine format: {"state_dict": …, "meta": …}')
+    parser.add_argument('--prefix', help='convert only the keys with this prefix, such as backbone')
     parser.add_argument(
-        '--json', metavar='REPORT', help='file for the account: the keys taken, and those dropped and why'
+        '--json', metavar='REPORT', help='also write a report: the converted keys, and the dropped keys with reasons'
     )
-    parser.add_argument('--force', action='store_true', help='replace files that are there')
+    parser.add_argument('--force', action='store_true', help='overwrite existing files')
     args = parser.parse_args(argv)
     with user_errors('convert'):
         targets = [Path(args.out), *([Path(args.json)] if args.json else [])]
         for target in targets:
             check_target(target, args.force)
         if len({target.resolve() for target in targets}) < len(targets):
-            raise ValueError(f'OUT and --json both name {args.out}; the account goes to a file of its own')
+            raise ValueError(f'OUT and --json both name {args.out}; give different files')
         conversion = convert(load_checkpoint_file(args.source, args.prefix), args.family)
         meta = dict(family=args.family, source=args.source)
-        write_whole(targets[0], lambda file: torch.save(dict(state_dict=conversion.state_dict, meta=meta), file))
+        write_complete(targets[0], lambda file: torch.save(dict(state_dict=conversion.state_dict, meta=meta), file))
         if args.json:
-            account = dict(**meta, taken=conversion.taken, dropped=conversion.dropped)
-            write_whole(targets[1], lambda file: file.write(json.dumps(account, indent=1).encode() + b'\n'))
+            record = dict(**meta, taken=conversion.taken, dropped=conversion.dropped)
+            write_complete(targets[1], lambda file: file.write(json.dumps(record, indent=1).encode() + b'\n'))
     print(report(conversion))
     print(f'wrote {args.out}')
     return 0
 
 
 def report(conversion: Conversion) -> str:
-    """The account of a conversion, a line a key and a sum; a family refuses a file that lacks a key."""
+    """One line per key, and a summary. (Missing keys were refused before.)"""
     lines = [f'taken    {key} -> {new_key}' for key, new_key in conversion.taken.items()]
     lines += [f'dropped  {key}: {reason}' for key, reason in conversion.dropped.items()]
     return '\n'.join(
@@ -63,20 +63,20 @@ def report(conversion: Conversion) -> str:
 
 
 def check_target(path: Path, force: bool) -> None:
-    """Raise OSError where a file cannot, or without ``force`` must not, be written."""
+    """Raise OSError if the file cannot be written, or exists and ``force`` is not set."""
     if path.is_dir():
         raise IsADirectoryError(f'{path} is a folder; give the path of a file to write')
     if not path.parent.is_dir():
-        raise FileNotFoundError(f'the folder {path.parent} of {path.name} does not exist; make it first')
+        raise FileNotFoundError(f'the folder {path.parent} of {path.name} does not exist; create it first')
     if path.exists() and not force:
-        raise FileExistsError(f'{path} exists; pass --force to replace it, or choose another name')
+        raise FileExistsError(f'{path} exists; pass --force to overwrite it, or choose another name')
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file of this path, which appears when it is whole; else nothing changes.
+def write_complete(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file with ``write``. On failure, the file is not created and an existing one is kept.
 
     Raises:
-        OSError: the disk is full, or does not let us write.
+        OSError: If the file cannot be written.
     """
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:

@@ -1,11 +1,11 @@
-"""``python -m msda_plugin demo``: detected boxes drawn on images, folders of images, and videos.
+"""``python -m msda_plugin demo``: draws detected boxes on images, folders of images, and videos.
 
-What it leaves in the output folder: a picture of each image, a video of each video, and
+The output folder contains the images and videos with boxes, and
 
 - ``results.json``: the detections in all images, in COCO's results format
   (``[{"image_id": 1, "category_id": 3, "bbox": [x, y, width, height], "score": 0.9}, …]``, pixels of the image);
-- ``images.json``: which image and category these numbers are, as in a COCO annotation file; also the videos;
-- ``VIDEO.json`` beside the video: its detections in the same format, ``image_id`` the number of the frame from 0.
+- ``images.json``: the images and categories that these ids refer to, as in a COCO annotation file, and the videos;
+- ``VIDEO.json`` next to each video: its detections in the same format; ``image_id`` is the frame number from 0.
 """
 
 import argparse
@@ -24,22 +24,22 @@ from msda_plugin.tools.common.errors import user_errors
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
 KNOWN = IMAGES + VIDEOS
-READABLE = 640  # pictures are drawn with a longer side of at least so many pixels, for the letters
+READABLE = 640  # smaller images are enlarged to this longer side, pixels, so that labels are readable
 
 
 def find_sources(inputs: Sequence[str | os.PathLike], out: str | os.PathLike) -> dict[Path, Path]:
-    """The files to read, and for each the file in ``out`` to write; no two of them are the same.
+    """Map each file to read to the file in ``out`` to write; no two files are written to the same place.
 
-    A folder is searched with its subfolders, whose structure the output keeps; what lies in ``out`` is passed over. A
-    JPEG or PNG file keeps its name, other images add ``.png`` to it, videos ``.mp4``.
+    Folders are searched recursively, and the output has the same subfolders; files in ``out`` are skipped. JPEG and PNG
+    files keep their names; ``.png`` is appended to those of other images, ``.mp4`` to those of videos.
 
     Args:
         inputs: Image files, video files and folders.
-        out: Folder for the output.
+        out: Output folder.
 
     Raises:
-        FileNotFoundError: An input does not exist, or a folder holds no image and no video.
-        ValueError: The output would replace an input.
+        FileNotFoundError: If an input does not exist, or a folder contains no image and no video.
+        ValueError: If the output would overwrite an input.
     """
     out = Path(out)
     targets: dict[Path, Path] = {}
@@ -54,11 +54,11 @@ def find_sources(inputs: Sequence[str | os.PathLike], out: str | os.PathLike) ->
                 and not path.resolve().is_relative_to(out.resolve())
             )
             if not files:
-                raise FileNotFoundError(f'the folder {given} holds no image and no video ({", ".join(KNOWN)})')
+                raise FileNotFoundError(f'the folder {given} contains no image and no video ({", ".join(KNOWN)})')
         elif given.is_file():
             files = [given]
         else:
-            raise FileNotFoundError(f'{given} does not exist; give an image, a video or a folder of them')
+            raise FileNotFoundError(f'{given} does not exist; give an image, a video or a folder')
         for path in files:
             name = path.relative_to(given) if given.is_dir() else Path(path.name)
             if is_video(path):
@@ -69,7 +69,7 @@ def find_sources(inputs: Sequence[str | os.PathLike], out: str | os.PathLike) ->
                 targets[path] = _free(out / name, targets.values())
     inside = [path for path, target in targets.items() if target.resolve() == path.resolve()]
     if inside:
-        raise ValueError(f'--out {out} is the folder of {inside[0].name}, which would be replaced; name another folder')
+        raise ValueError(f'{inside[0].name} would be overwritten in --out {out}; choose another folder')
     return targets
 
 
@@ -86,27 +86,27 @@ def _free(target: Path, taken: Sequence[Path]) -> Path:
 
 
 class Demo:
-    """Draws what a model detects, and gathers it in COCO's results format.
+    """Draws detections and collects them in COCO's results format.
 
     Args:
         model: From `msda_plugin.engine.inference.load_detector`.
-        out: Folder for the output.
-        score_thr: Least score of a box, 0-1, for pictures and results alike.
+        out: Output folder.
+        score_thr: Minimum score of a box, 0-1.
     """
 
     def __init__(self, model, out: str | os.PathLike, score_thr: float) -> None:
         self.model, self.out, self.score_thr = model, Path(out), score_thr
         self.classes = tuple(model.dataset_meta['classes'])
-        self.results: list[dict] = []  # of the images
+        self.results: list[dict] = []  # detections in images, not in videos
         self.images: list[dict] = []
         self.videos: list[dict] = []
-        self.counts: Counter = Counter()  # boxes by class name
+        self.counts: Counter = Counter()  # number of boxes by class name
 
     def run_image(self, path: Path, target: Path) -> None:
-        """Detect in an image file and write its picture.
+        """Detect objects in an image file and write it with boxes.
 
         Raises:
-            OSError, ValueError: The file is not an image that can be read.
+            OSError, ValueError: If the image cannot be read.
         """
         from PIL import Image
 
@@ -114,7 +114,7 @@ class Demo:
         from msda_plugin.visualization import write_png
 
         image = read_image(path)
-        picture, found = self.detect(image, len(self.images) + 1)
+        drawn, found = self.detect(image, len(self.images) + 1)
         self.images.append(
             dict(
                 id=len(self.images) + 1,
@@ -127,15 +127,15 @@ class Demo:
         self.results += found
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix.lower() == '.png':
-            write_png(target, picture)
+            write_png(target, drawn)
         else:
-            Image.fromarray(picture).save(target, quality=92)
+            Image.fromarray(drawn).save(target, quality=92)
 
     def run_video(self, path: Path, target: Path) -> Iterator[None]:
-        """Detect in each frame of a video file, and write the video and its results; yields after each frame.
+        """Detect objects in each frame of a video and write the video and its results; yields after each frame.
 
         Raises:
-            ValueError: The file is not a video that can be read, or OpenCV cannot write one.
+            ValueError: If the video cannot be read, or OpenCV cannot write videos.
         """
         import cv2
 
@@ -147,25 +147,23 @@ class Demo:
                 read, frame = reader.read()
                 if not read:
                     break
-                picture, found = self.detect(np.ascontiguousarray(frame[..., ::-1]), number)
-                picture = picture[
-                    : picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2
-                ]  # the codec takes even sides
+                drawn, found = self.detect(np.ascontiguousarray(frame[..., ::-1]), number)
+                drawn = drawn[: drawn.shape[0] // 2 * 2, : drawn.shape[1] // 2 * 2]  # the codec needs even sides
                 if writer is None:
                     height, width = frame.shape[:2]
                     target.parent.mkdir(parents=True, exist_ok=True)
                     writer = cv2.VideoWriter(
-                        str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate, (picture.shape[1], picture.shape[0])
+                        str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate, (drawn.shape[1], drawn.shape[0])
                     )
                     if not writer.isOpened():
                         raise ValueError(
-                            f'OpenCV cannot write the video {target}; install an opencv-python wheel, which can'
+                            f'OpenCV cannot write the video {target}; install opencv-python from its wheel'
                         )
-                writer.write(np.ascontiguousarray(picture[..., ::-1]))
+                writer.write(np.ascontiguousarray(drawn[..., ::-1]))
                 results += found
                 number += 1
                 yield
-        finally:  # also when Ctrl-C ends it: what was drawn so far can be played
+        finally:  # also after Ctrl-C: the frames so far are a playable video
             reader.release()
             if writer is not None:
                 writer.release()
@@ -181,20 +179,24 @@ class Demo:
                     )
                 )
         if not number:
-            raise ValueError(f'{path} is not a video that can be read; convert it to MP4 (H.264)')
+            raise ValueError(f'the video {path} cannot be read; convert it to MP4 (H.264)')
 
     def detect(self, image: np.ndarray, image_id: int) -> tuple[np.ndarray, list[dict]]:
-        """The picture, (H', W', 3) uint8 RGB, and the detections of an image, (H, W, 3) uint8 RGB."""
+        """Detect objects in an image, (H, W, 3) uint8 RGB.
+
+        Returns:
+            The image with boxes, (H', W', 3) uint8 RGB, and the detections in COCO's results format.
+        """
         from msda_plugin.engine.inference import predict
         from msda_plugin.visualization import draw_boxes
 
         found = predict(self.model, image).pred_instances.cpu().numpy()
-        sure = found.scores >= self.score_thr
-        boxes, labels, scores = found.bboxes[sure], found.labels[sure], found.scores[sure]
+        kept = found.scores >= self.score_thr
+        boxes, labels, scores = found.bboxes[kept], found.labels[kept], found.scores[kept]
         self.counts.update(self.classes[label] for label in labels)
         small = max(image.shape[:2]) < READABLE
-        picture = draw_boxes(image, boxes, labels, self.classes, scores, longer_side=READABLE if small else None)
-        return picture, [
+        drawn = draw_boxes(image, boxes, labels, self.classes, scores, longer_side=READABLE if small else None)
+        return drawn, [
             dict(
                 image_id=image_id,
                 category_id=int(label) + 1,
@@ -222,12 +224,12 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1) + '\n')
 
 
-def _number(count: int, what: str) -> str:
-    return f'{count} {what}{"" if count == 1 else "s"}'
+def _plural(count: int, noun: str) -> str:
+    return f'{count} {noun}{"" if count == 1 else "s"}'
 
 
 def _frames(path: Path) -> int:
-    """Number of frames that a video says it has; 0 where it does not."""
+    """Number of frames by the header of a video; 0 if it has none."""
     import cv2
 
     reader = cv2.VideoCapture(str(path))
@@ -237,12 +239,12 @@ def _frames(path: Path) -> int:
 
 
 def _run(demo: Demo, targets: dict[Path, Path]) -> list[str]:
-    """Go through all files with a live bar where someone watches; returns why each unread one was not read."""
+    """Process all files, with a progress bar on a terminal; returns one message for each file that cannot be read."""
     from mmengine.utils import ProgressBar
 
     total = sum(_frames(path) if is_video(path) else 1 for path in targets)
     bar = ProgressBar(total, file=sys.stderr) if total > 1 and sys.stderr.isatty() else None
-    unread = []
+    skipped = []
     try:
         for path, target in targets.items():
             try:
@@ -250,12 +252,12 @@ def _run(demo: Demo, targets: dict[Path, Path]) -> list[str]:
                     if bar and bar.completed < total:
                         bar.update()
             except (OSError, ValueError) as error:
-                unread.append(str(error))
+                skipped.append(str(error))
     finally:
         if bar:
             print(file=sys.stderr)
         demo.write()
-    return unread
+    return skipped
 
 
 def main(argv: list[str]) -> int:
@@ -263,29 +265,29 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin demo',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Draw the detected boxes on images, folders of images and videos.\n'
-        'Leaves pictures, results.json (COCO results format) and images.json (what its numbers mean).',
+        description='Draw detected boxes on images, folders of images and videos.\n'
+        'Writes the drawn files, results.json (COCO results format) and images.json (the ids in it).',
         epilog='examples:\n'
         '  python -m msda_plugin demo photo.jpg\n'
         '  python -m msda_plugin demo folder clip.mp4 --checkpoint work_dirs/mine/epoch_12.pth --out pictures',
     )
-    parser.add_argument('inputs', nargs='+', metavar='IMAGE|FOLDER|VIDEO', help='what to look at')
-    parser.add_argument('--config', help='Python config file (default: the one beside the checkpoint)')
+    parser.add_argument('inputs', nargs='+', metavar='IMAGE|FOLDER|VIDEO', help='files and folders to read')
+    parser.add_argument('--config', help='Python config file (default: the one next to the checkpoint)')
     parser.add_argument(
-        '--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of --config)'
+        '--checkpoint', help='.pth file (default: the best one of `make train`, or in the work dir of --config)'
     )
-    parser.add_argument('--out', default='pictures', metavar='DIR', help='folder for the output (default: %(default)s)')
+    parser.add_argument('--out', default='pictures', metavar='DIR', help='output folder (default: %(default)s)')
     parser.add_argument(
-        '--score-thr', type=float, default=0.3, metavar='P', help='least score of a box, 0-1 (default: %(default)s)'
+        '--score-thr', type=float, default=0.3, metavar='P', help='minimum score of a box, 0-1 (default: %(default)s)'
     )
-    parser.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
+    parser.add_argument('--device', help='cpu, cuda or cuda:N (default: cuda if available)')
     args = parser.parse_args(argv)
     with user_errors('demo'):
         from msda_plugin.engine.inference import find_checkpoint, load_detector
         from msda_plugin.tools.common.launch import check_device
 
         if not 0 <= args.score_thr <= 1:
-            raise ValueError(f'--score-thr is {args.score_thr}, but a number from 0 to 1 is needed')
+            raise ValueError(f'--score-thr must be from 0 to 1, got {args.score_thr}')
         if args.device:
             check_device(args.device)
         targets = find_sources(args.inputs, args.out)
@@ -297,20 +299,20 @@ def main(argv: list[str]) -> int:
         f'{", …" if len(demo.classes) > 20 else ""}',
         flush=True,
     )
-    unread = _run(demo, targets)
+    skipped = _run(demo, targets)
 
     frames = sum(video['num_frames'] for video in demo.videos)
-    done = [_number(len(demo.images), 'image')] if demo.images else []
-    done += [f'{_number(frames, "frame")} of {_number(len(demo.videos), "video")}'] if demo.videos else []
+    done = [_plural(len(demo.images), 'image')] if demo.images else []
+    done += [f'{_plural(frames, "frame")} of {_plural(len(demo.videos), "video")}'] if demo.videos else []
     counts = ', '.join(f'{number} {name}' for name, number in demo.counts.most_common())
     print(
         f'{" and ".join(done) or "nothing"} drawn in {args.out}; boxes: '
-        + (counts or f'none with a score of {args.score_thr} or more; try a lower --score-thr')
+        + (counts or f'none with a score of at least {args.score_thr}; try a lower --score-thr')
     )
     print(f'results: {Path(args.out, "results.json")}')
-    for reason in unread:
+    for reason in skipped:
         print(f'msda_plugin demo: skipped: {reason}', file=sys.stderr)
-    return 1 if unread else 0
+    return 1 if skipped else 0
 
 
 if __name__ == '__main__':

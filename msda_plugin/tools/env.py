@@ -1,6 +1,6 @@
-"""``python -m msda_plugin env``: what is installed, which backend runs for what and why, and what is wrong.
+"""``python -m msda_plugin env``: report installed packages, the operator's backends, and problems with their fixes.
 
-It runs where packages are missing or broken, and says so: nothing but the standard library is imported unguarded.
+It also runs if packages are missing or broken, so only the standard library is imported outside of ``try``.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import struct
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -22,26 +21,25 @@ STACKS = dict(
     forks=dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv', mmdet='onedl-mmdetection'),
     upstream=dict(mmengine='mmengine', mmcv='mmcv', mmdet='mmdet'),
 )
-COMPILED = dict(mmcv='mmcv.ops')  # what a package imports only when it is needed, and is broken first
+COMPILED = dict(mmcv='mmcv.ops')  # compiled submodules, which the package itself does not import
 DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 TORCH_MINIMUM = (2, 10)
 INSTALL_TORCH = 'install torch >= 2.10 for this machine, see https://pytorch.org'
 INSTALL_STACK = 'in a clone: pip install --no-build-isolation -r requirements/forks.txt'
 REINSTALL = 'pip install --no-build-isolation --force-reinstall --no-deps .'
+CODES = ('sm_', 'compute_')  # prefixes of architectures: machine code, PTX
 REBUILD = f'in a clone: python csrc/build.py; or reinstall: {REINSTALL}'
-
-FATBIN_MAGIC, PTX, MACHINE_CODE = 0xBA55ED50, 1, 2
 
 
 class Problems(list):
-    """What is wrong, each a dict with ``what`` and ``remedy``."""
+    """A list of dicts with ``what`` and ``remedy``."""
 
     def add(self, what: str, remedy: str) -> None:
         self.append(dict(what=what, remedy=remedy))
 
 
 def collect() -> dict:
-    """Everything the command says, as a dict of plain values; ``healthy`` is whether ``problems`` is empty."""
+    """Return the report as a dict of plain values. ``healthy`` is True if ``problems`` is empty."""
     problems = Problems()
     packages = {name: _package(name) for name in PACKAGES}
     stack = _stack(packages, problems)
@@ -62,8 +60,8 @@ def collect() -> dict:
             from msda_plugin.ops import backends
         except Exception as error:
             problems.add(
-                f'msda_plugin.ops cannot be imported: {_said(error)}',
-                'correct what it names' if 'MSDA_' in str(error) else REBUILD,
+                f'msda_plugin.ops cannot be imported: {_summary(error)}',
+                'correct the environment variable' if 'MSDA_' in str(error) else REBUILD,
             )
         else:
             report['libraries'] = {name: _library(backends, name) for name in ('cpu', 'cuda')}
@@ -78,7 +76,7 @@ def collect() -> dict:
 
 # ---- packages -------------------------------------------------------------------------------------------------------
 def _package(name: str) -> dict:
-    """Version, and the error that importing it gives; both None where they do not apply."""
+    """Return the version and the error raised by the import; each is None if there is none."""
     try:
         with redirect_stdout(sys.stderr):  # standard output is the report's
             module = import_module(name)
@@ -86,9 +84,9 @@ def _package(name: str) -> dict:
                 import_module(COMPILED[name])
     except ModuleNotFoundError as error:
         missing = error.name == name
-        return dict(version=None, error=None if missing else _said(error))
+        return dict(version=None, error=None if missing else _summary(error))
     except Exception as error:  # a broken package can raise anything
-        return dict(version=_installed_version(name), error=_said(error))
+        return dict(version=_installed_version(name), error=_summary(error))
     return dict(version=getattr(module, '__version__', None) or _installed_version(name), error=None)
 
 
@@ -102,7 +100,7 @@ def _installed_version(name: str) -> str | None:
 
 
 def _stack(packages: dict, problems: Problems) -> dict:
-    """Which distributions bring mmengine, mmcv and mmdet; reports what is missing, broken or mixed."""
+    """Find the distributions of mmengine, mmcv and mmdet; add problems for missing, broken and mixed packages."""
     installed = {}
     for name, names in STACKS.items():
         installed[name] = {}
@@ -125,7 +123,7 @@ def _stack(packages: dict, problems: Problems) -> dict:
                 f'{name} cannot be imported: {package["error"]}',
                 INSTALL_TORCH
                 if name == 'torch'
-                else 'reinstall the packages for this torch, compiled anew, '
+                else 'recompile the packages for this torch, '
                 f'{INSTALL_STACK} --force-reinstall --no-deps --no-cache-dir'
                 if name in STACKS['forks']
                 else f'pip install --force-reinstall {name}',
@@ -143,7 +141,7 @@ def _stack(packages: dict, problems: Problems) -> dict:
 
 
 def _check_torch(package: dict, problems: Problems) -> bool:
-    """Whether torch can be used at all; says so if it is too old."""
+    """Whether torch can be imported. Adds a problem if it is too old."""
     if package['error'] or package['version'] is None:
         return False
     numbers = tuple(int(part) for part in package['version'].split('.')[:2])
@@ -154,41 +152,22 @@ def _check_torch(package: dict, problems: Problems) -> bool:
 
 # ---- the operator ---------------------------------------------------------------------------------------------------
 def _library(backends, name: str) -> dict:
-    """A compiled library: its file, whether it was loaded or why not, and for CUDA the architectures in it."""
+    """Describe a compiled library: its file, whether it is usable or why not, and the GPU code in a CUDA library."""
     path = backends.LIBRARY_DIR / f'libmsda_{name}.so'
-    why_not = backends.why_unavailable(name)
-    library = dict(path=str(path), found=path.is_file(), usable=not why_not, reason=why_not or None)
-    if name == 'cuda' and path.is_file():
-        library.update(cuda_architectures(path.read_bytes()))
+    reason = backends.unsupported_reason(name)
+    library = dict(path=str(path), found=path.is_file(), usable=not reason, reason=reason or None)
+    if name == 'cuda':
+        codes = backends.cuda_architectures() if library['usable'] else []
+        numbers = {kind: [int(code.removeprefix(kind)) for code in codes if code.startswith(kind)] for kind in CODES}
+        library.update(machine_code=numbers['sm_'], ptx=numbers['compute_'])
     return library
 
 
-def cuda_architectures(library: bytes) -> dict[str, list[int]]:
-    """The GPU code in a compiled library, read from its fat binaries.
-
-    Args:
-        library: Content of a shared library that nvcc made.
-
-    Returns:
-        ``machine_code`` and ``ptx``: compute capabilities such as 80 and 120, ascending. Machine code runs on GPUs of
-        the same major number and at least the same minor one, PTX on all that are not older.
-    """
-    found: dict[int, set[int]] = {PTX: set(), MACHINE_CODE: set()}
-    start = library.find(struct.pack('<I', FATBIN_MAGIC))
-    while start >= 0:
-        _, _, header, size = struct.unpack_from('<IHHQ', library, start)
-        at, end = start + header, min(start + header + size, len(library) - 32)
-        while at < end:
-            kind, _, entry_header, entry_size = struct.unpack_from('<HHIQ', library, at)
-            if kind in found:
-                found[kind].add(struct.unpack_from('<I', library, at + 28)[0])
-            at += max(1, entry_header + entry_size)
-        start = library.find(struct.pack('<I', FATBIN_MAGIC), start + 4)
-    return dict(machine_code=sorted(found[MACHINE_CODE]), ptx=sorted(found[PTX]))
-
-
 def has_code(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -> bool:
-    """Whether a GPU of this compute capability (90, 120, …) can run the code of `cuda_architectures`."""
+    """Whether a GPU of this compute capability (90, 120, …) can run a library's code.
+
+    Machine code runs on GPUs of the same major version and at least the same minor version, PTX on all newer GPUs.
+    """
     return any(arch // 10 == capability // 10 and arch <= capability for arch in machine_code) or any(
         arch <= capability for arch in ptx
     )
@@ -206,14 +185,14 @@ def _gpus(library: dict) -> list[dict]:
                 name=properties.name,
                 arch=f'sm_{capability}',
                 memory_gib=round(properties.total_memory / 2**30, 1),
-                has_code=library['found'] and has_code(capability, library['machine_code'], library['ptx']),
+                has_code=has_code(capability, library['machine_code'], library['ptx']),
             )
         )
     return gpus
 
 
 def _backend(device: str, dtype: str) -> dict:
-    """What would run there, and why; ``backend`` is None where a chosen one cannot."""
+    """Return the backend for a device and dtype with its reason; ``backend`` is None if the chosen one cannot run."""
     import torch
 
     from msda_plugin.ops import backend_for
@@ -226,7 +205,7 @@ def _backend(device: str, dtype: str) -> dict:
 
 
 def _try(device: str) -> str | None:
-    """Run the operator once on a device and compare it with the reference; None, or what went wrong."""
+    """Run the operator on a device and compare it with the reference. Returns the problem, or None."""
     import torch
 
     from msda_plugin.ops import ms_deform_attn, ms_deform_attn_reference
@@ -240,9 +219,9 @@ def _try(device: str) -> str | None:
     try:
         out = ms_deform_attn(value.to(device), levels, None, locations.to(device), weights.to(device)).cpu()
     except RuntimeError as error:
-        return _said(error)
+        return _summary(error)
     difference = float((out - expected).abs().max())
-    return None if difference < 1e-4 else f'its result is {difference:.1e} away from the reference'
+    return None if difference < 1e-4 else f'its result differs from the reference by {difference:.1e}'
 
 
 def _check_cpu(report: dict, problems: Problems) -> None:
@@ -263,18 +242,18 @@ def _check_gpu(report: dict, problems: Problems) -> None:
 
     library, gpus = report['libraries']['cuda'], report['gpus']
     if not gpus:
-        # A computer without a GPU is in order; one whose GPU torch cannot use is not.
+        # Having no GPU is fine; having a GPU that torch cannot use is a problem.
         if not (Path('/proc/driver/nvidia/version').is_file() or shutil.which('nvidia-smi')):
             return
         if torch.version.cuda is None:
             problems.add(
                 f'there is an NVIDIA driver, but torch {torch.__version__} is built without CUDA',
-                'if a GPU is to be used, ' + INSTALL_TORCH,
+                'to use the GPU, ' + INSTALL_TORCH,
             )
         elif os.environ.get('CUDA_VISIBLE_DEVICES') is None:
             problems.add(
                 f'there is an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU',
-                'look at nvidia-smi: update the driver, or install a torch for the CUDA it supports',
+                'update the driver, or install torch for the CUDA version that nvidia-smi shows',
             )
         return
     rebuild = f'MSDA_BUILD_CUDA=1 {REINSTALL} (in a clone, with nvcc)'
@@ -302,13 +281,13 @@ def _check_chosen(report: dict, problems: Problems) -> None:
         )
 
 
-def _said(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the report -----------------------------------------------------------------------------------------------------
 def page(report: dict) -> str:
-    """The report as text for people."""
+    """Format the report as text."""
     lines = [f'msda_plugin {report["msda_plugin"]}, Python {report["python"]}, {report["platform"]}', '', 'packages']
     for name, package in report['packages'].items():
         lines.append(
@@ -331,18 +310,18 @@ def page(report: dict) -> str:
         f'{"" if gpu["has_code"] else "NO "}code for it'
         for index, gpu in enumerate(report['gpus'])
     ]
-    lines += [] if report['gpus'] else ['GPU: none that torch sees']
+    lines += [] if report['gpus'] else ['GPU: none visible to torch']
     if report['backends']:
-        lines += ['', 'what runs']
+        lines += ['', 'backends']
         for entry in report['backends']:
             lines.append(
                 f'  {entry["device"]:<5} {entry["dtype"]:<9} {entry["backend"] or "error":<10} {entry["reason"]}'
             )
     lines += ['', *(f'environment: {name}={value}' for name, value in report['environment'].items())]
     if report['healthy']:
-        lines.append('Nothing is wrong.')
+        lines.append('No problems found.')
     for problem in report['problems']:
-        lines += [f'WRONG: {problem["what"]}', f'  remedy: {problem["remedy"]}']
+        lines += [f'PROBLEM: {problem["what"]}', f'  fix: {problem["remedy"]}']
     return '\n'.join(lines)
 
 
@@ -353,14 +332,14 @@ def _architectures(library: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns its exit status: 0 if nothing is wrong, else 1."""
+    """Run the command. Returns the exit status: 0 if there are no problems, else 1."""
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin env',
-        description='Say what is installed, which backend of the operator runs for each device and dtype and why, and '
-        'what is wrong and how to put it right. Exit status: 0 if nothing is wrong, else 1.',
+        description='Report the installed packages, the backend of the operator for each device and dtype, and '
+        'problems with their fixes. Exit status: 0 if there are no problems, else 1.',
         epilog='example: python -m msda_plugin env --json',
     )
-    parser.add_argument('--json', action='store_true', help='for programs')
+    parser.add_argument('--json', action='store_true', help='print the report as JSON')
     args = parser.parse_args(argv)
     report = collect()
     print(json.dumps(report, indent=1) if args.json else page(report))

@@ -1,4 +1,4 @@
-"""DAT against the published numbers (tests/golden) and the plain published arithmetic, and as a backbone."""
+"""DAT against golden outputs of the published model and a plain implementation, and as a backbone."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def small_model(**options):
 
 @cache
 def upstream_state_dict():
-    """DAT-T's, by the recipe, with the buffers: a window's index is left at zero, its mask is noise."""
+    """DAT-T's, filled by the recipe, buffers included: window indices are zero, window masks are noise."""
     shapes = json.loads((GOLDEN / 'dat_state_dict.json').read_text())['dat_t_cvpr22']
     return recipe.fill(
         {key: torch.zeros(shape, dtype=torch.long if key.endswith('index') else None) for key, shape in shapes.items()}
@@ -53,7 +53,7 @@ def upstream_state_dict():
 
 
 def region_masks(height, width, window, shift):
-    """-100 between pixels of a window that are no neighbours on the map that was rolled by ``shift``, as in Swin."""
+    """-100 between pixels of a window that are not adjacent in the map before the roll by ``shift``, as in Swin."""
     regions = torch.zeros(height, width)
     parts = slice(0, -window), slice(-window, -shift), slice(-shift, None)
     for i, rows in enumerate(parts):
@@ -64,7 +64,7 @@ def region_masks(height, width, window, shift):
 
 
 class PlainWindowAttention(nn.Module):
-    """A window layer's weights in the plain arithmetic; the masks (windows, n, n) are as given, or those of the map."""
+    """Plain implementation of window attention with a layer's weights; masks (windows, n, n) default to the map's."""
 
     def __init__(self, layer, masks=None):
         super().__init__()
@@ -93,10 +93,10 @@ class PlainWindowAttention(nn.Module):
 
 
 def test_matches_the_published_numbers():
-    """The stages' maps before the detection norms, and the classifier on top.
+    """Compares the stages' maps before the detection norms, and the logits.
 
-    The numbers were made with every buffer filled by the recipe: the masks of shifted windows are noise, and are handed
-    in here. The true masks are covered below, and in the layer's tests.
+    The golden outputs were computed with every buffer filled by the recipe, so the masks of shifted windows are noise
+    and are passed in here. The actual masks are tested below and in the layer's tests.
     """
     upstream = upstream_state_dict()
     model = DAT('tiny').eval()
@@ -122,8 +122,8 @@ def test_matches_the_published_numbers():
 
 
 @pytest.mark.parametrize('shape', [(1, 3, 64, 64), (2, 3, 75, 101), (1, 3, 32, 33)])
-def test_matches_plain_windows_in_float64(shape):
-    """Windows as Swin defines them, at sizes that do and do not fill them."""
+def test_equals_plain_windows_in_float64(shape):
+    """Sizes that are and are not multiples of the window."""
     model = small_model().double().eval()
     for name, parameter in model.named_parameters():
         if name.endswith('table'):
@@ -144,7 +144,7 @@ def test_matches_plain_windows_in_float64(shape):
 
 @pytest.mark.parametrize('arch, parameters', [('tiny', 28_319_138), ('small', 49_700_402), ('base', 87_881_632)])
 def test_parameter_count(arch, parameters):
-    """The published counts have the classifier, and no norms for the maps of a detector."""
+    """The published counts include the classifier and exclude the norms of the maps."""
     with torch.device('meta'):
         model = DAT(arch)
         dims = model.embed_dims[-1]
@@ -163,7 +163,7 @@ def test_builds_from_the_registry_with_out_indices():
     assert list(model.norms) == ['1', '3']
 
 
-def test_maps_are_normalised_and_the_next_stage_takes_them_as_they_were():
+def test_maps_are_normalized_but_not_the_input_of_the_next_stage():
     model = small_model().eval()
     image = torch.rand(1, 3, 64, 64)
     before = model(image)
@@ -175,7 +175,7 @@ def test_maps_are_normalised_and_the_next_stage_takes_them_as_they_were():
     assert all(torch.equal(after[i], before[i]) for i in (0, 2, 3))
 
 
-def test_published_initialisation_and_drop_path():
+def test_published_initialization_and_drop_path():
     torch.manual_seed(0)
     model = DAT('tiny', drop_path_rate=0.3)
     model.init_weights()
@@ -189,7 +189,7 @@ def test_published_initialisation_and_drop_path():
 
 
 @pytest.mark.parametrize('wrapper', [None, 'model'])
-def test_pretrained_takes_the_published_file(tmp_path, wrapper):
+def test_pretrained_loads_a_published_checkpoint(tmp_path, wrapper):
     upstream = upstream_state_dict()
     torch.save(upstream if wrapper is None else {wrapper: upstream}, tmp_path / 'dat_t.pth')
     model = DAT('tiny', out_indices=(1, 2, 3), init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'dat_t.pth')))
@@ -198,7 +198,7 @@ def test_pretrained_takes_the_published_file(tmp_path, wrapper):
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
-def test_pretrained_takes_a_detector_of_ours_by_prefix(tmp_path):
+def test_pretrained_loads_the_backbone_of_a_detector(tmp_path):
     source = small_model()
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in source.state_dict().items()}}, tmp_path / 'detector.pth')
     model = DAT(SMALL, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'detector.pth'), prefix='backbone.'))
@@ -219,7 +219,7 @@ def test_tables_of_another_resolution_are_resized():
     torch.testing.assert_close(state_dict[name], expected)
 
 
-def test_a_checkpoint_of_another_arch_is_refused():
+def test_checkpoint_of_another_arch_is_refused():
     with pytest.raises(RuntimeError, match='size mismatch for stages.0.blocks.0.attn.w_msa.relative_position_bias'):
         small_model().load_state_dict(DAT(SMALL | dict(num_heads=(4, 2, 4, 6))).state_dict())
 
@@ -279,7 +279,7 @@ def test_compiles_in_one_graph():
 
 
 def test_trains_and_predicts_in_a_detector():
-    """A stock RetinaNet, whose fields name our backbone."""
+    """MMDetection's RetinaNet with this backbone."""
     init_default_scope('mmdet')
     torch.manual_seed(0)
     detector = MODELS.build(
@@ -349,17 +349,14 @@ def test_smallest_image_and_one_pixel_less():
         (dict(arch='large'), "unknown arch 'large'; known: \\['base', 'small', 'tiny'\\]"),
         (dict(arch={k: v for k, v in SMALL.items() if k != 'blocks'}), "missing keys \\['blocks'\\]"),
         (dict(arch=SMALL | dict(depths=(1, 2))), "unknown keys \\['depths'\\]"),
-        (dict(arch=SMALL | dict(num_heads=(1, 2))), 'num_heads=\\(1, 2\\); expected a tuple with one value a stage'),
+        (dict(arch=SMALL | dict(num_heads=(1, 2))), 'num_heads=\\(1, 2\\); expected a tuple with one value per stage'),
         (dict(arch=SMALL | dict(kernel_sizes=5)), 'kernel_sizes=5; expected a tuple'),
         (dict(arch=SMALL | dict(blocks=('LS', 'N', 'LD', 'D'))), "'N'.*expected a string of L, S and D"),
         (dict(arch=SMALL | dict(window_size=1)), 'window_size=1; expected at least 2'),
         (dict(arch=SMALL | dict(image_size=28)), 'image_size=28; expected at least 32'),
         (dict(arch=SMALL | dict(num_heads=(3, 2, 4, 6))), 'stage 0: embed_dims=16 is not a multiple of num_heads=3'),
         (dict(arch=SMALL | dict(num_groups=(1, 1, 3, 3))), 'stage 2: num_heads=4 is not a multiple of num_groups=3'),
-        (
-            dict(out_indices=(0, 4)),
-            'out_indices=\\(0, 4\\) does not fit; expected increasing indices of stages, 0 to 3',
-        ),
+        (dict(out_indices=(0, 4)), 'out_indices=\\(0, 4\\) is invalid; expected increasing indices of stages, 0 to 3'),
         (dict(out_indices=(1, 0)), 'increasing'),
         (dict(frozen_stages=5), 'frozen_stages=5 is out of range'),
     ],
@@ -370,5 +367,5 @@ def test_bad_options(options, message):
 
 
 def test_wrong_channels():
-    with pytest.raises(ValueError, match='got an image of shape \\(1, 1, 64, 64\\); expected \\(B, 3, H, W\\)'):
+    with pytest.raises(ValueError, match='got images of shape \\(1, 1, 64, 64\\); expected \\(B, 3, H, W\\)'):
         small_model()(torch.rand(1, 1, 64, 64))

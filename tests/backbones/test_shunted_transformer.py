@@ -1,4 +1,4 @@
-"""Shunted Transformer against the published numbers (tests/golden), and its behaviour as a backbone."""
+"""Shunted Transformer against golden outputs of the published model, and as a backbone."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def test_matches_the_published_numbers(arch, shape):
     name = 'x'.join(map(str, shape))
     with torch.inference_mode():
         outs = model(recipe.tensor(f'image{name}', shape))
-    # The classifier is a linear layer on the mean over the tokens of the last normalised map.
+    # The classifier is a linear layer on the mean over the tokens of the last normalized map.
     logits = nn.functional.linear(outs[-1].mean((2, 3)), upstream['head.weight'], upstream['head.bias'])
     golden = np.load(GOLDEN / f'shunted_{arch[0]}_{name}.npz')
     for out, key in zip((*outs, logits), ('stage1', 'stage2', 'stage3', 'stage4', 'logits'), strict=True):
@@ -76,7 +76,7 @@ def test_builds_from_the_registry_with_out_indices():
     assert [tuple(out.shape) for out in outs] == [(2, 32, 9, 11), (2, 64, 3, 3)]
 
 
-def test_published_initialisation():
+def test_published_initialization():
     torch.manual_seed(0)
     model = ShuntedTransformer('tiny')
     model.init_weights()
@@ -91,7 +91,7 @@ def test_published_initialisation():
 
 
 @pytest.mark.parametrize('wrapper', [None, 'model', 'state_dict'])
-def test_pretrained_takes_the_published_file(tmp_path, wrapper):
+def test_pretrained_loads_a_published_checkpoint(tmp_path, wrapper):
     upstream = upstream_state_dict('t')
     torch.save(upstream if wrapper is None else {wrapper: upstream}, tmp_path / 'shunted_t.pth')
     model = ShuntedTransformer('tiny', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'shunted_t.pth')))
@@ -100,7 +100,7 @@ def test_pretrained_takes_the_published_file(tmp_path, wrapper):
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
-def test_pretrained_takes_a_detector_of_ours_by_prefix(tmp_path):
+def test_pretrained_loads_the_backbone_of_a_detector(tmp_path):
     source = small_model()
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in source.state_dict().items()}}, tmp_path / 'detector.pth')
     model = ShuntedTransformer(
@@ -175,7 +175,7 @@ def test_smallest_image_and_one_pixel_less():
     model = small_model().eval()
     side = model.min_image_side
     model(torch.rand(1, 3, side, side))
-    with pytest.raises(ValueError, match=f'smaller than its reduction .* at least {side} pixels'):
+    with pytest.raises(ValueError, match=f'smaller than its reduction .* at least {side}x{side} pixels'):
         model(torch.rand(1, 3, side, side - 1))
 
 
@@ -194,7 +194,7 @@ def test_smallest_image_and_one_pixel_less():
         ),
         (dict(arch=TINY_ARCH | dict(sr_ratios=(4, 3, 2, 1))), 'stage 1: sr_ratio=3 does not fit'),
         (dict(arch=TINY_ARCH | dict(stem_convs=-1)), 'stem_convs=-1'),
-        (dict(out_indices=(0, 4)), 'out_indices=\\(0, 4\\) does not fit'),
+        (dict(out_indices=(0, 4)), 'out_indices=\\(0, 4\\) is invalid'),
         (dict(out_indices=(1, 0)), 'increasing'),
         (dict(frozen_stages=5), 'frozen_stages=5 is out of range'),
     ],

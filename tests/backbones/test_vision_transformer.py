@@ -1,4 +1,4 @@
-"""Vision Transformer against the plain arithmetic and torch's own encoder layer, and its behaviour as a backbone."""
+"""Vision Transformer against a plain implementation and torch's encoder layer, and as a backbone."""
 
 import math
 
@@ -19,10 +19,10 @@ PLAIN_MODELS = {
     'no class token': dict(with_cls_token=False),
     'no qkv bias': dict(qkv_bias=False),
     'windows': WINDOWED,
-    'windows by name': WINDOWED | dict(global_indices=(1,)),
+    'windows by index': WINDOWED | dict(global_indices=(1,)),
     'ViTDet': WINDOWED | dict(use_rel_pos=True),
-    'relative positions alone': dict(with_cls_token=False, use_rel_pos=True),
-    'oblong': dict(img_size=(64, 48), patch_size=8),
+    'only relative positions': dict(with_cls_token=False, use_rel_pos=True),
+    'non-square': dict(img_size=(64, 48), patch_size=8),
 }
 
 
@@ -34,7 +34,7 @@ def small_model(**options):
 
 
 def random_model(**options):
-    """No parameter is zero, one, or of no consequence."""
+    """Random parameters, so that each of them affects the output."""
     model = small_model(**options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -44,7 +44,7 @@ def random_model(**options):
 
 
 def plain_forward(model, image):
-    """The published arithmetic, pixel pair by pixel pair: scores in memory, windows and distances by index."""
+    """Plain implementation: full score matrices, windows and distances by index."""
     weights = model.state_dict()
     patch, heads = model.patch_size, ARCH['num_heads']
     dims = ARCH['embed_dims']
@@ -108,14 +108,14 @@ def plain_forward(model, image):
 
 @pytest.fixture(params=[True, False], ids=['bias of pairs', 'bias in the vectors'])
 def both_forms(request, monkeypatch):
-    """Relative positions are computed in two forms, which depend on the size of the map."""
+    """Runs both implementations of relative positions; the size of the map selects one."""
     monkeypatch.setattr(vision_transformer, 'SMALL_MAP', 10**6 if request.param else 0)
 
 
 @pytest.mark.parametrize('shape', [(2, 3, 64, 64), (1, 3, 75, 101), (1, 3, 5, 40)], ids=str)
 @pytest.mark.parametrize('name', PLAIN_MODELS)
 @pytest.mark.usefixtures('both_forms')
-def test_computes_the_plain_arithmetic(name, shape):
+def test_equals_the_plain_implementation(name, shape):
     model = random_model(**PLAIN_MODELS[name]).double().eval()
     image = torch.rand(shape, dtype=torch.float64)
     with torch.inference_mode():
@@ -125,7 +125,7 @@ def test_computes_the_plain_arithmetic(name, shape):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
 
 
-def test_a_block_is_torchs_encoder_layer():
+def test_block_equals_torchs_encoder_layer():
     block = random_model().double().blocks[0]
     dims = ARCH['embed_dims']
     layer = nn.TransformerEncoderLayer(
@@ -158,7 +158,7 @@ def test_a_block_is_torchs_encoder_layer():
 
 
 @pytest.mark.usefixtures('both_forms')
-def test_low_precision_is_as_near_as_plain_pytorch():
+def test_low_precision_error_is_at_most_twice_that_of_plain_pytorch():
     model = random_model(**PLAIN_MODELS['ViTDet']).eval()
     image = torch.rand(1, 3, 75, 101)
     with torch.inference_mode():
@@ -178,7 +178,7 @@ def test_low_precision_is_as_near_as_plain_pytorch():
     ],
 )
 def test_parameter_count(arch, dims, depth, published):
-    """The published counts are with a classifier of 1000 classes."""
+    """The published counts include a classifier of 1000 classes."""
     with torch.device('meta'):
         model, vitdet = (
             VisionTransformer(arch),
@@ -198,11 +198,11 @@ def test_builds_from_the_registry_with_out_indices():
     model.init_weights()
     outs = model(torch.rand(2, 3, 75, 101))
     assert [tuple(out.shape) for out in outs] == [(2, 24, 5, 7)] * 2
-    # The final norm belongs to the last map alone.
+    # The final norm applies only to the last map.
     assert (outs[1].mean(1).abs() < 1e-4).all() and not (outs[0].mean(1).abs() < 1e-4).all()
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     model = VisionTransformer('tiny', drop_path_rate=0.1)
     model.init_weights()
@@ -221,7 +221,7 @@ def save_pretrained(tmp_path, **options):
     return source, dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.pth'))
 
 
-def test_pretrained_takes_the_published_file(tmp_path):
+def test_pretrained_loads_a_published_checkpoint(tmp_path):
     source, init_cfg = save_pretrained(tmp_path)
     model = small_model(init_cfg=init_cfg)
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
@@ -237,8 +237,8 @@ def test_pretrained_at_another_resolution_as_vitdet(tmp_path):
 
 
 @pytest.mark.parametrize('load', [nn.Module.load_state_dict, load_state_dict], ids=['torch', 'mmengine'])
-def test_a_whole_detector_is_fitted_as_well(load):
-    """What `load_from` and `--resume` do, strictly: of a class token and positions for another resolution."""
+def test_loading_a_detector_adapts_the_backbone(load):
+    """Strict loading, as by ``load_from`` and ``--resume``, with a class token and another resolution."""
     source = random_model()
     wanted = small_model(img_size=80, with_cls_token=False)
     detector = nn.ModuleDict(dict(backbone=wanted))
@@ -255,8 +255,8 @@ def test_a_whole_detector_is_fitted_as_well(load):
         (dict(arch=ARCH | dict(depth=3)), r"unexpected keys \['blocks.3.norm1.weight'"),
         (
             dict(arch=ARCH | dict(mlp_ratio=3)),
-            r'another size: blocks.0.mlp.fc1.weight has shape \(48, 24\) and not '
-            r'\(72, 24\).*12 in all',
+            r'another size: blocks.0.mlp.fc1.weight has shape \(48, 24\), expected '
+            r'\(72, 24\).*12 in total',
         ),
         (dict(patch_size=8), 'patch_embed.proj.weight'),
         (dict(qkv_bias=False), r"unexpected keys \['blocks.0.attn.qkv.bias'"),
@@ -275,9 +275,9 @@ def test_pretrained_without_class_token_is_refused_by_a_model_with_one(tmp_path)
         small_model(init_cfg=init_cfg)
 
 
-def test_positions_of_an_oblong_grid_are_not_guessed(tmp_path):
+def test_positions_of_a_non_square_grid_are_refused(tmp_path):
     _, init_cfg = save_pretrained(tmp_path, img_size=(64, 48))
-    with pytest.raises(ValueError, match=r'pos_embed has shape \(1, 13, 24\) and not \(1, 17, 24\).*img_size'):
+    with pytest.raises(ValueError, match=r'pos_embed has shape \(1, 13, 24\), expected \(1, 17, 24\).*img_size'):
         small_model(init_cfg=init_cfg)
 
 
@@ -348,10 +348,10 @@ def test_compiles_in_one_graph(options):
         (dict(arch=ARCH | dict(window=7)), "unknown keys \\['window'\\]"),
         (dict(arch=ARCH | dict(depth=0)), "'depth': 0.*expected positive numbers"),
         (dict(arch=ARCH | dict(num_heads=5)), 'embed_dims a multiple of num_heads'),
-        (dict(arch=ARCH, out_indices=(0, 4)), 'out_indices=\\(0, 4\\) does not fit; expected increasing .* 0 to 3'),
+        (dict(arch=ARCH, out_indices=(0, 4)), 'out_indices=\\(0, 4\\) is invalid; expected increasing .* 0 to 3'),
         (dict(arch=ARCH, out_indices=(1, 0)), 'increasing'),
-        (dict(arch=ARCH, out_indices=()), r'out_indices=\(\) does not fit'),
-        (dict(arch=ARCH, global_indices=(4,), **WINDOWED), 'global_indices=\\(4,\\) does not fit'),
+        (dict(arch=ARCH, out_indices=()), r'out_indices=\(\) is invalid'),
+        (dict(arch=ARCH, global_indices=(4,), **WINDOWED), 'global_indices=\\(4,\\) is invalid'),
         (dict(arch=ARCH, global_indices=(3,)), 'window_size=0 makes every block global'),
         (dict(arch=ARCH, frozen_stages=5), 'frozen_stages=5 is out of range'),
         (dict(arch=ARCH, window_size=14), 'set with_cls_token=False to use window_size=14'),

@@ -1,4 +1,4 @@
-"""The authors' DAT checkpoints become ours, or are refused with the reason."""
+"""Conversion of DAT's published checkpoints."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def shapes_of(state_dict):
     return {key: tuple(value.shape) for key, value in state_dict.items()}
 
 
-def test_every_key_of_the_published_model_arrives():
+def test_every_key_of_the_published_model_is_converted():
     upstream = upstream_state_dict()
     conversion = convert(upstream, FAMILY)
     with torch.device('meta'):
@@ -36,18 +36,18 @@ def test_every_key_of_the_published_model_arrives():
     for key, reason in conversion.dropped.items():
         reasons.setdefault(reason, set()).add(key.rsplit('.', 1)[-1] if key.startswith('stages') else key)
     assert reasons == {
-        'the classifier; a backbone has none': {
+        'classification layer, not part of a backbone': {
             'cls_norm.norm.weight',
             'cls_norm.norm.bias',
             'cls_head.weight',
             'cls_head.bias',
         },
-        'follows from the window size': {'relative_position_index'},
-        'follows from the sizes of the map and the window': {'attn_mask'},
+        'computed from the window size': {'relative_position_index'},
+        'computed from the sizes of the map and the window': {'attn_mask'},
     }
 
 
-def test_norms_of_the_maps_are_fresh_unless_the_file_has_them():
+def test_norms_of_the_maps_are_added_if_missing():
     upstream = {key: torch.zeros(value.shape) for key, value in upstream_state_dict().items()}
     upstream['norms.2.norm.weight'] = torch.full((384,), 5.0)
     upstream['norms.2.norm.bias'] = torch.full((384,), 7.0)
@@ -83,14 +83,14 @@ def test_an_attention_layer(case, options):
 
 
 @pytest.mark.parametrize('wrapper', ['model', 'state_dict'])
-def test_wrapped_and_converted_dicts_are_taken(wrapper):
+def test_wrapped_and_converted_state_dicts(wrapper):
     upstream = upstream_state_dict()
     converted = convert_state_dict({wrapper: upstream, 'epoch': 299}, FAMILY)
     assert converted.keys() == convert_state_dict(upstream, FAMILY).keys()
     assert convert_state_dict(converted, FAMILY) == converted
 
 
-def test_a_dict_that_does_not_fit_is_refused():
+def test_missing_and_unexpected_keys_are_named():
     upstream = upstream_state_dict()
     upstream['stages.2.attns.1.local_perception.weight'] = upstream.pop('stages.2.attns.1.proj_k.weight')
     with pytest.raises(
@@ -101,6 +101,6 @@ def test_a_dict_that_does_not_fit_is_refused():
         convert_state_dict(upstream, FAMILY)
 
 
-def test_another_models_dict_is_refused():
-    with pytest.raises(ValueError, match="does not fit family 'dat': expected .*; got \\['layer1.weight'\\]; give"):
+def test_state_dict_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="does not fit family 'dat': expected .*; got \\['layer1.weight'\\]. If"):
         convert_state_dict({'layer1.weight': torch.zeros(1)}, FAMILY)

@@ -1,4 +1,4 @@
-"""The authors' Deformable DETR checkpoints become ours and compute what theirs do, or are refused with the reason."""
+"""Conversion of Deformable DETR's published checkpoints, against golden outputs of the published model."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ VALID = [(96, 128), (80, 104)]
 
 
 class RecordedMaps(nn.Module):
-    """Stands in for a backbone: the same three maps for every image."""
+    """Replaces the backbone: the same three maps for every image."""
 
     def forward(self, images):
         return tuple(
@@ -125,13 +125,13 @@ def test_91_classes_become_80_by_category_id():
     build_detector(**CASES['refine'], num_classes=80).load_state_dict(converted)
 
 
-def test_proposals_keep_the_row_that_scores_them():
+def test_classifier_of_proposals_keeps_row_0():
     converted = convert_state_dict(with_91_classes('two_stage'), FAMILY)
     assert converted['bbox_head.cls_branches.2.bias'].tolist() == COCO_IDS
     assert converted['bbox_head.cls_branches.3.bias'].tolist() == [0, *COCO_IDS[1:]]
 
 
-def test_91_shared_classes_in_two_stages_are_refused():
+def test_91_classes_shared_with_proposals_are_refused():
     upstream = {
         key: value
         for key, value in with_91_classes('two_stage').items()
@@ -164,12 +164,12 @@ def test_backbone_keys_and_single_scale():
     ]
 
 
-def test_our_own_state_dict_passes_through():
+def test_converted_state_dict_is_unchanged():
     converted = convert_state_dict(upstream_state_dict('base'), FAMILY)
     assert convert_state_dict(converted, FAMILY) == converted
 
 
-def test_what_does_not_fit_is_refused():
+def test_unsupported_state_dicts_are_refused():
     upstream = upstream_state_dict('base')
     upstream['transformer.dropout_mask'] = upstream.pop('transformer.encoder.layers.1.norm2.bias')
     with pytest.raises(

@@ -1,7 +1,7 @@
-"""The authors' DETR checkpoints become ours and compute what theirs do, or are refused with the reason.
+"""Conversion of DETR's published checkpoints, which then compute the same as the published architecture.
 
-There are no recorded numbers of the authors' model: `PublishedDETR` is the architecture of the paper's appendix A.3 and
-figure 10, written on torch alone, with the names of the authors' checkpoints.
+``PublishedDETR`` is that architecture (the paper's appendix A.3 and figure 10) in plain PyTorch, with the keys of the
+published checkpoints.
 """
 
 import copy
@@ -24,7 +24,7 @@ VALID = [(96, 128), (80, 104)]
 
 
 class Layer(nn.Module):
-    """Encoder layer; with `cross` also a decoder layer. Norms come after their blocks."""
+    """Post-norm encoder layer, or decoder layer if ``cross`` is set."""
 
     def __init__(self, cross):
         super().__init__()
@@ -80,7 +80,7 @@ class PublishedDETR(nn.Module):
 
 
 def sine_positions(mask):
-    """(bs, h, w, DIMS): for y and then x, sines and cosines of 2 pi times the place, 0 to 1 over the valid pixels."""
+    """(bs, h, w, DIMS): sines and cosines of 2 pi times the position, 0 to 1 over the valid pixels; y before x."""
     halves = []
     for dim in (1, 2):
         count = (~mask).double().cumsum(dim)
@@ -137,8 +137,8 @@ def build_detector(num_classes=CLASSES, backbone=None, in_channels=24):
     )
 
 
-@pytest.mark.parametrize('valid', [VALID, [IMAGE, IMAGE]], ids=['padded', 'whole'])
-def test_computes_what_the_published_model_computes(valid):
+@pytest.mark.parametrize('valid', [VALID, [IMAGE, IMAGE]], ids=['padded', 'unpadded'])
+def test_equals_the_published_model(valid):
     upstream = published()
     conversion = convert({'model': upstream.state_dict()}, FAMILY)
     assert conversion.taken.keys() == upstream.state_dict().keys() and not conversion.dropped
@@ -169,7 +169,7 @@ def test_92_classes_become_81_by_category_id():
 
 
 def test_backbone_without_batch_counts():
-    """The authors' frozen norms count no batches, and neither is that asked of the file."""
+    """The published checkpoints have no ``num_batches_tracked``, and the conversion does not require it."""
     backbone = dict(
         type='mmdet.ResNet',
         depth=18,
@@ -189,7 +189,7 @@ def test_backbone_without_batch_counts():
     torch.testing.assert_close(model.backbone.layer1[0].conv1.weight, upstream['backbone.0.body.layer1.0.conv1.weight'])
 
 
-def test_our_own_state_dict_passes_through():
+def test_converted_state_dict_is_unchanged():
     assert FAMILY in FAMILIES
     converted = convert_state_dict(published().state_dict(), FAMILY)
     assert convert_state_dict(converted, FAMILY) == converted
@@ -207,11 +207,11 @@ def test_our_own_state_dict_passes_through():
             lambda d: d.update({'transformer.encoder.layers.0.self_attn.sampling_offsets.bias': torch.zeros(1)}),
             "use family 'deformable_detr'",
         ),
-        (lambda d: d.update({'transformer.encoder.norm.weight': torch.zeros(1)}), 'norms before its blocks'),
+        (lambda d: d.update({'transformer.encoder.norm.weight': torch.zeros(1)}), 'pre-norm DETR'),
         (lambda d: [d.pop(key) for key in list(d)[1:]], 'missing keys'),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_unsupported_state_dicts_are_refused(change, message):
     upstream = copy.copy(published().state_dict())
     change(upstream)
     with pytest.raises(ValueError, match=message):

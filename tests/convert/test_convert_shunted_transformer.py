@@ -1,4 +1,4 @@
-"""The authors' Shunted Transformer checkpoints become ours, or are refused with the reason."""
+"""Conversion of Shunted Transformer's published checkpoints."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def upstream_state_dict(size):
 
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
-def test_every_key_of_the_published_sizes_arrives(arch):
+def test_every_key_of_the_published_sizes_is_converted(arch):
     upstream = upstream_state_dict(arch[0])
     conversion = convert(upstream, FAMILY)
     with torch.device('meta'):
@@ -30,14 +30,14 @@ def test_every_key_of_the_published_sizes_arrives(arch):
 
 
 @pytest.mark.parametrize('wrapper', ['model', 'state_dict'])
-def test_wrapped_and_converted_dicts_are_taken(wrapper):
+def test_wrapped_and_converted_state_dicts(wrapper):
     upstream = upstream_state_dict('t')
     converted = convert_state_dict({wrapper: upstream, 'epoch': 299}, FAMILY)
     assert converted.keys() == convert_state_dict(upstream, FAMILY).keys()
     assert convert_state_dict(converted, FAMILY) == converted
 
 
-def test_a_model_without_qkv_bias():
+def test_model_without_qkv_bias():
     upstream = upstream_state_dict('t')
     for key in [key for key in upstream if key.endswith(('q.bias', 'kv.bias', 'kv1.bias', 'kv2.bias'))]:
         del upstream[key]
@@ -46,7 +46,7 @@ def test_a_model_without_qkv_bias():
     assert convert_state_dict(upstream, FAMILY).keys() == expected.keys()
 
 
-def test_a_dict_that_does_not_fit_is_refused():
+def test_missing_and_unexpected_keys_are_named():
     upstream = upstream_state_dict('t')
     upstream['block1.0.attn.window'] = upstream.pop('block3.2.attn.sr1.weight')
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Checkpoints of timm, MAE, ViTDet and mmpretrain become ours, or are refused with the reason."""
+"""Conversion of ViT checkpoints of timm, MAE, ViTDet and mmpretrain."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ MMPRETRAIN = {
 
 
 def timm_state_dict():
-    """The names of timm's ViT, with a value of its own in each."""
+    """Random values under the names of timm's ViT."""
     shapes = {
         'cls_token': (1, 1, DIMS),
         'pos_embed': (1, 1 + ROWS, DIMS),
@@ -48,7 +48,7 @@ def timm_state_dict():
 
 
 def mmpretrain_state_dict():
-    """The same in mmpretrain's names."""
+    """The same values under mmpretrain's names."""
     names = {
         'head.weight': 'head.layers.head.weight',
         'head.bias': 'head.layers.head.bias',
@@ -78,7 +78,7 @@ def assert_equal(converted, expected):
 
 
 @pytest.mark.parametrize('style', [timm_state_dict, mmpretrain_state_dict])
-def test_every_key_arrives(style):
+def test_every_key_is_converted(style):
     upstream = style()
     conversion = convert(upstream, FAMILY)
     assert_equal(conversion.state_dict, {k: v for k, v in timm_state_dict().items() if not k.startswith('head.')})
@@ -98,7 +98,7 @@ def test_the_two_styles_give_the_same_maps():
     assert torch.equal(*maps)
 
 
-def test_our_own_state_dict_passes_through():
+def test_converted_state_dict_is_unchanged():
     own = model(use_rel_pos=True, with_cls_token=False, window_size=2, qkv_bias=False).state_dict()
     assert_equal(convert_state_dict(own, FAMILY), own)
     detector = {f'backbone.{key}': value for key, value in own.items()} | {'neck.weight': torch.zeros(1)}
@@ -107,7 +107,7 @@ def test_our_own_state_dict_passes_through():
     assert conversion.dropped == {'neck.weight': 'outside the backbone'}
 
 
-def test_keys_of_a_pretraining_are_dropped():
+def test_keys_of_the_pretraining_are_dropped():
     upstream = timm_state_dict()
     extra = (
         'mask_token',
@@ -123,14 +123,14 @@ def test_keys_of_a_pretraining_are_dropped():
     assert 'pre-training' in conversion.dropped['mask_token'] and 'mean' in conversion.dropped['fc_norm.weight']
 
 
-def test_vitdets_row_without_a_class_token_is_left_out():
+def test_vitdets_position_without_a_class_token_is_removed():
     upstream = {k: v for k, v in timm_state_dict().items() if not k.startswith(('cls_token', 'norm.', 'head.'))}
     converted = convert_state_dict(upstream, FAMILY)
     assert torch.equal(converted['pos_embed'], upstream['pos_embed'][:, 1:])
     assert model(with_cls_token=False, final_norm=False).load_state_dict(converted) == ([], [])
 
 
-def test_a_class_token_without_a_position_gets_a_row_of_zeros():
+def test_class_token_without_a_position_gets_zeros():
     upstream = timm_state_dict()
     upstream['pos_embed'] = upstream['pos_embed'][:, 1:]
     positions = convert_state_dict(upstream, FAMILY)['pos_embed']
@@ -140,18 +140,18 @@ def test_a_class_token_without_a_position_gets_a_row_of_zeros():
 @pytest.mark.parametrize('with_cls_token', [True, False])
 def test_positions_that_fit_are_kept(with_cls_token):
     upstream = timm_state_dict()
-    for rows in (16, 12):  # a square grid, and one that is not
+    for rows in (16, 12):  # a square and a non-square grid
         upstream['pos_embed'] = torch.rand(1, rows + with_cls_token, DIMS)
         if not with_cls_token:
             upstream.pop('cls_token', None)
         assert torch.equal(convert_state_dict(upstream, FAMILY)['pos_embed'], upstream['pos_embed'])
 
 
-def test_a_prefix_within_a_file_of_another_design(tmp_path):
-    """ViTDet's detectors keep the ViT under `backbone.net`: the message says what to do, and it helps."""
+def test_prefix_of_vitdets_detectors(tmp_path):
+    """ViTDet's detectors store the ViT under ``backbone.net``; the error asks for the prefix."""
     vit = {k: v for k, v in timm_state_dict().items() if not k.startswith(('head.', 'cls_token'))}
     detector = {f'backbone.net.{key}': value for key, value in vit.items()} | {'backbone.simfp_2.0.bias': torch.ones(1)}
-    with pytest.raises(ValueError, match='give their prefix'):
+    with pytest.raises(ValueError, match='another prefix, specify it'):
         convert(detector, FAMILY)
     torch.save({'model': detector}, tmp_path / 'vitdet.pth')
     backbone = model(
@@ -165,7 +165,7 @@ def test_a_prefix_within_a_file_of_another_design(tmp_path):
 @pytest.mark.parametrize(
     'key', ['dist_token', 'reg_token', 'norm_pre.weight', 'blocks.0.ls1.gamma', 'blocks.1.attn.q_norm.weight']
 )
-def test_a_variant_that_computes_something_else_is_refused(key):
+def test_variants_with_another_architecture_are_refused(key):
     with pytest.raises(ValueError, match=rf"missing keys \[\], unexpected keys \['{key}'\]"):
         convert(timm_state_dict() | {key: torch.ones(1)}, FAMILY)
 
@@ -173,15 +173,17 @@ def test_a_variant_that_computes_something_else_is_refused(key):
 @pytest.mark.parametrize(
     'key', ['pos_embed', 'patch_embed.proj.bias', 'blocks.1.attn.qkv.bias', 'norm.bias', 'blocks.2.mlp.fc2.weight']
 )
-def test_a_missing_key_is_named(key):
+def test_missing_keys_are_named(key):
     upstream = timm_state_dict()
     del upstream[key]
     with pytest.raises(ValueError, match=rf"missing keys \['{key}'\]"):
         convert(upstream, FAMILY)
 
 
-def test_what_is_no_vit_is_refused():
-    with pytest.raises(ValueError, match=r"expected keys of timm.* or of mmpretrain.* got \['block1.0.norm1.weight'\]"):
+def test_state_dict_of_another_model_is_refused():
+    with pytest.raises(
+        ValueError, match=r"expected keys of timm .* or of mmpretrain .* got \['block1.0.norm1.weight'\]"
+    ):
         convert({'block1.0.norm1.weight': torch.ones(1)}, FAMILY)
     with pytest.raises(ValueError, match=r'pos_embed has shape \(9, 8\); expected \(1, rows, C\)'):
         convert(timm_state_dict() | {'pos_embed': torch.ones(9, 8)}, FAMILY)

@@ -1,12 +1,13 @@
-"""The formulas against the operations that are counted while real layers run."""
+"""The cost formulas against torch's FLOP counter on real layers."""
 
 import pytest
 import torch
 from mmcv.ops import ModulatedDeformConv2dPack
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from msda_plugin import costs
-from msda_plugin.costs.counting import count_multiply_adds
+from msda_plugin import costs, ops
+from msda_plugin.costs.counting import count_macs
 from msda_plugin.layers import MultiScaleDeformableAttention, ShuntedSelfAttention
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
 from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
@@ -15,7 +16,7 @@ SIZES = [(14, 21), (16, 16), (9, 25)]
 
 
 def count(layer, *args, **kwargs):
-    return count_multiply_adds(layer.eval(), lambda: layer(*args, **kwargs))['']
+    return count_macs(layer.eval(), lambda: layer(*args, **kwargs))['']
 
 
 @pytest.mark.parametrize('height, width', SIZES)
@@ -23,7 +24,7 @@ def count(layer, *args, **kwargs):
 def test_convolution(height, width, kernel_size):
     layer = nn.Conv2d(12, 12, kernel_size, padding=kernel_size // 2)
     expected = costs.convolution(height, width, 12, kernel_size)
-    assert count(layer, torch.rand(1, 12, height, width)) == expected.multiply_adds
+    assert count(layer, torch.rand(1, 12, height, width)) == expected.macs
 
 
 @pytest.mark.parametrize('num_queries, num_keys', [(30, 30), (7, 50)])
@@ -31,7 +32,7 @@ def test_attention(num_queries, num_keys):
     layer = nn.MultiheadAttention(32, 4, batch_first=True)
     query, key = torch.rand(1, num_queries, 32), torch.rand(1, num_keys, 32)
     expected = costs.cross_attention(num_queries, num_keys, 32, 4)
-    assert count(layer, query, key, key, need_weights=False) == expected.multiply_adds
+    assert count(layer, query, key, key, need_weights=False) == expected.macs
     assert expected.memory == num_queries * 32 + 2 * num_keys * 32 + 4 * num_queries * num_keys
 
 
@@ -48,14 +49,14 @@ def test_vit_and_detr_are_sums_of_attention():
 def test_spatial_reduction(height, width, reduction):
     layer = SpatialReductionAttention(32, 4, sr_ratio=reduction)
     expected = costs.spatial_reduction_attention(height, width, 32, reduction, 4)
-    assert count(layer, torch.rand(1, height * width, 32), (height, width)) == expected.multiply_adds
+    assert count(layer, torch.rand(1, height * width, 32), (height, width)) == expected.macs
 
 
 @pytest.mark.parametrize('height, width', SIZES)
 def test_linear_spatial_reduction(height, width):
     layer = SpatialReductionAttention(32, 4, linear=True)
     expected = costs.linear_spatial_reduction_attention(height, width, 32, 4)
-    assert count(layer, torch.rand(1, height * width, 32), (height, width)) == expected.multiply_adds
+    assert count(layer, torch.rand(1, height * width, 32), (height, width)) == expected.macs
 
 
 @pytest.mark.parametrize('height, width', SIZES)
@@ -63,7 +64,7 @@ def test_linear_spatial_reduction(height, width):
 def test_windows(height, width, shift):
     layer = ShiftedWindowAttention(32, 4, window_size=7, shift_size=shift)
     expected = costs.window_attention(height, width, 32, 7, 4)
-    assert count(layer, torch.rand(1, height * width, 32), (height, width)) == expected.multiply_adds
+    assert count(layer, torch.rand(1, height * width, 32), (height, width)) == expected.macs
 
 
 @pytest.mark.parametrize('height, width', SIZES)
@@ -71,7 +72,7 @@ def test_windows(height, width, shift):
 def test_shunted(height, width, reduction):
     layer = ShuntedSelfAttention(32, 4, reduction)
     expected = costs.shunted_attention(height, width, 32, reduction, 4)
-    assert count(layer, torch.rand(1, height * width, 32), (height, width)) == expected.multiply_adds
+    assert count(layer, torch.rand(1, height * width, 32), (height, width)) == expected.macs
 
 
 @pytest.mark.parametrize('num_queries', [1, 40])
@@ -87,7 +88,54 @@ def test_deformable(num_queries):
         level_start_index=torch.tensor([0, 99]),
         reference_points=torch.rand(1, num_queries, 2, 2),
     )
-    assert counted == costs.deformable_attention(num_queries, 129, 32, 4, 2, 3).multiply_adds
+    assert counted == costs.deformable_attention(num_queries, 129, 32, 4, 2, 3).macs
+
+
+def test_torchs_counter_sees_the_layer_forward_and_backward():
+    layer = MultiScaleDeformableAttention(32, 4, num_levels=2, num_points=3, batch_first=True).train()
+    query, value = torch.rand(2, 40, 32, requires_grad=True), torch.rand(2, 129, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = layer(
+            query,
+            value=value,
+            spatial_shapes=[(9, 11), (5, 6)],
+            level_start_index=torch.tensor([0, 99]),
+            reference_points=torch.rand(2, 40, 2, 2),
+        )
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    macs = 2 * costs.deformable_attention(40, 129, 32, 4, 2, 3).macs  # batch 2
+    assert forward == 2 * macs
+    assert counter.get_total_flops() == 3 * 2 * macs
+
+
+def test_torchs_counter_sees_the_plain_operator():
+    value = torch.rand(2, 129, 4, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = ops.ms_deform_attn(
+            value, [(9, 11), (5, 6)], None, torch.rand(2, 40, 4, 2, 3, 2), torch.rand(2, 40, 4, 2, 3)
+        )
+        out.sum().backward()
+    flops = 2 * 2 * costs.deformable_attention(40, 129, 32, 4, 2, 3).mixing
+    assert counter.get_flop_counts()['Global'] == {
+        torch.ops.msda.ms_deform_attn: flops,
+        torch.ops.msda.ms_deform_attn_backward: 2 * flops,
+    }
+
+
+def test_views_of_parameters_may_be_arguments():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.linear = nn.Parameter(torch.rand(5, 16)), nn.Linear(8, 16)
+
+        def forward(self):
+            query, query_pos = self.query.split(8, 1)
+            return self.linear(query) + self.linear(query_pos)
+
+    model = Model()
+    assert count_macs(model, model) == {'': 1280, 'linear': 1280}
+    assert model.query.requires_grad
 
 
 class Counted(float):
@@ -103,15 +151,15 @@ class Counted(float):
         return Counted(float(self) + float(other))
 
 
-def test_a_sample_takes_as_many_multiply_adds_as_is_said():
+def test_macs_of_a_sample():
     """Equation 2 of Deformable DETR for one channel of one sample, number by number."""
-    neighbours, weights = [Counted(v) for v in (1.0, 2.0, 3.0, 4.0)], [Counted(w) for w in (0.1, 0.2, 0.3, 0.4)]
+    neighbors, weights = [Counted(v) for v in (1.0, 2.0, 3.0, 4.0)], [Counted(w) for w in (0.1, 0.2, 0.3, 0.4)]
     Counted.products = 0
     value = Counted(0)
-    for neighbour, weight in zip(neighbours, weights, strict=True):
-        value = value + neighbour * weight
+    for neighbor, weight in zip(neighbors, weights, strict=True):
+        value = value + neighbor * weight
     assert float(value * Counted(0.5)) == pytest.approx(1.5)
-    assert Counted.products == costs.formulas.OPERATIONS_PER_SAMPLE
+    assert Counted.products == costs.formulas.MACS_PER_SAMPLE
 
 
 def test_growth_with_resolution():
@@ -131,13 +179,13 @@ def test_growth_with_resolution():
 
 def test_modules_of_a_model_are_counted_once_each():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Sequential(nn.Linear(16, 4)))
-    assert count_multiply_adds(model, lambda: model(torch.rand(3, 8))) == {'': 576, '0': 384, '2': 192, '2.0': 192}
-    assert count_multiply_adds(model, lambda: (model(torch.rand(3, 8)), model(torch.rand(1, 8))))['2.0'] == 256
+    assert count_macs(model, lambda: model(torch.rand(3, 8))) == {'': 576, '0': 384, '2': 192, '2.0': 192}
+    assert count_macs(model, lambda: (model(torch.rand(3, 8)), model(torch.rand(1, 8))))['2.0'] == 256
 
 
 def test_deformable_convolutions_are_counted():
     model = nn.Sequential(ModulatedDeformConv2dPack(8, 12, 3, padding=1))
     samples = 5 * 6 * 9
     offsets = samples * 8 * 27  # a convolution to 2 coordinates and a weight for each of 9 taps
-    counted = count_multiply_adds(model, lambda: model(torch.rand(1, 8, 5, 6)))
+    counted = count_macs(model, lambda: model(torch.rand(1, 8, 5, 6)))
     assert counted[''] == counted['0'] == samples * 8 * (12 + 5) + offsets

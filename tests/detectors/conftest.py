@@ -1,4 +1,4 @@
-"""Lets the tests here import detector_cases, which stands next to them, and keeps MMEngine from logging parameters."""
+"""Makes detector_cases importable for the tests in this folder, and keeps MMEngine from logging parameters."""
 
 import sys
 from pathlib import Path

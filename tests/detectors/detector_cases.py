@@ -15,11 +15,13 @@ PADDED = [(64, 80), (45, 96)]
 
 
 class Pyramid(nn.Module):
-    """The smallest backbone: strides 8, 16 and 32, or the last alone."""
+    """The smallest backbone: strides 8, 16 and 32, or the last ``num_outs`` of them."""
 
-    def __init__(self, num_outs=3):
+    def __init__(self, num_outs=3, declared=True):
         super().__init__()
         self.num_outs = num_outs
+        if declared:
+            self.out_channels = (8, 16, 32)[-num_outs:]
         self.convs = nn.ModuleList([nn.Conv2d(3, 8, 9, 8, 4), nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)])
 
     def forward(self, x):
@@ -160,7 +162,7 @@ def make_images():
 
 
 def share_weights(ours, theirs):
-    """Give both the same weights, away from the initial ones, which are mostly zero."""
+    """Give both models the same random weights; many initial weights are zero."""
     generator = torch.Generator().manual_seed(2)
     weights = {
         name: value + 0.05 * torch.randn(value.shape, generator=generator)
@@ -178,7 +180,7 @@ def losses_and_gradients(model, samples):
 
 
 def assert_same(ours, theirs, samples):
-    """Losses, gradients, outputs and predictions are equal."""
+    """Compare losses, gradients, outputs and predictions."""
     losses, gradients = losses_and_gradients(ours, samples)
     expected, expected_gradients = losses_and_gradients(theirs, samples)
     assert list(losses) == list(expected)
@@ -187,7 +189,7 @@ def assert_same(ours, theirs, samples):
     for name, gradient in expected_gradients.items():
         assert (gradient is None) == (gradients[name] is None), name
         if gradient is not None:
-            # By norm: where rounding moves a ReLU over its kink, single entries differ.
+            # Compare norms: single entries differ if rounding moves the input of a ReLU across zero.
             assert (gradients[name] - gradient).norm() <= 1e-2 * gradient.norm() + 1e-6, name
     with torch.no_grad():
         outputs = ours.eval()(make_images(), samples, mode='tensor')

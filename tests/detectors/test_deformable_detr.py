@@ -1,4 +1,4 @@
-"""Our Deformable DETR is MMDetection's in weights, numbers and training, and takes what theirs refuses."""
+"""DeformableDETR: equal to MMDetection's in weights, losses and predictions, and its additional options."""
 
 import copy
 
@@ -28,27 +28,27 @@ def build(**fields):
 
 
 def build_pair(form):
-    """Ours and MMDetection's with the same weights."""
+    """msda_plugin's and MMDetection's detector with the same weights."""
     ours, theirs = build(**FORMS[form]), build(scope='mmdet', **FORMS[form])
     share_weights(ours, theirs)
     return ours, theirs
 
 
-@pytest.mark.parametrize('shapes', [WHOLE, PADDED], ids=['whole', 'padded'])
+@pytest.mark.parametrize('shapes', [WHOLE, PADDED], ids=['unpadded', 'padded'])
 @pytest.mark.parametrize('form', FORMS)
 def test_equals_mmdetection(form, shapes):
     assert_same(*build_pair(form), make_samples(shapes))
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_starts_from_mmdetections_weights(form):
+def test_initial_weights_equal_mmdetections(form):
     ours, theirs = build(**FORMS[form]).state_dict(), build(scope='mmdet', **FORMS[form]).state_dict()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
 
 
-def test_dropout_draws_the_same_numbers():
+def test_dropout_draws_the_same_random_numbers():
     losses = []
     for scope in ('msda_plugin', 'mmdet'):
         model = build(scope=scope, dropout=0.1).train()
@@ -60,7 +60,7 @@ def test_dropout_draws_the_same_numbers():
 @pytest.mark.parametrize('counts', [(2, 3), (0, 2), (0, 0)], ids=str)
 @pytest.mark.parametrize('form', FORMS)
 def test_trains_and_predicts_with_and_without_objects(form, counts):
-    """The whole step, from images of two sizes; every parameter is reached, so that no other process waits for one."""
+    """A training step on images of two sizes. Every parameter gets a gradient, as distributed training requires."""
     model = build(data_preprocessor=dict(type='mmdet.DetDataPreprocessor', mean=[100] * 3, std=[50] * 3), **FORMS[form])
     optimizer = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3))
     before = copy.deepcopy(model.state_dict())
@@ -87,7 +87,7 @@ def test_trains_and_predicts_with_and_without_objects(form, counts):
 
 @pytest.mark.parametrize('dilated', [False, True], ids=['stride 32', 'DC5'])
 def test_single_scale_on_a_resnet(dilated):
-    """DC5: the last stage is dilated instead of strided, so that its map is twice as large."""
+    """DC5: the last stage is dilated instead of strided, which doubles the size of its map."""
     strides = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)) if dilated else {}
     config = make_config(
         num_feature_levels=1,
@@ -109,7 +109,7 @@ def test_single_scale_on_a_resnet(dilated):
     ]
 
 
-def test_two_stages_of_any_width():
+def test_two_stage_with_64_channels():
     model = build(with_box_refine=True, as_two_stage=True, dims=64)
     sum(model.train().loss(make_images(), make_samples()).values()).backward()
     assert model.pos_trans_fc.weight.grad.abs().sum() > 0
@@ -124,7 +124,7 @@ def test_tensor_mode_in_training_and_without_samples(form):
         torch.testing.assert_close(model.train()(make_images(), make_samples(), mode='tensor'), expected)
 
 
-def test_checkpointing_recomputes_and_changes_nothing(monkeypatch):
+def test_checkpointing_recomputes_with_equal_results(monkeypatch):
     samples = make_samples(PADDED)
     losses, gradients = losses_and_gradients(build(with_box_refine=True), samples)
     config = make_config(with_box_refine=True)
@@ -143,7 +143,7 @@ def test_checkpointing_recomputes_and_changes_nothing(monkeypatch):
         )
     model = build(with_box_refine=True, **parts)
     checkpointed, checkpointed_gradients = losses_and_gradients(model, samples)
-    assert sorted(calls) == ['decoder'] * 3 + ['encoder'] * 3  # two layers each, one of them twice
+    assert sorted(calls) == ['decoder'] * 3 + ['encoder'] * 3  # two layers each, one of which runs twice
     torch.testing.assert_close(checkpointed, losses)
     torch.testing.assert_close(checkpointed_gradients, gradients)
 
@@ -160,7 +160,7 @@ class CountingDeformableAttention(MultiScaleDeformableAttention):
 def test_a_config_chooses_the_attention():
     config = make_config()
     config['encoder']['layer_cfg']['self_attn_cfg']['type'] = 'msda_plugin.CountingDeformableAttention'
-    config['decoder']['layer_cfg']['cross_attn_cfg']['type'] = MMCVLayer  # takes shapes as tensors alone
+    config['decoder']['layer_cfg']['cross_attn_cfg']['type'] = MMCVLayer  # accepts shapes only as tensors
     chosen, default = MODELS.build(config), build()
     chosen.load_state_dict(default.state_dict())
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_config_chooses_the_attention():
     assert kinds == {MultiScaleDeformableAttention}
 
 
-def test_a_config_chooses_encoder_layer_and_position_by_name():
+def test_a_config_chooses_encoder_and_positional_encoding_by_name():
     config = make_config(positional_encoding=dict(type='mmdet.SinePositionalEncoding', num_feats=16, normalize=True))
     config['encoder']['type'] = 'msda_plugin.DeformableDetrTransformerEncoder'
     config['encoder']['layer_cfg']['type'] = 'msda_plugin.DeformableDetrTransformerEncoderLayer'
@@ -187,7 +187,7 @@ def test_a_config_can_be_built_twice():
     assert config == before
 
 
-def test_levels_default_to_the_detectors():
+def test_num_levels_defaults_to_num_feature_levels():
     config = make_config(num_feature_levels=1)
     for part, name in (('encoder', 'self_attn_cfg'), ('decoder', 'cross_attn_cfg')):
         del config[part]['layer_cfg'][name]['num_levels']
@@ -196,8 +196,8 @@ def test_levels_default_to_the_detectors():
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_transformer_reads_nothing_back_from_the_device(form, monkeypatch):
-    """A tensor on the meta device has no values to read."""
+def test_transformer_does_not_synchronize(form, monkeypatch):
+    """Tensors on the meta device have no values, so reading one would fail."""
     monkeypatch.setattr(
         attention_module,
         'ms_deform_attn_fused',

@@ -1,4 +1,4 @@
-"""Our DETR is MMDetection's in weights and numbers, trains, and takes what theirs refuses."""
+"""DETR: equal to MMDetection's in weights, losses and predictions, and its additional options."""
 
 import copy
 
@@ -17,7 +17,7 @@ def build(**fields):
     return detector_cases.build(detr_config(**fields))
 
 
-@pytest.mark.parametrize('shapes', [WHOLE, PADDED], ids=['whole', 'padded'])
+@pytest.mark.parametrize('shapes', [WHOLE, PADDED], ids=['unpadded', 'padded'])
 @pytest.mark.parametrize('counts', [(3, 2), (0, 2), (0, 0)], ids=str)
 def test_equals_mmdetection(shapes, counts):
     ours, theirs = build(), build(scope='mmdet')
@@ -25,7 +25,7 @@ def test_equals_mmdetection(shapes, counts):
     assert_same(ours, theirs, make_samples(shapes, counts))
 
 
-def test_starts_from_mmdetections_weights():
+def test_initial_weights_equal_mmdetections():
     ours, theirs = build().state_dict(), build(scope='mmdet').state_dict()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
@@ -59,7 +59,7 @@ def test_tensor_mode_in_training_and_without_samples():
         torch.testing.assert_close(model.train()(make_images(), make_samples(), mode='tensor'), expected)
 
 
-def test_last_layer_alone():
+def test_without_intermediate_outputs():
     config = detr_config()
     config['decoder']['return_intermediate'] = False
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_last_layer_alone():
     torch.testing.assert_close(boxes, expected[1][-1:])
 
 
-def test_no_attention_weights_are_formed(monkeypatch):
+def test_attention_weights_are_not_computed(monkeypatch):
     asked = []
     forward = torch.nn.MultiheadAttention.forward
     monkeypatch.setattr(
@@ -82,7 +82,7 @@ def test_no_attention_weights_are_formed(monkeypatch):
 
 
 @pytest.mark.parametrize('dropout', [0.0, 0.1])
-def test_checkpointing_recomputes_and_changes_nothing(dropout, monkeypatch):
+def test_checkpointing_recomputes_with_equal_results(dropout, monkeypatch):
     samples = make_samples(PADDED)
     config = detr_config(dropout=dropout)
     parts = {part: config[part] | dict(num_cp=1) for part in ('encoder', 'decoder')}
@@ -100,7 +100,7 @@ def test_checkpointing_recomputes_and_changes_nothing(dropout, monkeypatch):
         )
     torch.manual_seed(3)
     checkpointed, checkpointed_gradients = losses_and_gradients(model, samples)
-    assert sorted(calls) == ['decoder'] * 3 + ['encoder'] * 3  # two layers each, one of them twice
+    assert sorted(calls) == ['decoder'] * 3 + ['encoder'] * 3  # two layers each, one of which runs twice
     torch.testing.assert_close(checkpointed, losses)
     torch.testing.assert_close(checkpointed_gradients, gradients)
 
@@ -135,8 +135,8 @@ def test_a_config_can_be_built_twice():
     assert config == before
 
 
-def test_transformer_reads_nothing_back_from_the_device():
-    """A tensor on the meta device has no values to read."""
+def test_transformer_does_not_synchronize():
+    """Tensors on the meta device have no values, so reading one would fail."""
     model = build().to('meta').train()
     outputs = model.forward_transformer(model.extract_feat(make_images().to('meta')), make_samples(PADDED))
     assert outputs['hidden_states'].shape == (2, 2, 9, 32)
@@ -172,7 +172,7 @@ def test_parts_that_do_not_fit_are_refused_at_build_time(path, value, message):
         MODELS.build(config)
 
 
-def test_without_a_neck_the_backbone_must_fit():
+def test_channels_of_the_backbone_without_a_neck():
     config = detr_config(dims=64)
     with pytest.raises(ValueError, match=r'the backbone gives maps of \[32\] channels, and there is no neck, but DETR'):
         MODELS.build(config | dict(neck=None))

@@ -1,4 +1,4 @@
-"""From the same seed and on the same data, our Deformable DETR and MMDetection's lose the same, step by step."""
+"""With the same seed and data, DeformableDETR and MMDetection's have equal losses at every training step."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from msda_plugin.tools.shapes import CLASSES, generate
 
 ROUNDS, BATCHES, BATCH, SIZE = 5, 4, 2, (64, 64)
-# A rate at which rounding stays as small as it starts.
+# Learning rates at which rounding differences do not grow.
 RATES = {'base': 5e-4, 'two_stage': 1e-4}
 FORMS = {'base': {}, 'two_stage': dict(with_box_refine=True, as_two_stage=True, dims=256)}
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope='module')
 def batches(tmp_path_factory):
-    """The batches of a round; about half of the images are squeezed, so that batches are padded."""
+    """Batches of one round; about half of the images are narrower, so that batches are padded."""
     folder = tmp_path_factory.mktemp('shapes')
     generate(str(folder), train=BATCHES * BATCH, val=1, size=SIZE, seed=0)
     dataset = DATASETS.build(

@@ -1,4 +1,4 @@
-"""The notebook runs top to bottom, and is kept without outputs."""
+"""The notebook runs top to bottom and is stored without outputs."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_runs_top_to_bottom(cells, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
     monkeypatch.setattr(plt, 'show', lambda: plt.close('all'))
-    DetLocalVisualizer._instance_dict.clear()  # MMEngine keeps one a process, with the folder of the last training
+    DetLocalVisualizer._instance_dict.clear()  # MMEngine keeps one per process, with the last work dir
     namespace = {}
     with matplotlib.rc_context({'backend': 'agg'}):
         for cell in cells:

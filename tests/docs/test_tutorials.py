@@ -1,8 +1,8 @@
-"""The tutorials do what they say. A page is one story in one folder and one namespace; in its fences
+"""The code of the tutorials runs. All fences of a page share a folder and a namespace:
 
-- ``python`` is executed, ``python title="FILE"`` is written to FILE, for the blocks that follow;
-- ``bash`` (commands of msda_plugin) is executed, in this process;
-- ``sh`` is checked: the command exists and takes these arguments.
+- ``python`` is executed; ``python title="FILE"`` is written to FILE for the following blocks;
+- ``bash`` (commands of msda_plugin) is executed in this process;
+- ``sh`` is checked: the command exists and accepts its arguments.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / 'docs' / 'tutorials').glob('*.md'))
-NEEDS = {'tensorboard': 'tensorboard'}  # page -> package that is not installed everywhere
+NEEDS = {'tensorboard': 'tensorboard'}  # page -> optional package
 FENCE = RawFencedCodeBlockLexer(re.compile(r'(?P<language>python|bash|sh)(?: title="(?P<file>[^"]+)")?$\n', re.M))
 OWN = ('python', '-m', 'msda_plugin')
 
 
 class Parsed(Exception):
-    """The arguments of a command were understood."""
+    """The parser accepted the arguments of a command."""
 
 
 def commands(block: str) -> Iterator[list[str]]:
@@ -45,13 +45,13 @@ def commands(block: str) -> Iterator[list[str]]:
 
 def run(example) -> None:
     for words in commands(example.parsed):
-        assert tuple(words[:3]) == OWN, f'{words} is not a command of msda_plugin: fence it as sh'
-        DetLocalVisualizer._instance_dict.clear()  # MMEngine keeps one a process, with the folder of the last training
+        assert tuple(words[:3]) == OWN, f'{words} is not a command of msda_plugin: use an sh fence'
+        DetLocalVisualizer._instance_dict.clear()  # MMEngine keeps one per process, with the last work dir
         assert main(words[3:]) == 0, words
 
 
-def understand(words: list[str]) -> None:
-    """Raise AssertionError unless the command exists, or SystemExit unless it takes its arguments."""
+def check_arguments(words: list[str]) -> None:
+    """Raise AssertionError if the command does not exist, SystemExit if it rejects its arguments."""
     if words[0] == 'srun':
         words = words[next(i for i, word in enumerate(words) if i and not word.startswith('-')) :]
     if words[0] == 'torchrun':
@@ -60,18 +60,18 @@ def understand(words: list[str]) -> None:
         words = ['python', '-m', launch.training_script, *launch.training_script_args]
     if words[0] == 'mim':
         command = pytest.importorskip(f'mim.commands.{words[1]}', reason='mim is not installed').cli
-        context = command.make_context(words[1], words[2:])  # what mim does not know goes on to our parser
+        context = command.make_context(words[1], words[2:])  # mim passes unknown arguments to our parser
         words = [*OWN, words[1], context.params['config'], *context.params['other_args']]
     if words[0] in ('pip', 'tensorboard'):
         return
-    assert tuple(words[:3]) == OWN, f'nobody knows how to check {words}'
+    assert tuple(words[:3]) == OWN, f'no check is implemented for {words}'
     with pytest.raises(Parsed):
         main(words[3:])
 
 
 @pytest.fixture
 def check(monkeypatch):
-    """Understands the commands of a block, each of which stops where it would begin to work."""
+    """Parses the commands of a block; each stops after parsing its arguments."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_args(parser, *args, **kwargs):
@@ -82,7 +82,7 @@ def check(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
             for words in commands(example.parsed):
-                understand(words)
+                check_arguments(words)
 
     return check_block
 
@@ -109,7 +109,7 @@ def test_tutorial(page, tmp_path, monkeypatch, check):
             yield region
 
     examples = list(sybil.Document.parse(str(page), parse).examples())
-    assert examples, 'a tutorial shows how something is done'
+    assert examples, 'a tutorial needs at least one code block'
     for example in examples:
         example.evaluate()
 
@@ -123,6 +123,6 @@ def test_tutorial(page, tmp_path, monkeypatch, check):
         'conda install msda_plugin',
     ],
 )
-def test_a_command_that_does_not_exist_is_noticed(command, check):
+def test_unknown_commands_and_arguments_are_rejected(command, check):
     with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
         check(SimpleNamespace(parsed=command))

@@ -1,4 +1,4 @@
-"""Lets the tests here import head_cases, which stands next to them."""
+"""Makes head_cases importable for the tests in this folder."""
 
 import sys
 from pathlib import Path

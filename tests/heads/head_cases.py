@@ -1,4 +1,4 @@
-"""Predictions and objects for the tests of the heads, and what their losses are compared by."""
+"""Predictions, objects and comparisons of losses for the tests of the heads."""
 
 import torch
 from mmengine.structures import InstanceData
@@ -16,7 +16,7 @@ def make_predictions(num_outputs, *shape, seed=0):
 
 
 def make_objects(counts, num_classes=5):
-    """Ground truth of three images with so many objects, and their meta information."""
+    """Ground truth of three images with ``counts`` objects, and their meta information."""
     generator = torch.Generator().manual_seed(sum(counts))
     instances = []
     for count, (height, width) in zip(counts, IMAGE_SHAPES, strict=True):
@@ -31,9 +31,9 @@ def make_objects(counts, num_classes=5):
 
 
 def losses_and_gradients(head, inputs):
-    # MMDetection's classification loss is a vector of one where it is averaged over processes.
+    # MMDetection's classification loss has shape (1,) if it is averaged over processes.
     losses = {name: loss.squeeze() for name, loss in head.loss_by_feat(*inputs).items()}
-    # Another weight for each, so that no two losses can be exchanged.
+    # Different weights, so that exchanged losses are noticed.
     total = sum((i + 1) * loss for i, loss in enumerate(losses.values()))
     return losses, torch.autograd.grad(total, [leaf for leaf in inputs if isinstance(leaf, torch.Tensor)])
 

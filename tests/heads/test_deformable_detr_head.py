@@ -1,6 +1,7 @@
-"""The head's losses equal MMDetection's, with one transfer to the host; what is not covered runs MMDetection's code."""
+"""DeformableDETRHead: losses equal to MMDetection's with one transfer to the host, and the fallback to its code."""
 
 import copy
+import inspect
 import logging
 
 import mmdet.models.dense_heads.detr_head as mmdet_detr_head
@@ -11,7 +12,7 @@ from mmdet.models.losses import FocalLoss
 from mmdet.models.task_modules.assigners.match_cost import BBoxL1Cost
 from mmengine.structures import InstanceData
 
-from msda_plugin.heads import losses, matching, set_prediction
+from msda_plugin.heads import box_ops, losses, set_prediction
 from msda_plugin.registry import MODELS
 
 ASSIGNER = dict(
@@ -106,14 +107,14 @@ def test_losses_equal_mmdetections(counts, two_stage):
     ],
     ids=['1 class', '40 classes', 'no sync', 'losses', 'quality', 'costs', 'one cost'],
 )
-def test_settings_are_honoured(changes):
+def test_settings_of_losses_and_costs(changes):
     ours = build('msda_plugin', **changes)
     assert ours.matcher is not None
     assert_same(ours, build('mmdet', **changes), make_inputs((3, 7, 1), changes.get('num_classes', 5)))
 
 
 @pytest.mark.parametrize('cost', ['FocalLossCost', 'ClassificationCost'])
-def test_softmax_over_one_class_more(cost):
+def test_softmax_with_a_no_object_class(cost):
     changes = dict(
         loss_cls=dict(type='mmdet.CrossEntropyLoss', loss_weight=2.0, class_weight=[1.0] * 5 + [0.1]),
         train_cfg=dict(
@@ -139,7 +140,7 @@ def test_confident_and_degenerate_predictions():
 
 
 @pytest.mark.parametrize('sync', [False, True])
-def test_normalises_by_the_mean_over_processes(sync, monkeypatch):
+def test_normalizes_by_the_mean_over_processes(sync, monkeypatch):
     for module in (mmdet_detr_head, set_prediction):
         monkeypatch.setattr(module, 'reduce_mean', lambda tensor: tensor * 2.5)
     fields = dict(sync_cls_avg_factor=sync)
@@ -147,7 +148,7 @@ def test_normalises_by_the_mean_over_processes(sync, monkeypatch):
 
 
 def test_all_losses_reach_all_predictions_without_objects():
-    """Otherwise processes without objects would leave parameters without gradients, and the others waiting."""
+    """In distributed training, a process without gradients would block the others."""
     inputs = make_inputs((0, 0, 0))
     losses = build('msda_plugin').loss_by_feat(*inputs)
     assert all(loss.requires_grad and loss.isfinite() for loss in losses.values())
@@ -162,7 +163,7 @@ def test_one_transfer_to_the_host(monkeypatch):
     assert transfers == [LAYERS * 3 * 7 * QUERIES + 3 * 7 * KEYS]
 
 
-def test_low_precision_predictions_are_costed_in_float32():
+def test_costs_of_low_precision_predictions_are_float32():
     inputs = make_inputs((3, 7, 1))
     halved = [leaf.detach().bfloat16() for leaf in inputs[:4]] + inputs[4:]
     losses = build('msda_plugin').loss_by_feat(*halved)
@@ -202,33 +203,33 @@ def test_low_precision_predictions_are_costed_in_float32():
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
-def test_what_is_not_covered_runs_mmdetections_code_and_says_so(changes, reason, monkeypatch):
-    said = []
-    monkeypatch.setattr(set_prediction, 'print_log', lambda message, **how: said.append((message, how['level'])))
+def test_unsupported_losses_and_costs_run_mmdetections_code_with_a_warning(changes, reason, monkeypatch):
+    logged = []
+    monkeypatch.setattr(set_prediction, 'print_log', lambda message, **how: logged.append((message, how['level'])))
     ours = build('msda_plugin', **changes)
     inputs = make_inputs((3, 7, 1))
     assert_same(ours, build('mmdet', **changes), inputs)
     ours.loss_by_feat(*inputs)
-    ((message, level),) = said
+    ((message, level),) = logged
     assert ours.matcher is None and reason in message and level == logging.WARNING
 
 
 @pytest.mark.parametrize('label', [-1, 5])
-def test_a_label_that_is_no_class_is_refused(label):
+def test_labels_out_of_range_are_refused(label):
     inputs = make_inputs((3, 7, 1))
     inputs[4][1].labels[2] = label
     with pytest.raises(ValueError, match=rf'labels from .*{label}.* with num_classes=5 they must be 0 to 4'):
         build('msda_plugin').loss_by_feat(*inputs)
 
 
-def test_one_class_refuses_other_labels():
+def test_labels_out_of_range_are_refused_with_one_class():
     inputs = make_inputs((3, 7, 1), num_classes=1)
     inputs[4][0].labels[0] = 1
     with pytest.raises(ValueError, match='num_classes=1'):
         build('msda_plugin', num_classes=1).loss_by_feat(*inputs)
 
 
-def test_predictions_that_are_not_finite_are_refused():
+def test_non_finite_predictions_and_boxes_are_refused():
     inputs = make_inputs((3, 7, 1))
     with torch.no_grad():
         inputs[0][1, 0, 0] = float('nan')
@@ -258,20 +259,37 @@ def test_forward_equals_mmdetections(fields, coordinates):
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     ours.load_state_dict(theirs.state_dict())
     hidden_states = torch.randn(LAYERS, 2, QUERIES, 16)
-    # One more than there are layers, as the detector hands them over.
+    # One more than there are layers, as in the detector.
     references = [torch.rand(2, QUERIES, size) for size in (*coordinates, 4)]
     for output, expected in zip(ours(hidden_states, references), theirs(hidden_states, references), strict=True):
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_generalized_iou_of_known_boxes():
+def test_fields_are_explicit():
+    assert isinstance(MODELS.build(dict(type='msda_plugin.DeformableDETRHead', num_classes=3)).loss_cls, FocalLoss)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_class'"):
+        build('msda_plugin', num_class=3)
+    names = inspect.signature(type(build('msda_plugin'))).parameters
+    assert {'num_classes', 'share_pred_layer', 'as_two_stage'} < names.keys() and not {'args', 'kwargs'} & names.keys()
+
+
+@pytest.mark.parametrize('shape', [(4,), (2, 3, 4), (0, 4)], ids=str)
+def test_box_formats_are_inverse(shape):
+    boxes = torch.rand(shape, dtype=torch.float64)
+    torch.testing.assert_close(box_ops.box_xyxy_to_cxcywh(box_ops.box_cxcywh_to_xyxy(boxes)), boxes)
+    box = torch.tensor([0.5, 0.4, 0.2, 0.6], dtype=torch.float64)
+    expected = torch.tensor([0.4, 0.1, 0.6, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(box_ops.box_cxcywh_to_xyxy(box), expected)
+
+
+def test_generalized_box_iou_of_known_boxes():
     boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3], [4, 0, 6, 2]])
-    # Apart from itself: overlap 1 of union 7 in a hull of 9; none of union 8 in a hull of 12.
+    # The second box: intersection 1, union 7, hull 9. The third: intersection 0, union 8, hull 12.
     expected = torch.tensor([[1, 1 / 7 - 2 / 9, -4 / 12]])
-    torch.testing.assert_close(matching.generalized_iou(boxes[:1, None], boxes[None]), expected)
+    torch.testing.assert_close(box_ops.generalized_box_iou(boxes[:1, None], boxes[None]), expected)
 
 
-def test_focal_loss_by_its_definition():
+def test_focal_loss_equals_its_definition():
     logits = torch.linspace(-4, 4, 12, dtype=torch.float64).view(2, 6)
     positives = torch.tensor([[1, 4], [0, 2]])
     targets = torch.zeros_like(logits).scatter_(1, positives, 1)
@@ -281,7 +299,7 @@ def test_focal_loss_by_its_definition():
     torch.testing.assert_close(losses.focal_loss(logits, positives, 0.3, 1.5), expected)
 
 
-def test_duplicates_are_suppressed_within_a_class_when_asked_for():
+def test_nms_suppresses_duplicates_within_a_class():
     logits = torch.full((4, 5), -9.0)
     logits[0, 1], logits[1, 1], logits[2, 3], logits[3, 1] = 3.0, 2.0, 1.0, 0.0
     boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.51, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]])
@@ -296,6 +314,6 @@ def test_duplicates_are_suppressed_within_a_class_when_asked_for():
 
 
 @pytest.mark.parametrize('nms', [True, dict(type='nms'), dict(type='nms', iou_threshold=0), 0.7], ids=str)
-def test_a_suppression_without_a_threshold_is_refused(nms):
+def test_nms_without_a_threshold_is_refused(nms):
     with pytest.raises(ValueError, match='test_cfg.nms is .*iou_threshold'):
         build('msda_plugin', test_cfg=dict(nms=nms))

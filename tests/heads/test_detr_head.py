@@ -1,4 +1,4 @@
-"""The losses of DETR's head equal MMDetection's, with one transfer to the host."""
+"""DETRHead: losses equal to MMDetection's with one transfer to the host."""
 
 import copy
 import logging
@@ -84,7 +84,7 @@ def test_settings_are_honoured(changes, num_outputs):
 
 
 @pytest.mark.parametrize('sync', [False, True])
-def test_normalises_by_the_mean_over_processes(sync, monkeypatch):
+def test_normalizes_by_the_mean_over_processes(sync, monkeypatch):
     for module in (mmdet_detr_head, set_prediction):
         monkeypatch.setattr(module, 'reduce_mean', lambda tensor: tensor * 2.5)
     fields = dict(sync_cls_avg_factor=sync)
@@ -96,7 +96,7 @@ def test_defaults_are_mmdetections():
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert ours.test_cfg == theirs.test_cfg
     assert_same(ours, theirs, make_inputs((3, 7, 1)))
-    MODELS.build(dict(type='msda_plugin.DETRHead', num_classes=7))  # a second time, for other classes
+    MODELS.build(dict(type='msda_plugin.DETRHead', num_classes=7))  # the defaults are unchanged by the first build
 
 
 def test_one_transfer_to_the_host(monkeypatch):
@@ -107,7 +107,7 @@ def test_one_transfer_to_the_host(monkeypatch):
     assert transfers == [LAYERS * 3 * 7 * QUERIES]
 
 
-def test_low_precision_predictions_are_costed_in_float32():
+def test_costs_of_low_precision_predictions_are_float32():
     inputs = make_inputs((3, 7, 1))
     halved = [leaf.detach().bfloat16() for leaf in inputs[:2]] + inputs[2:]
     result = build('msda_plugin').loss_by_feat(*halved)
@@ -117,7 +117,7 @@ def test_low_precision_predictions_are_costed_in_float32():
 
 
 def test_all_losses_reach_all_predictions_without_objects():
-    """Otherwise processes without objects would leave parameters without gradients, and the others waiting."""
+    """In distributed training, a process without gradients would block the others."""
     inputs = make_inputs((0, 0, 0))
     result = build('msda_plugin').loss_by_feat(*inputs)
     assert all(loss.requires_grad and loss.isfinite() for loss in result.values())
@@ -131,19 +131,19 @@ def test_all_losses_reach_all_predictions_without_objects():
         (CROSS_ENTROPY | dict(reduction='sum'), 'CrossEntropyLoss'),
     ],
 )
-def test_what_is_not_covered_runs_mmdetections_code_and_says_so(loss_cls, reason, monkeypatch):
-    said = []
-    monkeypatch.setattr(set_prediction, 'print_log', lambda message, **how: said.append((message, how['level'])))
+def test_unsupported_losses_run_mmdetections_code_with_a_warning(loss_cls, reason, monkeypatch):
+    logged = []
+    monkeypatch.setattr(set_prediction, 'print_log', lambda message, **how: logged.append((message, how['level'])))
     ours = build('msda_plugin', loss_cls=loss_cls)
-    ((message, level),) = said
+    ((message, level),) = logged
     assert ours.matcher is None and reason in message and level == logging.WARNING
     if 'ignore_index' in loss_cls:
         assert_same(ours, build('mmdet', loss_cls=loss_cls), make_inputs((3, 7, 1)))
 
 
 @pytest.mark.parametrize('label', [-1, 5])
-def test_a_label_that_is_no_class_is_refused(label):
-    """5 is the class of no object, which no object may have."""
+def test_labels_out_of_range_are_refused(label):
+    """Class 5 stands for no object."""
     inputs = make_inputs((3, 7, 1))
     inputs[2][1].labels[2] = label
     with pytest.raises(ValueError, match=rf'labels from .*{label}.* with num_classes=5 they must be 0 to 4'):
@@ -151,8 +151,8 @@ def test_a_label_that_is_no_class_is_refused(label):
 
 
 @pytest.mark.parametrize('changes', [dict(class_weight=[1.0] * 5), dict(bg_cls_weight='0.1')])
-def test_weights_are_numbers(changes):
-    with pytest.raises(TypeError, match=f'{next(iter(changes))} is .* but DETR takes one number'):
+def test_class_weights_must_be_numbers(changes):
+    with pytest.raises(TypeError, match=f'{next(iter(changes))} is .*; expected a number: class_weight for all'):
         build('msda_plugin', loss_cls=CROSS_ENTROPY | changes)
 
 
@@ -175,7 +175,7 @@ def test_predictions_equal_mmdetections():
         assert all(torch.equal(found[name], expected[name]) for name in ('bboxes', 'scores', 'labels'))
 
 
-def test_cross_entropy_by_its_definition():
+def test_cross_entropy_equals_its_definition():
     logits = torch.linspace(-4, 4, 24, dtype=torch.float64).view(2, 4, 3)
     matched, labels = torch.tensor([[1, 3], [0, 2]]), torch.tensor([[0, 1], [1, 0]])
     weight = torch.tensor([1.0, 2.0, 0.1], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What PVTNeck and SwinNeck share: they begin as their ChannelMapper, take any size, and serve heads of every kind."""
+"""PVTNeck and SwinNeck: equal to ChannelMapper at first, at any size, and in detectors of several kinds."""
 
 from pathlib import Path
 
@@ -45,15 +45,15 @@ def _no_log_of_every_parameter():
 
 
 def build(kind, **fields):
-    """A neck with its published initialisation."""
+    """A neck with its default initialization."""
     torch.manual_seed(0)
     neck = MODELS.build(dict(MAPPER, type=f'msda_plugin.{kind}', num_heads=4) | fields)
     neck.init_weights()
     return neck
 
 
-def build_awake(kind, **fields):
-    """A neck in float64 whose every parameter matters: the layer scales are away from zero."""
+def build_nonzero(kind, **fields):
+    """A neck in float64 with nonzero layer scales and biases, so that every parameter affects the output."""
     neck = build(kind, layer_scale_init_value=0.5, **fields).double()
     for name, parameter in neck.named_parameters():
         if name.endswith(('bias', 'bias_table')):
@@ -75,7 +75,7 @@ def gradients(outs, leaves):
 
 @pytest.mark.parametrize('bias', [True, 'auto'])
 @pytest.mark.parametrize('kind', NECKS)
-def test_without_attention_it_is_channel_mapper(kind, bias):
+def test_without_attention_equals_channel_mapper(kind, bias):
     neck, mapper = build(kind, depth=0, fusion=None, bias=bias), ChannelMapper(**MAPPER, bias=bias)
     assert list(neck.state_dict()) == list(mapper.state_dict())
     mapper.load_state_dict(neck.state_dict())
@@ -87,19 +87,19 @@ def test_without_attention_it_is_channel_mapper(kind, bias):
 
 @pytest.mark.parametrize('fusion', FUSIONS)
 @pytest.mark.parametrize('kind', NECKS)
-def test_a_new_neck_begins_as_its_channel_mapper(kind, fusion):
+def test_new_neck_equals_its_channel_mapper(kind, fusion):
     neck, mapper = build(kind, fusion=fusion), ChannelMapper(**MAPPER, bias=True)
     missing, unexpected = mapper.load_state_dict(neck.state_dict(), strict=False)
     assert not missing and all(name.startswith(('blocks.', 'fusions.')) for name in unexpected)
     inputs = make_maps(dtype=torch.float32)
     outs, expected = neck(inputs), mapper(inputs)
     assert len(outs) == 5 and all(torch.equal(*pair) for pair in zip(outs, expected, strict=True))
-    # and does not stay one: the scales learn at once
+    # The layer scales have gradients from the first step.
     scales = {name: parameter for name, parameter in neck.named_parameters() if 'scale' in name}
     assert all(gradient.abs().sum() > 0 for gradient in gradients(outs, list(scales.values())))
 
 
-def test_the_defaults_are_the_contract():
+def test_defaults():
     for neck in (PVTNeck([256, 512]), SwinNeck([256, 512])):
         convs = [conv.conv for conv in neck.convs]
         assert all(conv.kernel_size == (1, 1) and conv.out_channels == 256 and conv.bias is not None for conv in convs)
@@ -113,9 +113,9 @@ def test_the_defaults_are_the_contract():
 
 @pytest.mark.parametrize('kind', NECKS)
 def test_information_flows_from_coarse_to_fine(kind):
-    """Map i sees inputs i and coarser, extra levels the last input alone."""
+    """Map i depends on input i and coarser ones, extra levels only on the last input."""
     for fusion in FUSIONS:
-        neck, inputs = build_awake(kind, fusion=fusion), make_maps()
+        neck, inputs = build_nonzero(kind, fusion=fusion), make_maps()
         for i, out in enumerate(neck(inputs)):
             seen = torch.autograd.grad(out.pow(3).sum(), inputs, allow_unused=True, retain_graph=True)
             expected = range(i, 3 if fusion else i + 1) if i < 3 else [2]
@@ -123,8 +123,8 @@ def test_information_flows_from_coarse_to_fine(kind):
 
 
 @pytest.mark.parametrize('kind', NECKS)
-def test_add_enlarges_by_nearest_neighbour(kind):
-    neck, inputs = build_awake(kind, depth=0, fusion='add'), make_maps()
+def test_add_upsamples_by_nearest_neighbor(kind):
+    neck, inputs = build_nonzero(kind, depth=0, fusion='add'), make_maps()
     plain = ChannelMapper(**MAPPER, bias=True).double()
     plain.load_state_dict(neck.state_dict(), strict=False)
     fine, middle, coarse, *extra = plain(inputs)
@@ -137,8 +137,8 @@ def test_add_enlarges_by_nearest_neighbour(kind):
 @pytest.mark.parametrize('sizes', [SIZES, [(1, 1)] * 3, [(7, 1), (4, 1), (2, 1)], [(9, 9), (3, 2), (6, 6)]], ids=str)
 @pytest.mark.parametrize('fusion', ['add', 'cross_attention'])
 @pytest.mark.parametrize('kind', NECKS)
-def test_any_size_and_every_parameter_learns(kind, fusion, sizes, batch):
-    neck, inputs = build_awake(kind, fusion=fusion, input_norm=True), make_maps(sizes, batch)
+def test_every_parameter_gets_a_gradient_at_any_size(kind, fusion, sizes, batch):
+    neck, inputs = build_nonzero(kind, fusion=fusion, input_norm=True), make_maps(sizes, batch)
     outs = neck(inputs)
     extra = [tuple((side + 1) // 2 for side in sizes[-1])]
     extra.append(tuple((side + 1) // 2 for side in extra[0]))
@@ -146,13 +146,13 @@ def test_any_size_and_every_parameter_learns(kind, fusion, sizes, batch):
     names, parameters = zip(*neck.named_parameters(), strict=True)
     for name, gradient in zip(names, gradients(outs, parameters), strict=True):
         assert gradient.isfinite().all(), name
-        # Attention to a single pixel gives the same whatever the query and the position.
+        # Attention to a single pixel depends neither on the query nor on the position.
         assert gradient.abs().sum() > 0 or (min(sizes)[0] == 1 and ('query_norm' in name or 'table' in name)), name
 
 
 @pytest.mark.parametrize('kind', NECKS)
 def test_batch_and_memory_layout_do_not_matter(kind):
-    neck, inputs = build_awake(kind, fusion='cross_attention'), make_maps()
+    neck, inputs = build_nonzero(kind, fusion='cross_attention'), make_maps()
     expected = neck(inputs)
     strided = neck([torch.stack([x] * 2, -1)[..., 0] for x in inputs])
     channels_last = neck([x.contiguous(memory_format=torch.channels_last) for x in inputs])
@@ -165,7 +165,7 @@ def test_batch_and_memory_layout_do_not_matter(kind):
 
 @pytest.mark.parametrize('kind', NECKS)
 def test_input_norm(kind):
-    neck, plain, inputs = build_awake(kind, input_norm=True), build_awake(kind), make_maps()
+    neck, plain, inputs = build_nonzero(kind, input_norm=True), build_nonzero(kind), make_maps()
     plain.load_state_dict(neck.state_dict(), strict=False)
     normed = [
         F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, 1e-6).permute(0, 3, 1, 2)
@@ -177,7 +177,7 @@ def test_input_norm(kind):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('kind', NECKS)
 def test_autocast(kind, dtype):
-    neck = build_awake(kind, fusion='cross_attention').float()
+    neck = build_nonzero(kind, fusion='cross_attention').float()
     inputs = make_maps(dtype=torch.float32)
     exact = neck(inputs)
     with torch.autocast('cpu', dtype):
@@ -188,11 +188,11 @@ def test_autocast(kind, dtype):
 
 
 @pytest.mark.parametrize('kind', NECKS)
-def test_checkpointing_recomputes_and_changes_nothing(kind, monkeypatch):
+def test_checkpointing_recomputes_with_equal_results(kind, monkeypatch):
     inputs = make_maps()
-    plain = build_awake(kind).train()
+    plain = build_nonzero(kind).train()
     expected = gradients(plain(inputs), list(plain.parameters()))
-    neck = build_awake(kind, with_cp=True).train()
+    neck = build_nonzero(kind, with_cp=True).train()
     calls = []
     neck.blocks[0][0].register_forward_pre_hook(lambda *args: calls.append(args))
     torch.testing.assert_close(gradients(neck(inputs), list(neck.parameters())), expected, rtol=0, atol=1e-12)
@@ -204,7 +204,7 @@ def test_checkpointing_recomputes_and_changes_nothing(kind, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', NECKS)
 def test_compiles_to_one_graph(kind):
-    neck = build_awake(kind, in_channels=CHANNELS[:2], num_outs=3, fusion='cross_attention').float()
+    neck = build_nonzero(kind, in_channels=CHANNELS[:2], num_outs=3, fusion='cross_attention').float()
     inputs = make_maps(dtype=torch.float32)[:2]
     expected = neck(inputs)
     outs = torch.compile(neck, fullgraph=True, backend='aot_eager')(inputs)
@@ -214,7 +214,7 @@ def test_compiles_to_one_graph(kind):
 
 
 def detector(kind, neck):
-    """The config of a detector on a ResNet-18, made from a base config by changing backbone, neck and channels."""
+    """Config of a detector with a ResNet-18: a base config with another backbone and neck."""
     backbone = dict(type='mmdet.ResNet', depth=18, norm_cfg=dict(type='BN'))
     if kind == 'DeformableDETR':
         cfg = Config.fromfile(ROOT / 'configs/_base_/models/deformable-detr-two-stage_shunted-nano.py').model
@@ -234,7 +234,7 @@ def detector(kind, neck):
 
 @pytest.mark.parametrize('kind', ['RetinaNet', pytest.param('MaskRCNN', marks=pytest.mark.slow), 'DeformableDETR'])
 @pytest.mark.parametrize('neck', NECKS)
-def test_a_detector_trains_and_predicts(neck, kind):
+def test_detector_trains_and_predicts(neck, kind):
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MMDET_MODELS.build(detector(kind, neck))
@@ -285,7 +285,7 @@ def test_bad_configs(kind, fields, message):
 
 
 @pytest.mark.parametrize('kind', NECKS)
-def test_maps_that_do_not_fit(kind):
+def test_maps_with_wrong_channels(kind):
     neck, inputs = build(kind), make_maps(dtype=torch.float32)
     with pytest.raises(ValueError, match=kind + r' got 2 maps of \(24, 40\) channels; expected 3 maps of in_channels='):
         neck(inputs[:2])

@@ -1,4 +1,4 @@
-"""HS-FPN against the published numbers (tests/golden), and in front of dense and of DETR-style heads."""
+"""HS-FPN against golden outputs of the published neck, and in front of dense and DETR-style heads."""
 
 import json
 import sys
@@ -36,15 +36,23 @@ def maps(sizes, channels=(32, 48, 64), bs=2, dtype=torch.float32):
     ]
 
 
-def test_matches_the_published_numbers():
+@pytest.mark.parametrize(
+    'name, batch, sizes',
+    [
+        ('hs_fpn_2x_64_128_256_to_64', 2, [(16, 24), (8, 12), (4, 6)]),
+        ('hs_fpn_1x_64_128_256_to_64_odd', 1, [(21, 27), (11, 14), (6, 7)]),
+    ],
+)
+def test_matches_the_published_numbers(name, batch, sizes):
     neck = MFDSHSFPN([64, 128, 256], 64)
     neck.load_state_dict(convert_state_dict(upstream_state_dict(), 'hs_fpn'))
     inputs = [
-        recipe.tensor(f'feat2x{c}x{h}x{w}', (2, c, h, w)) for c, h, w in ((64, 16, 24), (128, 8, 12), (256, 4, 6))
+        recipe.tensor(f'feat{batch}x{c}x{h}x{w}', (batch, c, h, w))
+        for c, (h, w) in zip((64, 128, 256), sizes, strict=True)
     ]
     with torch.inference_mode():
         outs = neck(inputs)
-    golden = np.load(GOLDEN / 'hs_fpn_2x_64_128_256_to_64.npz')
+    golden = np.load(GOLDEN / f'{name}.npz')
     assert len(outs) == len(golden.files) == 4
     for i, out in enumerate(outs):
         expected = torch.from_numpy(golden[f'out{i}'])
@@ -62,7 +70,7 @@ def test_parameters_on_a_resnet50():
 
 @pytest.mark.parametrize('sizes', [[(19, 13), (10, 7), (5, 4)], [(1, 1)] * 3, [(7, 9), (7, 9), (2, 2)]])
 @pytest.mark.parametrize('num_outs', [3, 4])
-def test_any_size_and_every_parameter_learns(sizes, num_outs):
+def test_every_parameter_gets_a_gradient_at_any_size(sizes, num_outs):
     neck = MFDSHSFPN([32, 48, 64], 32, num_outs=num_outs)
     neck.init_weights()
     outs = neck(maps(sizes))
@@ -72,7 +80,7 @@ def test_any_size_and_every_parameter_learns(sizes, num_outs):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
 
 
-def test_channels_last_input_and_batch_one_give_the_same():
+def test_channels_last_and_batch_one_give_the_same():
     neck = MFDSHSFPN([32, 48, 64], 32).double().eval()
     inputs = maps([(9, 7), (5, 4), (3, 2)], dtype=torch.float64)
     with torch.inference_mode():
@@ -95,7 +103,7 @@ def test_autocast_is_finite(dtype):
 
 
 def detector(kind):
-    """The config of a detector on a ResNet-18, made from a base config by changing backbone, neck and channels."""
+    """Config of a detector with a ResNet-18: a base config with another backbone and neck."""
     backbone = dict(type='mmdet.ResNet', depth=18, norm_cfg=dict(type='BN'))
     if kind == 'DeformableDETR':
         cfg = Config.fromfile(ROOT / 'configs/_base_/models/deformable-detr-two-stage_shunted-nano.py').model
@@ -152,12 +160,12 @@ def test_bad_arguments(arguments, message):
 
 
 @pytest.mark.parametrize('channels, sizes', [((32, 48), [(4, 4), (2, 2)]), ((32, 48, 63), [(4, 4), (2, 2), (1, 1)])])
-def test_maps_that_do_not_fit(channels, sizes):
-    with pytest.raises(ValueError, match=r'in_channels is \[32, 48, 64\]: set it to what the backbone gives'):
+def test_maps_with_wrong_channels(channels, sizes):
+    with pytest.raises(ValueError, match=r'in_channels is \[32, 48, 64\]: set it to the channels of the backbone'):
         MFDSHSFPN([32, 48, 64], 32)(maps(sizes, channels))
 
 
-def test_conversion_accounts_for_every_key_and_refuses_what_does_not_fit():
+def test_conversion_records_every_key_and_names_missing_ones():
     upstream = upstream_state_dict()
     conversion = convert(upstream, 'hs_fpn')
     assert conversion.taken.keys() == upstream.keys() and not conversion.dropped

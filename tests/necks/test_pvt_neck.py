@@ -1,4 +1,4 @@
-"""PVTNeck's blocks are PVT's, and its cross-attention is the one of the contract."""
+"""PVTNeck: blocks equal to MMDetection's PVT, and the cross-attention equal to its definition."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CHANNELS = [24, 40]
 
 
 def build(**fields):
-    """A neck in float64 whose residual branches count in full."""
+    """A neck in float64 with layer scales of 1."""
     torch.manual_seed(0)
     neck = PVTNeck(CHANNELS, 32, num_outs=3, num_heads=4, layer_scale_init_value=1.0, **fields).double()
     for parameter in neck.parameters():
@@ -54,7 +54,7 @@ def as_pvt_layer(block, sr_ratio):
     return layer
 
 
-def test_blocks_are_pvts():
+def test_blocks_equal_pvt():
     neck, inputs = build(depth=2, fusion=None), make_maps()
     outs, maps = neck(inputs), channel_maps(neck, inputs)
     for level, sr_ratio in enumerate((2, 1)):

@@ -1,4 +1,4 @@
-"""ViTDet's pyramid: its arithmetic, its levels at any size, and detectors that train and predict on it."""
+"""SimpleFeaturePyramid: against a plain implementation, at any size, and in detectors."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ PREPROCESSOR = dict(type='mmdet.DetDataPreprocessor', mean=[100.0] * 3, std=[50.
 SHAPES = [(75, 101), (64, 96)]
 
 
-def test_computes_the_plain_arithmetic():
+def test_equals_the_plain_implementation():
     torch.manual_seed(0)
     neck = SimpleFeaturePyramid(16, 8, num_outs=5).double()
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.parametrize('channels', [[], [32, 32], [16]], ids=str)
-def test_maps_that_do_not_fit(channels):
+def test_maps_with_wrong_channels(channels):
     neck = SimpleFeaturePyramid(32)
     with pytest.raises(ValueError, match=f'got {len(channels)} maps of .* expected one map of in_channels=32'):
         neck([torch.rand(1, c, 4, 4) for c in channels])
@@ -224,7 +224,7 @@ def deformable_detr():
 
 
 @pytest.mark.parametrize('config', [mask_rcnn, deformable_detr], ids=lambda config: config.__name__)
-def test_a_detector_trains_and_predicts(config):
+def test_detector_trains_and_predicts(config):
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = DETECTORS.build(ConfigDict(config()))

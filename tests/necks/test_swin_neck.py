@@ -1,4 +1,4 @@
-"""SwinNeck's blocks are Swin's, regular and shifted windows in turn."""
+"""SwinNeck: blocks equal to MMDetection's Swin, with alternating regular and shifted windows."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CHANNELS = [24, 40]
 
 
 @pytest.mark.parametrize('window_size', [7, 4])
-def test_blocks_are_swins(window_size):
+def test_blocks_equal_swin(window_size):
     torch.manual_seed(0)
     neck = SwinNeck(
         CHANNELS, 32, num_outs=3, depth=4, num_heads=4, window_size=window_size, fusion=None, layer_scale_init_value=1.0

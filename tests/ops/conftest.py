@@ -1,4 +1,4 @@
-"""Lets the tests here import operator_cases, which stands next to them, and keeps their small work on one thread."""
+"""Makes operator_cases importable, and runs these small tests on one thread."""
 
 import sys
 from pathlib import Path

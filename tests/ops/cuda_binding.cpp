@@ -1,9 +1,10 @@
-// The CUDA binding as an operator of the CPU, where there is no GPU: linked with the kernels in the emulator, and with
-// stand-ins for what torch has of CUDA.
+// The CUDA binding as a CPU operator, for machines without a GPU: it is linked with the emulated kernels and with stubs
+// for torch's CUDA functions.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../../csrc/binding.h"
 
+#define MSDA_CUDA_ARCHITECTURES sm_90 + compute_90
 #define CUDA CPU  // the dispatch key that the binding registers for
 #include "../../csrc/cuda/binding.cpp"
 #undef CUDA

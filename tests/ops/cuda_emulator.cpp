@@ -1,5 +1,5 @@
-// Runs the CUDA kernels on the host, to check them where there is no GPU: the threads of a block are fibers on one
-// thread, and every barrier or warp-wide operation switches between them.
+// Runs the CUDA kernels on the host, to test them without a GPU: the threads of a block are fibers on one thread, and
+// every barrier or warp-wide operation switches between them.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -89,7 +89,7 @@ void run_block() {
 constexpr size_t kSharedBytes = 1 << 18, kGuardBytes = 4096;
 unsigned char* shared();  // memory of kSharedBytes
 
-// A block finds its shared memory full of NaNs (negative numbers), and must leave alone what comes after it.
+// A block starts with shared memory full of NaNs (negative integers), and must not write past its end.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
   body = std::move(kernel);
   block_size = block;
@@ -148,7 +148,7 @@ static int launches_until_failure = -1;  // -1: never
 
 extern "C" {
 __attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
-// As on a device, the error of a launch is told once.
+// As on a device, the error of a launch is returned once.
 cudaError_t cudaGetLastError() {
   return launches_until_failure >= 0 && launches_until_failure-- == 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
 }
@@ -175,9 +175,22 @@ unsigned char* emulator::shared() { return msda::cuda::shared_memory; }
 // sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype;
 // inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
 static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
-  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], static_cast<int>(sizes[7]),
-          static_cast<msda::DType>(sizes[8]), static_cast<msda::DType>(sizes[9]), inputs[0],
-          static_cast<const int64_t*>(inputs[1]), static_cast<const int64_t*>(inputs[2]), inputs[3], inputs[4], inputs[5]};
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          sizes[4],
+          sizes[5],
+          sizes[6],
+          static_cast<int>(sizes[7]),
+          static_cast<msda::DType>(sizes[8]),
+          static_cast<msda::DType>(sizes[9]),
+          inputs[0],
+          static_cast<const int64_t*>(inputs[1]),
+          static_cast<const int64_t*>(inputs[2]),
+          inputs[3],
+          inputs[4],
+          inputs[5]};
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t emulate_sort_elements(const int64_t* sizes) {
@@ -194,7 +207,7 @@ extern "C" __attribute__((visibility("default"))) int emulate_forward(const int6
 extern "C" __attribute__((visibility("default"))) int emulate_backward(const int64_t* sizes, void* const* inputs,
                                                                        void* const* gradients, void* const* scratch,
                                                                        int deterministic) {
-  return msda::cuda::backward(problem_of(sizes, inputs),
-                              {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]},
-                              {scratch[0], scratch[1], scratch[2], static_cast<int32_t*>(scratch[3])}, deterministic != 0, nullptr);
+  return msda::cuda::backward(
+      problem_of(sizes, inputs), {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]},
+      {scratch[0], scratch[1], scratch[2], static_cast<int32_t*>(scratch[3])}, deterministic != 0, nullptr);
 }

@@ -1,4 +1,4 @@
-"""Runs the compiled CPU kernels on odd sizes; a process of its own, for sanitizers."""
+"""Runs the compiled CPU kernels on odd sizes, in a separate process for sanitizers."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""Inputs of the operator for its tests, and two definitions to test against, written apart from the package's."""
+"""Inputs for tests of the operator, and two definitions that are independent of the package."""
 
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ def make_case(
     dtype=torch.float64,
     spread=0.3,
 ) -> Case:
-    """Random inputs; ``spread`` is how far the locations reach beyond the level, as a fraction of it."""
+    """Random inputs; ``spread`` is how far locations reach outside of the level, as a fraction of its size."""
     g = torch.Generator().manual_seed(seed)
     levels, keys = len(shapes), sum(h * w for h, w in shapes)
     sampling = (batch, queries, heads, levels, points)
@@ -67,7 +67,7 @@ def make_case(
 
 
 def grid_sample_attention(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The operator by way of ``grid_sample``."""
+    """The operator in terms of ``grid_sample``."""
     batch, _, heads, head_dim = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     output = value.new_zeros(batch * heads, head_dim, queries)
@@ -82,17 +82,17 @@ def grid_sample_attention(value: Tensor, shapes, locations: Tensor, weights: Ten
 
 
 def locations_and_weights(shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What the fused operator computes before it samples."""
+    """Sampling locations and attention weights of the fused operator."""
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
     if reference_points.shape[-1] == 2:
         size = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)
         return reference_points[:, :, None, :, None] + offsets / size[:, None], weights
-    centre, extent = reference_points[:, :, None, :, None].split(2, -1)
-    return centre + offsets / offsets.shape[-2] * extent * 0.5, weights
+    center, extent = reference_points[:, :, None, :, None].split(2, -1)
+    return center + offsets / offsets.shape[-2] * extent * 0.5, weights
 
 
 def value_and_grads(function, inputs, grad: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The output and the gradients of a fixed combination of its elements (or of ``grad``)."""
+    """Return the output and the gradients of a fixed linear combination of its elements (or with ``grad``)."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     output = function(*inputs)
     if grad is None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the host by an emulator, against definitions in float64."""
+"""The CUDA kernels in an emulator on the host, against definitions in float64."""
 
 import ctypes
 import importlib.util
@@ -30,7 +30,7 @@ def build():
 
 
 def compile_host(build, *arguments):
-    """Run nvcc as a compiler of C++ for the host."""
+    """Compile C++ for the host with nvcc."""
     subprocess.run(
         [
             build.find_nvcc(),
@@ -64,7 +64,7 @@ def emulator(build, emulator_object):
 
 @pytest.fixture(scope='module')
 def binding(build, emulator_object):
-    """A folder with the CUDA binding as the library of the CPU."""
+    """Build a folder in which the CPU library contains the CUDA binding and the emulated kernels."""
     torch_dir, folder = build.find_torch(), emulator_object.parent / 'binding'
     folder.mkdir()
     compile_host(
@@ -101,7 +101,7 @@ def pointers(*tensors):
 
 
 def emulate(library, shapes, value, reference_points, coordinates, weights, grad, deterministic):
-    """(output, gradients of the float arguments) as the binding would compute them."""
+    """Return (output, gradients of the float arguments) as the binding would compute them."""
     batch, keys, heads, channels = value.shape
     queries, points = coordinates.shape[1], coordinates.shape[4]
     levels = torch.tensor(shapes)
@@ -222,7 +222,7 @@ def test_excluded_samples(emulator, deterministic):
 
 
 def test_more_than_2_to_the_31_elements(emulator):
-    """Behind 2^31 elements too, a row is found. Untouched zeros of numpy's take no memory."""
+    """Rows after 2^31 elements are found. NumPy's untouched zeros take no memory."""
     keys = 2**17 + 1
     value = torch.from_numpy(np.zeros((1, keys, 128, 128), np.float16))
     value[0, -1, -1, -1] = 3
@@ -242,8 +242,8 @@ def run_with(binding, *arguments):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_a_failed_launch_raises(binding):
-    """Whichever launch it is, of the forward pass and of both backward passes, plain and fused."""
+def test_failed_launches_raise(binding):
+    """Any launch of the forward pass and of both backward passes, plain and fused."""
     done = run_with(binding, '-c', FAILURES)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.fullmatch(r'(\w+ (True|False) [1-9]\d*\n){4}', done.stdout), done.stdout
@@ -274,7 +274,7 @@ for function, inputs in (ms_deform_attn, case.plain()), (ms_deform_attn_fused, c
 
 
 def test_binding(binding):
-    """The operator's own tests, with the CUDA binding and kernels in the place of the CPU's."""
+    """Run the operator's tests with the CUDA binding and kernels in place of the CPU ones."""
     chosen = (
         'portable and (dtypes or non_contiguous or unaligned or empty or level_forms or excluded or extreme or '
         'never_read or nan_reaches)'

@@ -1,4 +1,4 @@
-"""What is read from the machine code of the CUDA kernels: registers, spills, inner loops."""
+"""csrc/sass.py: registers, spills and inner loops of the CUDA kernels."""
 
 import importlib.util
 import re
@@ -45,7 +45,7 @@ def test_inner_loops_and_resources(sass):
     assert sass.resources(RESOURCES) == {'forward_kernelIffLi4E': (63, 8)}
 
 
-def test_the_remedy_is_named(sass, monkeypatch):
+def test_missing_cuobjdump(sass, monkeypatch):
     monkeypatch.setenv('CUOBJDUMP', 'no-such-command')
     with pytest.raises(FileNotFoundError, match='set CUOBJDUMP'):
         sass.find_cuobjdump()
@@ -72,7 +72,7 @@ def test_no_kernel_spills(sass, library):
 
 
 @pytest.mark.slow
-def test_loads_of_the_forward_pass_are_not_branched_around(sass, library):
+def test_forward_loads_are_not_predicated_by_branches(sass, library):
     wide = [kernel for kernel in sass.kernels(library, 'sm_90') if re.match('forward_kernelI.*Li[48]E', kernel.name)]
     assert len(wide) == 5
     for kernel in wide:

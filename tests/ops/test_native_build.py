@@ -1,4 +1,4 @@
-"""The compiled libraries: what they need of torch, and that they build, also with sanitizers."""
+"""The build of the compiled libraries, also with sanitizers, and the symbols they need."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ def undefined_symbols(library):
 
 
 def check_stable_abi(library):
-    """Of torch, only the C functions of its stable ABI; the rest is C, C++ and the loader."""
+    """From torch, only the C functions of its stable ABI are used."""
     symbols = undefined_symbols(library)
     assert any(name.startswith(('aoti_torch_', 'torch_')) for name in symbols)
     mangled = {name for name in symbols if re.match(r'_ZNK?\d*(N?\d*)?(2at|3c10|5torch)', name)}
@@ -47,7 +47,7 @@ def test_only_the_stable_abi_is_used(library):
 
 
 def ptxas_report(log):
-    """(kernel, (bytes of stack, of spill stores, of spill loads)) of each kernel."""
+    """Return (kernel, (bytes of stack, of spill stores, of spill loads)) for each kernel."""
     found = re.findall(
         r"entry function '\w*?([a-z]+)_kernel\w*' for .*\n.*\n\s+(\d+) bytes stack frame, "
         r'(\d+) bytes spill stores, (\d+) bytes spill loads',
@@ -57,8 +57,9 @@ def ptxas_report(log):
 
 
 def test_no_code_of_a_larger_instruction_set_is_shared():
-    """The files of an instruction set must not define what the linker could choose for all of them."""
-    kernels = [(ROOT / 'csrc' / name).read_text() for name in ('cpu/kernels.h', 'cpu/simd.h', 'ms_deform_attn.h')]
+    """The CPU kernels' headers include nothing that the linker could share among instruction sets."""
+    names = ('cpu/kernels.h', 'cpu/layout.h', 'cpu/memory.h', 'cpu/simd.h', 'cpu/tile.h', 'ms_deform_attn.h')
+    kernels = [(ROOT / 'csrc' / name).read_text() for name in names]
     included = {name for text in kernels for name in re.findall(r'#include <(\w+)>', text)}
     assert included <= {'cstddef', 'cstdint', 'cstdlib', 'cstring', 'new', 'type_traits'}
 
@@ -88,6 +89,20 @@ def test_torch_is_found_without_importing_it():
     assert subprocess.run([sys.executable, '-c', code, str(ROOT / 'csrc')]).returncode == 0
 
 
+def test_nvcc_is_found(build, monkeypatch, tmp_path):
+    for name in ('NVCC', 'CUDA_HOME', 'CUDA_PATH'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build.shutil, 'which', lambda name: name if 'nvcc' in name and Path(name).exists() else None)
+    home, other = tmp_path / 'home' / 'bin' / 'nvcc', tmp_path / 'nvcc-13'
+    for path in (home, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'home'))
+    assert build.find_nvcc() == str(home)
+    monkeypatch.setenv('NVCC', str(other))
+    assert build.find_nvcc() == str(other)
+
+
 @pytest.mark.slow
 def test_cuda_library_builds(build, monkeypatch, tmp_path, capfd):
     if build.find_nvcc() is None:
@@ -99,14 +114,15 @@ def test_cuda_library_builds(build, monkeypatch, tmp_path, capfd):
     assert not [kernel for kernel in kernels if kernel[1] != (0, 0, 0)]
     assert [path.name for path in paths] == ['libmsda_cpu.so', 'libmsda_cuda.so']
     check_stable_abi(paths[1])
+    assert b'sm_90+compute_90\0' in paths[1].read_bytes()  # read by msda_plugin.ops.backends.cuda_architectures
     assert sorted(path.name for path in tmp_path.iterdir()) == ['libmsda_cpu.so', 'libmsda_cuda.so']
 
 
 @pytest.mark.slow
 def test_kernels_under_sanitizers(build, tmp_path, long_run):
-    """Addresses and undefined behaviour, on sizes that leave rests everywhere, as the library is compiled for use."""
+    """Run the optimized library with sizes that do not fill whole vectors."""
     if not long_run:
-        pytest.skip('the long form alone, of 3 minutes; the short one is tests/reliability/test_native_sanitizers.py')
+        pytest.skip('takes 3 minutes: run with --long. Short form: tests/reliability/test_native_sanitizers.py')
     where = [*build.find_compiler(), '-print-file-name=libasan.so']
     runtime = subprocess.run(where, capture_output=True, text=True).stdout.strip()
     if not Path(runtime).exists():

@@ -1,4 +1,4 @@
-"""The operator against definitions in float64, over its semantics, on every backend and instruction set there is."""
+"""The operator against definitions in float64, on every backend and instruction set."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ BACKENDS = ['reference', *(pytest.param(isa, marks=needs_cpu) for isa in ('avx51
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """The reference, and the CPU kernels in each instruction set (a machine without it takes the next smaller one)."""
+    """The reference, and the CPU kernels with each instruction set. Machines without it use the next smaller one."""
     if request.param != 'reference':
         monkeypatch.setenv('MSDA_CPU_ISA', request.param)
     with use_backend('reference' if request.param == 'reference' else 'cpu'):
@@ -121,7 +121,7 @@ def test_dtypes(backend, dtype, coordinate_dtype, reference_size):
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 1e30, -7.0, 3e9])
 @pytest.mark.parametrize('reference_size', [2, 4])
 def test_excluded_samples(backend, bad, reference_size):
-    """Not a number, infinite or far outside: no contribution, gradient 0, and nothing else changes."""
+    """NaN, infinite and far locations contribute nothing, get gradient 0, and change nothing else."""
     case = make_case(queries=20, reference_size=reference_size)
     clean = make_case(queries=20, reference_size=reference_size)
     case.locations[0, 3, 1, 0, 1, 0] = bad
@@ -211,7 +211,7 @@ def test_unaligned_memory(backend):
     ids=str,
 )
 def test_outputs_larger_than_the_caches(backend, dtype, head_dim):
-    """Large outputs bypass the caches; each query's result is the one that it has in a small output."""
+    """Large outputs bypass the caches. Each query's result equals that in a small output."""
     queries = 9 * 2**20 // (2 * head_dim * dtype.itemsize)
     case = make_case([(5, 7), (3, 2)], batch=1, queries=queries, heads=2, head_dim=head_dim, points=1, dtype=dtype)
     large = ms_deform_attn(case.value, case.shapes, None, case.locations, case.weights)
@@ -231,7 +231,7 @@ def test_empty(backend, size):
 
 @needs_cpu
 def test_more_than_2_to_the_31_elements():
-    """Behind 2^31 elements too, a row is found. Untouched zeros of numpy's take no memory."""
+    """Rows after 2^31 elements are found. NumPy's untouched zeros take no memory."""
     keys = 2**17 + 1
     value = torch.from_numpy(np.zeros((1, keys, 128, 128), np.float16))
     value[0, -1, -1, -1] = 3
@@ -242,7 +242,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 def test_level_forms(backend):
-    """Pairs, a tensor of int64 or int32, with and without the start of each level."""
+    """Shapes as pairs or as int64 or int32 tensors, with and without level_start_index."""
     case = make_case()
     shapes = torch.tensor(case.shapes)
     starts = torch.tensor([0, 35, 41])
@@ -256,7 +256,7 @@ def test_level_forms(backend):
 
 
 def test_mixed_dtypes_are_not_rounded_to_half(backend):
-    """A float32 location with a 16-bit value counts to its last bit."""
+    """A float32 location keeps its precision with a 16-bit value."""
     value = torch.arange(4096, dtype=torch.float32).view(1, 4096, 1, 1).half()
     location = torch.tensor([1000.25 / 4096, 0.5]).view(1, 1, 1, 1, 1, 2)
     output = ms_deform_attn(value, [(1, 4096)], None, location, torch.ones(1, 1, 1, 1, 1))
@@ -282,7 +282,7 @@ def test_gradcheck_and_gradgradcheck(backend, fused):
 
 @pytest.mark.parametrize('head_dim', [30, 32, 64, 71, 1025, 2048, 3096])
 def test_published_gradcheck(head_dim):
-    """The head dims that the published implementation checks, at its sizes."""
+    """The head dims and sizes of the gradient checks in the published implementation."""
     case = make_case(shapes=[(6, 4), (3, 2)], batch=1, queries=2, heads=2, head_dim=head_dim, points=2, spread=0)
     case.weights.div_(case.weights.sum((-1, -2), keepdim=True))
     case.requires_grad()
@@ -292,7 +292,7 @@ def test_published_gradcheck(head_dim):
 
 
 def test_published_forward():
-    """The published checks of the output: close in float64, and to rtol 1e-2, atol 1e-3 in float32."""
+    """The output checks of the published implementation: close in float64, rtol 1e-2 and atol 1e-3 in float32."""
     case = make_case(shapes=[(6, 4), (3, 2)], batch=1, queries=2, heads=2, head_dim=2, points=2, spread=0)
     expected = grid_sample_attention(case.value, case.shapes, case.locations, case.weights)
     for dtype, tolerance in ((torch.float64, {}), (torch.float32, {'rtol': 1e-2, 'atol': 1e-3})):
@@ -310,7 +310,7 @@ def test_reference_form():
 
 @needs_cpu
 def test_scratch_memory_does_not_grow_with_the_samples():
-    """Forward and backward take no more memory beside their results for 64 times the samples."""
+    """Scratch memory of forward and backward is the same for 64 times the samples."""
     status = Path('/proc/self/status')
     if not status.exists():
         pytest.skip('there is no /proc/self/status to read the peak memory from')

@@ -1,4 +1,4 @@
-"""Which backend runs, and why."""
+"""The choice of the backend."""
 
 import os
 import subprocess
@@ -31,10 +31,10 @@ def test_other_devices_and_dtypes():
         backend_for('cpu', torch.int64)
 
 
-def test_a_chosen_backend_never_falls_back(monkeypatch):
+def test_chosen_backend_does_not_fall_back(monkeypatch):
     with use_backend('cuda'), pytest.raises(RuntimeError, match="'cuda' was chosen.*cannot run"):
         run(make_case())
-    monkeypatch.setitem(backends._unavailable, 'cpu', 'of this test')
+    monkeypatch.setitem(backends._unsupported, 'cpu', 'of this test')
     with use_backend('cpu'), pytest.raises(RuntimeError, match='of this test'):
         run(make_case())
     with pytest.raises(ValueError, match="name is 'gpu', but one of cuda, cpu, reference"):
@@ -42,8 +42,8 @@ def test_a_chosen_backend_never_falls_back(monkeypatch):
             pass
 
 
-def test_a_fallback_warns_once_with_its_reason(monkeypatch):
-    monkeypatch.setitem(backends._unavailable, 'cpu', 'of this test')
+def test_fallback_warns_once_with_its_reason(monkeypatch):
+    monkeypatch.setitem(backends._unsupported, 'cpu', 'of this test')
     monkeypatch.setattr(backends, '_warned', set())
     case = make_case()
     assert backend_for('cpu', torch.float32) == ('reference', 'of this test')
@@ -60,6 +60,11 @@ def test_missing_and_broken_libraries_have_reasons(monkeypatch, tmp_path):
     assert 'libmsda_cpu.so was not built' in backends._load('cpu')
     (tmp_path / 'libmsda_cpu.so').write_text('not a library')
     assert 'could not be loaded' in backends._load('cpu')
+
+
+def test_architectures_are_those_the_cuda_library_reports(monkeypatch):
+    monkeypatch.setattr(backends, '_call', lambda *names: {'msda_cuda_architectures': 'sm_80+compute_80'}[names[1]])
+    assert backends.cuda_architectures() == ['sm_80', 'compute_80']
 
 
 @pytest.mark.slow

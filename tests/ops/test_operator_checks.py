@@ -1,4 +1,4 @@
-"""Bad input: one error that names the argument, what came and what was expected."""
+"""Invalid arguments: the error names the argument, what it is, and what is needed."""
 
 import pytest
 import torch
@@ -111,14 +111,24 @@ def test_fused(error, match, changes):
     raises(ms_deform_attn_fused, FUSED, error, match, **changes)
 
 
-def test_levels_of_a_device_tensor_are_checked_when_asked_for():
+def test_check_levels():
     check_levels(torch.tensor([[2, 3], [1, 1]]), None, 7)
     with pytest.raises(ValueError, match='add up to 7.*num_keys = 8'):
         check_levels(torch.tensor([[2, 3], [1, 1]]), None, 8)
 
 
-def test_the_operator_itself_keeps_memory_safe():
-    """Called past the checks, the compiled kernels refuse what they could not read."""
+def test_shapes_from_inference_mode_can_be_trained_with():
+    """Shapes given as pairs are cached; the cache must not keep inference tensors."""
+    case = make_case(shapes=((9, 4), (2, 3)), dtype=torch.float32)
+    with torch.inference_mode():
+        ms_deform_attn(case.value, case.shapes, None, case.locations, case.weights)
+    case.requires_grad()
+    ms_deform_attn(case.value, case.shapes, None, case.locations, case.weights).sum().backward()
+    assert case.value.grad.abs().sum() > 0
+
+
+def test_operator_without_the_checks_keeps_memory_safe():
+    """The compiled kernels refuse arguments that would make them read outside of their memory."""
     case = make_case(dtype=torch.float32)
     op = torch.ops.msda.ms_deform_attn
     if not torch._C._dispatch_has_kernel_for_dispatch_key('msda::ms_deform_attn', 'CPU'):

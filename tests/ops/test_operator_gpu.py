@@ -1,4 +1,4 @@
-"""The CUDA kernels against definitions in float64, where there is a GPU."""
+"""The CUDA kernels against definitions in float64, on a GPU."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DEVICES = [f'cuda:{index}' for index in range(torch.cuda.device_count())]
 
 
 def pairs(case, deterministic, dtype=torch.float64, coordinate_dtype=torch.float64):
-    """(actual, expected) of the plain and of the fused form."""
+    """Return (actual, expected) of the plain and of the fused form."""
     for arguments, native, exact in (
         (
             case.plain(),

@@ -1,4 +1,4 @@
-"""The operator as a citizen of PyTorch 2: opcheck, compile, export, autocast, ONNX."""
+"""The operator with opcheck, torch.compile, torch.export, autocast and ONNX."""
 
 import io
 import warnings
@@ -35,7 +35,7 @@ def test_opcheck(name, dtype):
 
 
 class Attention(nn.Module):
-    """Both forms, on levels given as a tensor."""
+    """The plain and the fused form, with levels as a tensor."""
 
     def forward(self, value, shapes, locations, weights, reference_points, offsets, logits):
         return ms_deform_attn(value, shapes, None, locations, weights) + ms_deform_attn_fused(
@@ -93,7 +93,7 @@ def test_compile_with_inductor():
 
 @needs_cpu
 def test_compile_with_pairs_and_choices():
-    """Pairs for the levels; and a choice of backend made later is not lost in a compiled function."""
+    """Levels as pairs. A compiled function follows a later choice of backend."""
     torch._dynamo.reset()
     case = make_case(dtype=torch.float32)
     compiled = torch.compile(
@@ -140,7 +140,7 @@ def test_onnx(dynamo):
 @pytest.mark.parametrize('backend', ['reference', pytest.param('cpu', marks=needs_cpu)])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_autocast(backend, dtype):
-    """As in a layer: a 16-bit value from a linear layer, float32 locations and weights; the value's dtype decides."""
+    """A 16-bit value from a linear layer with float32 locations and weights: the output has the value's dtype."""
     case = make_case(dtype=torch.float32, head_dim=8)
     linear = nn.Linear(8, 8)
     with use_backend(backend), torch.autocast('cpu', dtype):

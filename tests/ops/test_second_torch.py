@@ -1,7 +1,7 @@
-"""The libraries built once run under another torch: the operator's tests in the interpreter MSDA_OTHER_PYTHON names.
+"""The compiled libraries under another torch: the operator's tests in the interpreter named by MSDA_OTHER_PYTHON.
 
-That interpreter needs torch >= 2.10, numpy, pytest and hypothesis, and not this package: it comes by PYTHONPATH, with
-the libraries that are built here (or those in MSDA_LIBRARY_DIR).
+That interpreter needs torch >= 2.10, numpy, pytest and hypothesis. This package comes by PYTHONPATH, with the libraries
+that are built here (or those in MSDA_LIBRARY_DIR).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What wheel and sdist carry, and what a machine without a compiler gets."""
+"""The contents of wheel and sdist, and an installation without a compiler."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def without_compiler(tmp_path_factory):
     return folder, done.stdout + done.stderr
 
 
-def test_wheel_carries_what_mim_looks_for(without_compiler):
+def test_wheel_has_the_files_for_mim(without_compiler):
     folder, _ = without_compiler
     [wheel] = folder.glob('*.whl')
     assert wheel.name.startswith('msda_plugin-') and '-py3-none-' in wheel.name and 'any' not in wheel.name
@@ -50,7 +50,7 @@ def test_wheel_carries_what_mim_looks_for(without_compiler):
     assert not any(name.startswith(('tests/', 'csrc/', 'projects/')) for name in names)
 
 
-def test_without_a_compiler_the_reference_backend_is_left_and_said(without_compiler, tmp_path):
+def test_without_a_compiler_the_reference_backend_runs_with_a_warning(without_compiler, tmp_path):
     folder, log = without_compiler
     assert log.count('installed without compiled libraries') == 1 and 'no-such-compiler' in log
     [wheel] = folder.glob('*.whl')
@@ -81,7 +81,7 @@ print(sum('libmsda_cpu.so was not built' in str(warning.message) for warning in 
     assert done.stdout.strip() == '1'
 
 
-def test_a_wheel_brings_the_models_of_own_trainings(without_compiler, tmp_path):
+def test_wheel_has_the_models_for_custom_data(without_compiler, tmp_path):
     folder, _ = without_compiler
     [wheel] = folder.glob('*.whl')
     zipfile.ZipFile(wheel).extractall(tmp_path)
@@ -97,8 +97,8 @@ assert config.config_folder().is_relative_to(sys.argv[1]) and config.DEFAULT_MOD
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(Path('/usr/local/cuda/bin/nvcc').exists(), reason='nvcc is in its usual place, not to be hidden')
-def test_a_demanded_cuda_library_fails_without_nvcc(tmp_path):
+@pytest.mark.skipif(Path('/usr/local/cuda/bin/nvcc').exists(), reason='nvcc in /usr/local/cuda cannot be hidden')
+def test_required_cuda_library_fails_without_nvcc(tmp_path):
     done = build(
         tmp_path,
         hook='build_wheel',
@@ -112,7 +112,7 @@ def test_a_demanded_cuda_library_fails_without_nvcc(tmp_path):
     assert done.returncode != 0 and 'nvcc' in done.stderr
 
 
-def test_a_wrong_switch_is_named(tmp_path):
+def test_invalid_msda_build_cuda(tmp_path):
     done = build(tmp_path, hook='build_wheel', MSDA_BUILD_CUDA='yes')
     assert done.returncode != 0 and "MSDA_BUILD_CUDA='yes'" in done.stdout + done.stderr
 

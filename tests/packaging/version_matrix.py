@@ -1,13 +1,12 @@
-"""The plugin in fresh environments, one a row of versions: what is installed there, and what works.
+"""Tests the package in fresh environments, one for each row of versions.
 
     python tests/packaging/version_matrix.py [--rows NAME …] [--out table.md] [--wheel FILE] [--work DIR]
     python tests/packaging/version_matrix.py --list
 
-One wheel is built, in the environment that runs this script, and installed in every row: it is what serves every torch
-and every Python. A row's environment is made by `venv`, gets the stack of `requirements/`, is asked by ``python -m
-msda_plugin env``, runs tests from a folder in which the package's sources are not, and is deleted. It takes 2 to 4
-minutes on two cores where pip has mmcv in its cache, and 10 more where mmcv is compiled. What a row came to is kept
-beside the table, so that rows can be run one by one.
+One wheel is built in the environment that runs this script, and installed in every row. For each row, a virtual
+environment is created and gets the stack of `requirements/`. It runs ``python -m msda_plugin env`` and tests from a
+folder without the package's sources, and is deleted. A row takes 2 to 4 minutes on two cores if pip has mmcv in its
+cache, and 10 more if mmcv is compiled. The results are kept next to the table, so that rows can be run one by one.
 """
 
 import argparse
@@ -66,13 +65,13 @@ class Row:
     """One environment.
 
     Attributes:
-        name: What ``--rows`` calls it.
+        name: Name of the row for ``--rows``.
         python: Version of the interpreter.
-        stack: OpenMMLab packages, 'forks' or 'upstream'; None: none of them.
-        torch: Its version; None: none, for what needs none.
-        setuptools: Versions of it that may be taken.
-        numpy: Versions of it that may be taken.
-        compiles: Whether mmcv has to be compiled, since pip's cache has it for another torch.
+        stack: OpenMMLab packages, 'forks' or 'upstream', or None.
+        torch: Version of torch, or None to test without torch.
+        setuptools: Allowed versions of setuptools.
+        numpy: Allowed versions of numpy.
+        compiles: Whether mmcv must be compiled, because pip's cache has it for another torch.
     """
 
     name: str
@@ -87,7 +86,7 @@ class Row:
 ROWS = (
     Row('forks', stack='forks'),
     Row('upstream', stack='upstream'),
-    Row('forks-setuptools-80', stack='forks', setuptools='==80.*'),  # onedl-mim takes no older one
+    Row('forks-setuptools-80', stack='forks', setuptools='==80.*'),  # the oldest that onedl-mim supports
     Row('upstream-setuptools-77', stack='upstream', setuptools='==77.*'),
     Row('forks-no-pkg_resources', stack='forks', setuptools='>=82'),
     Row('upstream-no-pkg_resources', stack='upstream', setuptools='>=82'),
@@ -100,11 +99,11 @@ ROWS = (
 
 
 class StepError(Exception):
-    """A command of a row did not end well; its message is the end of what it printed."""
+    """A command of a row failed. The message is the end of its output."""
 
 
 class Environment:
-    """A fresh virtual environment, with the tests beside it and no sources of the package."""
+    """A fresh virtual environment, with the tests but without the package's sources."""
 
     def __init__(self, row: Row, folder: Path, tree: Path) -> None:
         self.row, self.folder, self.tree = row, folder, tree
@@ -131,7 +130,7 @@ class Environment:
         self.run(str(self.python), '-m', 'pip', 'install', '-q', '--disable-pip-version-check', *arguments)
 
     def install(self, wheel: Path) -> None:
-        """What `make setup` installs, in its order; the versions of the row are constraints of every step."""
+        """Install the packages of `make setup` in the same order, constrained to the versions of the row."""
         row = self.row
         constraints = self.folder / 'constraints.txt'
         constraints.write_text(
@@ -175,8 +174,8 @@ class Environment:
         return json.loads(self.run(str(self.python), '-c', code))
 
     def pytest(self, *arguments: str) -> str:
-        """Run tests against the installed package; the last line of pytest's report."""
-        # Without the project's own -q, which with this one would leave out the counts.
+        """Test the installed package. Returns the last line of pytest's report."""
+        # Without the project's -q: a second one would hide the counts.
         output = self.run(
             str(self.folder / 'bin' / 'pytest'),
             '-o',
@@ -190,7 +189,7 @@ class Environment:
 
 
 def check_env(env: Environment) -> str:
-    """``python -m msda_plugin env``; without a torch it must say so, and what to do."""
+    """Run ``python -m msda_plugin env``. Without torch, it must report the problem."""
     command = [str(env.python), '-m', 'msda_plugin', 'env', '--json']
     if env.row.torch is None:
         done = subprocess.run(command, cwd=env.tree, capture_output=True, text=True, timeout=600)
@@ -198,7 +197,7 @@ def check_env(env: Environment) -> str:
         if done.returncode != 1 or not any('torch' in problem['what'] for problem in problems):
             raise StepError(done.stdout + done.stderr)
         return 'says what is missing'
-    if env.row.stack is None:  # the OpenMMLab packages are missing, and named
+    if env.row.stack is None:  # the OpenMMLab packages are missing
         done = subprocess.run(command, cwd=env.tree, capture_output=True, text=True, timeout=600)
         report = json.loads(done.stdout)
     else:
@@ -210,7 +209,7 @@ def check_env(env: Environment) -> str:
 
 
 def check_pure(env: Environment) -> str:
-    """Every file compiles without a warning, and what needs no torch runs: the commands' help and the drawn data."""
+    """Compile every file without warnings, and run the commands that do not need torch."""
     package = env.run(str(env.python), '-c', 'import msda_plugin; print(*msda_plugin.__path__)').strip()
     env.run(
         str(env.python),
@@ -233,7 +232,7 @@ def check_pure(env: Environment) -> str:
 
 
 def run_row(row: Row, wheel: Path, tree: Path, work: Path) -> dict[str, str]:
-    """What the row came to: versions, and for each check its result or 'FAILED: …'."""
+    """Test a row. Returns its versions, and for each check the result or 'FAILED: …'."""
     result, started = {}, time.monotonic()
     checks = [('env', check_env)]
     if row.torch is None:
@@ -280,7 +279,7 @@ def interpreter(version: str) -> Path:
 
 
 def prepare(work: Path, wheel: Path | None) -> tuple[Path, Path]:
-    """The wheel, built where none is given, and a folder with the tests and configs alone."""
+    """Build the wheel unless one is given, and copy the tests and configs to a folder. Returns both paths."""
     source, tree = work / 'source', work / 'tree'
     for folder in (source, tree):
         shutil.rmtree(folder, ignore_errors=True)
@@ -321,7 +320,7 @@ def cell(text: str | None) -> str:
 
 
 def table(results: dict[str, dict[str, str]]) -> str:
-    """The rows that were run, as Markdown."""
+    """Format the results as a Markdown table."""
     lines = [
         '| row | Python | torch | mmengine, mmcv, mmdet | setuptools | numpy | `env` | tests | training |',
         '|---|---|---|---|---|---|---|---|---|',

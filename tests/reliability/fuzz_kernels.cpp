@@ -1,10 +1,10 @@
-// A fuzz target for the CPU operator: bytes decide the shapes, dtypes and contents of its arguments, which go through
-// the checks of csrc/binding.h and csrc/cpu/binding.cpp, and, where these let them pass, forward and backward through
-// the kernels. Every array lies in an allocation of exactly its size: AddressSanitizer sees each step beyond it.
+// A fuzz target for the CPU operator. The input bytes decide the shapes, dtypes and contents of the arguments. These go
+// through the checks of csrc/binding.h and csrc/cpu/binding.cpp and, if valid, through forward and backward. Every
+// array has an allocation of exactly its size, so that AddressSanitizer sees any access outside of it.
 //
-// LLVMFuzzerTestOneInput is what libFuzzer calls. Built with MSDA_SEEDED, the program draws its bytes itself:
+// libFuzzer calls LLVMFuzzerTestOneInput. Built with MSDA_SEEDED, the program generates its own bytes:
 //     fuzz_kernels CASES [SEED]
-// Only the instruction set MSDA_FUZZ_ISA is linked; the others are stubs that must never be reached.
+// Only the instruction set MSDA_FUZZ_ISA is linked; the others are stubs that must not be called.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,10 +16,10 @@
 
 #define MSDA_STRING_(x) #x
 #define MSDA_STRING(x) MSDA_STRING_(x)
-#define MSDA_STUB(isa)                                                                     \
-  namespace msda::isa {                                                                    \
-  void forward(const Problem&, void*, const cpu::Pool&) { std::abort(); }                  \
-  void backward(const Problem&, const Gradients&, const cpu::Pool&) { std::abort(); }      \
+#define MSDA_STUB(isa)                                                                \
+  namespace msda::isa {                                                               \
+  void forward(const Problem&, void*, const cpu::Pool&) { std::abort(); }             \
+  void backward(const Problem&, const Gradients&, const cpu::Pool&) { std::abort(); } \
   }
 #ifdef __x86_64__
 #ifndef MSDA_FUZZ_avx512
@@ -37,13 +37,14 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Operators = msda::Operators<msda::cpu::Backend>;
 
 class Bytes {
  public:
   Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
   uint8_t next() { return position_ < size_ ? data_[position_++] : 0; }
   int64_t below(int64_t limit) { return next() % limit; }
-  bool rarely() { return next() >= 250; }  // a mistake: in one of forty
+  bool rarely() { return next() >= 250; }  // 1 in 40
 
  private:
   const uint8_t* data_;
@@ -62,12 +63,12 @@ int64_t bytes_of(ScalarType type) {
   }
 }
 
-// The arrays of one case, each freed when the case is over.
+// The arrays of one case.
 class Arrays {
  public:
   explicit Arrays(Bytes& bytes) : bytes_(bytes) {}
 
-  // A tensor of these sizes, maybe with another number of them, or of another dtype.
+  // A tensor of these sizes, which rarely has other dimensions or another dtype.
   Tensor make(std::vector<int64_t> sizes, ScalarType type) {
     if (bytes_.rarely() && !sizes.empty()) {
       const auto axis = static_cast<size_t>(bytes_.below(static_cast<int64_t>(sizes.size())));
@@ -89,7 +90,7 @@ class Arrays {
   }
 
  private:
-  // Numbers between -2 and 2, now and then of any bits: infinite, not a number, very large.
+  // Numbers between -2 and 2, and rarely arbitrary bits: infinite, NaN or very large.
   void fill(uint8_t* target, int64_t count, ScalarType type) {
     const uint32_t seed = bytes_.next() * 2654435761u + 1;
     const bool wild = bytes_.rarely();
@@ -107,9 +108,11 @@ class Arrays {
         std::memcpy(&bits, &narrow, 4);
         if (odd) bits = state;
         if (type == ScalarType::Float) std::memcpy(target + 4 * i, &bits, 4);
-        // The upper half of a float is a bfloat16, and some number as a float16.
-        else if (const auto half = static_cast<uint16_t>(bits >> 16)) std::memcpy(target + 2 * i, &half, 2);
-        else std::memset(target + 2 * i, 0, 2);
+        // The upper half of a float is a bfloat16, and an arbitrary number as a float16.
+        else if (const auto half = static_cast<uint16_t>(bits >> 16))
+          std::memcpy(target + 2 * i, &half, 2);
+        else
+          std::memset(target + 2 * i, 0, 2);
       }
     }
   }
@@ -140,8 +143,8 @@ void run(Bytes& bytes) {
     starts.push_back(keys);
     keys += height * width;
   }
-  constexpr int64_t kOdd[] = {
-      0, -1, 1, 1 << 16, int64_t{1} << 31, int64_t{1} << 32, int64_t{1} << 62, INT64_MIN, INT64_MAX};
+  constexpr int64_t kOdd[] = {0,         -1,       1, 1 << 16, int64_t{1} << 31, int64_t{1} << 32, int64_t{1} << 62,
+                              INT64_MIN, INT64_MAX};
   if (bytes.rarely()) shapes[static_cast<size_t>(bytes.below(2 * levels))] = kOdd[bytes.below(9)];
   if (bytes.rarely()) starts[static_cast<size_t>(bytes.below(levels))] = kOdd[bytes.below(9)];
 
@@ -155,12 +158,12 @@ void run(Bytes& bytes) {
   const Tensor weights = arrays.make({batch, queries, heads, levels, points}, coordinate_type);
   const Tensor grad = arrays.make({batch, queries, heads * channels}, type);
   if (bytes.below(3) == 0) {
-    msda::cpu::ms_deform_attn(value, spatial_shapes, level_start_index, coordinates, weights, true);
-    msda::cpu::ms_deform_attn_backward(grad, value, spatial_shapes, level_start_index, coordinates, weights, true);
+    Operators::ms_deform_attn(value, spatial_shapes, level_start_index, coordinates, weights, true);
+    Operators::ms_deform_attn_backward(grad, value, spatial_shapes, level_start_index, coordinates, weights, true);
   } else {
     const Tensor references = arrays.make({batch, queries, levels, bytes.below(2) ? 4 : 2}, coordinate_type);
-    msda::cpu::ms_deform_attn_fused(value, spatial_shapes, level_start_index, references, coordinates, weights, true);
-    msda::cpu::ms_deform_attn_fused_backward(grad, value, spatial_shapes, level_start_index, references, coordinates,
+    Operators::ms_deform_attn_fused(value, spatial_shapes, level_start_index, references, coordinates, weights, true);
+    Operators::ms_deform_attn_fused_backward(grad, value, spatial_shapes, level_start_index, references, coordinates,
                                              weights, true);
   }
 }
@@ -198,9 +201,9 @@ int main(int argc, char** argv) {
   return 0;
 }
 #elif defined(MSDA_LIBFUZZER_MAIN)
-// For libFuzzer without a main function of its own, and GCC: what GCC calls at each branch (trace-pc) becomes counters
-// of the kind that libFuzzer reads. The linker must take this definition for libFuzzer's, which only says that it is
-// gone.
+// For GCC and a libFuzzer without a main function: GCC's callback at each branch (trace-pc) increments the counters
+// that libFuzzer reads. The linker must prefer this definition to libFuzzer's, which only reports that it is
+// unsupported.
 namespace {
 uint8_t counters[1 << 16];
 }
@@ -209,7 +212,7 @@ extern "C" void __sanitizer_cov_8bit_counters_init(uint8_t* begin, uint8_t* end)
 extern "C" __attribute__((no_sanitize_coverage)) void __sanitizer_cov_trace_pc() {
   ++counters[reinterpret_cast<uintptr_t>(__builtin_return_address(0)) % sizeof(counters)];
 }
-// Comparisons of floats are traced as well, which libFuzzer does not take.
+// GCC also traces comparisons of floats, which libFuzzer does not support.
 extern "C" void __sanitizer_cov_trace_cmpf(float, float) {}
 extern "C" void __sanitizer_cov_trace_cmpd(double, double) {}
 int main(int argc, char** argv) {

@@ -1,4 +1,4 @@
-"""Images of extreme sizes and all kinds of files, with no boxes and with hundreds, in one training."""
+"""Training on images of extreme sizes and various formats, with no boxes or hundreds of boxes."""
 
 import json
 import math
@@ -14,22 +14,22 @@ from msda_plugin.compat import accept_sides_of_one_pixel
 from msda_plugin.tools.shapes import CLASSES
 
 pytestmark = pytest.mark.slow
-SCALE = 128  # of the main job: images are fitted into this square
+SCALE = 128  # images of the main job are resized to fit into this square
 # (width, height), pixels
 SIZES = ((1, 1), (1, 300), (300, 1), (2, 77), (8000, 1), (1, 8000), (8000, 500), (31, 33), (640, 480), (128, 128))
 
 
-def picture(size, seed):
+def noise(size, seed):
     """Coarse noise."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST)
 
 
 def write_kinds(folder):
-    """One picture, 60 x 40, in files of every kind; returns their names."""
-    image = picture((60, 40), seed=3)
+    """Write one image, 60 x 40, in several formats; returns the file names."""
+    image = noise((60, 40), seed=3)
     turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned by 90 degrees when shown, so 40 x 60
+    turned[0x0112] = 6  # rotated by 90 degrees when shown, hence 40 x 60
     gray16 = np.asarray(image.convert('L')).astype(np.uint16) * 257
     image.convert('L').save(folder / 'gray.png')
     image.convert('L').save(folder / 'gray.jpg')
@@ -43,7 +43,7 @@ def write_kinds(folder):
 
 
 def annotations(sizes, generator):
-    """COCO's content for these (name, width, height): no box, one, some, or 500 in an image, some of a pixel only."""
+    """COCO content for these (name, width, height), with 0, 1, 7 or 500 boxes per image, some of one pixel."""
     images, boxes = [], []
     for number, (name, width, height) in enumerate(sizes):
         images.append(dict(id=number, file_name=name, width=width, height=height))
@@ -73,7 +73,7 @@ def write_data(root, sizes, seed):
         listed = [(name, *((40, 60) if name == 'turned.jpg' else (60, 40))) for name in write_kinds(root / split)]
         for number, size in enumerate(sizes):
             name = f'{number}.{generator.choice(("png", "jpg"))}'
-            picture(size, seed=number).save(root / split / name)
+            noise(size, seed=number).save(root / split / name)
             listed.append((name, *size))
         generator.shuffle(listed)
         content = annotations(listed, generator)
@@ -81,7 +81,7 @@ def write_data(root, sizes, seed):
     return len(listed)
 
 
-def test_a_training_on_extreme_images(training_server, tmp_path, long_run):
+def test_training_on_extreme_images(training_server, tmp_path, long_run):
     rounds = 10 if long_run else 1
     sizes = [*SIZES, (8000, 8000)] if long_run else SIZES
     options = [f'train_cfg.max_epochs={2 if long_run else 1}', 'train_cfg.val_interval=1']
@@ -109,7 +109,7 @@ def test_a_training_on_extreme_images(training_server, tmp_path, long_run):
 
 @pytest.fixture(scope='module')
 def load():
-    """The loading and resizing of the main job: path → what it makes of the image."""
+    """A function of a path that loads and resizes the image as in the main job."""
     from mmcv.transforms import Compose
     from mmdet.utils import register_all_modules
 
@@ -120,8 +120,8 @@ def load():
 
 
 @pytest.mark.parametrize('size', SIZES)
-def test_every_size_is_fitted_into_the_scale(load, size, tmp_path):
-    picture(size, seed=1).save(tmp_path / 'a.png')
+def test_resize_of_extreme_sizes(load, size, tmp_path):
+    noise(size, seed=1).save(tmp_path / 'a.png')
     loaded = load(tmp_path / 'a.png')
     factor = SCALE / max(size)
     expected = tuple(max(1, int(side * factor + 0.5)) for side in reversed(size))
@@ -132,11 +132,11 @@ def test_every_size_is_fitted_into_the_scale(load, size, tmp_path):
 
 @pytest.mark.parametrize('direction', ['horizontal', 'vertical', 'diagonal'])
 @pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 1), (9, 7)])
-def test_every_size_is_flipped(load, size, direction):
+def test_flip_of_extreme_sizes(load, size, direction):
     import mmcv
     from mmdet.datasets.transforms import PackDetInputs
 
-    image = np.asarray(picture(size, seed=2))
+    image = np.asarray(noise(size, seed=2))
     flipped = mmcv.imflip(image, direction)
     vertical, horizontal = direction != 'horizontal', direction != 'vertical'
     assert np.array_equal(flipped, image[:: -1 if vertical else 1, :: -1 if horizontal else 1])
@@ -144,7 +144,7 @@ def test_every_size_is_flipped(load, size, direction):
     assert packed['inputs'].shape == (3, *size[::-1])
 
 
-def test_every_kind_of_file_is_read_as_colours_of_8_bits(load, tmp_path):
+def test_every_format_is_read_as_8_bit_color(load, tmp_path):
     names = write_kinds(tmp_path)
     loaded = {name: load(tmp_path / name) for name in names}
     assert len(names) == 8
@@ -153,6 +153,6 @@ def test_every_kind_of_file_is_read_as_colours_of_8_bits(load, tmp_path):
         assert results['ori_shape'] == ((60, 40) if name == 'turned.jpg' else (40, 60)), name
     gray, deep = (loaded[name]['img'].astype(int) for name in ('gray.png', 'sixteen_bits.png'))
     assert abs(gray - deep).max() <= 1  # the upper 8 of the 16 bits
-    # As it is shown, not as it is stored: turned by 90 degrees to the right.
+    # The EXIF orientation is applied: rotated clockwise by 90 degrees.
     upright, turned = (loaded[name]['img'][..., ::-1].astype(int) for name in ('alpha.png', 'turned.jpg'))
     assert abs(np.rot90(upright, -1) - turned).mean() < 8  # JPEG

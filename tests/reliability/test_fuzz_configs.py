@@ -1,4 +1,4 @@
-"""Configs with mistakes: a model that learns from a picture, or one sentence that says what is wrong."""
+"""Randomly changed configs give either a model with finite losses or an error message."""
 
 import copy
 
@@ -42,7 +42,7 @@ ODD = (
 
 
 def paths(node, path=()):
-    """Every place in nested dicts and lists."""
+    """The path of every entry of nested dicts and lists."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, child in children:
         yield (*path, key)
@@ -81,8 +81,8 @@ def config(tmp_path_factory):
     )
 
 
-def learn(model):
-    """The losses of one picture with one object."""
+def compute_losses(model):
+    """The losses of one image with one object."""
     image = torch.from_numpy(cv2.circle(np.zeros((32, 32, 3), np.uint8), (16, 16), 8, (255, 0, 0), -1)).permute(2, 0, 1)
     sample = DetDataSample(metainfo=dict(img_shape=(32, 32), ori_shape=(32, 32), scale_factor=(1.0, 1.0)))
     sample.gt_instances = InstanceData(bboxes=torch.tensor([[8.0, 8.0, 24.0, 24.0]]), labels=torch.tensor([0]))
@@ -109,7 +109,7 @@ def test_configs(config, long_run, capsys):
                     else None
                 )
             if not isinstance(node, (dict, list)):
-                continue  # an earlier change took it away
+                continue  # removed by an earlier change
             if value == 'remove' and path[-1] in (node if isinstance(node, dict) else range(len(node))):
                 del node[path[-1]]
             elif isinstance(node, dict) or path[-1] < len(node):
@@ -122,19 +122,19 @@ def test_configs(config, long_run, capsys):
                 check_config_data(cfg, ('train', 'val'))
                 model = MODELS.build(cfg.model)
                 model.init_weights()
-                losses = learn(model)
+                losses = compute_losses(model)
         except SystemExit as stopped:
             said = capsys.readouterr().err
             assert stopped.code == 2 and 'Traceback' not in said and len(said.splitlines()) >= 2
-            return 'sentence'
+            return 'rejected'
         assert losses and all(torch.as_tensor(value).isfinite().all() for value in losses.values())
-        return 'right'
+        return 'valid'
 
     fuzz('configs', st.one_of(st.just([]), edits), 500 if long_run else 25, check)
 
 
 @pytest.mark.parametrize('number', [1, 5, 7])
-def test_a_head_for_another_number_of_classes_is_always_said(number, config, capsys):
+def test_wrong_number_of_classes(number, config, capsys):
     changed = copy.deepcopy(config)
     changed['model']['bbox_head']['num_classes'] = number
     with pytest.raises(ValueError, match=f'num_classes is {number}, but .* has 6 classes'):

@@ -1,4 +1,4 @@
-"""Annotation files and images that are damaged: read as MMDetection reads them, or refused in one sentence."""
+"""Corrupted annotation files and images are either read as by MMDetection, or rejected with a one-line message."""
 
 import contextlib
 import copy
@@ -155,8 +155,8 @@ def quietly(function, *args, **kwargs):
 
 
 @pytest.mark.slow
-def test_annotations_for_a_config(images, tmp_path, long_run):
-    """What `check_coco` lets pass, MMDetection's data set and pycocotools can read."""
+def test_annotations_of_a_config(images, tmp_path, long_run):
+    """MMDetection's data set and pycocotools can read every file that `check_coco` accepts."""
     path = tmp_path / 'train.json'
 
     def check(case):
@@ -167,7 +167,7 @@ def test_annotations_for_a_config(images, tmp_path, long_run):
             return one_sentence(error)
         assert report.num_images >= report.num_empty_images >= 0 <= report.num_degenerate_boxes <= report.num_boxes
         if not case['annotated'] and 'annotations' not in json.loads(path.read_bytes()):
-            return 'right, without annotations'
+            return 'valid, without annotations'
         dataset = quietly(
             CocoDataset,
             ann_file=str(path),
@@ -176,21 +176,21 @@ def test_annotations_for_a_config(images, tmp_path, long_run):
             metainfo=dict(classes=report.classes),
             filter_cfg=dict(filter_empty_gt=True),
             serialize_data=False,
-        )  # which would collect garbage in each case
+        )  # serialization would run the garbage collector in each case
         for index in range(len(dataset)):
             for instance in dataset.get_data_info(index)['instances']:
                 assert np.isfinite(instance['bbox']).all() and 0 <= instance['bbox_label'] < len(report.classes)
         if case['evaluated']:
             coco = quietly(COCO, str(path))
             assert len(coco.getImgIds()) == report.num_images
-        return 'right'
+        return 'valid'
 
-    fuzz('annotations for a config', cases, 2000 if long_run else 70, check)
+    fuzz('annotations of a config', cases, 2000 if long_run else 70, check)
 
 
 @pytest.mark.slow
-def test_annotations_of_own_data(images, tmp_path, long_run):
-    """What `train --data` makes of them passes the check of a config."""
+def test_annotations_of_custom_data(images, tmp_path, long_run):
+    """The annotation files that `train --data` writes pass the check of a config."""
     path = tmp_path / 'train.json'
 
     def check(case):
@@ -207,14 +207,14 @@ def test_annotations_of_own_data(images, tmp_path, long_run):
             return one_sentence(error)
         report = check_coco(written, images, classes, evaluated=True)
         assert report.num_boxes > 0 or report.warnings
-        return 'right'
+        return 'valid'
 
-    fuzz('annotations of own data', cases, 1500 if long_run else 50, check)
+    fuzz('annotations of custom data', cases, 1500 if long_run else 50, check)
 
 
 @pytest.mark.slow
 def test_images(tmp_path, long_run):
-    """A damaged image is an image that cannot be read, or pixels."""
+    """A corrupted image is either read or rejected."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
     encoded = [cv2.imencode(ending, pixels)[1].tobytes() for ending in ('.png', '.jpg', '.bmp', '.tif', '.webp')]

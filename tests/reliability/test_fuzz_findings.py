@@ -1,4 +1,4 @@
-"""What fuzzing found, one case each: all of these crashed, ended in a traceback, or were let pass."""
+"""Regression tests for bugs found by fuzzing: crashes, tracebacks, and invalid input that was accepted."""
 
 import json
 
@@ -29,22 +29,21 @@ from msda_plugin.tools.custom_data.coco import load_split
     ],
 )
 @pytest.mark.parametrize('dims, heads', [(0, 1), (-8, 2), (8, 0)])
-def test_channels_and_heads_are_at_least_one(layer, dims, heads):
+def test_channels_and_heads_must_be_positive(layer, dims, heads):
     with pytest.raises(ValueError, match=f'embed_dims={dims} is not a multiple of num_heads={heads}, both at least 1'):
         layer(dims, heads)
 
 
 @pytest.mark.parametrize('name', ['embed_dims', 'num_heads', 'num_levels', 'num_points'])
 @pytest.mark.parametrize('number', [0, -1])
-def test_no_size_of_deformable_attention_is_below_one(name, number):
-    """Without a head there was a division by zero."""
+def test_sizes_of_deformable_attention_must_be_positive(name, number):
     with pytest.raises(ValueError, match=f'{name}={number}.*; expected at least 1 for each of them'):
         MultiScaleDeformableAttention(**dict(embed_dims=8, num_heads=2) | {name: number})
 
 
 @pytest.mark.parametrize('layer', [ShuntedSelfAttention, SpatialReductionAttention, ShiftedWindowAttention])
 @pytest.mark.parametrize('size', [(0, 5), (0, 0), (-2, -3)])
-def test_a_map_has_pixels(layer, size):
+def test_empty_maps_are_rejected(layer, size):
     with pytest.raises(ValueError, match=f'got a {size[0]}x{size[1]} map; expected at least 1 pixel a side'):
         layer(8, 2)(torch.rand(1, size[0] * size[1], 8), size)
 
@@ -60,7 +59,7 @@ def test_empty_batches():
         assert layer(torch.rand(0, 8, 4, 5)).shape == (0, 8, 4, 5)
 
 
-def test_the_channels_of_the_value_are_checked():
+def test_wrong_number_of_channels_of_the_value():
     layer = MultiScaleDeformableAttention(8, 2, num_levels=1, batch_first=True)
     with pytest.raises(ValueError, match=r'value \(1, 6, 9\) .* \(bs, num_keys, 8\)'):
         layer(
@@ -73,7 +72,7 @@ def test_the_channels_of_the_value_are_checked():
 
 # ---- annotation files -----------------------------------------------------------------------------------------------
 def coco(**changes):
-    """A file of one box, with these fields of its records set: ``annotations__area=…``."""
+    """COCO content with one box; ``annotations__area=…`` sets a field of its records."""
     content = dict(
         images=[dict(id=1, file_name='1.png', width=9, height=9)],
         categories=[dict(id=1, name='ring')],
@@ -104,7 +103,7 @@ def coco(**changes):
         (dict(annotations__bbox=[True, 1, 1, 1]), r'must be \[x, y, width, height\], got'),
     ],
 )
-def test_values_of_another_kind(changes, message, tmp_path):
+def test_values_of_wrong_type(changes, message, tmp_path):
     (tmp_path / '1.png').touch()
     (tmp_path / 'train.json').write_text(json.dumps(coco(**changes)))
     with pytest.raises(ValueError, match=message):
@@ -113,22 +112,22 @@ def test_values_of_another_kind(changes, message, tmp_path):
         load_split('train', tmp_path / 'train.json', tmp_path, tmp_path)
 
 
-def test_boxes_of_other_classes_are_read_as_well(tmp_path):
+def test_boxes_of_unlisted_classes_are_checked(tmp_path):
     (tmp_path / '1.png').touch()
     (tmp_path / 'train.json').write_text(json.dumps(coco(annotations__bbox=[1, 2], annotations__category_id=9)))
     with pytest.raises(ValueError, match='must be .x, y, width, height'):
         check_coco(tmp_path / 'train.json', tmp_path)
 
 
-def test_a_file_name_that_no_file_can_have(tmp_path):
+def test_too_long_file_name(tmp_path):
     (tmp_path / 'train.json').write_text(json.dumps(coco(images__file_name='x' * 5000)))
     with pytest.raises(FileNotFoundError, match='none of the images'):
         load_split('train', tmp_path / 'train.json', tmp_path)
 
 
 # ---- checkpoints and messages ---------------------------------------------------------------------------------------
-def test_a_checkpoint_of_another_size_is_one_sentence(tmp_path):
-    """And no list of torch's, a line for each key."""
+def test_checkpoint_with_wrong_shapes(tmp_path):
+    """The message is one line, unlike torch's with one line per key."""
     arch = dict(
         embed_dims=(8, 8, 8, 8),
         depths=(1, 1, 1, 1),
@@ -156,7 +155,7 @@ def test_a_checkpoint_of_another_size_is_one_sentence(tmp_path):
         KeyError('img'),
     ],
 )
-def test_every_error_is_said(error, capsys):
+def test_every_error_has_a_message(error, capsys):
     with pytest.raises(SystemExit) as stopped, user_errors('train'):
         raise error
     assert stopped.value.code == 2
@@ -164,7 +163,7 @@ def test_every_error_is_said(error, capsys):
     assert explain(ValueError('one two')) == 'one two'
 
 
-def test_a_very_long_word_is_said_at_once(capsys):
+def test_very_long_message_is_fast(capsys):
     with pytest.raises(SystemExit), user_errors('train'):
         raise ValueError('x' * 1_000_000)
     assert len(capsys.readouterr().err) > 1_000_000

@@ -1,4 +1,4 @@
-"""The operator with drawn arguments: it gives what the definition gives in float64, or says what does not fit."""
+"""The operator with random arguments: the result matches the float64 definition, or an error explains what is wrong."""
 
 import sys
 import warnings
@@ -15,7 +15,7 @@ from msda_plugin.ops.reference import attend, attend_fused
 sys.path.insert(0, str(Path(__file__).parents[1] / 'ops'))
 from operator_cases import make_case  # noqa: E402
 
-# (relative, absolute): of results of up to 12 samples of weight 1
+# (relative, absolute), for sums of up to 12 samples of weight 1
 TOLERANCES = {
     torch.float64: (1e-9, 1e-9),
     torch.float32: (1e-4, 1e-4),
@@ -59,7 +59,7 @@ mutations = st.lists(
 
 
 def lay_out(tensor, layout):
-    """The same numbers, otherwise in memory."""
+    """The same numbers with another memory layout."""
     if layout == 'transposed' and tensor.dim() > 1:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == 'every other':
@@ -147,7 +147,7 @@ def check(drawn):
     function, definition, args = arguments(given)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that there are no kernels for the device 'meta'
+            warnings.simplefilter('ignore')  # the fallback on the device 'meta'
             tensors = [
                 t.requires_grad_()
                 if isinstance(t, torch.Tensor) and t.is_floating_point() and t.is_leaf and call['gradient']
@@ -173,7 +173,7 @@ def check(drawn):
         leaves = [t for t in (args[0], *args[3:]) if t.requires_grad]
         grads = torch.autograd.grad(output.sum(), leaves)
         assert all(grad.isfinite().all() for grad in grads)
-        if leaves[0] is args[0]:  # the others jump where a location comes upon a pixel
+        if leaves[0] is args[0]:  # the others are discontinuous where a location is on a pixel
             (by_value,) = torch.autograd.grad(expected.sum(), inputs[:1])
             torch.testing.assert_close(grads[0].double(), by_value, rtol=relative, atol=absolute)
         return 'right, with gradients'

@@ -1,4 +1,4 @@
-"""What a training holds stays the same however long it is: memory, threads and file handles."""
+"""Memory, threads and file handles of a training do not grow."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_memory_threads_and_files_stay_the_same(training_server, small_data, tmp
     assert answer['status'] == 0, log.read_text()[-3000:]
     rows = np.array(json.loads(measured.read_text())[:-1])
     assert len(rows) == images * epochs
-    late = rows[len(rows) // 4 :]  # what is loaded on first use, the first validation included, is there by then
+    late = rows[len(rows) // 4 :]  # after the first validation
     slope = np.polyfit(late[:, 0], late[:, 1] / MB, 1)[0] * 1000
     print(
         f'\n{len(rows)} iterations, {epochs} validations and checkpoints: memory {late[0, 1] / MB:.1f} MB after '
@@ -35,11 +35,11 @@ def test_memory_threads_and_files_stay_the_same(training_server, small_data, tmp
     assert slope < (10 if long_run else 200)
     assert len(set(late[:, 2])) == 1  # threads
     half = len(late) // 2
-    assert late[half:, 3].max() <= late[:half, 3].max()  # file handles; some are open for a moment
+    assert late[half:, 3].max() <= late[:half, 3].max()  # file handles; some are open only for a moment
 
 
-def test_trainings_one_after_another_leave_nothing(training_server, small_data, tmp_path, long_run):
-    times = 20 if long_run else 3
+def test_trainings_one_after_another_do_not_leak(training_server, small_data, tmp_path, long_run):
+    times = 20 if long_run else 2
     options = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
     log, measured = tmp_path / 'log', tmp_path / 'measured'
     answer = training_server.run(

@@ -1,8 +1,8 @@
-"""The checks of the CPU operator and its kernels under sanitizers, with drawn arguments.
+"""The checks and kernels of the CPU operator under sanitizers, with random arguments.
 
-`fuzz_kernels.cpp` is the target. CI compiles one instruction set and runs seeded cases; the long form compiles all of
-them, and lets libFuzzer search where there is one: `pip install atheris`, or ``MSDA_LIBFUZZER`` names
-libclang_rt.fuzzer_no_main.a. GCC traces the program for it (-fsanitize-coverage).
+`fuzz_kernels.cpp` is the target. CI compiles one instruction set and runs seeded cases. With ``--long``, all of them
+are compiled, and libFuzzer searches if it is installed: `pip install atheris`, or set ``MSDA_LIBFUZZER`` to the path of
+libclang_rt.fuzzer_no_main.a. GCC instruments the program for it (-fsanitize-coverage).
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, 'ASAN_OPTIONS': 'detect_leaks=0', 'OMP_NUM_THREADS'
 TORCH = Path(torch.__file__).parent
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which('g++') is None, reason='there is no g++, whose sanitizers are used'),
+    pytest.mark.skipif(shutil.which('g++') is None, reason='g++ is needed for its sanitizers'),
 ]
 
 
@@ -35,8 +35,8 @@ def native():
     return module
 
 
-def compile_target(native, folder, isa, *, optimise='-O0', define='MSDA_SEEDED', flags=(), libraries=()):
-    """The program for one instruction set; hardly optimised, which compiles in less time."""
+def compile_target(native, folder, isa, *, optimize='-O0', define='MSDA_SEEDED', flags=(), libraries=()):
+    """Compile the program for one instruction set, with few optimizations to save time."""
     common = [flag for flag in native.COMMON_FLAGS if flag != '-O3']
     driver = [
         '-O0',
@@ -51,7 +51,7 @@ def compile_target(native, folder, isa, *, optimise='-O0', define='MSDA_SEEDED',
     for source, options in (
         (ROOT / 'tests' / 'reliability' / 'fuzz_kernels.cpp', driver),
         (ROOT / 'csrc' / 'cpu' / 'ms_deform_attn.cpp', ['-O0']),
-        (ROOT / 'csrc' / 'cpu' / f'ms_deform_attn_{isa}.cpp', [optimise, *native.KERNEL_FLAGS, *native.ISA_FLAGS[isa]]),
+        (ROOT / 'csrc' / 'cpu' / f'ms_deform_attn_{isa}.cpp', [optimize, *native.KERNEL_FLAGS, *native.ISA_FLAGS[isa]]),
     ):
         objects.append(folder / f'{source.stem}.o')
         call('g++', *common, *SANITIZE, *flags, *options, '-c', source, '-o', objects[-1])
@@ -85,13 +85,13 @@ def has(isa):
 @pytest.mark.parametrize('isa', ['portable', 'avx2', 'avx512'])
 def test_drawn_arguments(isa, native, tmp_path, long_run):
     if isa != 'portable' and not long_run:
-        pytest.skip('the long form alone: each takes a minute to compile')
+        pytest.skip('takes a minute to compile: run with --long')
     if not has(isa):
         pytest.skip(f'this machine has no {isa}')
-    program = compile_target(native, tmp_path, isa, optimise='-O1' if long_run else '-O0')
+    program = compile_target(native, tmp_path, isa, optimize='-O1' if long_run else '-O0')
     said = call(program, 20_000 if long_run else 1000, 0)
     number, refused = map(int, re.search(rf'{isa}: (\d+) cases, (\d+) of them refused by a check', said).groups())
-    assert 0.2 * number < refused < 0.9 * number, said  # else one of the two sides is hardly tested
+    assert 0.2 * number < refused < 0.9 * number, said  # both outcomes need enough cases
     print(said.strip())
 
 
@@ -105,9 +105,9 @@ def libfuzzer():
 
 def test_libfuzzer_finds_nothing(native, tmp_path, long_run):
     if not long_run:
-        pytest.skip('the long form alone: it searches for minutes')
+        pytest.skip('searches for minutes: run with --long')
     if libfuzzer() is None:
-        pytest.skip('there is no libFuzzer: pip install atheris, or set MSDA_LIBFUZZER')
+        pytest.skip('libFuzzer is missing: pip install atheris, or set MSDA_LIBFUZZER')
     program = compile_target(
         native,
         tmp_path,
@@ -132,20 +132,20 @@ def test_libfuzzer_finds_nothing(native, tmp_path, long_run):
     done = int(re.search(r'stat::number_of_executed_units: (\d+)', said)[1])
     kept = len(list((tmp_path / 'corpus').iterdir()))
     assert done > 1000 and kept > 10, said[-3000:]
-    print(f'libFuzzer: {done} inputs, {kept} kept for what they reach')
+    print(f'libFuzzer: {done} inputs, {kept} kept for their coverage')
 
 
 # ---- static analysis -------------------------------------------------------------------------------------------------
 def clang_tidy():
-    beside = Path(sys.executable).parent / 'clang-tidy'
-    return beside if beside.is_file() else shutil.which('clang-tidy')
+    installed = Path(sys.executable).parent / 'clang-tidy'
+    return installed if installed.is_file() else shutil.which('clang-tidy')
 
 
 @pytest.mark.parametrize('source', ['cpu/ms_deform_attn.cpp', 'cpu/ms_deform_attn_portable.cpp', 'cpu/binding.cpp'])
 def test_static_analysis(source, native):
-    """By the checks of csrc/.clang-tidy; `pip install clang-tidy` brings it."""
+    """Run clang-tidy with the checks of csrc/.clang-tidy."""
     if clang_tidy() is None:
-        pytest.skip('there is no clang-tidy: pip install clang-tidy')
+        pytest.skip('clang-tidy is missing: pip install clang-tidy')
     headers = subprocess.run(['g++', '-print-file-name=include'], capture_output=True, text=True).stdout.strip()
     call(
         clang_tidy(),

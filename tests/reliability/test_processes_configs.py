@@ -1,9 +1,9 @@
-"""Every config trains by `mim train … --launcher pytorch` in two processes, one of which never sees an object.
+"""Every config trains with `mim train … --launcher pytorch` in two processes, one of which never sees an object.
 
     python -m pytest tests/reliability/test_processes_configs.py --long -s
 
-Two iterations: what a process owes the other one in the first, it is asked for in the second. The main job is launched
-so by tests/test_distributed.py.
+There are two iterations, because DistributedDataParallel reports unused parameters of the first in the second.
+tests/test_distributed.py launches the main job in the same way.
 """
 
 import json
@@ -26,14 +26,14 @@ from mmengine.registry import init_default_scope
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [*sorted((ROOT / 'configs').glob('[!_]*/*.py')), *sorted((ROOT / 'projects').glob('*/configs/*.py'))]
-BOXES = [[8, 12, 32, 48], [30, 5, 60, 45]]  # x, y, width, height of those in every second image
+BOXES = [[8, 12, 32, 48], [30, 5, 60, 45]]  # (x, y, width, height) in every second image
 BIN = Path(sys.executable).parent
 MIM = shutil.which('mim', path=str(BIN))
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MIM is None, reason='mim is not installed')]
 
 
 def write_data(folder, classes, size):
-    """Four images: those of the first process have two objects each, those of the second have none."""
+    """Write four images: the first process gets those with two objects each, the second those without objects."""
     (folder / 'images').mkdir(parents=True)
     height, width = size
     generator = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def write_data(folder, classes, size):
 
 
 def small(path, folder):
-    """The config with random weights and this data, at a small size; its model, optimizer and hooks of models as is."""
+    """Write the config with random weights and small generated data; model and optimizer stay as they are."""
     helpers = runpy.run_path(str(ROOT / 'tests/test_configs.py'))
     init_default_scope('mmdet')
     cfg = Config.fromfile(str(path))
@@ -95,8 +95,8 @@ def small(path, folder):
     cfg.data_root = f'{folder}/'
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
     cfg.param_scheduler = None
-    cfg.optim_wrapper.type = 'OptimWrapper'  # MMEngine's AmpOptimWrapper wants a GPU
-    cfg.default_hooks.checkpoint = None  # gigabytes
+    cfg.optim_wrapper.type = 'OptimWrapper'  # MMEngine's AmpOptimWrapper needs a GPU
+    cfg.default_hooks.checkpoint = None  # would write gigabytes
     cfg.default_hooks.logger.interval = 1
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or () if hook['type'] == 'msda_plugin.AccelerateHook']
     cfg.dump(folder / path.name)
@@ -106,7 +106,7 @@ def small(path, folder):
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_config_in_two_processes(path, long_run, tmp_path):
     if not long_run:
-        pytest.skip('in the long form')
+        pytest.skip('needs --long')
     names = {distribution.metadata['Name'] for distribution in metadata.distributions()}
     package = 'onedl-mmdetection' if 'onedl-mmdetection' in names else 'mmdet'
     config = small(path, tmp_path / 'data')
@@ -139,5 +139,5 @@ def test_config_in_two_processes(path, long_run, tmp_path):
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-4000:]
     losses = [float(loss) for loss in re.findall(r'Epoch\(train\) +\[1\]\[[12]/2\].* loss: ([\d.]+)', output)]
-    assert len(losses) == 2, output[-4000:]  # nan and inf are no numbers here
+    assert len(losses) == 2, output[-4000:]  # nan and inf do not match
     print(f'{path.stem}: losses {losses}')

@@ -1,8 +1,8 @@
-"""MMEngine's FSDP trains our detector in two processes, each of which holds a part of it; the checkpoint is whole.
+"""MMEngine's FSDP trains the detector in two processes and writes a full checkpoint.
 
     python -m pytest tests/reliability/test_processes_sharded.py --long -s
 
-Its gradients are compared with those of one process by tests/test_distributed.py.
+tests/test_distributed.py compares its gradients with those of one process.
 """
 
 import os
@@ -25,7 +25,7 @@ CONFIG = Path(__file__).resolve().parents[2] / 'configs/shapes/deformable-detr-t
 @pytest.mark.slow
 def test_fsdp_strategy_trains_and_saves(long_run, tmp_path):
     if not long_run:
-        pytest.skip('in the long form')
+        pytest.skip('needs --long')
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""``complexity`` prints what the formulas, the counter and the clock say, and refuses what makes no sense."""
+"""``python -m msda_plugin complexity``: its tables, its plot, and its errors."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_formulas(capsys):
         'Swin, M = 5': costs.window_attention(20, 30, 64, 5),
         'Shunted, R = 4': costs.shunted_attention(20, 30, 64, 4),
     }.items():
-        assert table[name][3] == f'{cost.multiply_adds / 1e9:.3f}'
+        assert table[name][3] == f'{cost.macs / 1e9:.3f}'
         assert table[name][4] == f'{cost.memory * 4 / 2**20:.1f}'
 
 
@@ -65,16 +65,16 @@ def test_growth_is_the_exponent_of_a_power_law():
     'arguments, message',
     [
         (['--channels', '30'], '--channels 30 is not a multiple of --heads 8'),
-        (['--map', '0', '4'], '--map is 0 4, but numbers of at least 1'),
+        (['--map', '0', '4'], '--map is 0 4, but it must be at least 1'),
         (['--reduction', '3'], '--reduction is 3, but shunted attention halves it'),
-        (['--plot', 'x.png'], '--plot draws what --measure measures: add sides'),
+        (['--plot', 'x.png'], '--plot needs --measure with the sides'),
         (['--measure', '8'], 'at least two different sides'),
         (['--measure', '8', '16', '--plot', 'no/such/folder/x.png'], 'its folder does not exist'),
         (['--measure', '8', '16', '--device', 'tpu'], "--device is 'tpu', but cpu"),
         (['missing.py'], 'the config missing.py does not exist'),
     ],
 )
-def test_mistakes_end_in_a_sentence(arguments, message, capsys):
+def test_invalid_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         complexity.main(arguments)
     assert stop.value.code == 2

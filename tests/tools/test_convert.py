@@ -1,4 +1,4 @@
-"""``convert`` gives a whole file and an account of every key, or nothing and one sentence. No code of a file runs."""
+"""The ``convert`` command: complete outputs with a record of every key, clear errors, and no code of a file runs."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ ARCH = dict(embed_dims=32, depth=2, num_heads=2, mlp_ratio=2)
 
 @pytest.fixture
 def published(tmp_path):
-    """A file as training scripts publish it: our names are timm's, so that a ViT of ours serves as one."""
+    """A checkpoint as training scripts publish it; msda_plugin's ViT uses timm's names."""
     torch.manual_seed(0)
     model = VisionTransformer(ARCH, img_size=32)
     model.init_weights()
@@ -34,7 +34,7 @@ def published(tmp_path):
 
 
 def refused(argv, capsys):
-    """The one sentence of a call that ends with status 2 and leaves no file but those that were there."""
+    """The error message of a call that exits with status 2 and changes no file."""
     folder = Path(argv[1]).parent
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(SystemExit) as stopped:
@@ -42,11 +42,13 @@ def refused(argv, capsys):
     assert stopped.value.code == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     out, err = capsys.readouterr()
-    assert out == '' and 'Traceback' not in err and err.count('\n') == 2  # the second says how to see the traceback
+    assert (
+        out == '' and 'Traceback' not in err and err.count('\n') == 2
+    )  # the second line explains how to see the traceback
     return err
 
 
-def test_the_result_loads_and_every_key_is_accounted_for(published, tmp_path, capsys):
+def test_result_loads_and_every_key_is_recorded(published, tmp_path, capsys):
     source, model = published
     out, account = tmp_path / 'out.pth', tmp_path / 'account.json'
     assert main(['convert', 'vision_transformer', str(source), str(out), '--json', str(account)]) == 0
@@ -54,7 +56,7 @@ def test_the_result_loads_and_every_key_is_accounted_for(published, tmp_path, ca
     names = list(model.state_dict())
     assert lines == [
         *(f'taken    {name} -> {name}' for name in names),
-        'dropped  head.weight: the classifier; a backbone has none',
+        'dropped  head.weight: classification layer, not part of a backbone',
         f'{len(names)} keys taken, 1 dropped, none missing; {len(names)} entries in the result',
         f'wrote {out}',
     ]
@@ -62,7 +64,7 @@ def test_the_result_loads_and_every_key_is_accounted_for(published, tmp_path, ca
         family='vision_transformer',
         source=str(source),
         taken=dict(zip(names, names, strict=True)),
-        dropped={'head.weight': 'the classifier; a backbone has none'},
+        dropped={'head.weight': 'classification layer, not part of a backbone'},
     )
     loaded = VisionTransformer(ARCH, img_size=32)
     load_checkpoint(loaded, str(out), map_location='cpu', strict=True)
@@ -84,13 +86,13 @@ def test_prefix(published, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_every_family_refuses_a_file_that_does_not_fit(family, tmp_path, capsys):
+def test_every_family_refuses_unexpected_keys(family, tmp_path, capsys):
     torch.save({'model': {'stray.weight': torch.zeros(1)}}, tmp_path / 'in.pth')
     message = refused([family, tmp_path / 'in.pth', tmp_path / 'out.pth'], capsys)
     assert 'stray.weight' in message and len(message) < 10_000
 
 
-def test_unknown_family_names_the_known(tmp_path, capsys):
+def test_unknown_family_lists_the_known_ones(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(['convert', 'resnet', str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth')])
     assert stopped.value.code == 2
@@ -99,7 +101,7 @@ def test_unknown_family_names_the_known(tmp_path, capsys):
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -109,7 +111,7 @@ class Touch:
 
 
 @pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle'])
-def test_no_code_of_a_file_runs(form, published, tmp_path, capsys):
+def test_no_code_in_a_file_runs(form, published, tmp_path, capsys):
     _, model = published
     content = dict(args=Touch(tmp_path / 'ran'), model=model.state_dict())
     path = tmp_path / 'evil.pth'
@@ -121,7 +123,7 @@ def test_no_code_of_a_file_runs(form, published, tmp_path, capsys):
     assert 'posix.mkdir' in message and 'nothing of it was run' in message
     assert not (tmp_path / 'ran').exists()
     torch.load(path, weights_only=False) if form != 'pickle' else pickle.loads(path.read_bytes())
-    assert (tmp_path / 'ran').exists()  # the file does what it says where it is let
+    assert (tmp_path / 'ran').exists()  # the payload works if pickle is allowed to run it
 
 
 @pytest.mark.parametrize(
@@ -129,22 +131,22 @@ def test_no_code_of_a_file_runs(form, published, tmp_path, capsys):
     [b'', b'hello', b'<html>404</html>', b'PK\x03\x04 no zip', b'\x80\x02}.', bytes(99), pickle.dumps(1)],
     ids=repr,
 )
-def test_what_is_no_checkpoint(content, tmp_path, capsys):
+def test_files_that_are_not_checkpoints(content, tmp_path, capsys):
     (tmp_path / 'in.pth').write_bytes(content)
     message = refused(['vision_transformer', tmp_path / 'in.pth', tmp_path / 'out.pth'], capsys)
     assert 'in.pth cannot be read as a checkpoint' in message or 'holds no state dict' in message
 
 
 @pytest.mark.parametrize('part', [0.01, 0.5, 0.99])
-def test_a_truncated_file(part, published, tmp_path, capsys):
+def test_truncated_file(part, published, tmp_path, capsys):
     source, _ = published
     content = source.read_bytes()
     source.write_bytes(content[: int(len(content) * part)])
     assert 'cut short' in refused(['vision_transformer', source, tmp_path / 'out.pth'], capsys)
 
 
-def test_a_disk_that_fails_half_way_leaves_nothing(published, tmp_path, capsys):
-    """The kernel refuses to let a file grow beyond a limit, in the middle of the writing."""
+def test_failed_write_leaves_no_file(published, tmp_path, capsys):
+    """A file size limit makes the write fail halfway."""
     source, _ = published
     (tmp_path / 'there.pth').write_bytes(b'what was there')
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -157,17 +159,17 @@ def test_a_disk_that_fails_half_way_leaves_nothing(published, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_an_interruption_leaves_nothing(tmp_path):
+def test_interrupted_write_leaves_no_file(tmp_path):
     def write(file):
         file.write(b'half')
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tool.write_whole(tmp_path / 'out.pth', write)
+        tool.write_complete(tmp_path / 'out.pth', write)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_that_are_there_stay_without_force(published, tmp_path, capsys):
+def test_existing_files_are_kept_without_force(published, tmp_path, capsys):
     source, model = published
     out, account = tmp_path / 'out.pth', tmp_path / 'account.json'
     out.write_text('mine')
@@ -194,10 +196,10 @@ def test_in_place(published):
         ('none/out.pth', [], 'none of out.pth does not exist'),
         ('', [], 'is a folder'),
         ('out.pth', ['--json', 'none/account.json'], 'none of account.json does not exist'),
-        ('out.pth', ['--json', 'out.pth'], 'a file of its own'),
+        ('out.pth', ['--json', 'out.pth'], 'give different files'),
     ],
 )
-def test_targets_that_cannot_be(out, options, message, published, tmp_path, monkeypatch, capsys):
+def test_invalid_output_paths(out, options, message, published, tmp_path, monkeypatch, capsys):
     source, _ = published
     monkeypatch.chdir(tmp_path)
     assert message in refused(['vision_transformer', source, tmp_path / out, *options], capsys)

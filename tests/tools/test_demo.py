@@ -1,4 +1,4 @@
-"""Boxes on images, folders and videos: what is read, what is written, what is said."""
+"""The demo command: inputs, output files and messages for images, folders and videos."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ test_dataloader = dict(dataset=dict(type='CocoDataset', pipeline=[
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    """A detector that has learned nothing, in a work dir like that of `make train`."""
+    """An untrained detector, in a work dir like that of `make train`."""
     folder = tmp_path_factory.mktemp('run') / 'work_dirs' / 'shapes'
     folder.mkdir(parents=True)
     cfg = Config.fromfile(str(find_model('deformable-detr-two-stage_shunted-nano')))
@@ -46,8 +46,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of images of every kind, and of files that are none."""
+def images(tmp_path):
+    """A folder with images of several formats and a text file."""
     folder = tmp_path / 'photos'
     (folder / 'more').mkdir(parents=True)
     image = draw_image(3, (96, 64))[0]
@@ -58,9 +58,9 @@ def pictures(tmp_path):
     Image.fromarray(np.dstack([image, image[..., :1]])).save(folder / 'more' / 'alpha.png')
     turned = Image.fromarray(image)
     exif = turned.getexif()
-    exif[0x0112] = 6  # the camera was held upright
+    exif[0x0112] = 6  # portrait orientation
     turned.save(folder / 'turned.jpg', exif=exif)
-    (folder / 'notes.txt').write_text('not an image, and not looked at')
+    (folder / 'notes.txt').write_text('not an image')
     return folder
 
 
@@ -77,9 +77,9 @@ def sentence(argv, capsys):
     return message
 
 
-def test_a_folder_of_images(checkpoint, pictures, tmp_path, capsys):
+def test_folder_of_images(checkpoint, images, tmp_path, capsys):
     out = tmp_path / 'out'
-    assert run(checkpoint, pictures, '--out', out) == 0
+    assert run(checkpoint, images, '--out', out) == 0
     assert {str(path.relative_to(out)) for path in out.rglob('*') if path.is_file()} == {
         'a.jpg',
         'a.png',
@@ -93,7 +93,7 @@ def test_a_folder_of_images(checkpoint, pictures, tmp_path, capsys):
     assert '6 images drawn' in capsys.readouterr().out
 
     coco = COCO(str(out / 'images.json'))
-    found = coco.loadRes(str(out / 'results.json'))  # pycocotools takes them
+    found = coco.loadRes(str(out / 'results.json'))  # pycocotools reads them
     assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(CLASSES)
     sizes = {
         image['file_name'].rsplit('/', 1)[-1]: (image['width'], image['height'])
@@ -106,22 +106,22 @@ def test_a_folder_of_images(checkpoint, pictures, tmp_path, capsys):
         x, y, w, h = annotation['bbox']
         assert 0 <= x <= x + w <= image['width'] + 0.02 and 0 <= y <= y + h <= image['height'] + 0.02
         assert 0 <= annotation['score'] <= 1 and annotation['category_id'] in coco.getCatIds()
-    # The same pixels in another file give the same boxes, and something is drawn.
+    # The same pixels in another format give the same boxes, and something is drawn.
     boxes = {
         name: [a['bbox'] for a in found.loadAnns(found.getAnnIds(imgIds=[image['id']]))]
         for image in coco.dataset['images']
         for name in [image['file_name'].rsplit('/', 1)[-1]]
     }
     assert boxes['a.png'] == boxes['a.bmp'] and boxes['a.png'] != boxes['turned.jpg']
-    drawn, plain = (np.array(Image.open(folder / 'a.png').resize((640, 427))) for folder in (out, pictures))
+    drawn, plain = (np.array(Image.open(folder / 'a.png').resize((640, 427))) for folder in (out, images))
     assert (drawn != plain).mean() > 0.01
 
 
-def test_files_that_cannot_be_read_are_said_and_the_others_drawn(checkpoint, pictures, tmp_path, capsys):
-    (pictures / 'empty.jpg').touch()
-    (pictures / 'text.png').write_text('not an image')
-    shutil.copy(pictures / 'a.jpg', pictures / 'upper.JPG')
-    assert run(checkpoint, pictures, '--out', tmp_path / 'out') == 1
+def test_unreadable_files_are_skipped(checkpoint, images, tmp_path, capsys):
+    (images / 'empty.jpg').touch()
+    (images / 'text.png').write_text('not an image')
+    shutil.copy(images / 'a.jpg', images / 'upper.JPG')
+    assert run(checkpoint, images, '--out', tmp_path / 'out') == 1
     said = capsys.readouterr()
     assert '7 images drawn' in said.out and (tmp_path / 'out/upper.JPG').is_file()
     assert [line.rsplit('/', 1)[-1].split()[0] for line in said.err.splitlines() if 'skipped' in line] == [
@@ -130,7 +130,7 @@ def test_files_that_cannot_be_read_are_said_and_the_others_drawn(checkpoint, pic
     ]
 
 
-def test_names_that_would_collide(tmp_path):
+def test_duplicate_names(tmp_path):
     for folder in ('x', 'y'):
         (tmp_path / folder).mkdir()
         for name in ('a.jpg', 'b.tif', 'clip.avi'):
@@ -146,54 +146,44 @@ def test_names_that_would_collide(tmp_path):
         'clip.avi_2.mp4',
     ]
     (tmp_path / 'x' / 'out').mkdir()
-    (tmp_path / 'x' / 'out' / 'a.jpg').touch()  # of an earlier run
+    (tmp_path / 'x' / 'out' / 'a.jpg').touch()  # from an earlier run
     assert len(find_sources([tmp_path / 'x'], tmp_path / 'x' / 'out')) == 3
 
 
-def test_a_score_that_nothing_reaches(checkpoint, pictures, tmp_path, capsys):
-    assert (
-        main(
-            [
-                str(pictures / 'a.jpg'),
-                '--checkpoint',
-                str(checkpoint),
-                '--out',
-                str(tmp_path / 'out'),
-                '--score-thr',
-                '1',
-            ]
-        )
-        == 0
-    )
-    assert 'none with a score of 1.0 or more; try a lower --score-thr' in capsys.readouterr().out
-    assert json.loads((tmp_path / 'out/results.json').read_text()) == []
-    assert max(Image.open(tmp_path / 'out/a.jpg').size) == 640  # small ones are enlarged
+def test_no_box_above_threshold(checkpoint, images, tmp_path, capsys):
+    out = tmp_path / 'out'
+    assert main([str(images / 'a.jpg'), '--checkpoint', str(checkpoint), '--out', str(out), '--score-thr', '1']) == 0
+    assert 'none with a score of at least 1.0; try a lower --score-thr' in capsys.readouterr().out
+    assert json.loads((out / 'results.json').read_text()) == []
+    assert max(Image.open(out / 'a.jpg').size) == 640  # small images are enlarged
 
 
-def test_the_checkpoint_of_the_main_job_is_the_default(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+def test_default_checkpoint_is_that_of_make_train(checkpoint, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(checkpoint.parents[2])
-    assert main([str(pictures / 'a.jpg'), '--out', str(tmp_path / 'out')]) == 0
+    assert main([str(images / 'a.jpg'), '--out', str(tmp_path / 'out')]) == 0
     assert 'work_dirs/shapes/epoch_1.pth: 6 classes, circle' in capsys.readouterr().out
 
 
-def test_no_checkpoint_at_all(pictures, tmp_path, monkeypatch, capsys):
+def test_no_checkpoint(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    message = sentence([pictures / 'a.jpg'], capsys)
+    message = sentence([images / 'a.jpg'], capsys)
     assert 'no checkpoint is named' in message and 'make train' in message and '--checkpoint' in message
 
 
-def test_mistakes_end_in_a_sentence(checkpoint, pictures, tmp_path, capsys):
+def test_invalid_arguments(checkpoint, images, tmp_path, capsys):
     named = ['--checkpoint', checkpoint, '--out', tmp_path / 'out']
     assert 'none.jpg does not exist' in sentence([tmp_path / 'none.jpg', *named], capsys)
     (tmp_path / 'nothing').mkdir()
-    assert 'holds no image and no video' in sentence([tmp_path / 'nothing', *named], capsys)
-    assert 'would be replaced' in sentence([pictures / 'a.jpg', '--checkpoint', checkpoint, '--out', pictures], capsys)
-    assert 'a number from 0 to 1' in sentence([pictures, *named, '--score-thr', '30'], capsys)
-    assert 'cpu, cuda or cuda:N is needed' in sentence([pictures, *named, '--device', 'gpu'], capsys)
-    assert 'cuda:99, but torch' in sentence([pictures, *named, '--device', 'cuda:99'], capsys)
+    assert 'contains no image and no video' in sentence([tmp_path / 'nothing', *named], capsys)
+    assert 'a.jpg would be overwritten' in sentence(
+        [images / 'a.jpg', '--checkpoint', checkpoint, '--out', images], capsys
+    )
+    assert '--score-thr must be from 0 to 1, got 30.0' in sentence([images, *named, '--score-thr', '30'], capsys)
+    assert 'cpu, cuda or cuda:N is needed' in sentence([images, *named, '--device', 'gpu'], capsys)
+    assert 'cuda:99, but torch' in sentence([images, *named, '--device', 'cuda:99'], capsys)
     cut = checkpoint.with_name('cut.pth')
     cut.write_bytes(checkpoint.read_bytes()[:20_000])
-    message = sentence([pictures, '--checkpoint', cut, '--config', checkpoint.with_name('config.py')], capsys)
+    message = sentence([images, '--checkpoint', cut, '--config', checkpoint.with_name('config.py')], capsys)
     cut.unlink()
     assert 'cut.pth' in message
 
@@ -209,7 +199,7 @@ def clip(tmp_path):
     return path
 
 
-def test_a_video(checkpoint, clip, tmp_path, capsys):
+def test_video(checkpoint, clip, tmp_path, capsys):
     out = tmp_path / 'out'
     assert run(checkpoint, clip, '--out', out) == 0
     assert '4 frames of 1 video drawn' in capsys.readouterr().out
@@ -224,15 +214,15 @@ def test_a_video(checkpoint, clip, tmp_path, capsys):
     assert len(frames) == 4 and frames[0].shape == (426, 640, 3) and reader.get(cv2.CAP_PROP_FPS) == 5
 
 
-def test_a_file_that_is_no_video(checkpoint, pictures, tmp_path, capsys):
-    (pictures / 'broken.mp4').write_text('not a video')
-    assert run(checkpoint, pictures / 'broken.mp4', pictures / 'a.jpg', '--out', tmp_path / 'out') == 1
+def test_unreadable_video(checkpoint, images, tmp_path, capsys):
+    (images / 'broken.mp4').write_text('not a video')
+    assert run(checkpoint, images / 'broken.mp4', images / 'a.jpg', '--out', tmp_path / 'out') == 1
     said = capsys.readouterr()
-    assert 'broken.mp4 is not a video that can be read' in said.err and '1 image drawn' in said.out
+    assert 'broken.mp4 cannot be read' in said.err and '1 image drawn' in said.out
     assert not (tmp_path / 'out/broken.mp4').exists()
 
 
-def test_ctrl_c_keeps_what_is_done(checkpoint, clip, pictures, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_results_so_far(checkpoint, clip, images, tmp_path, monkeypatch, capsys):
     from msda_plugin import __main__
     from msda_plugin.tools import demo
 
@@ -245,22 +235,9 @@ def test_ctrl_c_keeps_what_is_done(checkpoint, clip, pictures, tmp_path, monkeyp
         return real(self, image, image_id)
 
     monkeypatch.setattr(demo.Demo, 'detect', detect)
-    assert (
-        __main__.main(
-            [
-                'demo',
-                str(pictures / 'a.jpg'),
-                str(clip),
-                '--checkpoint',
-                str(checkpoint),
-                '--score-thr',
-                '0',
-                '--out',
-                str(tmp_path / 'out'),
-            ]
-        )
-        == 130
-    )
+    out = tmp_path / 'out'
+    argv = [images / 'a.jpg', clip, '--checkpoint', checkpoint, '--score-thr', '0', '--out', out]
+    assert __main__.main(['demo', *map(str, argv)]) == 130
     assert 'stopped by Ctrl-C' in capsys.readouterr().err
-    assert len(json.loads((tmp_path / 'out/results.json').read_text())) == 10
-    assert {r['image_id'] for r in json.loads((tmp_path / 'out/clip.avi.mp4.json').read_text())} == {0, 1}
+    assert len(json.loads((out / 'results.json').read_text())) == 10
+    assert {r['image_id'] for r in json.loads((out / 'clip.avi.mp4.json').read_text())} == {0, 1}

@@ -1,11 +1,11 @@
-"""What the machine has, told whatever is missing or broken."""
+"""``python -m msda_plugin env``, also with missing and broken packages."""
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def broken(monkeypatch):
     return break_packages
 
 
-def test_json_and_page_say_the_same(capsys):
+def test_json_and_page_agree(capsys):
     status = env.main(['--json'])
     report = json.loads(capsys.readouterr().out)
     assert status == (0 if report['healthy'] else 1)
@@ -41,7 +41,7 @@ def test_json_and_page_say_the_same(capsys):
     page = capsys.readouterr().out
     for name, package in report['packages'].items():
         assert f'{name:<12} {package["version"]}' in page
-    assert ('Nothing is wrong.' in page) == report['healthy']
+    assert ('No problems found.' in page) == report['healthy']
 
 
 def test_backends_are_those_that_run():
@@ -53,7 +53,7 @@ def test_backends_are_those_that_run():
         assert (table[device, dtype]['backend'], table[device, dtype]['reason']) == tuple(backend)
 
 
-def test_a_chosen_backend_is_in_the_table():
+def test_chosen_backend_is_in_the_table():
     with use_backend('reference'):
         assert {entry['backend'] for entry in env.collect()['backends']} == {'reference'}
     with use_backend('cpu'):
@@ -69,9 +69,9 @@ def test_missing_and_broken_packages_are_reported(broken, capsys):
     )
     assert env.main([]) == 1
     page = capsys.readouterr().out
-    assert 'WRONG: mmcv is not installed\n  remedy: in a clone: pip install --no-build-isolation -r requ' in page
-    assert 'WRONG: mmdet cannot be imported: AssertionError: MMCV==2.3.6 is used but incompatible' in page
-    assert 'WRONG: pycocotools cannot be imported' in page and 'pip install --force-reinstall pycocotools' in page
+    assert 'PROBLEM: mmcv is not installed\n  fix: in a clone: pip install --no-build-isolation -r requ' in page
+    assert 'PROBLEM: mmdet cannot be imported: AssertionError: MMCV==2.3.6 is used but incompatible' in page
+    assert 'PROBLEM: pycocotools cannot be imported' in page and 'pip install --force-reinstall pycocotools' in page
 
 
 def test_mmcv_without_its_compiled_operators_is_broken(broken):
@@ -80,12 +80,12 @@ def test_mmcv_without_its_compiled_operators_is_broken(broken):
     assert 'mmcv._ext' in report['packages']['mmcv']['error'] and not report['healthy']
 
 
-def test_without_torch_the_rest_is_told(broken):
+def test_without_torch_the_rest_is_reported(broken):
     broken(torch=ModuleNotFoundError("No module named 'torch'", name='torch'))
     report = env.collect()
     assert report['libraries'] == {} and report['backends'] == []
     assert 'torch is not installed' in [problem['what'] for problem in report['problems']]
-    assert 'WRONG: torch is not installed' in env.page(report)
+    assert 'PROBLEM: torch is not installed' in env.page(report)
 
 
 def test_an_old_torch_is_too_old():
@@ -112,20 +112,24 @@ def test_two_stacks_at_once(monkeypatch):
 
 
 # ---- GPU code -------------------------------------------------------------------------------------------------------
-def fatbin(*entries):
-    """Bytes of a fat binary with (kind, architecture, payload size) entries."""
-    body = b''.join(
-        struct.pack('<HHIQIIHHI', kind, 0, 64, size, 0, 0, 0, 0, arch).ljust(64, b'\0') + bytes(size)
-        for kind, arch, size in entries
-    )
-    return struct.pack('<IHHQ', env.FATBIN_MAGIC, 1, 16, len(body)) + body
+class LoadedLibraries:
+    """Stands for `msda_plugin.ops.backends` with a usable CUDA library."""
+
+    LIBRARY_DIR = Path('/nowhere')
+
+    @staticmethod
+    def unsupported_reason(name):
+        return ''
+
+    @staticmethod
+    def cuda_architectures():
+        return ['sm_75', 'sm_90', 'compute_90']
 
 
-def test_architectures_of_a_library():
-    library = b'\x7fELF' + bytes(60) + fatbin((2, 75, 8)) + bytes(5) + fatbin((2, 90, 24), (2, 75, 8), (1, 120, 40))
-    assert env.cuda_architectures(library) == dict(machine_code=[75, 90], ptx=[120])
-    assert env.cuda_architectures(b'\x7fELF' + bytes(100)) == dict(machine_code=[], ptx=[])
-    assert env.cuda_architectures(fatbin((2, 80, 8))[:40]) == dict(machine_code=[], ptx=[])  # cut off
+def test_architectures_come_from_the_library():
+    library = env._library(LoadedLibraries, 'cuda')
+    assert (library['machine_code'], library['ptx']) == ([75, 90], [90])
+    assert env._architectures(library) == 'sm_75, sm_90, compute_90 (PTX)'
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,7 @@ def test_an_operator_that_fails_or_errs(monkeypatch):
 
     assert env._try('cpu') is None
     monkeypatch.setattr(ops, 'ms_deform_attn', lambda *args: ops.ms_deform_attn_reference(*args) + 1)
-    assert 'away from the reference' in env._try('cpu')
+    assert 'differs from the reference' in env._try('cpu')
 
     def fail(*args):
         raise RuntimeError('no kernel image is available')

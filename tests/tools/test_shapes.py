@@ -1,4 +1,4 @@
-"""The generated data set: valid COCO, deterministic, written whole or not at all."""
+"""The generated data set: valid COCO, deterministic, complete or absent."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from msda_plugin.tools import shapes
+from msda_plugin.tools import shape_images, shapes
 
 
 def files_of(folder):
@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize('split, count', [('train', 30), ('val', 12)])
-def test_is_coco(data, split, count):
+def test_is_valid_coco(data, split, count):
     coco = COCO(data / 'annotations' / f'{split}.json')
     assert [c['name'] for c in coco.loadCats(sorted(coco.getCatIds()))] == list(shapes.CLASSES)
     assert len(coco.imgs) == count
@@ -37,20 +37,20 @@ def test_is_coco(data, split, count):
         assert annotation['iscrowd'] == 0
         mask = coco.annToMask(annotation)
         assert mask.sum() == annotation['area'] > 0
-        # The box holds the mask, in which tips thinner than half a pixel are missing, and the mask fills the box.
+        # The mask fills the box, apart from tips thinner than half a pixel.
         mx, my, mw, mh = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask)))
         margin = np.array([mx - x, my - y, x + w - mx - mw, y + h - my - mh])
         assert margin.min() >= -0.5 and margin.max() <= 3
 
 
-def test_same_seed_same_bytes_and_another_seed_others(data, tmp_path):
+def test_same_seed_same_bytes(data, tmp_path):
     shapes.generate(tmp_path / 'again', train=30, val=12, size=(96, 64), seed=3)
     assert files_of(tmp_path / 'again') == files_of(data)
     shapes.generate(tmp_path / 'other', train=30, val=12, size=(96, 64), seed=4)
     assert (tmp_path / 'other' / 'train' / '00000.jpg').read_bytes() != (data / 'train' / '00000.jpg').read_bytes()
 
 
-def test_val_does_not_depend_on_train_and_differs_from_it(data, tmp_path):
+def test_val_is_independent_of_train(data, tmp_path):
     shapes.generate(tmp_path / 'less', train=2, val=12, size=(96, 64), seed=3)
     less, more = files_of(tmp_path / 'less'), files_of(data)
     assert all(less[name] == more[name] for name in more if 'val' in name)
@@ -60,7 +60,7 @@ def test_val_does_not_depend_on_train_and_differs_from_it(data, tmp_path):
 def test_variety():
     drawn = [shapes.draw_image((0, index))[1] for index in range(300)]
     counts = np.array([len(annotations) for annotations in drawn])
-    assert counts.min() == 0 and 0.02 < (counts == 0).mean() < 0.1 and counts.max() == shapes.MAX_OBJECTS
+    assert counts.min() == 0 and 0.02 < (counts == 0).mean() < 0.1 and counts.max() == shape_images.MAX_OBJECTS
     everything = [annotation for annotations in drawn for annotation in annotations]
     share = np.bincount([a.label for a in everything], minlength=len(shapes.CLASSES)) / len(everything)
     assert share.min() > 0.12 and share.max() < 0.22
@@ -76,19 +76,18 @@ def _overlap(a, b):
     return all(min(a[i] + a[i + 2], b[i] + b[i + 2]) > max(a[i], b[i]) for i in (0, 1))
 
 
-def test_class_is_told_by_the_outline_alone():
-    """The colours of the objects of every class are spread alike over the colour cube."""
-    colours = [[] for _ in shapes.CLASSES]
+def test_colors_are_independent_of_the_class():
+    colors = [[] for _ in shapes.CLASSES]
     for index in range(250):
         image, annotations = shapes.draw_image((1, index))
         for annotation in annotations:
-            colours[annotation.label].append(image[annotation.mask].mean(axis=0))
-    means = np.stack([np.mean(c, axis=0) for c in colours])
+            colors[annotation.label].append(image[annotation.mask].mean(axis=0))
+    means = np.stack([np.mean(c, axis=0) for c in colors])
     assert np.ptp(means, axis=0).max() < 30
-    assert all(np.std(c, axis=0).min() > 40 for c in colours)
+    assert all(np.std(c, axis=0).min() > 40 for c in colors)
 
 
-def test_objects_stand_out_from_what_surrounds_them():
+def test_objects_contrast_with_their_surroundings():
     contrast = []
     for index in range(60):
         image, annotations = shapes.draw_image((2, index))
@@ -100,7 +99,7 @@ def test_objects_stand_out_from_what_surrounds_them():
     assert np.quantile(contrast, 0.05) > 40
 
 
-def test_present_data_is_left_alone(data):
+def test_existing_data_is_not_rewritten(data):
     before = {path: path.stat().st_mtime_ns for path in data.rglob('*')}
     assert shapes.generate(data, train=30, val=12, size=(96, 64), seed=3) is False
     assert {path: path.stat().st_mtime_ns for path in data.rglob('*')} == before
@@ -117,22 +116,22 @@ def test_other_parameters_need_force(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_missing_files_are_noticed(tmp_path):
+def test_missing_files(tmp_path):
     shapes.generate(tmp_path / 'data', train=3, val=2, size=(32, 32))
     (tmp_path / 'data' / 'train' / '00001.jpg').unlink()
-    with pytest.raises(FileExistsError, match='files missing'):
+    with pytest.raises(FileExistsError, match='missing files'):
         shapes.generate(tmp_path / 'data', train=3, val=2, size=(32, 32))
 
 
 @pytest.mark.parametrize('force', [False, True])
-def test_foreign_folder_is_never_touched(tmp_path, force):
+def test_other_folders_are_not_overwritten(tmp_path, force):
     (tmp_path / 'thesis.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='not a shapes data set'):
         shapes.generate(tmp_path, train=1, val=1, force=force)
     assert (tmp_path / 'thesis.txt').read_text() == 'mine'
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
+def test_interrupted_run_leaves_no_files(tmp_path):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -146,7 +145,7 @@ def test_command(tmp_path, capsys):
     assert shapes.main(arguments) == 0
     assert capsys.readouterr().out.startswith('wrote')
     assert shapes.main(arguments) == 0
-    assert capsys.readouterr().out.startswith('already there')
+    assert capsys.readouterr().out.startswith('already exists')
     info = json.loads((tmp_path / 'data' / 'annotations' / 'train.json').read_text())['images'][0]
     assert (info['width'], info['height']) == (64, 48)
 
@@ -155,18 +154,18 @@ def test_command(tmp_path, capsys):
     'arguments, message',
     [
         (['--size', '8'], 'size must have sides of 32 to 2048 pixels, got 8x8'),
-        (['--train', '0'], 'train is the number of images of a split and must be at least 1, got 0'),
+        (['--train', '0'], 'train must be at least 1 image, got 0'),
         (['--seed', '-1'], 'seed must not be negative, got -1'),
     ],
 )
-def test_bad_values_end_in_one_sentence(tmp_path, capsys, arguments, message):
+def test_invalid_values(tmp_path, capsys, arguments, message):
     assert shapes.main(['--out', str(tmp_path / 'data'), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err == f'error: {message}\n' and captured.out == ''
     assert not (tmp_path / 'data').exists()
 
 
-def test_bad_size_text(capsys):
+def test_invalid_size(capsys):
     with pytest.raises(SystemExit):
         shapes.main(['--out', 'x', '--size', 'big'])
     assert "expected a side such as 128 or WIDTHxHEIGHT such as 160x128, got 'big'" in capsys.readouterr().err

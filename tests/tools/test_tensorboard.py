@@ -1,4 +1,4 @@
-"""TensorBoard through MMEngine's own backend, with our configs."""
+"""TensorBoard through MMEngine's visualization backend, with msda_plugin's configs."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ CONFIG = Path(__file__).parents[2] / 'configs/shapes/deformable-detr-two-stage_s
 
 
 @pytest.mark.slow
-def test_a_training_of_two_iterations_writes_its_losses(tmp_path):
+def test_training_writes_losses(tmp_path):
     pytest.importorskip('tensorboard', reason='tensorboard is not installed; pip install tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert shapes.main(['--out', str(tmp_path / 'data'), '--train', '8', '--val', '2', '--size', '64']) == 0
-    DetLocalVisualizer._instance_dict.clear()  # MMEngine keeps one a process, with the folder of the last training
+    DetLocalVisualizer._instance_dict.clear()  # one per process, with the folder of the last training
     assert (
         train.main(
             [

@@ -1,10 +1,10 @@
-# BCCD: photographs of blood cells (640×480) in COCO format, linked as data/bccd or given by
-# --cfg-options data_root=DIR. Folder: images/, train.json, val.json, test.json.
+# BCCD: images of blood cells (640×480) in COCO format, linked as data/bccd or passed by --cfg-options data_root=DIR.
+# The folder contains images/, train.json, val.json, and test.json.
 dataset_type = 'CocoDataset'
 data_root = 'data/bccd/'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
 image_scale = (320, 240)
-test_scale = (384, 288)  # the largest that training sees: the platelets are small
+test_scale = (384, 288)  # the largest training size, because platelets are small
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

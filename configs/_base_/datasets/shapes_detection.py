@@ -1,4 +1,4 @@
-# The generated data set: python -m msda_plugin shapes --out data/shapes
+# Generated data: python -m msda_plugin shapes --out data/shapes
 dataset_type = 'CocoDataset'
 data_root = 'data/shapes/'
 image_scale = (128, 128)

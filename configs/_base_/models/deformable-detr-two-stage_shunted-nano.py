@@ -1,4 +1,4 @@
-# Deformable DETR, two-stage with box refinement, on a Shunted Transformer small enough to train from scratch on a CPU.
+# Two-stage Deformable DETR with box refinement on a Shunted Transformer that trains from scratch on a CPU.
 model = dict(
     type='msda_plugin.DeformableDETR',
     num_queries=60,

@@ -1,5 +1,5 @@
-# MMDetection's own two-stage Deformable DETR with ResNet-18, with nothing of msda_plugin in it. Its two-stage form
-# needs 256 channels; two encoder and two decoder layers keep it quick on a CPU.
+# MMDetection's two-stage Deformable DETR with ResNet-18, without msda_plugin. The two-stage form needs 256 channels;
+# two encoder and two decoder layers keep it fast on a CPU.
 _base_ = './deformable-detr-two-stage_shunted-nano.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# For the photographs of blood cells, batch 1; the mean of the weights takes out the noise of so small a batch.
+# For BCCD with batch size 1; averaging the weights reduces the noise of the small batch.
 max_epochs = 44
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
 val_cfg = dict(type='ValLoop')

@@ -1,4 +1,4 @@
-# For the generated shapes, batch 4.
+# For the generated shapes with batch size 4.
 max_epochs = 8
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
 val_cfg = dict(type='ValLoop')
@@ -11,7 +11,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
-    # In a training as short as this, most is learned at the full rate: it falls in the last three epochs alone.
+    # A short training learns most at the full rate, so the rate decays only in the last three epochs.
     dict(
         type='CosineAnnealingLR',
         by_epoch=True,

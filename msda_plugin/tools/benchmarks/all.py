@@ -1,4 +1,4 @@
-"""``benchmark all``: one report of this machine, as Markdown and as a page with plots."""
+"""``benchmark all``: one report of this machine, as Markdown and as an HTML page with plots."""
 
 import argparse
 import os
@@ -28,40 +28,38 @@ EXAMPLES = """examples:
 DEFORMABLE_DETR = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 DINO = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 COMPLEXITY = 'msda_plugin complexity'
-GROWTH_CHANNELS, GROWTH_HEADS = 256, 8  # the defaults of `complexity`
+GROWTH_CHANNELS, GROWTH_HEADS = 256, 8  # as in `complexity`
 
-# Part -> what is compared, and the commands of the full report, and of the quick one.
+# Part -> what is compared, commands of the full report, commands of the quick one.
 PARTS = {
     'Operator': (
-        'Multi-scale deformable attention against what mmcv runs on the device: its CUDA kernel, or '
-        '`grid_sample` level by level on a CPU.',
+        "Multi-scale deformable attention against mmcv's: its CUDA kernel, or `grid_sample` level by level on a CPU.",
         ['op'],
         ['op --quick --repeats 1'],
     ),
     'Layers': (
-        "Attention layers against mmcv's and MMDetection's own with the same weights, and against the published "
-        'arithmetic step by step (plain) where there is no stock layer.',
+        "Attention layers against mmcv's and MMDetection's with the same weights, or against the published arithmetic "
+        'step by step (plain) where there is no stock layer.',
         ['layer'],
         ['layer --height 320 --width 512 --repeats 1'],
     ),
     'Backbones': (
-        'Shunted Transformer against the published arithmetic with the scores of queries against keys in '
-        'memory (plain).',
+        'Shunted Transformer against the published arithmetic with all attention scores in memory (plain).',
         ['backbone'],
         ['backbone --size 256 320 --repeats 1'],
     ),
     'Heads': (
-        "Matching, losses and their gradients against MMDetection's heads, on the same predictions.",
+        "Matching, losses and their gradients against MMDetection's heads, with the same predictions.",
         ['head'],
         ['head --repeats 3'],
     ),
     'Models': (
-        "MMDetection's own models before and after `msda_plugin.accelerate`, with random weights.",
+        "MMDetection's models before and after `msda_plugin.accelerate`, with random weights.",
         [f'model {DEFORMABLE_DETR} --runs 2', f'model {DINO} --runs 2'],
         [f'model {DEFORMABLE_DETR} --height 320 --width 512 --runs 1 --skip-training'],
     ),
     'Growth': (
-        'The time of one layer of each attention against the resolution; full self-attention and convolution '
+        'Time of one layer of each kind of attention against the resolution; full self-attention and convolution '
         "are PyTorch's.",
         ['32 48 64 96 128'],
         ['16 24 32 48 64'],
@@ -70,15 +68,15 @@ PARTS = {
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the subcommand ``all``; its namespace goes to `run`."""
+    """Add the subcommand ``all``, whose namespace `run` takes."""
     parser = subparsers.add_parser(
         'all',
-        help='one report of this machine: Markdown, and a page with plots',
+        help='one report of this machine, as Markdown and as an HTML page with plots',
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Measure operator, layers, backbones, heads, models and growth with the resolution, ours against '
-        'stock,\nand leave one report: report.md with its pictures, and report.html, which needs no other '
-        'file. What fails is\na sentence in the report. Ctrl-C leaves a report of what is done.',
+        description='Measure operator, layers, backbones, heads, models and growth with the resolution against the '
+        'stock\nimplementations, and write report.md with its figures and a self-contained report.html. The report '
+        'names what\nfailed. Ctrl-C writes a report of the measurements so far.',
     )
     parser.add_argument('--quick', action='store_true', help='small sizes and few runs: a first impression in minutes')
     parser.add_argument(
@@ -87,26 +85,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         type=str.lower,
         choices=[part.lower() for part in PARTS],
         metavar='PART',
-        help=f'only these: {", ".join(part.lower() for part in PARTS)}',
+        help=f'only these parts, of: {", ".join(part.lower() for part in PARTS)}',
     )
     parser.add_argument(
-        '--out', default='work_dirs/benchmark_report', metavar='DIR', help='folder (default: %(default)s)'
+        '--out', default='work_dirs/benchmark_report', metavar='DIR', help='folder of the report (default: %(default)s)'
     )
     parser.add_argument(
         '--device',
         nargs='+',
         metavar='DEVICE',
-        help='cpu, cuda or cuda:N, or several of them (default: cpu, and the GPU where there is one)',
+        help='cpu, cuda or cuda:N, or several of them (default: cpu, and cuda if available)',
     )
-    parser.add_argument('--threads', type=int, help='CPU threads (default: the cores that this process may use)')
+    parser.add_argument('--threads', type=int, help='CPU threads (default: all cores available to this process)')
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure part after part, and write the report.
+    """Measure part after part and write the report.
 
     Returns:
-        The exit status: 0; 1 if something could not be measured; 130 after Ctrl-C.
+        The exit status: 0; 1 if a measurement failed; 130 after Ctrl-C.
     """
     threads = available_cores() if args.threads is None else args.threads
     with user_errors('benchmark all'):
@@ -123,13 +121,13 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # those of the stock code, between the lines of the progress
+            warnings.simplefilter('ignore')  # from the stock code
             for number, section in enumerate(report.sections, 1):
                 minutes, seconds = divmod(round(time.perf_counter() - start), 60)
                 print(f'[{number}/{len(report.sections)}, {minutes}:{seconds:02}] {section.title}', flush=True)
                 measure(section)
     except KeyboardInterrupt:
-        print('\nCtrl-C: writing what is done', file=sys.stderr, flush=True)
+        print('\nCtrl-C: writing the report of the measurements so far', file=sys.stderr, flush=True)
         status = INTERRUPTED
         stopped_at(report.sections, number - 1)
     report.machine.append(('time taken', f'{(time.perf_counter() - start) / 60:.1f} minutes'))
@@ -139,17 +137,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def stopped_at(sections: list[Section], current: int) -> None:
-    """Say of the section that was being measured, and of those that follow, that Ctrl-C came before."""
+    """Note in the section that was being measured, and in the following ones, that Ctrl-C interrupted them."""
     sections[current].missing.append(
-        'Ctrl-C came before it was finished.' if sections[current].items else 'Ctrl-C came before its first figure.'
+        'Interrupted by Ctrl-C.' if sections[current].items else 'Interrupted by Ctrl-C before the first result.'
     )
     for section in sections[current + 1 :]:
-        section.missing.append('Ctrl-C came before it was begun.')
+        section.missing.append('Not started before Ctrl-C.')
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 def sections(quick: bool, devices: list[str], threads: int, parts: list[str] | None = None) -> list[Section]:
-    """What is to be measured, with the command lines that measure it alone."""
+    """The sections to measure, each with the command lines that also measure it alone."""
     planned = []
     for device in devices:
         for name, (compared, full, small) in PARTS.items():
@@ -166,7 +164,7 @@ def sections(quick: bool, devices: list[str], threads: int, parts: list[str] | N
 
 
 def measure(section: Section) -> None:
-    """Fill a section, command by command; one that fails becomes a sentence in it."""
+    """Run the commands of a section; the error of a command that fails goes into ``section.missing``."""
     for command in section.commands:
         print(f'  python -m {command}', flush=True)
         try:
@@ -174,9 +172,9 @@ def measure(section: Section) -> None:
             section.conditions.append(conditions)
             for item in items():
                 section.items.append(item)
-                for line in told(item):
+                for line in progress_lines(item):
                     print(f'    {line}', flush=True)
-        except Exception as error:  # whatever it is, the other parts can be measured
+        except Exception as error:  # the other parts can still be measured
             if os.environ.get('MSDA_TRACEBACK') == '1':
                 raise
             section.missing.append(f'`python -m {command}` failed: {explain(error)}')
@@ -184,7 +182,7 @@ def measure(section: Section) -> None:
 
 
 def start_command(command: str) -> tuple[str, Callable[[], Iterator[Item]]]:
-    """Under what a command line of a section measures, and what measures it."""
+    """The conditions of a command line, and a function that runs it and yields its results."""
     argv = shlex.split(command)
     if command.startswith(COMPLEXITY):
         sides = tuple(map(int, argv[3:-2]))
@@ -201,8 +199,8 @@ def start_command(command: str) -> tuple[str, Callable[[], Iterator[Item]]]:
     return module.conditions(args), lambda: module.comparisons(args)
 
 
-def told(item: Item) -> list[str]:
-    """The lines that show the progress."""
+def progress_lines(item: Item) -> list[str]:
+    """The lines printed for a result while the report is being made."""
     if isinstance(item, Comparison):
         return [
             f'{item.case}, {item.run}: {item.sides[0]} {duration(item.stock.seconds)}, {item.sides[1]} '
@@ -215,7 +213,7 @@ def told(item: Item) -> list[str]:
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
 def begin(args: argparse.Namespace, devices: list[str], threads: int) -> Report:
-    """A report of which nothing is measured yet."""
+    """The report with the description of the machine, before anything is measured."""
     found = env.collect()
     packages = [f'{name} {package["version"]}' for name, package in found['packages'].items() if package['version']]
     gpus = [f'{gpu["name"]} ({gpu["arch"]}, {gpu["memory_gib"]} GiB)' for gpu in found['gpus']]
@@ -223,34 +221,19 @@ def begin(args: argparse.Namespace, devices: list[str], threads: int) -> Report:
     machine = [
         ('CPU', f'{cpu_name()}, {available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}'),
         ('memory', f'{memory_gib():.0f} GiB'),
-        ('GPU', ', '.join(gpus) or 'none that torch sees, so that nothing was measured on one'),
+        ('GPU', ', '.join(gpus) or 'none visible to torch'),
         ('versions', f'msda_plugin {found["msda_plugin"]}, Python {found["python"]}, ' + ', '.join(packages)),
         ('packages', f'{found["stack"]["kind"]}: {", ".join(found["stack"]["distributions"])}'),
         ('system', found['platform']),
-        (
-            'load before',
-            f'{os.getloadavg()[0]:.1f} processes in the last minute; figures are those of a quiet machine '
-            'where it is near 0',
-        ),
-        ('begun', f'{now:%Y-%m-%d %H:%M} UTC'),
+        ('load before', f'{os.getloadavg()[0]:.1f} (1-minute average; near 0 on an idle machine)'),
+        ('started', f'{now:%Y-%m-%d %H:%M} UTC'),
     ]
-    argv = [
-        'python',
-        '-m',
-        'msda_plugin',
-        'benchmark',
-        'all',
-        *(['--quick'] if args.quick else []),
-        *(['--parts', *args.parts] if args.parts else []),
-        '--device',
-        *devices,
-        '--threads',
-        str(threads),
-    ]
+    argv = ['python', '-m', 'msda_plugin', 'benchmark', 'all', *(['--quick'] if args.quick else [])]
+    argv += [*(['--parts', *args.parts] if args.parts else []), '--device', *devices, '--threads', str(threads)]
     return Report(
         title='msda_plugin: benchmark of this machine',
-        remark=f'Ours against stock, side by side in the same run, on {" and ".join(devices)}, {now:%Y-%m-%d}.'
-        + (' This is the quick form: small sizes and few runs, a first impression.' if args.quick else ''),
+        remark=f'msda_plugin (ours) against stock implementations in the same run, on {" and ".join(devices)}, '
+        f'{now:%Y-%m-%d}.' + (' Quick form: small sizes and few runs.' if args.quick else ''),
         machine=machine,
         environment=env.page(found),
         command=shlex.join(argv),
@@ -263,12 +246,12 @@ def begin(args: argparse.Namespace, devices: list[str], threads: int) -> Report:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
+    """The CPU's name as the system reports it."""
     info = Path('/proc/cpuinfo')
     names = (
         [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
@@ -279,5 +262,5 @@ def cpu_name() -> str:
 
 
 def memory_gib() -> float:
-    """Of the machine."""
+    """Memory of the machine in GiB."""
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30

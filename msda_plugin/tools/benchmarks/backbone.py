@@ -1,7 +1,6 @@
-"""``benchmark backbone``: a backbone against a plain implementation of the published arithmetic, side by side."""
+"""``benchmark backbone``: Shunted Transformer against a plain implementation of the published arithmetic."""
 
 import argparse
-import platform
 from collections.abc import Iterator
 
 import torch
@@ -12,15 +11,16 @@ from msda_plugin.backbones.shunted_transformer import ShuntedTransformer
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 from msda_plugin.tools.benchmarks.fresh_process import in_a_process, peak_bytes
-from msda_plugin.tools.benchmarks.op import Timer
+from msda_plugin.tools.benchmarks.options import add_options, describe_machine, describe_memory
+from msda_plugin.tools.benchmarks.timing import Timer
 
 IMPLEMENTATIONS = ('plain', 'msda_plugin')
-# (what, (batch, 3, H, W), with a backward pass): the cases that are run unless --size asks for one.
+# (run, (batch, 3, H, W), with a backward pass); --size replaces H and W.
 CASES = (('forward', (1, 3, 800, 1280), False), ('forward + backward', (1, 3, 512, 640), True))
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the subcommand ``backbone``; its namespace goes to `run`."""
+    """Add the subcommand ``backbone``, whose namespace `run` takes."""
     parser = subparsers.add_parser('backbone', help='Shunted Transformer against the plain published arithmetic')
     parser.add_argument('--arch', default='tiny', choices=('tiny', 'small', 'base'))
     parser.add_argument(
@@ -28,44 +28,33 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         type=int,
         nargs=2,
         metavar=('H', 'W'),
-        help='time forward, and forward + backward, at this size (default: forward at 800 1280, '
-        'forward + backward at 512 640)',
+        help='image size of both runs (default: 800 1280 for forward, 512 640 for forward + backward)',
     )
     parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--device', default='cpu', help='default: %(default)s')
-    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=5, help='timed runs, after one that is not counted')
+    add_options(parser, repeats=5)
     return parser
 
 
 def conditions(args: argparse.Namespace) -> str:
-    """Under what the figures are measured."""
-    where = 'memory of the GPU' if torch.device(args.device).type == 'cuda' else 'resident memory of the process'
+    """The conditions of the measurements."""
     return (
-        f'Shunted Transformer {args.arch}, float32, {args.device}, {args.threads} threads, {platform.machine()}, '
-        f'torch {torch.__version__}; median of {args.repeats} runs; peak {where}'
+        f'Shunted Transformer {args.arch}, {describe_machine(args)}; median of {args.repeats} runs; peak '
+        f'{describe_memory(args.device)}'
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time every case in a process of its own, so that peak memory is honest, and print one line each."""
+    """Print one line for each implementation of every case, each measured in a fresh process for its peak memory."""
     print(conditions(args))
     print(f'{"case":<36}{"implementation":<16}{"seconds":>9}{"MB":>8}{"speed":>8}{"memory":>8}')
     for row in comparisons(args):
-        for side, own, speed, memory in (
-            (row.sides[0], row.stock, 1.0, 1.0),
-            (row.sides[1], row.ours, row.speed, row.memory),
-        ):
-            print(
-                f'{f"{row.run} {row.case}":<36}{side:<16}{own.seconds:>9.3f}{own.peak / 1e6:>8.0f}{speed:>7.2f}x'
-                f'{memory:>8.0%}',
-                flush=True,
-            )
+        for side, columns, _ in row.lines():
+            print(f'{f"{row.run} {row.case}":<36}{side:<16}{columns}', flush=True)
     return 0
 
 
 def comparisons(args: argparse.Namespace) -> Iterator[Comparison]:
-    """Time every case, each implementation in a process of its own."""
+    """Measure every case, each implementation in a fresh process."""
     for what, shape, backward in CASES:
         shape = (args.batch, 3, *(args.size or shape[2:]))
         plain, ours = (
@@ -84,7 +73,7 @@ def measure(
     repeats: int,
     device: str = 'cpu',
 ) -> Measurement:
-    """One implementation in a fresh process."""
+    """Measure one implementation in a fresh process."""
     return in_a_process(_measure_here, implementation, arch, shape, backward, threads, repeats, device)
 
 
@@ -95,7 +84,6 @@ def _measure_here(implementation, arch, shape, backward, threads, repeats, devic
     model.init_weights()
     model, image = model.to(device), torch.rand(shape, device=device)
     forward = model if implementation == 'msda_plugin' else lambda image: plain_forward(model, image)
-    gpu = torch.device(device).type == 'cuda'
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -104,12 +92,11 @@ def _measure_here(implementation, arch, shape, backward, threads, repeats, devic
             if backward:
                 sum(out.mean() for out in outs).backward()
 
-    seconds = Timer(torch.device(device), repeats).median(step)
-    return Measurement(seconds, torch.cuda.max_memory_allocated(device) if gpu else peak_bytes())
+    return Measurement(Timer(torch.device(device), repeats).median(step), peak_bytes(device))
 
 
 def plain_forward(model: ShuntedTransformer, image: Tensor) -> tuple[Tensor, ...]:
-    """The model's forward with softmax(q k^T) in memory and every step a layer of its own, on (B, C, H, W) maps."""
+    """The model's forward with softmax(q k^T) in memory and one layer for each step, on (B, C, H, W) maps."""
     x, outs = image, []
     for i, stage in enumerate(model.stages):
         embed = stage.patch_embed
@@ -140,7 +127,7 @@ def _plain_depthwise(conv: torch.nn.Conv2d, x: Tensor, hw_shape: tuple[int, int]
 
 
 def plain_attention(attn: ShuntedSelfAttention, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-    """The layer's forward, (B, H * W, C) -> the same, with softmax(q k^T) in memory."""
+    """The layer's forward with softmax(q k^T) in memory, (B, H * W, C) -> (B, H * W, C)."""
     batch, num_tokens, dims = x.shape
     head_dim = dims // attn.num_heads
 

@@ -1,5 +1,6 @@
-"""What a benchmark yields: cases, each measured in two implementations in the same run."""
+"""Benchmark results: cases, each measured with two implementations in the same run."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,9 +9,9 @@ class Measurement(NamedTuple):
     """One implementation in one case.
 
     Attributes:
-        seconds: median of the timed runs.
-        peak: bytes, the largest resident set of a process, or allocation of a GPU; None: not measured.
-        attention: seconds of a run that its attention layers take; None: not measured.
+        seconds: Median of the timed runs.
+        peak: Peak memory in bytes: resident set of a process, or allocations on a GPU; None: not measured.
+        attention: Seconds of a run spent in attention layers; None: not measured.
     """
 
     seconds: float
@@ -20,14 +21,14 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case in both implementations.
+    """One case with both implementations.
 
     Attributes:
-        case: what is computed: a shape of the operator, a layer, a model.
-        run: what is done with it: 'forward', 'training step'.
-        sides: names of the two implementations, such as ('mmcv', 'ours').
-        stock, ours: what was measured of each.
-        difference: largest difference of their results, as a part of the largest result; None: not compared here.
+        case: What is computed: a shape of the operator, a layer, a model.
+        run: How it is run: 'forward', 'training step'.
+        sides: Names of the two implementations, such as ('mmcv', 'ours').
+        stock, ours: Their measurements.
+        difference: Largest difference between their results, relative to the largest result; None: not compared.
     """
 
     case: str
@@ -39,10 +40,20 @@ class Comparison:
 
     @property
     def speed(self) -> float:
-        """How many times as fast ours is."""
+        """Time of the stock implementation divided by ours."""
         return self.stock.seconds / self.ours.seconds
 
     @property
     def memory(self) -> float | None:
-        """Our peak memory as a part of the stock one."""
+        """Our peak memory divided by that of the stock implementation."""
         return None if self.stock.peak is None or self.ours.peak is None else self.ours.peak / self.stock.peak
+
+    def milliseconds(self, digits: int = 2) -> str:
+        """Columns of a table: both times in milliseconds, and their ratio with this number of digits."""
+        return f'{self.stock.seconds * 1e3:>10.2f}{self.ours.seconds * 1e3:>10.2f}{self.speed:>7.{digits}f}x'
+
+    def lines(self) -> Iterator[tuple[str, str, Measurement]]:
+        """One line of a table for each side: its name; columns of seconds, MB, speed and memory; its measurement."""
+        ratios = ((1.0, 1.0), (self.speed, self.memory))
+        for side, measured, (speed, memory) in zip(self.sides, (self.stock, self.ours), ratios, strict=True):
+            yield side, f'{measured.seconds:>9.3f}{measured.peak / 1e6:>8.0f}{speed:>7.2f}x{memory:>8.0%}', measured

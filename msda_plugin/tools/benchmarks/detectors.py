@@ -1,4 +1,4 @@
-"""``benchmark detectors``: trains variants of a detector for the same short budget, and compares what they reach."""
+"""``benchmark detectors``: trains several configs for the same number of epochs and compares their AP."""
 
 import argparse
 import json
@@ -12,22 +12,22 @@ EXAMPLE = """example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the subcommand ``detectors``; its namespace goes to `run`."""
+    """Add the subcommand ``detectors``, whose namespace `run` takes."""
     parser = subparsers.add_parser(
         'detectors',
         help='the same short training for several configs',
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('configs', nargs='+', help='paths of Python config files with a TrainingReportHook')
-    parser.add_argument('--epochs', type=int, default=3, help='of each training (default: 3)')
-    parser.add_argument('--data-root', help='folder of the data, where it is not the one of the configs')
-    parser.add_argument('--work-dir', default='work_dirs/benchmark', help='a folder in it for each config')
+    parser.add_argument('configs', nargs='+', help='Python config files with a TrainingReportHook')
+    parser.add_argument('--epochs', type=int, default=3, help='epochs of each training (default: 3)')
+    parser.add_argument('--data-root', help='data folder (default: that of the configs)')
+    parser.add_argument('--work-dir', default='work_dirs/benchmark', help='gets one folder per config')
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train one config after the other, each in a process of its own, and print one row each."""
+    """Train the configs one after another, each in its own process, and print one row each."""
     if args.epochs < 1:
         print(f'msda_plugin benchmark: --epochs is {args.epochs}, but at least 1 is needed', file=sys.stderr)
         return 2
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def row(work_dir: Path) -> str:
-    """The row of a finished training, from the report in its work dir."""
+    """The table row of a finished training, from the report in its work dir."""
     report = json.loads((work_dir / 'metrics.json').read_text())
     losses = [entry['loss'] for entry in _scalars(work_dir) if 'loss' in entry]
     final = report['final']
@@ -77,6 +77,6 @@ def row(work_dir: Path) -> str:
 
 
 def _scalars(work_dir: Path) -> list[dict]:
-    """What MMEngine logged in the latest training of a work dir, in order."""
+    """MMEngine's log entries of the latest training in a work dir, in order."""
     latest = max(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
     return [json.loads(line) for line in latest.read_text().splitlines()]

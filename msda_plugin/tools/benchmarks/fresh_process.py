@@ -1,4 +1,4 @@
-"""Measuring in a process of its own, so that what ran before counts neither in its caches nor in its peak memory."""
+"""Measurements in a fresh process, unaffected by the caches and the peak memory of earlier ones."""
 
 import multiprocessing
 import os
@@ -10,19 +10,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 Result = TypeVar('Result')
 
 
 def in_a_process(function: Callable[..., Result], *arguments: object) -> Result:
-    """Call a function of a module in a fresh process, which Ctrl-C ends without a word of its own.
+    """Call a module-level function in a fresh process, which ignores Ctrl-C and ends with the caller.
 
     Raises:
-        RuntimeError: the function raised, or its process died, as it does where the memory runs out.
+        RuntimeError: If the function raises or its process dies, for example when memory runs out.
     """
     context = multiprocessing.get_context('spawn')
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, function, arguments))
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the process
     try:
         process.start()
     finally:
@@ -33,9 +35,9 @@ def in_a_process(function: Callable[..., Result], *arguments: object) -> Result:
     except EOFError:
         process.join()
         raise RuntimeError(
-            f'the process that measures ended with status {process.exitcode}'
+            f'the measuring process ended with status {process.exitcode}'
             + (
-                ': it was killed, for its memory perhaps; free some, or measure something smaller'
+                ': it was killed, perhaps because memory ran out; free some memory or measure something smaller'
                 if process.exitcode == -signal.SIGKILL
                 else ''
             )
@@ -57,10 +59,16 @@ def _call(sender: Connection, function: Callable, arguments: tuple) -> None:
             raise
 
 
-def peak_bytes() -> int:
-    """The largest resident set of this process so far."""
-    status = Path('/proc/self/status')
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith('VmHWM'))
-        return int(line.split()[1]) * 1024
+def peak_bytes(device: str = 'cpu') -> int:
+    """Peak memory so far: allocations on a GPU, else the resident set of this process."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    if Path('/proc/self/status').exists():
+        return status_bytes('VmHWM')
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def status_bytes(key: str) -> int:
+    """An entry of Linux's ``/proc/self/status``, in bytes."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024

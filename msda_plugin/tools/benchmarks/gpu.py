@@ -1,14 +1,13 @@
-"""``benchmark gpu``: the operator on a GPU, checked and timed against every peer on the same tensors, in one run.
+"""``benchmark gpu``: the operator on a GPU, checked and timed against other implementations on the same tensors.
 
-Needs torch and the compiled operator alone; what needs mmcv's sources, a peer or MMDetection says so and is skipped.
+Needs only torch and the compiled operator. Comparisons that need mmcv's sources, another implementation or MMDetection
+are skipped with a message.
 """
 
 import argparse
 import json
 import math
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,20 +23,20 @@ from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
 from msda_plugin.ops.reference import attend, attend_fused
 from msda_plugin.tools.benchmarks import mmcv_kernels
 from msda_plugin.tools.benchmarks.op import PYRAMID, Shape
+from msda_plugin.tools.benchmarks.timing import EventTimer
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
-# Largest error of ours, relative to the float64 result in the Euclidean norm, over the output and all gradients.
+# Largest permitted error against the float64 result, relative in the Euclidean norm, of the output and each gradient.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 MODELS = (
     'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
     'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
 )
-L1_BYTES_PER_CLOCK = 128  # of a multiprocessor, sm_70 to sm_120
-SECONDS_PER_MEASUREMENT = 1.0
+L1_BYTES_PER_CLOCK = 128  # per multiprocessor, sm_70 to sm_120
 
 
 class Case(NamedTuple):
-    """A shape, and where its queries sample: ``local``, around the query, or anywhere."""
+    """A shape, and whether its queries sample around their position (``local``) or anywhere."""
 
     shape: Shape
     local: bool
@@ -60,54 +59,54 @@ CASES = (
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the subcommand ``gpu``; its namespace goes to `run`."""
-    parser = subparsers.add_parser('gpu', help='the operator on a GPU, checked and timed against every peer')
+    """Add the subcommand ``gpu``, whose namespace `run` takes."""
+    parser = subparsers.add_parser('gpu', help='the operator on a GPU, checked and timed against other implementations')
     parser.add_argument(
         '--cases',
         nargs='+',
         choices=[case.shape.name for case in CASES],
         metavar='CASE',
-        help='some of: ' + '; '.join(case.shape.name for case in CASES),
+        help='only these cases, of: ' + '; '.join(case.shape.name for case in CASES),
     )
     parser.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=list(DTYPES), help='default: all')
-    parser.add_argument('--repeats', type=int, default=30, help='timed runs, at most (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=30, help='maximum number of timed runs (default: %(default)s)')
     parser.add_argument(
         '--mmcv-sdist',
         type=Path,
         metavar='PATH',
-        help="mmcv's source distribution (archive or folder), whose CUDA kernel is compiled and timed; "
-        'get it by: pip download --no-binary :all: --no-deps onedl-mmcv. Without it: the '
-        'installed mmcv, if it has CUDA operators',
+        help="mmcv's source distribution (archive or folder), whose CUDA kernel is compiled and timed; download it "
+        'with: pip download --no-binary :all: --no-deps onedl-mmcv (default: the installed mmcv, if it has CUDA '
+        'operators)',
     )
     parser.add_argument(
         '--peer',
         action='append',
         default=[],
         metavar='MODULE:FUNCTION',
-        help='another implementation: function(value, spatial_shapes, level_start_index, locations, '
-        'weights), shapes as in ms_deform_attn, all of one dtype',
+        help='another implementation to compare with: function(value, spatial_shapes, level_start_index, locations, '
+        'weights), with shapes as in ms_deform_attn and all tensors of one dtype',
     )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures to this file')
-    parser.add_argument('--skip-operator', action='store_true', help='the models alone')
-    parser.add_argument('--skip-models', action='store_true', help='the operator alone')
+    parser.add_argument('--skip-operator', action='store_true', help='only the models')
+    parser.add_argument('--skip-models', action='store_true', help='only the operator')
     parser.add_argument(
-        '--dry-run', action='store_true', help='every step on the CPU, with small shapes: its figures say nothing'
+        '--dry-run', action='store_true', help='run every step on the CPU with small shapes; the times mean nothing'
     )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables; 1 if ours is wrong anywhere, 2 if the operator cannot run."""
+    """Print the tables; returns 1 if a result of the operator is wrong, 2 if it cannot run."""
     device = torch.device('cpu' if args.dry_run else 'cuda')
     if not args.dry_run and not torch.cuda.is_available():
-        print('msda_plugin benchmark gpu: there is no GPU; --dry-run goes through every step on the CPU')
+        print('msda_plugin benchmark gpu: torch sees no GPU; --dry-run runs every step on the CPU')
         return 2
     backend = backend_for(device, torch.float32)
     if backend.name == 'reference':
         print(f'msda_plugin benchmark gpu: the compiled operator cannot run, because {backend.reason}')
         return 2
     if args.dry_run:
-        print("DRY RUN on the CPU with small shapes: the figures say nothing of a GPU; mmcv's column is grid_sample")
+        print('DRY RUN on the CPU with small shapes: the times mean nothing; the column of mmcv is grid_sample')
     machine = Machine.measure(device)
     print(
         f'{machine.name}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); copies '
@@ -137,12 +136,20 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the floors are computed from. Speeds are bytes per second."""
+    """Properties that the lower bounds are computed from.
+
+    Attributes:
+        name: Name of the device.
+        device: As torch writes it.
+        copy_speed: Bytes read and written by a copy, per second.
+        l1_speed: Bytes per second of all L1 caches together, computed from the clock rate.
+        l2_bytes: Size of the L2 cache.
+    """
 
     name: str
     device: str
-    copy_speed: float  # bytes read and written by a copy
-    l1_speed: float  # of all multiprocessors together
+    copy_speed: float
+    l1_speed: float
     l2_bytes: int
 
     @staticmethod
@@ -150,7 +157,7 @@ class Machine:
         if device.type == 'cpu':
             return Machine('CPU', 'cpu', _copy_speed(device, 1 << 22), math.inf, 1 << 20)
         properties = torch.cuda.get_device_properties(device)
-        # In kHz; torch does not tell it in every version: then that of an H200.
+        # In kHz. Not every version of torch has it; the default is an H200's.
         clock = getattr(properties, 'clock_rate', 1_980_000) * 1e3
         return Machine(
             properties.name,
@@ -164,49 +171,19 @@ class Machine:
 def _copy_speed(device: torch.device, length: int) -> float:
     source = torch.ones(length // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * length / Clock(device, 10).median(lambda: target.copy_(source))
-
-
-class Clock:
-    """Median seconds of the device's work for a call; on a GPU by events, with the launches queued behind a pause."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device = device
-        self.repeats = repeats
-
-    def median(self, function: Callable[..., object], prepare: Callable[[], object] | None = None) -> float:
-        """``function`` takes what ``prepare`` returns, whose time does not count."""
-        self.once(function, prepare)  # loads, compiles and fills the allocator
-        seconds, end = [], time.perf_counter() + SECONDS_PER_MEASUREMENT
-        while len(seconds) < 3 or (len(seconds) < self.repeats and time.perf_counter() < end):
-            seconds.append(self.once(function, prepare))
-        return statistics.median(seconds)
-
-    def once(self, function: Callable[..., object], prepare: Callable[[], object] | None) -> float:
-        arguments = () if prepare is None else (prepare(),)
-        if self.device.type == 'cpu':
-            start = time.perf_counter()
-            function(*arguments)
-            return time.perf_counter() - start
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000)  # cycles, half a millisecond in which the host gets ahead
-        before.record()
-        function(*arguments)
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after) / 1e3
+    return 2 * length / EventTimer(device, 10).median(lambda: target.copy_(source))
 
 
 class Form(NamedTuple):
     """An implementation.
 
     Attributes:
-        name: its column.
-        call: takes (spatial_shapes, level_start_index, *inputs named by ``inputs``), gives the output.
-        inputs: names of tensors of `make_inputs`, whose gradients are asked for.
-        dtypes: those of the value that it takes.
-        one_dtype: whether all its inputs must have the value's dtype.
-        host_shapes: whether it reads the spatial shapes on the host, which must not make it wait for the device.
+        name: Its column.
+        call: Takes (spatial_shapes, level_start_index, *inputs named by ``inputs``) and returns the output.
+        inputs: Names of the tensors of `make_inputs` that it takes and whose gradients are computed.
+        dtypes: Supported dtypes of the value.
+        one_dtype: Whether all inputs must have the value's dtype.
+        host_shapes: Whether it gets the spatial shapes on the CPU, so that reading them does not synchronize.
     """
 
     name: str
@@ -233,7 +210,7 @@ def own_forms() -> list[Form]:
 
 
 def peers(args: argparse.Namespace) -> list[Form]:
-    """grid_sample, mmcv's kernel where it can be had, and the functions named by ``--peer``."""
+    """grid_sample, mmcv's kernel if it is available, and the functions named by ``--peer``."""
     forms = [Form('grid_sample', grid_sample, PLAIN, one_dtype=True, host_shapes=True)]
     mmcv = _mmcv(args)
     if mmcv is not None:
@@ -242,14 +219,14 @@ def peers(args: argparse.Namespace) -> list[Form]:
         try:
             forms.append(Form(name.rsplit(':', 1)[-1], _values_first(_named(name)), PLAIN, one_dtype=True))
         except (ImportError, AttributeError, ValueError) as error:
-            print(f'peer {name}: skipped, because it cannot be imported ({error})')
+            print(f'--peer {name}: skipped, because it cannot be imported ({error})')
     return forms
 
 
 def _named(name: str) -> Callable[..., Tensor]:
     module, separator, function = name.partition(':')
     if not separator:
-        raise ValueError('give it as MODULE:FUNCTION')
+        raise ValueError('expected MODULE:FUNCTION')
     return getattr(import_module(module), function)
 
 
@@ -275,13 +252,16 @@ def _mmcv(args: argparse.Namespace) -> Callable[..., Tensor] | None:
 
         ext_module.ms_deform_attn_forward  # noqa: B018
     except (ImportError, AttributeError) as error:
-        print(f"mmcv's kernel: skipped, because --mmcv-sdist is not given and there is no mmcv with it ({error})")
+        print(
+            "mmcv's kernel: skipped, because --mmcv-sdist is not given and no mmcv with CUDA operators is installed "
+            f'({error})'
+        )
         return None
     return lambda shapes, starts, value, *rest: MultiScaleDeformableAttnFunction.apply(value, shapes, starts, *rest, 64)
 
 
 def grid_sample(shapes: Tensor, starts: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Plain PyTorch: ``grid_sample`` level by level, then the weighted sum, as stock code does on any device."""
+    """Plain PyTorch: ``grid_sample`` level by level, then the weighted sum."""
     batch, _, heads, channels = value.shape
     queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
     areas = [(int(h), int(w)) for h, w in shapes.tolist()]
@@ -296,12 +276,12 @@ def grid_sample(shapes: Tensor, starts: Tensor, value: Tensor, locations: Tensor
 
 
 def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """Seeded inputs of both forms, which sample the same positions with the same weights; nothing is zero.
+    """Seeded inputs of the plain and the fused form, which sample the same positions with the same weights.
 
-    Local positions are those of a detector: the offsets at which its layers start (a direction for each head, a pixel
-    further for each point), and noise of a pixel. A query is a pixel of the levels where their numbers agree (an
-    encoder), else anywhere. No position is within a twentieth of a pixel of where the cell changes: there the gradient
-    jumps, and to compare it with float64 says nothing.
+    Local positions are those of a detector: the initial offsets of its layers (one direction per head, one more pixel
+    per point) plus noise of one pixel. If there are as many queries as pixels (an encoder), each query is a pixel;
+    otherwise queries are anywhere. Positions keep a twentieth of a pixel from the borders between cells, where the
+    gradient jumps and a comparison with float64 is meaningless. No value is zero.
     """
     shape = case.shape
     generator = torch.Generator(device).manual_seed(seed)
@@ -348,14 +328,14 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
 
 @dataclass
 class Row:
-    """The figures of a case, dtype and pass.
+    """The results of a case, dtype and pass.
 
     Attributes:
-        seconds: of each form.
-        errors: of each form, over the output and all gradients (in the rows of the backward pass).
-        floor: seconds that the memory system needs, see `floor_seconds`.
-        bytes: what the corners hold that are read, and in the backward pass also added to.
-        wrong: whether ours is further from float64 than it may be.
+        seconds: Median time of each form.
+        errors: Largest error of each form over the output and all gradients.
+        floor: Lower bound of the time in seconds, see `floor_seconds`.
+        bytes: Size of the corner rows that are read and, in the backward pass, accumulated.
+        wrong: Whether an error of msda_plugin's forms exceeds `TOLERANCE`.
     """
 
     case: str
@@ -372,10 +352,11 @@ def operator_rows(args: argparse.Namespace, machine: Machine) -> Iterator[Row]:
     """Check, time and print every case, dtype and pass."""
     device = torch.device(machine.device)
     forms = own_forms() + peers(args)
-    clock = Clock(device, 3 if args.dry_run else args.repeats)
+    timer = EventTimer(device, 3 if args.dry_run else args.repeats)
     print(
-        f'Microseconds, medians of up to {clock.repeats} runs. "floor": what the memory system needs at least; '
-        '"share": of that in plain; "GB/s": of the corners; "x mmcv": of its float32; "error": of ours, relative'
+        f'Microseconds, medians of up to {timer.repeats} runs. "floor": lower bound of the memory system; "share": '
+        'floor / plain; "GB/s": corner rows per second in plain; "x mmcv": mmcv in float32 / plain; "error": relative '
+        'error of plain, fused and deterministic'
     )
     print(
         f'{"":<22}{"":<10}{"":<9}{"floor":>8}{"share":>7}{"GB/s":>7}'
@@ -388,7 +369,7 @@ def operator_rows(args: argparse.Namespace, machine: Machine) -> Iterator[Row]:
         small = shrink(case) if args.dry_run else case
         mmcv: dict[bool, float] = {}
         for name in args.dtypes:
-            for row in measure(small, name, forms, clock, machine):
+            for row in measure(small, name, forms, timer, machine):
                 if row.dtype == 'float32' and 'mmcv' in row.seconds:
                     mmcv[row.backward] = row.seconds['mmcv']
                 _print(row, forms, mmcv.get(row.backward))
@@ -396,21 +377,21 @@ def operator_rows(args: argparse.Namespace, machine: Machine) -> Iterator[Row]:
 
 
 def shrink(case: Case) -> Case:
-    """The case with levels of a tenth of the size, for a dry run."""
+    """The case with levels a tenth as large, for a dry run."""
     levels = tuple((max(h // 10, 1), max(w // 10, 1)) for h, w in case.shape.levels)
     dense = case.shape.queries == sum(h * w for h, w in case.shape.levels)
     queries = sum(h * w for h, w in levels) if dense else case.shape.queries // 10
     return case._replace(shape=replace(case.shape, levels=levels, queries=queries))
 
 
-def measure(case: Case, dtype_name: str, forms: list[Form], clock: Clock, machine: Machine) -> Iterator[Row]:
-    """The row of the forward and that of the backward pass."""
+def measure(case: Case, dtype_name: str, forms: list[Form], timer: EventTimer, machine: Machine) -> Iterator[Row]:
+    """The rows of the forward and of the backward pass."""
     device, dtype = torch.device(machine.device), DTYPES[dtype_name]
     shapes = torch.tensor(case.shape.levels, device=device)
     starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
     inputs = make_inputs(case, device, dtype)
     size = sum(tensor.nbytes for tensor in inputs.values())
-    # Enough copies that what one call leaves in the L2 cache is gone before its inputs come again.
+    # Enough copies that the L2 cache no longer holds the inputs of a call when they are used again.
     copies = [
         inputs,
         *(
@@ -435,10 +416,10 @@ def measure(case: Case, dtype_name: str, forms: list[Form], clock: Clock, machin
             actual = _results(form.call, levels, starts, rotation[0], grads[0])
             errors[form.name] = max(map(relative_error, actual, expected[form.inputs]))
             del actual
-            if form.name != 'deterministic':  # its forward pass is that of plain
-                forward[form.name] = clock.median(_Forward(form, levels, starts, rotation))
+            if form.name != 'deterministic':  # has the same forward pass as plain
+                forward[form.name] = timer.median(_Forward(form, levels, starts, rotation))
             step = _Backward(form, levels, starts, rotation, grads)
-            backward[form.name] = clock.median(step, step.prepare)
+            backward[form.name] = timer.median(step, step.prepare)
         except RuntimeError as error:
             if form.name in OWN:
                 raise
@@ -466,7 +447,7 @@ def _results(
 
 
 class _Forward:
-    """One forward pass with the next inputs."""
+    """A forward pass, in each call with the next inputs."""
 
     def __init__(self, form: Form, shapes: Tensor, starts: Tensor, rotation: list[list[Tensor]]) -> None:
         self.form, self.shapes, self.starts, self.rotation = form, shapes, starts, rotation
@@ -479,7 +460,7 @@ class _Forward:
 
 
 class _Backward(_Forward):
-    """One backward pass; the forward pass before it, and what it keeps, are ``prepare``'s."""
+    """A backward pass; ``prepare`` runs the forward pass before it, with the next inputs."""
 
     def __init__(
         self, form: Form, shapes: Tensor, starts: Tensor, rotation: list[list[Tensor]], grads: list[Tensor]
@@ -498,20 +479,20 @@ class _Backward(_Forward):
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The distance from ``expected`` in the Euclidean norm, relative to it; NaN if ``actual`` has any."""
+    """Distance from ``expected`` in the Euclidean norm, relative to its norm; NaN if ``actual`` contains NaN."""
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def corner_bytes(shape: Shape, dtype: torch.dtype, backward: bool) -> int:
-    """Bytes of all corner rows that are read, and in the backward pass of the float32 rows that are added to."""
+    """Bytes of all corner rows that are read and, in the backward pass, of the float32 rows that are accumulated."""
     return shape.corner_bytes // 4 * (dtype.itemsize + (4 if backward else 0))
 
 
 def floor_seconds(shape: Shape, dtype: torch.dtype, backward: bool, machine: Machine) -> float:
-    """What the memory system needs at least: every tensor once from memory, or every corner once through the L1.
+    """Lower bound of the memory system: every tensor once through memory, or every corner row once through the L1.
 
-    The backward pass reads the value, the gradient of the output, locations and weights, and writes all gradients; its
-    sums pass the L1 in float32. How fast the L2 cache adds is not part of it.
+    The backward pass reads the value, the gradient of the output, locations and weights, and writes all gradients; it
+    accumulates in float32. The speed of atomic additions in the L2 cache is not considered.
     """
     keys = sum(h * w for h, w in shape.levels)
     value = shape.batch * keys * shape.heads * shape.head_dim * dtype.itemsize
@@ -539,13 +520,20 @@ def _print(row: Row, forms: list[Form], mmcv: float | None) -> None:
 
 
 class Goal(NamedTuple):
-    """A bound on plain (or on a form relative to another) at the encoder's shape with local positions."""
+    """A limit for the time of a form at the encoder's shape with local positions.
+
+    Attributes:
+        what: Text that is printed.
+        dtype, backward, form: The time that the limit applies to.
+        relative_to: Form whose time is the unit of ``limit``; None: seconds.
+        limit: Largest time.
+    """
 
     what: str
     dtype: str
     backward: bool
     form: str
-    relative_to: str | None  # a form, else seconds
+    relative_to: str | None
     limit: float
 
 
@@ -561,7 +549,7 @@ GOALS = (
 
 
 def print_summary(rows: list[Row]) -> None:
-    """The goals, each with the figure that was measured."""
+    """Print the goals and whether they are met."""
     found = {(row.case, row.dtype, row.backward): row for row in rows}
     print("Goals at the encoder's shape with local positions, on an H200:")
     for goal in GOALS:
@@ -592,7 +580,7 @@ def print_summary(rows: list[Row]) -> None:
 
 
 def model_rows(args: argparse.Namespace) -> Iterator[dict]:
-    """Stock detectors before and after ``accelerate``: inference and training step, float32 and bfloat16 autocast."""
+    """Measure stock detectors before and after ``accelerate``, in float32 and with bfloat16 autocast."""
     try:
         from msda_plugin.tools.benchmarks import model
     except ImportError as error:
@@ -637,7 +625,7 @@ def model_rows(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def measure_model(args: argparse.Namespace, accelerated: bool, training: bool, autocast: bool) -> NamedTuple:
-    """`model.measure` under autocast to bfloat16, or without."""
+    """`model.measure`, with or without autocast to bfloat16."""
     from msda_plugin.tools.benchmarks import model
 
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=autocast):

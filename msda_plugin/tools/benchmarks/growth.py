@@ -1,8 +1,7 @@
-"""How the time of each attention grows with the resolution, by the clock."""
+"""Time of each kind of attention against the resolution, measured."""
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,13 +10,14 @@ from torch import nn
 from msda_plugin.layers import MultiScaleDeformableAttention, ShuntedSelfAttention
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
 from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
+from msda_plugin.tools.benchmarks.timing import Timer
 
-FITTED = 3  # sizes, the largest, that the growth is fitted to: smaller ones show what a call costs
+FITTED = 3  # largest sizes that the growth is fitted to; at smaller ones, the cost of a call dominates
 WARM_UP_SECONDS = 0.05
 
 
 def attention_layers(channels: int, num_heads: int) -> dict[str, Callable]:
-    """Name -> a function of (side, device) that returns a call of that layer on a square map of that side."""
+    """Name -> a function of (side, device) that prepares a call of that layer on a square map of this side."""
 
     def over_tokens(layer: nn.Module) -> Callable:
         def prepare(side: int, device: torch.device) -> Callable[[], object]:
@@ -54,29 +54,14 @@ def attention_layers(channels: int, num_heads: int) -> dict[str, Callable]:
     }
 
 
-def measure(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call, after as many calls that are not counted as fill ``WARM_UP_SECONDS``."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        call()
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    spent = timed()
-    while spent < WARM_UP_SECONDS:
-        spent += timed()
-    return statistics.median(timed() for _ in range(repeats))
-
-
 @torch.no_grad()
 def measure_growth(
     sides: Sequence[int], channels: int, num_heads: int, device: torch.device, repeats: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of each attention on square maps of these sides, (len(sides),) each, batch 1, float32."""
+    """Median seconds of each attention on square maps of these sides, (len(sides),) each, batch 1, float32."""
+    timer = Timer(device, repeats, WARM_UP_SECONDS)
     return {
-        name: [measure(prepare(side, device), device, repeats) for side in sides]
+        name: [timer.median(prepare(side, device)) for side in sides]
         for name, prepare in attention_layers(channels, num_heads).items()
     }
 
@@ -85,12 +70,12 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """The b of seconds = a * size^b, by least squares of the logarithms over the last ``FITTED`` sizes.
 
     Raises:
-        ValueError: there are fewer than two sizes.
+        ValueError: If there are fewer than two sizes, or the lengths differ.
     """
     if len(sizes) < 2 or len(sizes) != len(seconds):
         raise ValueError(
-            f'a growth is fitted to at least two sizes and as many times, but {len(sizes)} sizes and '
-            f'{len(seconds)} times came'
+            f'got {len(sizes)} sizes and {len(seconds)} times; expected at least two sizes and one time for each to '
+            'fit the growth'
         )
     return statistics.linear_regression(
         [math.log(size) for size in sizes[-FITTED:]], [math.log(second) for second in seconds[-FITTED:]]

@@ -1,7 +1,6 @@
-"""``benchmark head``: the losses of our heads against MMDetection's ``loss_by_feat``, on the same predictions."""
+"""``benchmark head``: ``loss_by_feat`` of the heads against MMDetection's, with the same predictions."""
 
 import argparse
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
-from msda_plugin.tools.benchmarks.op import PYRAMID, Timer
+from msda_plugin.tools.benchmarks.op import PYRAMID
+from msda_plugin.tools.benchmarks.options import add_options, describe_machine
+from msda_plugin.tools.benchmarks.timing import Timer
 
 NUM_CLASSES = 80
 LAYERS = 6
@@ -26,7 +27,14 @@ BOX_COSTS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a head, with a sigmoid or a softmax over the classes, and so many proposals an image."""
+    """One row of the table.
+
+    Attributes:
+        name: Name of the row.
+        head: Class of the head.
+        sigmoid: Whether the class scores are sigmoids (focal loss), else a softmax (cross-entropy).
+        keys: Encoder proposals per image; 0: not a two-stage detector.
+    """
 
     name: str
     head: str
@@ -34,7 +42,7 @@ class Case:
     keys: int = 0
 
     def build(self, scope: str) -> MMDetDETRHead:
-        """The head of this scope ('mmdet' or 'msda_plugin')."""
+        """Build the head of this scope ('mmdet' or 'msda_plugin')."""
         if self.sigmoid:
             loss = dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0)
             cost = dict(type='mmdet.FocalLossCost', weight=2.0)
@@ -62,23 +70,20 @@ CASES = (
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the subcommand ``head``; its namespace goes to `run`."""
+    """Add the subcommand ``head``, whose namespace `run` takes."""
     parser = subparsers.add_parser('head', help="matching and losses of the heads against MMDetection's")
-    parser.add_argument('--device', default='cpu', help='default: %(default)s')
-    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=9, help='timed runs, after one that is not counted')
+    add_options(parser, repeats=9)
     parser.add_argument('--queries', type=int, default=300, help='default: %(default)s')
     parser.add_argument('--batch', type=int, default=2, help='default: %(default)s')
-    parser.add_argument('--objects', type=int, default=20, help='in each image (default: %(default)s)')
+    parser.add_argument('--objects', type=int, default=20, help='objects per image (default: %(default)s)')
     return parser
 
 
 def conditions(args: argparse.Namespace) -> str:
-    """Under what the figures are measured."""
+    """The conditions of the measurements."""
     return (
         f'{args.queries} queries, {LAYERS} layers, batch {args.batch}, {args.objects} objects an image, '
-        f'{NUM_CLASSES} classes; float32, {args.device}, {args.threads} threads, {platform.machine()}, torch '
-        f'{torch.__version__}; median of {args.repeats} runs'
+        f'{NUM_CLASSES} classes; {describe_machine(args)}; median of {args.repeats} runs'
     )
 
 
@@ -87,11 +92,7 @@ def run(args: argparse.Namespace) -> int:
     print(f'loss_by_feat and its gradients: {conditions(args)}')
     print(f'{"head":<18}{"mmdet ms":>10}{"ours ms":>10}{"ratio":>8}{"largest difference of a loss":>30}')
     for row in comparisons(args):
-        print(
-            f'{row.case:<18}{row.stock.seconds * 1e3:>10.2f}{row.ours.seconds * 1e3:>10.2f}{row.speed:>7.1f}x'
-            f'{row.difference:>30.1e}',
-            flush=True,
-        )
+        print(f'{row.case:<18}{row.milliseconds(digits=1)}{row.difference:>30.1e}', flush=True)
     return 0
 
 
@@ -110,7 +111,7 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def make_inputs(case: Case, batch: int, queries: int, objects: int, device: torch.device) -> list:
-    """Seeded arguments of ``loss_by_feat``: predictions, which are leaves, and the objects of each image."""
+    """Seeded arguments of ``loss_by_feat``: predictions that require gradients, and the objects of each image."""
     generator = torch.Generator().manual_seed(0)
 
     def predictions(*shape: int) -> list[Tensor]:
@@ -132,13 +133,13 @@ def make_inputs(case: Case, batch: int, queries: int, objects: int, device: torc
 
 
 def step(head: nn.Module, inputs: list) -> dict[str, Tensor]:
-    """All losses, and the gradients of the predictions."""
+    """Compute all losses and the gradients of the predictions; returns the losses."""
     losses = {name: loss.squeeze() for name, loss in head.loss_by_feat(*inputs).items()}
     torch.autograd.grad(sum(losses.values()), [leaf for leaf in inputs if isinstance(leaf, Tensor)])
     return losses
 
 
 def largest_difference(stock: nn.Module, ours: nn.Module, inputs: list) -> float:
-    """The largest difference of a loss, as a part of it."""
+    """Largest relative difference of a loss."""
     expected, losses = step(stock, inputs), step(ours, inputs)
     return max(float(((losses[name] - loss) / loss).detach().abs()) for name, loss in expected.items())

@@ -1,7 +1,6 @@
-"""``benchmark layer``: each attention layer against the stock one with the same weights, side by side."""
+"""``benchmark layer``: each attention layer against the stock layer with the same weights."""
 
 import argparse
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,8 @@ from msda_plugin.layers.attention_weights import attention_weights
 from msda_plugin.layers.token_layout import map_to_tokens, merge_heads, tokens_to_map
 from msda_plugin.tools.benchmarks.backbone import plain_attention
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
-from msda_plugin.tools.benchmarks.op import Timer
+from msda_plugin.tools.benchmarks.options import add_options, describe_machine
+from msda_plugin.tools.benchmarks.timing import Timer
 
 QUERIES = 300
 STRIDES = (8, 16, 32, 64)
@@ -36,11 +36,12 @@ class Case:
     """One row of the table.
 
     Attributes:
-        name: of the layer, and where its sizes come from.
-        stock: 'mmcv', 'mmdet', or 'plain' for the published arithmetic step by step, where no stock layer exists.
-        channels, stride: of the map that the layer runs on; of the finest one, where there are several.
-        build: (levels, device) -> the modules whose gradients count, and what calls the stock layer, and ours, with
-            the input (B, N, C).
+        name: The layer and the origin of its sizes.
+        stock: 'mmcv', 'mmdet', or 'plain': the published arithmetic step by step, where no stock layer exists.
+        channels: Channels of the feature maps.
+        strides: Strides of the feature maps.
+        build: (levels, device) -> the modules whose gradients are computed, and two functions that call the stock
+            layer and ours with the input (B, N, C).
         tokens: levels -> N.
     """
 
@@ -57,7 +58,7 @@ def pixels(levels: list[tuple[int, int]]) -> int:
 
 
 def same_weights(stock: nn.Module, ours: nn.Module, device: torch.device) -> list[nn.Module]:
-    """Both on the device and in evaluation; the weights that are zero at first are drawn before they are copied."""
+    """Both modules in evaluation mode on the device; weights that are initially zero are drawn before the copy."""
     for name in ('sampling_offsets', 'attention_weights'):
         if hasattr(stock, name):
             nn.init.normal_(getattr(stock, name).weight, std=0.05)
@@ -131,44 +132,38 @@ CASES = (
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the subcommand ``layer``; its namespace goes to `run`."""
+    """Add the subcommand ``layer``, whose namespace `run` takes."""
     parser = subparsers.add_parser(
         'layer',
         help="attention layers against mmcv's and MMDetection's, with the same weights",
-        description="Each attention layer against mmcv's or MMDetection's with the same weights, on the maps of an "
-        'image; where there is no stock layer, against the published arithmetic step by step.',
+        description="Time each attention layer against mmcv's or MMDetection's with the same weights, on the feature "
+        'maps of an image; where there is no stock layer, against the published arithmetic step by step.',
     )
-    parser.add_argument('--device', default='cpu', help='default: %(default)s')
-    parser.add_argument('--height', type=int, default=800, help='of the image (default: %(default)s)')
-    parser.add_argument('--width', type=int, default=1066, help='of the image (default: %(default)s)')
-    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=5, help='timed runs, after one that is not counted')
+    add_options(parser, repeats=5)
+    parser.add_argument('--height', type=int, default=800, help='image height (default: %(default)s)')
+    parser.add_argument('--width', type=int, default=1066, help='image width (default: %(default)s)')
     return parser
 
 
 def conditions(args: argparse.Namespace) -> str:
-    """Under what the figures are measured."""
+    """The conditions of the measurements."""
     return (
-        f'maps of an image of {args.height}x{args.width}, batch 1, float32, {args.device}, {args.threads} threads, '
-        f'{platform.machine()}, torch {torch.__version__}; median of {args.repeats} runs'
+        f'maps of an image of {args.height}x{args.width}, batch 1, {describe_machine(args)}; median of {args.repeats} '
+        'runs'
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line for each layer forward, and with its gradients."""
+    """Print one line for the forward pass of each layer and one for forward and backward."""
     print(conditions(args))
     print(f'{"layer":<32}{"":<20}{"stock":<8}{"stock ms":>10}{"ours ms":>10}{"ratio":>8}{"difference":>12}')
     for row in comparisons(args):
-        print(
-            f'{row.case:<32}{row.run:<20}{row.sides[0]:<8}{row.stock.seconds * 1e3:>10.2f}'
-            f'{row.ours.seconds * 1e3:>10.2f}{row.speed:>7.2f}x{row.difference:>12.1e}',
-            flush=True,
-        )
+        print(f'{row.case:<32}{row.run:<20}{row.sides[0]:<8}{row.milliseconds()}{row.difference:>12.1e}', flush=True)
     return 0
 
 
 def comparisons(args: argparse.Namespace) -> Iterator[Comparison]:
-    """Every layer, forward and with the gradients of input and parameters; differences are those of the results."""
+    """Every layer, forward and with the gradients of input and parameters; with the difference of the outputs."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     timer = Timer(device, args.repeats)
@@ -189,7 +184,7 @@ def forward(function: Run, x: Tensor) -> Tensor:
 
 
 def forward_backward(modules: list[nn.Module], function: Run, x: Tensor) -> None:
-    """The gradients of the input and of the parameters that the result depends on, by a plain mean of it."""
+    """Backpropagate the mean of the output to the input and the parameters."""
     leaf = x.detach().requires_grad_()
     for module in modules:
         module.zero_grad(set_to_none=True)
@@ -198,6 +193,6 @@ def forward_backward(modules: list[nn.Module], function: Run, x: Tensor) -> None
 
 @torch.no_grad()
 def largest_difference(stock: Run, ours: Run, x: Tensor) -> float:
-    """The largest difference of a result, as a part of the largest result."""
+    """Largest difference of the outputs, relative to the largest output."""
     expected = stock(x)
     return float((ours(x) - expected).abs().max() / expected.abs().max())

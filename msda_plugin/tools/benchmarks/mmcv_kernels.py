@@ -1,12 +1,10 @@
-"""mmcv's CUDA kernel of multi-scale deformable attention, compiled out of mmcv's source distribution, to compare with.
+"""mmcv's CUDA kernel of multi-scale deformable attention, compiled from mmcv's source distribution for comparison.
 
-Nothing of mmcv is kept here: the binding below includes the kernel from the distribution, is compiled where the
-benchmark runs, and launches it as mmcv does (the same block sizes, the same memory set to zero before).
+This file contains no code of mmcv: the binding below includes the kernel from the distribution, is compiled on the
+machine that runs the benchmark, and launches it as mmcv does (same block sizes, outputs and gradients zeroed first).
 """
 
 import ctypes
-import os
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -17,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from msda_plugin.tools.common.nvcc import find_nvcc
+
 KERNEL = Path('mmcv/ops/csrc/common/cuda/ms_deform_attn_cuda_kernel.cuh')
-HEAD_DIMS = (16, 32, 64)  # of the backward kernels that are instantiated
+HEAD_DIMS = (16, 32, 64)  # for which the backward kernel is instantiated
 DTYPES = (torch.float64, torch.float32, torch.float16)
 
-# The kernel's header asks for mmcv's helper of this name, which would bring all of ATen.
+# Replaces mmcv's helper that the kernel's header includes, which needs all of ATen.
 HELPER = '#include <algorithm>\nusing std::min;\n'
 BINDING = r"""
 #include <cuda_fp16.h>
@@ -76,27 +76,17 @@ extern "C" int mmcv_backward(int dtype, void* stream, const int* sizes, void* co
 """
 
 
-def find_nvcc() -> str:
-    """The CUDA compiler: ``NVCC``, on PATH, or in its usual place.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    for candidate in (os.environ.get('NVCC'), 'nvcc', '/usr/local/cuda/bin/nvcc'):
-        if candidate and shutil.which(candidate):
-            return shutil.which(candidate)
-    raise FileNotFoundError("mmcv's kernel cannot be compiled, because there is no nvcc: put it on PATH or set NVCC")
-
-
 @contextmanager
 def unpacked(sdist: Path) -> Iterator[Path]:
-    """The folder of mmcv's sources: ``sdist`` itself, or what the archive holds, while the block lasts.
+    """Context with the folder of mmcv's sources: ``sdist`` itself, or the temporarily extracted archive.
 
     Raises:
-        FileNotFoundError: ``sdist`` does not exist, or the kernel is not in it.
+        FileNotFoundError: If ``sdist`` does not exist or does not contain the kernel.
     """
     if not sdist.exists():
-        raise FileNotFoundError(f'there is no {sdist}: get it by pip download --no-binary :all: --no-deps onedl-mmcv')
+        raise FileNotFoundError(
+            f'{sdist} does not exist; download it with: pip download --no-binary :all: --no-deps onedl-mmcv'
+        )
     with tempfile.TemporaryDirectory() as work:
         root = sdist
         if sdist.is_file():
@@ -109,7 +99,7 @@ def unpacked(sdist: Path) -> Iterator[Path]:
             if kernel.parts[-len(KERNEL.parts) :] == KERNEL.parts
         ]
         if not found:
-            raise FileNotFoundError(f"{sdist} has no {KERNEL}: it is not mmcv's source distribution")
+            raise FileNotFoundError(f"{sdist} has no {KERNEL}; expected mmcv's source distribution")
         yield found[0]
 
 
@@ -121,10 +111,12 @@ def build(sdist: Path, arch: str, target: Path) -> None:
         arch: The GPU's architecture, such as ``'sm_90'``.
 
     Raises:
-        FileNotFoundError: There is no nvcc, no such file, or no kernel in it.
-        RuntimeError: It does not compile.
+        FileNotFoundError: If nvcc or ``sdist`` does not exist, or ``sdist`` does not contain the kernel.
+        RuntimeError: If the compilation fails.
     """
     nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("mmcv's kernel cannot be compiled: no nvcc was found. Put it on PATH or set NVCC.")
     with unpacked(sdist) as root, tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / 'pytorch_cuda_helper.hpp').write_text(HELPER)
@@ -154,10 +146,10 @@ def build(sdist: Path, arch: str, target: Path) -> None:
 class MmcvKernels:
     """mmcv's kernel as a function of (value, spatial_shapes, level_start_index, locations, weights), with gradients.
 
-    All float tensors have one dtype of `DTYPES`; the backward pass knows the head dims of `HEAD_DIMS`.
+    All float tensors must have the same dtype, one of `DTYPES`. The backward pass supports the head dims `HEAD_DIMS`.
 
     Args:
-        library: What `build` made.
+        library: Shared library built by `build`.
     """
 
     def __init__(self, library: Path) -> None:

@@ -1,9 +1,7 @@
-"""``benchmark model``: a model of any config before and after :func:`msda_plugin.accelerate`, side by side."""
+"""``benchmark model``: the model of a config before and after :func:`msda_plugin.accelerate`."""
 
 import argparse
 import logging
-import platform
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,43 +25,43 @@ from msda_plugin.ops import backend_for
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 from msda_plugin.tools.benchmarks.fresh_process import in_a_process, peak_bytes
+from msda_plugin.tools.benchmarks.options import describe_machine, describe_memory
+from msda_plugin.tools.benchmarks.timing import Timer, synchronize
 from msda_plugin.tools.common.errors import user_errors
 
-NUM_OBJECTS = 10  # in each image of a training step
+NUM_OBJECTS = 10  # per image of a training step
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the subcommand ``model``; its namespace goes to `run`."""
+    """Add the subcommand ``model``, whose namespace `run` takes."""
     parser = subparsers.add_parser('model', help='the model of a config before and after msda_plugin.accelerate')
     parser.add_argument(
-        'config', help='path of a config, or PACKAGE::CONFIG, such as mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+        'config', help='config file, or PACKAGE::CONFIG such as mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
     )
     parser.add_argument('--device', default='cpu', help='default: %(default)s')
-    parser.add_argument('--height', type=int, default=800, help='of the images (default: %(default)s)')
-    parser.add_argument('--width', type=int, default=1344, help='of the images (default: %(default)s)')
-    parser.add_argument('--batch', type=int, default=1, help='images (default: %(default)s)')
-    parser.add_argument('--runs', type=int, default=3, help='timed, after one that is not (default: %(default)s)')
+    parser.add_argument('--height', type=int, default=800, help='image height (default: %(default)s)')
+    parser.add_argument('--width', type=int, default=1344, help='image width (default: %(default)s)')
+    parser.add_argument('--batch', type=int, default=1, help='images per batch (default: %(default)s)')
+    parser.add_argument('--runs', type=int, default=3, help='timed runs, after one warm-up run (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
-    parser.add_argument('--skip-training', action='store_true', help='inference alone')
+    parser.add_argument('--skip-training', action='store_true', help='only inference')
     return parser
 
 
 def conditions(args: argparse.Namespace) -> str:
-    """Under what the figures are measured."""
+    """The conditions of the measurements."""
     backend = backend_for(args.device, torch.float32)
-    where = 'memory of the GPU' if torch.device(args.device).type == 'cuda' else 'resident memory of the process'
     return (
-        f'{args.batch}x3x{args.height}x{args.width}, float32, {args.device}, {args.threads} threads, '
-        f'{platform.machine()}, torch {torch.__version__}; backend {backend.name} ({backend.reason}); median of '
-        f'{args.runs} runs; peak {where}'
+        f'{args.batch}x3x{args.height}x{args.width}, {describe_machine(args)}; backend {backend.name} '
+        f'({backend.reason}); median of {args.runs} runs; peak {describe_memory(args.device)}'
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print seconds, peak memory and ratios of inference and training step, and the largest output difference.
 
-    Weights, images and objects are random, and nothing is downloaded. Each row has a process of its own, so that its
-    peak memory is honest.
+    Weights, images and objects are random; nothing is downloaded. Each row is measured in a fresh process for its peak
+    memory.
     """
     with user_errors('benchmark model'):
         build(args)
@@ -74,20 +72,14 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(item, str):
             print(item)
             continue
-        for side, own, speed, memory in (
-            (item.sides[0], item.stock, 1.0, 1.0),
-            (item.sides[1], item.ours, item.speed, item.memory),
-        ):
-            print(
-                f'{item.run:<16}{side:<14}{own.seconds:>9.3f}{own.peak / 1e6:>8.0f}{speed:>7.2f}x{memory:>8.0%}'
-                f'{"" if own.attention is None else format(own.attention, "13.3f")}',
-                flush=True,
-            )
+        for side, columns, measured in item.lines():
+            attention = '' if measured.attention is None else f'{measured.attention:>13.3f}'
+            print(f'{item.run:<16}{side:<14}{columns}{attention}', flush=True)
     return 0
 
 
 def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
-    """Inference and training step, each side in a process of its own, and sentences about the attention layers."""
+    """Inference and training step, each side in a fresh process, and sentences about the attention layers."""
     name = Path(args.config.split('::')[-1]).stem
     inference = None
     for training in [False] if args.skip_training else [False, True]:
@@ -102,43 +94,42 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
     yield f'Largest difference of the raw outputs: {difference:.1e}'
     if choices:
         yield (
-            f'(with the proposals of the stock model on both sides: of {choices}, the accelerated model would put '
-            f'{otherwise} elsewhere, near ties)'
+            f'(both models use the proposals of the stock model; the accelerated model would rank {otherwise} of '
+            f'{choices} differently, near ties)'
         )
 
 
 def measure(args: argparse.Namespace, accelerated: bool, training: bool) -> Measurement:
-    """Time one model, and tell the peak memory of this process."""
+    """Measure one model in this process: time, peak memory and, for inference, the time in attention layers."""
+    device = torch.device(args.device)
     model = build(args)
     if accelerated:
         accelerate(model)
     model.train(training)
     batch = make_batch(model, args.height, args.width, args.batch, training)
 
-    def step() -> float:
-        model.zero_grad(set_to_none=True)
-        wait(args.device)
-        start = time.perf_counter()
+    def step(_: None = None) -> None:
         with torch.set_grad_enabled(training):
             outputs = model(**batch, mode='loss' if training else 'predict')
             if training:
                 model.parse_losses(outputs)[0].backward()
-        wait(args.device)
-        return time.perf_counter() - start
 
-    seconds = [step() for _ in range(args.runs + 1)][1:]
-    gpu = torch.device(args.device).type == 'cuda'
-    peak = torch.cuda.max_memory_allocated(args.device) if gpu else peak_bytes()
+    seconds = Timer(device, args.runs).median(step, prepare=model.zero_grad)
+    peak = peak_bytes(args.device)
     attention = None
     if not training:
-        marks = watch_attention(model, args.device)
+        marks = watch_attention(model, device)
         step()
         attention = sum(marks[1::2]) - sum(marks[::2])
-    return Measurement(statistics.median(seconds), peak, attention)
+    return Measurement(seconds, peak, attention)
 
 
 def compare(args: argparse.Namespace) -> tuple[int, float, int, int]:
-    """Run one model before and after; returns layers, largest difference, top-k choices, and those that differ."""
+    """Run one model before and after ``accelerate``.
+
+    Returns:
+        Number of attention layers, largest output difference, top-k choices, and how many of these differ.
+    """
     model = build(args).eval()
     batch = make_batch(model, args.height, args.width, args.batch, training=False)
     choices = SameChoices()
@@ -152,26 +143,26 @@ def compare(args: argparse.Namespace) -> tuple[int, float, int, int]:
 
 
 def build(args: argparse.Namespace) -> nn.Module:
-    """The model of the config, the same in every process. Sets the threads, and quietens MMEngine.
+    """Build the model of the config, with the same weights in every process.
 
-    What the layers sample depends on the queries only after some training: their weights for it, initially zero, are
-    drawn.
+    The weights of sampling offsets and attention weights, initially zero, are drawn, so that sampling depends on the
+    queries as in a trained model. Also sets the number of threads and silences MMEngine's log.
 
     Raises:
-        FileNotFoundError: There is no such config.
-        ValueError: It has no model, or the model has no mmcv ``MultiScaleDeformableAttention``.
+        FileNotFoundError: If the config does not exist.
+        ValueError: If the config has no model, or the model has no mmcv ``MultiScaleDeformableAttention``.
     """
     torch.set_num_threads(args.threads)
     MMLogger.get_instance('msda_plugin').setLevel(logging.WARNING)
     if '::' not in args.config and not Path(args.config).is_file():
         raise FileNotFoundError(
             f'the config {args.config} does not exist; give the path of a Python config file, or '
-            'one of a package as mmdet::FAMILY/NAME.py'
+            'mmdet::FAMILY/NAME.py for a config of a package'
         )
     cfg = get_config(args.config) if '::' in args.config else Config.fromfile(args.config)
     if 'model' not in cfg:
         raise ValueError(f'the config {args.config} has no model; give the config of a detector')
-    StockAttention.forward = STOCK_FORWARD  # should the config import msda_plugin.auto
+    StockAttention.forward = STOCK_FORWARD  # the config may import msda_plugin.auto
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(without_downloads(cfg.model)))
@@ -179,8 +170,8 @@ def build(args: argparse.Namespace) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, StockAttention)]
     if not layers:
         raise ValueError(
-            f'the model of {args.config}, {type(model).__name__}, has no MultiScaleDeformableAttention of '
-            'mmcv: there is nothing to compare'
+            f'the model of {args.config}, {type(model).__name__}, has no MultiScaleDeformableAttention of mmcv to '
+            'accelerate'
         )
     for layer in layers:
         nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
@@ -189,7 +180,7 @@ def build(args: argparse.Namespace) -> nn.Module:
 
 
 def without_downloads(node: object) -> object:
-    """A copy of a config without pretrained weights and, so that the size of the images holds, batch augmentations."""
+    """A copy of a config without pretrained weights, and without batch augmentations, which change the image size."""
     if isinstance(node, dict):
         return type(node)(
             {
@@ -209,7 +200,7 @@ def _is_pretrained(value: object) -> bool:
 
 
 def make_batch(model: nn.Module, height: int, width: int, batch: int, training: bool) -> dict:
-    """Seeded images with objects, preprocessed: boxes, masks, and stuff of the first kind where the model knows any."""
+    """Seeded, preprocessed images with boxes, masks and, for panoptic models, the first stuff class everywhere."""
     rng = np.random.default_rng(0)
     size = (height, width)
     data = {'inputs': [], 'data_samples': []}
@@ -233,12 +224,12 @@ def make_batch(model: nn.Module, height: int, width: int, batch: int, training: 
     return model.data_preprocessor(data, training)
 
 
-def watch_attention(model: nn.Module, device: str) -> list[float]:
-    """The clock before and after each call of an attention layer, from now on."""
+def watch_attention(model: nn.Module, device: torch.device) -> list[float]:
+    """A list to which each call of an attention layer appends the time before and after it."""
     marks = []
 
     def mark(*_) -> None:
-        wait(device)
+        synchronize(device)
         marks.append(time.perf_counter())
 
     for module in model.modules():
@@ -246,11 +237,6 @@ def watch_attention(model: nn.Module, device: str) -> list[float]:
             module.register_forward_pre_hook(mark)
             module.register_forward_hook(mark)
     return marks
-
-
-def wait(device: str) -> None:
-    if torch.device(device).type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 def tensors_in(outputs: object) -> Iterator[Tensor]:
@@ -266,14 +252,14 @@ def tensors_in(outputs: object) -> Iterator[Tensor]:
 
 
 class SameChoices(TorchFunctionMode):
-    """Lets ``topk`` choose in a second pass what it chose in the first.
+    """Replays the ``topk`` choices of a first pass in a second one.
 
-    A two-stage model takes its queries from the best of many proposals, in their order: a difference in the last bit of
-    two near scores exchanges two queries, which says nothing of the layers.
+    A two-stage model takes its queries from the highest-scoring proposals, in order: rounding can exchange two queries
+    with nearly equal scores, which would hide the difference between the layers.
 
     Attributes:
-        count: how many choices were made in the first pass.
-        otherwise: how many the second pass would have made otherwise.
+        count: Number of choices in the first pass.
+        otherwise: Number of choices that the second pass would have made differently.
     """
 
     def __init__(self) -> None:
@@ -283,7 +269,7 @@ class SameChoices(TorchFunctionMode):
         self._replayed: Iterator[Tensor] | None = None
 
     def replay(self) -> None:
-        """From now on the choices are those up to now."""
+        """Start the second pass."""
         self._replayed = iter(self._chosen)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

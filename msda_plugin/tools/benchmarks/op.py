@@ -1,7 +1,6 @@
-"""``benchmark op``: the operator against mmcv's path on the same device, same inputs, in one run."""
+"""``benchmark op``: the operator against what mmcv runs on the same device, with the same inputs."""
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,9 @@ from torch import Tensor
 
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
-from msda_plugin.tools.benchmarks.fresh_process import in_a_process
+from msda_plugin.tools.benchmarks.fresh_process import in_a_process, status_bytes
+from msda_plugin.tools.benchmarks.options import add_options, describe_machine
+from msda_plugin.tools.benchmarks.timing import Timer
 
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
 
@@ -34,7 +35,7 @@ class Shape:
 
     @property
     def corner_bytes(self) -> int:
-        """float32 bytes of all corner rows that a forward pass gathers."""
+        """float32 bytes of all rows of the value that a forward pass reads: four corners a sample."""
         return 16 * self.batch * self.queries * self.heads * len(self.levels) * self.points * self.head_dim
 
 
@@ -47,26 +48,21 @@ SHAPES = (
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the subcommand ``op``; its namespace goes to `run`."""
-    parser = subparsers.add_parser('op', help="the operator against mmcv's path on the same device")
-    parser.add_argument('--device', default='cpu', help='default: %(default)s')
-    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=15, help='timed runs, after one that is not counted')
-    parser.add_argument('--quick', action='store_true', help='the table alone')
+    """Add the subcommand ``op``, whose namespace `run` takes."""
+    parser = subparsers.add_parser('op', help="the operator against mmcv's on the same device")
+    add_options(parser, repeats=15)
+    parser.add_argument('--quick', action='store_true', help="only the comparison with mmcv's operator")
     return parser
 
 
 def conditions(args: argparse.Namespace) -> str:
-    """Under what the figures are measured."""
+    """The conditions of the measurements."""
     backend = backend_for(args.device, torch.float32)
-    return (
-        f'float32, {args.device}, {args.threads} threads, {platform.machine()}, torch {torch.__version__}; backend '
-        f'{backend.name} ({backend.reason}); median of {args.repeats} runs'
-    )
+    return f'{describe_machine(args)}; backend {backend.name} ({backend.reason}); median of {args.repeats} runs'
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and, without ``--quick``, what else is claimed of the operator."""
+    """Print the comparison with mmcv and, without ``--quick``, the other measurements."""
     print(conditions(args))
     sides = None
     for item in comparisons(args):
@@ -80,11 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 + ''.join(f'{_column(side):>10}' for side in sides)
                 + f'{"ratio":>8}'
             )
-        print(
-            f'{item.case:<14}{item.run:<20}{item.stock.seconds * 1e3:>10.2f}{item.ours.seconds * 1e3:>10.2f}'
-            f'{item.speed:>7.2f}x',
-            flush=True,
-        )
+        print(f'{item.case:<14}{item.run:<20}{item.milliseconds()}', flush=True)
     return 0
 
 
@@ -93,7 +85,7 @@ def _column(side: str) -> str:
 
 
 def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
-    """What `run` prints, one after the other: comparisons, and sentences."""
+    """The comparisons and sentences that `run` prints, in order."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     timer = Timer(device, args.repeats)
@@ -116,38 +108,8 @@ def _compare(
     return Comparison(shape.name, what, sides, *map(Measurement, measure(*functions)))
 
 
-class Timer:
-    """Median seconds of calls, each repeated on its own: caches and allocator are as in a loop of that call."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device = device
-        self.repeats = repeats
-
-    def __call__(self, *functions: Callable[[], object]) -> list[float]:
-        return [self.median(function) for function in functions]
-
-    def median(self, function: Callable[[], object]) -> float:
-        return statistics.median([self.once(function) for _ in range(self.repeats + 1)][1:])
-
-    def in_turn(self, *functions: Callable[[], object]) -> list[float]:
-        """Median seconds of calls that take turns: what makes the machine slow for a while makes all of them slow."""
-        rounds = [[self.once(function) for function in functions] for _ in range(self.repeats + 1)]
-        return [statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True)]
-
-    def once(self, function: Callable[[], object]) -> float:
-        self.wait()
-        start = time.perf_counter()
-        function()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-
-
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Seeded inputs of the plain and the fused form. Locations are uniform over the levels: no locality to exploit."""
+    """Seeded inputs of the plain and the fused form. Locations are uniform, the worst case for caches."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*size: int) -> Tensor:
@@ -172,7 +134,7 @@ Form = Callable[[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor], T
 
 
 def call(form: Form, shape: Shape, inputs: dict[str, Tensor], backward: bool) -> tuple[Tensor, ...]:
-    """One forward pass, and the gradients of value, locations and weights."""
+    """The output and, with ``backward``, the gradients of value, locations and weights."""
     levels = torch.tensor(shape.levels, device=inputs['value'].device)
     tensors = [inputs[name].detach().requires_grad_(backward) for name in ('value', 'locations', 'weights')]
     with torch.set_grad_enabled(backward):
@@ -185,7 +147,7 @@ def plain(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> 
 
 
 def mmcv_path(device: torch.device) -> Form:
-    """What mmcv runs on the device: its CUDA kernel, or grid_sample level by level."""
+    """mmcv's operator on this device: its CUDA kernel, or grid_sample level by level."""
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 
     def form(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -198,7 +160,7 @@ def mmcv_path(device: torch.device) -> Form:
 
 
 def compare_with_mmcv(timer: Timer, device: torch.device) -> Iterator[Comparison]:
-    """The operator against mmcv's path, forward and with the gradients."""
+    """The operator against mmcv's, forward and with the gradients."""
     for shape in SHAPES:
         inputs = make_inputs(shape, device)
         for what, backward in (('forward', False), ('forward + backward', True)):
@@ -214,7 +176,7 @@ def compare_with_mmcv(timer: Timer, device: torch.device) -> Iterator[Comparison
 def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
     """The fused form against its parts, and a bfloat16 value against float32.
 
-    They are so near one another that they take turns.
+    The runs alternate, because the differences are small.
     """
     for shape in SHAPES:
         inputs = make_inputs(shape, device)
@@ -262,10 +224,10 @@ def _call_fused(form: Callable[..., Tensor], shape: Shape, inputs: dict[str, Ten
 def growth(timer: Timer, device: torch.device) -> Iterator[str]:
     """Fit seconds ~ size ** exponent and seconds = fixed + slope * size, over queries and over points per level.
 
-    The sizes begin where the cost that does not grow (the value is packed once per image and head, the output is
-    written once per query) counts for little; the line says how much it is. All outputs over queries are large enough
-    for fresh memory from the system at every call, which costs in proportion too. Samples grow on one level,
-    whose rows fit the L2 cache: of a pyramid's, more points in a row find a coarse level in the L1, and cost less each.
+    The sizes are large enough for the fixed cost (packing the value, writing the output) to matter little; the line
+    reports it. With more queries, every output is large enough for the allocator to request new memory in each call,
+    a cost that also grows linearly. With more samples, there is one level that fits the L2 cache: in a pyramid, a
+    coarse level would stay in the L1 cache, and further points would cost less.
     """
     for what, shapes in (
         ('queries', [Shape('', PYRAMID, 1, n) for n in (71284, 142568, 285136)]),
@@ -285,18 +247,17 @@ def growth(timer: Timer, device: torch.device) -> Iterator[str]:
 
 
 def cache_bound(timer: Timer, threads: int) -> str:
-    """The encoder's forward pass against the time to move its corner rows at the speed of copies within the L2.
+    """The encoder's forward pass against the time to read its corner rows at the speed of copies within the L2 cache.
 
-    A copy brings each byte that it reads, and each line that it writes, from the L2 into the L1: both count, which
-    gives the speed of a loop of reads. All threads copy at once, each within 310 KiB of its own, in turn with the
-    forward pass; the fastest copy of a round counts.
+    A copy moves each byte that it reads, and each line that it writes, from the L2 into the L1: both are counted. All
+    threads copy at once, each within 310 KiB, alternating with the forward pass; the fastest copy of a round counts.
     """
     forward = partial(call, plain, SHAPES[0], make_inputs(SHAPES[0], timer.device), False)
     rounds = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(2 * timer.repeats):
             speed = max(sum(pool.map(_copy_speed, range(threads))) for _ in range(3))
-            forward()  # its inputs and its memory come back into the caches
+            forward()  # fills the caches with its inputs and its memory
             rounds.append((SHAPES[0].corner_bytes / speed, timer.once(forward)))
     bound, seconds = map(statistics.median, zip(*rounds, strict=True))
     speed = SHAPES[0].corner_bytes / bound
@@ -314,7 +275,7 @@ def _copy_speed(_: int) -> float:
     def buffer() -> np.ndarray:
         memory = np.ones((length + (passes + 1) * line) // 8)
         aligned = memory[-memory.ctypes.data % line // 8 :]
-        # One row per pass, a line further on than the row before: one call copies them all and holds no lock.
+        # One row per pass, each a cache line after the previous one: a single call copies all without the GIL.
         return np.lib.stride_tricks.as_strided(aligned, (passes, length // 8), (line, 8))
 
     source, target = buffer(), buffer()
@@ -324,7 +285,7 @@ def _copy_speed(_: int) -> float:
 
 
 def memory(threads: int) -> str:
-    """Peak memory of forward + backward at the encoder shape beyond inputs, output and gradients, a process each."""
+    """Peak memory of forward + backward at the encoder shape, without inputs, output and gradients."""
     stock, ours = (in_a_process(_extra_memory, stock, threads) for stock in (True, False))
     return (
         f'extra peak memory of forward + backward at the encoder shape: mmcv {stock / 1e6:.0f} MB, ours '
@@ -337,16 +298,10 @@ def _extra_memory(stock: bool, threads: int) -> int:
     device = torch.device('cpu')
     form = mmcv_path(device) if stock else plain
     small = Shape('', ((4, 4),), 1, 8)
-    call(form, small, make_inputs(small, device), True)  # what is loaded on first use is no part of the cost
+    call(form, small, make_inputs(small, device), True)  # loads libraries, which are not part of the cost
     inputs = make_inputs(SHAPES[0], device)
     with open('/proc/self/clear_refs', 'w') as file:
         file.write('5')  # resets the peak
-    before = _status('VmRSS')
+    before = status_bytes('VmRSS')
     results = call(form, SHAPES[0], inputs, True)
-    return _status('VmHWM') - before - sum(t.nbytes for t in results)
-
-
-def _status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    with open('/proc/self/status') as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+    return status_bytes('VmHWM') - before - sum(t.nbytes for t in results)

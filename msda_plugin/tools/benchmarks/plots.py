@@ -1,4 +1,4 @@
-"""Pictures of measurements, as SVG: how much faster, and how time grows with the resolution."""
+"""SVG figures of benchmark results: speedups, and time against resolution."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ WIDTH = 9.0  # inches
 
 
 def draw_speeds(labels: Sequence[str], speeds: Sequence[float], notes: Sequence[str], *, sides: tuple[str, str]) -> str:
-    """A bar for each case, from 1 (as fast) to how many times as fast it is, on a logarithmic axis.
+    """Draw the speedup of each case as a bar that starts at 1, on a logarithmic axis.
 
     Args:
-        labels: of the cases, n of them.
-        speeds: n numbers > 0; below 1 the bar goes to the left, in another colour.
-        notes: n texts, written beside the bars.
-        sides: what is compared: the slower one of a bar to the right, and the faster one.
+        labels: Names of the n cases.
+        speeds: n speedups > 0; bars of those below 1 go to the left, in another color.
+        notes: n texts to the right of the bars.
+        sides: Names of the stock implementation and of the one whose speedup is drawn.
 
     Returns:
         An SVG document.
@@ -36,9 +36,9 @@ def draw_speeds(labels: Sequence[str], speeds: Sequence[float], notes: Sequence[
         color=[FASTER if speed >= 1 else SLOWER for speed in speeds],
     )
     for row, speed, note in zip(rows, speeds, notes, strict=True):
-        beside = dict(xy=(max(speed, 1), row), textcoords='offset points', va='center')
-        axis.annotate(times(speed), xytext=(6, 0), fontsize=9, color=INK, fontweight='bold', **beside)
-        axis.annotate(note, xytext=(50, 0), fontsize=8, color=FAINT, **beside)
+        place = dict(xy=(max(speed, 1), row), textcoords='offset points', va='center')
+        axis.annotate(times(speed), xytext=(6, 0), fontsize=9, color=INK, fontweight='bold', **place)
+        axis.annotate(note, xytext=(50, 0), fontsize=8, color=FAINT, **place)
     axis.set_yticks(rows, labels)
     axis.set_ylim(len(labels) - 0.4, -0.6)
     _speed_axis(axis, speeds, room=0.6, label=f'times as fast: {sides[1]} against {sides[0]}')
@@ -51,7 +51,7 @@ def times(ratio: float) -> str:
 
 
 def draw_overview(speeds: Mapping[str, Sequence[float]]) -> str:
-    """A line of each part with a dot for each of its cases, by how many times as fast it is; an SVG document."""
+    """Draw the speedups of each part as dots on a line; returns an SVG document."""
     figure, axis = _figure(0.42 * len(speeds) + 0.75)
     for row, values in enumerate(speeds.values()):
         axis.plot([min(values), max(values)], [row, row], color=FASTER, linewidth=2, alpha=0.35)
@@ -79,12 +79,12 @@ def draw_overview(speeds: Mapping[str, Sequence[float]]) -> str:
 def draw_growth(
     pixels: Sequence[int], seconds: Mapping[str, Sequence[float]], exponents: Mapping[str, float]
 ) -> Figure:
-    """The time of each layer against the pixels of its map, both logarithmic.
+    """Draw the time of each layer against the number of pixels of its map, both logarithmic.
 
     Args:
-        pixels: of the maps, n of them.
-        seconds: name of each layer: n times.
-        exponents: name of each layer: the b of time ~ pixels^b.
+        pixels: n numbers of pixels.
+        seconds: Layer name -> n times.
+        exponents: Layer name -> the b of time ~ pixels^b.
     """
     figure, axis = _figure(4.6)
     for index, (name, values) in enumerate(seconds.items()):
@@ -115,7 +115,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _speed_axis(axis: Axes, speeds: Sequence[float], room: float, label: str) -> None:
-    """A logarithmic axis of ratios with a line at 1; `room` is left free on its right, as a part of its length."""
+    """Make the x-axis a logarithmic axis of ratios with a line at 1; ``room``: free part on its right."""
     low, high = min(*speeds, 1), max(*speeds, 1.5)
     axis.set_xscale('log')
     span = high / low
@@ -133,9 +133,9 @@ def _speed_axis(axis: Axes, speeds: Sequence[float], room: float, label: str) ->
 
 
 def _svg(figure: Figure) -> str:
-    """Text as outlines, and neither date nor random names: the same everywhere."""
+    """The figure as SVG, with text as outlines and without date or random names, for reproducible output."""
     file = io.StringIO()
     with rc_context({'svg.fonttype': 'path', 'svg.hashsalt': 'msda_plugin'}):
         figure.savefig(file, format='svg', metadata=dict(Date=None, Creator=None))
     text = file.getvalue()
-    return text[text.index('<svg') :]  # without the document type, which names an address
+    return text[text.index('<svg') :]  # without the document type, which refers to a URL

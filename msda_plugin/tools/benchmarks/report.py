@@ -1,4 +1,4 @@
-"""The report of ``benchmark all``: what was measured, as Markdown and as one HTML page that needs no other file."""
+"""The report of ``benchmark all``, as Markdown and as a self-contained HTML page."""
 
 import base64
 import html
@@ -18,7 +18,7 @@ OWN_FORMS = ('parts', 'float32')  # in the comparisons of ``benchmark op``
 
 @dataclass(frozen=True)
 class Growth:
-    """The time of each attention on square maps: name -> (len(sides),) seconds."""
+    """Time of each kind of attention on square maps: name -> (len(sides),) seconds."""
 
     sides: tuple[int, ...]
     seconds: dict[str, list[float]]
@@ -29,7 +29,7 @@ class Growth:
 
     @property
     def exponents(self) -> dict[str, float]:
-        """The b of time ~ pixels^b, of each attention."""
+        """The b of time ~ pixels^b for each kind of attention."""
         return {name: exponent(self.pixels, values) for name, values in self.seconds.items()}
 
 
@@ -41,12 +41,12 @@ class Section:
     """One part of the report.
 
     Attributes:
-        title: its heading.
-        compared: what is measured against what, in a sentence.
-        commands: the command lines that measure it, without ``python -m``.
-        conditions: of each command that has begun, under what it measures.
-        items: comparisons, growths, and remarks, in their order.
-        missing: sentences that say what was not measured, and why.
+        title: Heading.
+        compared: A sentence that says what is compared.
+        commands: Command lines that measure it, without ``python -m``.
+        conditions: Conditions of each command that was started.
+        items: Comparisons, growths and remarks, in order.
+        missing: Sentences that say what was not measured, and why.
     """
 
     title: str
@@ -58,29 +58,29 @@ class Section:
 
     @property
     def cases(self) -> int:
-        """How many comparisons, or layers whose growth was measured, there are."""
+        """Number of comparisons and of layers whose growth was measured."""
         return sum(
             len(item.seconds) if isinstance(item, Growth) else isinstance(item, Comparison) for item in self.items
         )
 
     @property
     def speeds(self) -> list[float]:
-        """Of the comparisons with another implementation, not of our own forms against each other."""
+        """Speeds of the comparisons with another implementation; not between two forms of our own operator."""
         return [item.speed for item in self.items if isinstance(item, Comparison) and item.sides[0] not in OWN_FORMS]
 
 
 @dataclass
 class Report:
-    """Everything that the report says.
+    """The content of the report.
 
     Attributes:
-        title: of the page.
-        remark: what it is, in a sentence.
-        machine: (name, what it is).
-        backends: (device, dtype, backend, reason), see ``python -m msda_plugin env``.
-        environment: the page of ``python -m msda_plugin env``.
-        command: the command line that made it.
-        sections: its parts.
+        title: Title of the page.
+        remark: A sentence below the title.
+        machine: Rows (property, value) that describe the machine.
+        backends: Rows (device, dtype, backend, reason), as printed by ``python -m msda_plugin env``.
+        environment: Output of ``python -m msda_plugin env``.
+        command: The command line that wrote the report.
+        sections: The parts.
     """
 
     title: str
@@ -92,7 +92,7 @@ class Report:
     sections: list[Section]
 
 
-# ---- what stands in it ----------------------------------------------------------------------------------------------
+# ---- the content ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Heading:
     text: str
@@ -110,7 +110,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Lines:
-    """Commands, or what a command printed."""
+    """Commands, or the output of a command."""
 
     text: str
 
@@ -122,7 +122,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns whose cells are numbers stand to the right."""
+    """A table; columns of numbers are aligned to the right."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -132,22 +132,22 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     name: str
     svg: str
     alt: str
 
 
-Block = Heading | Text | Missing | Lines | Bullets | Table | Picture
+Block = Heading | Text | Missing | Lines | Bullets | Table | Figure
 
 
 def blocks(report: Report) -> list[Block]:
-    """The report's content, below its title."""
+    """The blocks of the report below its title."""
     speeds = {section.title: section.speeds for section in report.sections if section.speeds}
     content: list[Block] = [Text(report.remark), Table(('machine', ''), tuple(report.machine[:4]))]
     content.append(Heading('At a glance'))
     if speeds:
-        content.append(Picture('overview', draw_overview(speeds), 'Speed against stock, by part'))
+        content.append(Figure('overview', draw_overview(speeds), 'Speed against stock, by part'))
     content.append(
         Table(
             ('part', 'measured against', 'cases', 'times as fast', 'not measured'),
@@ -170,9 +170,9 @@ def blocks(report: Report) -> list[Block]:
         Heading('Machine, versions, backends'),
         Table(('machine', ''), tuple(report.machine)),
         Table(('device', 'dtype', 'backend', 'reason'), tuple(report.backends)),
-        Text('All that `python -m msda_plugin env` says:'),
+        Text('Output of `python -m msda_plugin env`:'),
         Lines(report.environment),
-        Heading('How it was made'),
+        Heading('Command'),
         Lines(report.command),
     ]
     return content
@@ -185,7 +185,7 @@ def _section(section: Section) -> list[Block]:
     for number, (sides, rows) in enumerate(groupby(compared, attrgetter('sides'))):
         rows = list(rows)
         content.append(
-            Picture(
+            Figure(
                 f'{slug(section.title)}{f"-{number + 1}" if number else ""}',
                 draw_speeds(
                     [f'{row.case}, {row.run}' for row in rows],
@@ -200,7 +200,7 @@ def _section(section: Section) -> list[Block]:
     for item in section.items:
         if isinstance(item, Growth):
             content.append(
-                Picture(
+                Figure(
                     slug(section.title),
                     growth_svg(item.pixels, item.seconds, item.exponents),
                     f'{section.title}: time against pixels',
@@ -264,16 +264,16 @@ def slug(title: str) -> str:
     return re.sub(r'\W+', '-', title.lower()).strip('-')
 
 
-# ---- its two forms --------------------------------------------------------------------------------------------------
+# ---- Markdown and HTML ----------------------------------------------------------------------------------------------
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write ``report.html``, which holds everything, and ``report.md`` with its pictures beside it.
+    """Write the self-contained ``report.html``, and ``report.md`` with its figures as SVG files.
 
     Returns:
-        The paths of the two.
+        The paths of the two reports.
     """
     content = blocks(report)
     for block in content:
-        if isinstance(block, Picture):
+        if isinstance(block, Figure):
             (folder / f'{block.name}.svg').write_text(block.svg, encoding='utf-8')
     texts = {'report.html': to_html(report.title, content), 'report.md': to_markdown(report.title, content)}
     for name, text in texts.items():
@@ -282,7 +282,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 
 def to_markdown(title: str, content: Sequence[Block]) -> str:
-    """The report as Markdown; pictures are files beside it."""
+    """The report as Markdown, which refers to the figures by their file names."""
     return '\n\n'.join([f'# {title}', *map(_markdown, content)]) + '\n'
 
 
@@ -298,7 +298,7 @@ def _markdown(block: Block) -> str:
             return f'```\n{text}\n```'
         case Bullets(texts):
             return '\n'.join(f'- {text}' for text in texts)
-        case Picture(name, _, alt):
+        case Figure(name, _, alt):
             return f'![{alt}]({name}.svg)'
         case Table(head, rows):
             marks = ('---:' if block.is_number(i) else '---' for i in range(len(head)))
@@ -307,7 +307,7 @@ def _markdown(block: Block) -> str:
 
 
 def to_html(title: str, content: Sequence[Block]) -> str:
-    """The report as one page, with its pictures in it."""
+    """The report as one HTML page with embedded figures."""
     links = ' · '.join(
         f'<a href="#{slug(block.text)}">{html.escape(block.text)}</a>'
         for block in content
@@ -329,7 +329,7 @@ def _html(block: Block) -> str:
             return f'<pre>{html.escape(text)}</pre>'
         case Bullets(texts):
             return '<ul>' + ''.join(f'<li>{_inline(text)}</li>' for text in texts) + '</ul>'
-        case Picture(_, svg, alt):
+        case Figure(_, svg, alt):
             data = base64.b64encode(svg.encode()).decode()
             return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
         case Table(head, rows):

@@ -1,1 +1,1 @@
-"""``train --data``: find, check and convert a user's own data, and write a config for it."""
+"""``train --data``: find, check and convert custom data in COCO format, and write a config for it."""

@@ -1,11 +1,11 @@
-"""A user's own data in COCO format: find its files, look at every record and image, and put right what can be.
+"""Custom data in COCO format: find its files, check every record and image, and fix what can be fixed.
 
-The layouts that are understood, the images anywhere below the folder::
+Supported layouts, with images anywhere below the folder::
 
     DIR/train.json, val.json, images/                                 one folder of images
     DIR/annotations/instances_train2017.json, train2017/, …           COCO
     DIR/train/_annotations.coco.json, DIR/valid/_annotations.coco.json   Roboflow
-    DIR/annotations.json                                              one file: a part is split off for validation
+    DIR/annotations.json                                              one file, of which a part is for validation
 """
 
 import json
@@ -35,22 +35,22 @@ WORDS = dict(
     testing='test',
 )
 SPLITS = dict(train='training', val='validation', test='test')
-DEPTH = 3  # of the folders below the data in which images are looked for
+DEPTH = 3  # levels of subfolders that are searched for images
 NEEDED = dict(images=('id', 'file_name'), annotations=('image_id', 'category_id', 'bbox'), categories=('id', 'name'))
 
 
 @dataclass
 class Split:
-    """One annotation file with its images, and what was found in it.
+    """One annotation file with its images.
 
     Attributes:
         name: 'train', 'val' or 'test'.
-        ann_file: The annotation file as it came.
-        images: Folder that its file names start from.
-        content: The content of the file; `clean` brings it into the form that training and evaluation read.
-        notes: What was found and done, a sentence each.
-        changed: Whether ``content`` is no longer what the file says.
-        bad_images: File names of images that are missing or unreadable.
+        ann_file: The user's annotation file.
+        images: Folder that the file names are relative to.
+        content: Content of the file, which `clean` converts for training and evaluation.
+        notes: Findings and changes, a sentence each.
+        changed: Whether ``content`` differs from the file.
+        bad_images: File names of missing or unreadable images.
     """
 
     name: str
@@ -63,21 +63,21 @@ class Split:
 
     @property
     def most_boxes(self) -> int:
-        """Of one image."""
+        """Maximum number of boxes per image."""
         return max(Counter(a['image_id'] for a in self.content['annotations']).values(), default=0)
 
 
 # ---- finding the files ----------------------------------------------------------------------------------------------
 def find_annotations(data: str | os.PathLike, val: str | os.PathLike | None = None) -> dict[str, Path]:
-    """Annotation files of the splits 'train', 'val' and 'test', by their names; 'train' is always there.
+    """Find the annotation files of the splits 'train' (always), 'val' and 'test' by their names.
 
     Args:
         data: A folder, or the annotation file for training.
-        val: The annotation file for validation; None: the one that lies beside, if there is one.
+        val: The annotation file for validation; None: the one next to ``data``, if there is one.
 
     Raises:
-        FileNotFoundError: There is no such folder or file, or no annotation file in it.
-        ValueError: Several files could be the one for training or for validation.
+        FileNotFoundError: If ``data`` or ``val`` does not exist, or the folder contains no annotation file.
+        ValueError: If there are several candidates for training or for validation.
     """
     data = Path(data)
     if val is not None and not Path(val).is_file():
@@ -85,7 +85,7 @@ def find_annotations(data: str | os.PathLike, val: str | os.PathLike | None = No
             f'--val {val} does not exist; give the annotation file for validation (JSON in COCO format)'
         )
     if data.is_file():
-        beside = {
+        siblings = {
             split: [
                 path
                 for path in data.parent.iterdir()
@@ -97,7 +97,7 @@ def find_annotations(data: str | os.PathLike, val: str | os.PathLike | None = No
             for split in ('val', 'test')
             if _split_of(data) == 'train'
         }
-        found = {'train': data, **{split: paths[0] for split, paths in beside.items() if len(paths) == 1}}
+        found = {'train': data, **{split: paths[0] for split, paths in siblings.items() if len(paths) == 1}}
     elif data.is_dir():
         found = _find_in_folder(data, need_val=val is None)
     else:
@@ -117,23 +117,23 @@ def _find_in_folder(folder: Path, need_val: bool) -> dict[str, Path]:
     named['train'] = named['train'] or [path for path in unnamed if _is_coco(path)]
     found = {}
     for split, paths in named.items():
-        # COCO's own folder has files of captions and keypoints beside those of the boxes.
+        # The COCO data set also has files with captions and keypoints.
         paths = [path for path in paths if 'instances' in path.stem] or paths
-        if len(paths) > 1 or split == 'test':  # a test file may well be without annotations
+        if len(paths) > 1 or split == 'test':  # a test file may have no annotations
             paths = [path for path in paths if _is_coco(path)]
         if len(paths) > 1 and (split == 'train' or split == 'val' and need_val):
             raise ValueError(
                 f'{folder} has several annotation files for {SPLITS[split]}: '
-                f'{", ".join(str(path.relative_to(folder)) for path in paths)}; name the one to use with '
+                f'{", ".join(str(path.relative_to(folder)) for path in paths)}; choose one with '
                 f'{"--data" if split == "train" else "--val"} FILE'
             )
         if len(paths) == 1:
             found[split] = paths[0]
     if 'train' not in found:
-        seen = f'it has the JSON files {", ".join(path.name for path in files[:5])}' if files else 'it has no JSON file'
+        seen = f'JSON files: {", ".join(path.name for path in files[:5])}' if files else 'no JSON files'
         raise FileNotFoundError(
-            f'no annotation file in COCO format was found in {folder} and its folders ({seen}); '
-            'name it with --data FILE'
+            f'no annotation file in COCO format was found in {folder} and its subfolders ({seen}); give it with '
+            '--data FILE'
         )
     return found
 
@@ -155,35 +155,35 @@ def _is_coco(path: Path) -> bool:
 
 
 def find_images(ann_file: Path, content: dict, root: Path) -> Path:
-    """The folder that the file names of an annotation file start from: the one where most of a sample of them lie.
+    """Find the folder that the file names of an annotation file are relative to, by a sample of its images.
 
     Args:
-        ann_file: The annotation file; its own folder is tried first.
+        ann_file: The annotation file; its folder is tried first.
         content: Its content.
-        root: Folder below which to look.
+        root: Folder to search, with its subfolders.
 
     Raises:
-        FileNotFoundError: None of the sample lies in any of the folders.
+        FileNotFoundError: If no folder contains any image of the sample.
     """
     names = [image['file_name'] for image in content['images']]
     sample = [names[index] for index in np.linspace(0, len(names) - 1, min(20, len(names))).astype(int)]
     folders = [ann_file.parent, root, *_folders(root, DEPTH)]
-    # Folders of the same split first: other splits can use the same file names.
+    # Folders of the same split come first: other splits may use the same file names.
     split = _split_of(ann_file) or _split_of(ann_file.parent)
     folders.sort(key=lambda folder: _split_of(folder) != split)
-    # os.path answers where pathlib raises: for a name that is too long.
+    # Unlike Path.is_file, os.path.isfile does not raise for a name that is too long.
     found = {folder: sum(os.path.isfile(folder / name) for name in sample) for folder in dict.fromkeys(folders)}
     best = max(found, key=found.get)
     if not found[best]:
         raise FileNotFoundError(
-            f'none of the images of {ann_file} (such as {names[0]}) was found in {root} and its '
-            'folders; name the folder that their names start from with --images DIR'
+            f'none of the images of {ann_file} (such as {names[0]}) was found in {root} and its subfolders; give the '
+            'folder that the file names are relative to with --images DIR'
         )
     return best
 
 
 def _folders(root: Path, depth: int) -> list[Path]:
-    with os.scandir(root) as entries:  # which knows folders without asking for each of a hundred thousand images
+    with os.scandir(root) as entries:  # knows folders without a system call per file
         below = sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
     return below + [folder for path in below if depth > 1 for folder in _folders(path, depth - 1)]
 
@@ -194,53 +194,54 @@ def load_split(name: str, ann_file: Path, root: Path, images: Path | None = None
     Args:
         name: 'train', 'val' or 'test'.
         ann_file: JSON file in COCO format.
-        root: Folder below which its images are looked for.
-        images: Folder that its file names start from; None: found by `find_images`.
+        root: Folder to search for its images, with its subfolders.
+        images: Folder that its file names are relative to; None: found by `find_images`.
 
     Raises:
-        FileNotFoundError: The file, or all of its images, are missing.
-        ValueError: The file is not COCO, or lists no image.
+        FileNotFoundError: If the file or all of its images are missing.
+        ValueError: If the file is not in COCO format or lists no images.
     """
     content = read_coco(ann_file)
     for part, keys in NEEDED.items():
         check_records(ann_file, part, content[part], keys)
     if not content['images']:
-        raise ValueError(f"the annotation file '{ann_file}' lists no images; is it the file of another split?")
+        raise ValueError(f"the annotation file '{ann_file}' lists no images; give another file")
     check_boxes(ann_file, content['annotations'])
     if images is not None and not images.is_dir():
-        raise FileNotFoundError(f'--images {images} does not exist; give the folder that the file names start from')
+        raise FileNotFoundError(f'--images {images} does not exist; give the folder of the file names')
     return Split(name, Path(ann_file).absolute(), (images or find_images(ann_file, content, root)).absolute(), content)
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
 def choose_classes(train: Split, wanted: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of the classes, in the order of the training file.
+    """Names of the classes, in the order of the training file; a note lists the categories that are left out.
 
     Args:
         train: The training data.
-        wanted: Names to use; None: the categories of which there is at least one box for training. Those that are left
-            out are noted.
+        wanted: Names to use; None: the categories with at least one training box.
 
     Raises:
-        ValueError: A wanted class is not in the training data, two categories have one name, or no box is left.
+        ValueError: If a wanted class is not in the training data, two categories have the same name, or no box is left.
     """
     names = [str(category['name']) for category in train.content['categories']]
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:
-        raise ValueError(f"{train.ann_file} has several categories named '{twice[0]}'; give each a name of its own")
+        raise ValueError(f"{train.ann_file} has several categories named '{twice[0]}'; give them different names")
     lacking = [name for name in wanted or () if name not in names]
     if lacking:
-        raise ValueError(f'--classes names {", ".join(lacking)}, but {train.ann_file} has {", ".join(names)}')
+        raise ValueError(
+            f'--classes contains {", ".join(lacking)}, but the categories of {train.ann_file} are {", ".join(names)}'
+        )
     boxes = count_boxes(train)
     classes = tuple(name for name in names if (name in wanted if wanted else boxes[name]))
     if not any(boxes[name] for name in classes):
         raise ValueError(
-            f'{train.ann_file} holds no box of the classes {", ".join(classes or names)}; nothing can be '
-            'learned from it'
+            f'{train.ann_file} has no box of the classes {", ".join(classes or names)}; add annotations, or choose '
+            'other classes with --classes'
         )
     left_out = [name for name in names if name not in classes]
     if left_out:
-        why = 'not named by --classes' if wanted else 'without a box for training'
+        why = 'not in --classes' if wanted else 'no training boxes'
         train.notes.append(f'categories left out, {why}: {", ".join(left_out)}')
     return classes
 
@@ -253,7 +254,7 @@ def count_boxes(split: Split) -> Counter:
 
 # ---- records and images ---------------------------------------------------------------------------------------------
 def image_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) of an image as training reads it, in pixels; None: it cannot be read."""
+    """(width, height) of an image in pixels, as read for training; None: it cannot be read."""
     try:
         image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error):  # missing; empty
@@ -264,17 +265,16 @@ def image_size(path: Path) -> tuple[int, int] | None:
 def clean(
     split: Split, classes: Sequence[str], *, skip_bad_images: bool = False, tick: Callable[[], object] = lambda: None
 ) -> None:
-    """Read every image of a split, and bring its content into the form that training and evaluation read, in place.
+    """Read every image of a split and convert its content for training and evaluation, in place.
 
-    The categories become ``classes``, in their order. Missing ``area``,
-    ``iscrowd``, ``width`` and ``height`` are filled in, annotations numbered anew where two share a number, those of
-    other categories or of no image left out. Boxes stay as they are.
+    The categories become ``classes``, in this order. Missing ``area``, ``iscrowd``, ``width`` and ``height`` are added.
+    Annotations of other categories or unlisted images are dropped; duplicate annotation ids are replaced. Boxes are not
+    changed.
 
     Args:
         split: From `load_split`.
         classes: From `choose_classes`.
-        skip_bad_images: Leave out images that are missing or unreadable; else they are listed in ``bad_images``, and
-            it is for the caller to stop.
+        skip_bad_images: Drop missing or unreadable images; otherwise they are only listed in ``bad_images``.
         tick: Called after each image.
     """
     content = split.content
@@ -287,14 +287,14 @@ def clean(
 
     sizes = {}
     paths = [split.images / image['file_name'] for image in images]
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:  # OpenCV decodes without Python's lock
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:  # OpenCV releases the GIL
         for image, size in zip(images, pool.map(image_size, paths), strict=True):
             sizes[image['id']] = size
             tick()
     split.bad_images = [image['file_name'] for image in images if sizes[image['id']] is None]
     if split.bad_images and skip_bad_images:
         images = [image for image in images if sizes[image['id']] is not None]
-        split.notes.append(f'{len(split.bad_images)} images left out, missing or unreadable: {_some(split.bad_images)}')
+        split.notes.append(f'{len(split.bad_images)} missing or unreadable images left out: {_some(split.bad_images)}')
 
     other_size = [
         image['file_name']
@@ -305,8 +305,8 @@ def clean(
     ]
     if other_size:
         split.notes.append(
-            f'{len(other_size)} images have another size than the annotations say, whose boxes may not '
-            f'fit: {_some(other_size)}'
+            f'{len(other_size)} images differ in size from the annotation file, so their boxes may be wrong: '
+            f'{_some(other_size)}'
         )
     images = [
         image
@@ -318,10 +318,10 @@ def clean(
     left, every_id = {image['id'] for image in images}, {image['id'] for image in content['images']}
     strays = sum(a['image_id'] not in every_id for a in annotations)
     if strays:
-        split.notes.append(f'{strays} annotations left out, of images that the file does not list')
+        split.notes.append(f'{strays} annotations of unlisted images left out')
     unknown = sum(a['category_id'] not in number for a in annotations)
     if unknown:
-        split.notes.append(f'{unknown} annotations left out, of categories that the file does not list')
+        split.notes.append(f'{unknown} annotations of unlisted categories left out')
     kept = [
         {'area': a['bbox'][2] * a['bbox'][3], 'iscrowd': 0, **a, 'category_id': number[a['category_id']]}
         for a in annotations
@@ -336,19 +336,19 @@ def clean(
 
 
 def split_off(train: Split, part: float, seed: int) -> Split:
-    """Take a part of the training images for validation: changes ``train`` and returns the new split.
+    """Move a part of the training images to a new validation split, which is returned.
 
-    Which ones follows from the seed and their file names alone, so that a few more images leave it nearly as it is.
+    The choice depends only on the seed and the file names, so adding a few images hardly changes it.
 
     Raises:
-        ValueError: There are fewer than two images, or the part is not between 0 and 1.
+        ValueError: If there are fewer than two images, or the part is not between 0 and 1.
     """
     if not 0 < part < 1:
-        raise ValueError(f'--val-part is {part}, but a number between 0 and 1 is needed, such as 0.2')
+        raise ValueError(f'--val-part must be between 0 and 1, such as 0.2, got {part}')
     images = train.content['images']
     if len(images) < 2:
         raise ValueError(
-            f'{train.ann_file} has {len(images)} image, and training and validation need one each; add images'
+            f'{train.ann_file} has {len(images)} image, but training and validation need at least one each; add images'
         )
     order = sorted(images, key=lambda image: sha256(f'{seed}/{image["file_name"]}'.encode()).digest())
     taken = {image['id'] for image in order[: min(max(1, round(part * len(images))), len(images) - 1)]}
@@ -371,14 +371,14 @@ def split_off(train: Split, part: float, seed: int) -> Split:
             for image in images
             if image['id'] in taken and image['file_name'] in set(train.bad_images)
         ],
-        notes=[f'split off from the training data: {len(taken)} of {len(images)} images, seed {seed}'],
+        notes=[f'taken from the training data: {len(taken)} of {len(images)} images, seed {seed}'],
     )
     train.content, train.changed = choose(train.content, False), True
     return val
 
 
 def write(split: Split, folder: Path) -> Path:
-    """The file with the content of a split: a new one in ``folder`` if it was changed, else the one that came."""
+    """Write the content of a split to ``folder`` if it was changed; returns the annotation file to use."""
     path = split.ann_file
     if split.changed:
         folder.mkdir(parents=True, exist_ok=True)
@@ -389,9 +389,9 @@ def write(split: Split, folder: Path) -> Path:
     return path
 
 
-# ---- what was found -------------------------------------------------------------------------------------------------
+# ---- the summary ----------------------------------------------------------------------------------------------------
 def describe(splits: Sequence[Split], classes: Sequence[str]) -> str:
-    """A table of what the splits hold, and the notes on them."""
+    """A table with the numbers of images and boxes in the splits, and their notes."""
     rows = [
         ('', *(SPLITS[split.name] for split in splits)),
         ('images', *(len(split.content['images']) for split in splits)),

@@ -1,4 +1,4 @@
-"""The config of a training on own data: a model of this project, and around it what follows from the data."""
+"""The config of a training on custom data: a model, with settings that are derived from the data."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import msda_plugin
 from msda_plugin.engine.data_check import bbox_heads
 
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
-# For the models that stand alone in _base_/models: what trains the default one from scratch.
+# For the models in _base_/models, which have no schedule: settings that train the default model from scratch.
 BASE_LR, BASE_BATCH, BASE_SIZE = 4e-4, 4, (320, 320)
 KEPT = (
     'model',
@@ -21,13 +21,13 @@ KEPT = (
     'model_wrapper_cfg',
     'find_unused_parameters',
     'load_from',
-)  # of a complete config; all else is about its own data and schedule
-WARM_UP = 150  # steps of the optimizer
+)  # entries taken from a complete config; the others belong to its data and schedule
+WARM_UP = 150  # optimizer steps
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user chooses of a training; None: as the config of the model says, or as it follows from the data."""
+    """Options of a training; None: as in the config of the model, or derived from the data."""
 
     work_dir: str
     epochs: int = 50
@@ -43,7 +43,14 @@ class Choices:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on: annotation files and image folders by split, classes, and counts for training."""
+    """The data of a training.
+
+    Attributes:
+        files: Split -> annotation file and image folder.
+        classes: Class names.
+        num_images: Number of training images.
+        most_boxes: Maximum number of boxes per training image.
+    """
 
     files: dict[str, tuple[Path, Path]]
     classes: tuple[str, ...]
@@ -53,19 +60,19 @@ class Data:
 
 # ---- models by name -------------------------------------------------------------------------------------------------
 def config_folder() -> Path:
-    """The configs of this project: inside the installed package, or in the clone that it is installed from."""
+    """The folder of msda_plugin's configs: in the installed package, or in the clone that it is installed from."""
     package = Path(msda_plugin.__file__).parent
     folders = [package / '.mim' / 'configs', package.parent / 'configs']
     for folder in folders:
         if (folder / '_base_').is_dir():
             return folder
     raise FileNotFoundError(
-        f'the configs of msda_plugin are neither in {folders[0]} nor in {folders[1]}; install msda_plugin anew'
+        f'the configs of msda_plugin are neither in {folders[0]} nor in {folders[1]}; reinstall msda_plugin'
     )
 
 
 def model_files() -> dict[str, Path]:
-    """Files of the models by name: those of ``_base_/models``, and the complete configs."""
+    """Model name -> config file: those in ``_base_/models`` and the complete configs."""
     folder = config_folder()
     return {
         path.stem: path for pattern in ('[!_]*/*.py', '_base_/models/*.py') for path in sorted(folder.glob(pattern))
@@ -73,33 +80,33 @@ def model_files() -> dict[str, Path]:
 
 
 def find_model(name: str) -> Path:
-    """The file of a model, by name or path.
+    """The config file of a model, by name or path.
 
     Raises:
-        ValueError: There is no such model; the error lists those that there are.
+        ValueError: If there is no such model; the message lists the known ones.
     """
     if name.endswith('.py') and Path(name).is_file():
         return Path(name)
     files = model_files()
     if name not in files:
-        raise ValueError(f"there is no model '{name}'; give the path of a config file, or one of {', '.join(files)}")
+        raise ValueError(f"unknown model '{name}'; give the path of a config file, or one of {', '.join(files)}")
     return files[name]
 
 
 # ---- the config -----------------------------------------------------------------------------------------------------
 def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, list[str]]:
-    """The complete config of a training.
+    """Build the complete config of a training.
 
     Args:
-        model: File with a ``model``, alone or in a complete config, of which the optimizer is used as well.
-        data: What to train on.
-        choices: What the user chose.
+        model: Config file of the model; the optimizer of a complete config is used as well.
+        data: The training data.
+        choices: The user's options.
 
     Returns:
-        The config, and sentences on what was derived.
+        The config, and sentences on the derived settings.
 
     Raises:
-        ValueError: The model cannot be trained on boxes alone.
+        ValueError: If the model cannot be trained with boxes only.
     """
     source = Config.fromfile(str(model))
     cfg = Config.fromfile(str(config_folder() / '_base_' / 'default_runtime.py'))
@@ -122,13 +129,13 @@ def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, lis
 def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
     if any('mask_head' in node for node in _dicts(model)):
         raise ValueError(
-            f"the model '{path.stem}' predicts masks, for which --data sets nothing up; choose one that predicts boxes"
+            f"the model '{path.stem}' predicts masks, which --data does not support; choose one for boxes only"
         )
     num_classes = len(data.classes)
     heads = list(bbox_heads(model))
     if not heads:
         raise ValueError(
-            f"the model '{path.stem}' has no bbox_head, whose number of classes could be set; choose another"
+            f"the model '{path.stem}' has no bbox_head to set the number of classes of; choose another model"
         )
     for _, head in heads:
         head.num_classes = num_classes
@@ -136,11 +143,11 @@ def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
     if model.get('num_queries'):
         if model.num_queries < data.most_boxes:
             notes.append(
-                f'num_queries: {2 * data.most_boxes} instead of {model.num_queries}, since an image has up '
-                f'to {data.most_boxes} boxes'
+                f'num_queries: {2 * data.most_boxes} instead of {model.num_queries}, because images have up to '
+                f'{data.most_boxes} boxes'
             )
             model.num_queries = 2 * data.most_boxes
-        # More predictions than there are cannot be chosen.
+        # There are no more predictions than this.
         limit = model.num_queries * num_classes
         model.test_cfg = model.get('test_cfg') or ConfigDict()
         model.test_cfg.max_per_img = min(model.test_cfg.get('max_per_img', 100), limit)
@@ -166,13 +173,13 @@ def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
     if choices.lr is None:
         written = optimizer.lr
         optimizer.lr = float(f'{written * effective / base:.4g}')
-        note = f'learning rate: {optimizer.lr:g} = {written:g} × {effective} / {base}, by the batch that it was set for'
+        note = f'learning rate: {optimizer.lr:g} = {written:g} × {effective} / {base}, scaled to the batch size'
     else:
         optimizer.lr = choices.lr
         note = f'learning rate: {choices.lr:g}, as given'
     if choices.accumulate > 1:
         cfg.optim_wrapper.accumulative_counts = choices.accumulate
-    # MMEngine counts the images of one iteration here; so a training on more GPUs scales from this one.
+    # The images of one iteration, from which MMEngine scales a training on more GPUs.
     cfg.auto_scale_lr = dict(enable=False, base_batch_size=choices.batch_size)
     return [
         f'batch: {effective} images'
@@ -182,7 +189,7 @@ def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
 
 
 def _image_size(source: Config) -> tuple[int, int]:
-    """Of a complete config: that of its test pipeline."""
+    """(width, height) of the test pipeline of a complete config, else the default."""
     for node in _dicts((source.get('test_dataloader') or {}).get('dataset', {})):
         if str(node.get('type')).split('.')[-1] == 'Resize' and node.get('scale'):
             return tuple(node['scale'])
@@ -230,14 +237,14 @@ def _set_data(cfg: Config, data: Data, choices: Choices, size: tuple[int, int]) 
 
 
 def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
-    epochs, iterations = choices.epochs, -(-data.num_images // choices.batch_size)  # the latter of an epoch
+    epochs, iterations = choices.epochs, -(-data.num_images // choices.batch_size)  # iterations per epoch
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=max(1, epochs // 10))
     cfg.val_cfg = dict(type='ValLoop')
     cfg.test_cfg = dict(type='TestLoop')
     warm_up = max(1, min(WARM_UP * choices.accumulate, epochs * iterations // 10))
     cfg.param_scheduler = [
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
-        # With its end, a training that is resumed beyond it goes on at the lowest rate.
+        # With an end, a training that is resumed with more epochs continues at the lowest rate.
         dict(
             type='CosineAnnealingLR',
             by_epoch=True,
@@ -264,7 +271,7 @@ def _dicts(node: object) -> Iterator[dict]:
 
 
 def save_config(cfg: Config, folder: str | os.PathLike, stem: str) -> Config:
-    """Write the config to ``{folder}/{stem}.py``, and read it back: what runs is what can be read there."""
+    """Write the config to ``{folder}/{stem}.py`` and read it back, so that the training uses exactly this file."""
     path = Path(folder, f'{stem}.py')
     path.parent.mkdir(parents=True, exist_ok=True)
     cfg.dump(str(path))

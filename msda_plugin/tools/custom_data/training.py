@@ -1,16 +1,14 @@
-"""What ``train --data`` does before a training: check the data, say what was found, write the config."""
+"""``train --data`` before the training: check the data, print a summary, write the config."""
 
 import argparse
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.utils import ProgressBar
 
 from msda_plugin.tools.common.launch import check_device
+from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco
 from msda_plugin.tools.custom_data.config import (
     DEFAULT_MODEL,
@@ -24,7 +22,7 @@ from msda_plugin.tools.custom_data.config import (
 
 
 def prepare(args: argparse.Namespace) -> Config:
-    """Check the data, print what was found, and write the config into the work dir.
+    """Check the data, print a summary, and write the config to the work dir.
 
     Args:
         args: From the parser of ``train``.
@@ -33,8 +31,9 @@ def prepare(args: argparse.Namespace) -> Config:
         The config, as read back from its file.
 
     Raises:
-        FileNotFoundError: Data that is not there.
-        ValueError: Data that is not COCO, unreadable images, or arguments that do not go together.
+        FileNotFoundError: If a file or folder is missing.
+        FileExistsError: If the work dir contains another training.
+        ValueError: If the data is not in COCO format, images are unreadable, or arguments contradict each other.
     """
     if args.model == 'list':
         print('\n'.join(model_files()))
@@ -45,7 +44,7 @@ def prepare(args: argparse.Namespace) -> Config:
     work_dir = Path(args.work_dir or f'work_dirs/{data.absolute().stem}')
     if args.resume is None and not args.dry_run and (work_dir / 'last_checkpoint').is_file():
         raise FileExistsError(
-            f'{work_dir} holds a training already; go on with it by --resume, or name another folder with --work-dir'
+            f'{work_dir} already contains a training; continue it with --resume, or choose another --work-dir'
         )
     choices = Choices(
         work_dir=str(work_dir),
@@ -65,8 +64,8 @@ def prepare(args: argparse.Namespace) -> Config:
     bad = [name for split in splits for name in split.bad_images]
     if bad and not args.skip_bad_images:
         raise ValueError(
-            f'{len(bad)} images are missing or unreadable, such as {bad[0]}; put them in place, or leave '
-            'them out with --skip-bad-images'
+            f'{len(bad)} images are missing or unreadable, such as {bad[0]}; replace them, or leave them out with '
+            '--skip-bad-images'
         )
     train = splits[0]
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
@@ -74,22 +73,13 @@ def prepare(args: argparse.Namespace) -> Config:
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     cfg = save_config(cfg, work_dir, f'{model.stem}_{data.absolute().stem}')
-    print(
-        '\n'.join(
-            [
-                f'model: {model.stem}',
-                *notes,
-                f'config: {cfg.filename}, complete; it goes on with any tool of MMDetection',
-                '',
-            ]
-        ),
-        flush=True,
-    )
+    saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
+    print('\n'.join([f'model: {model.stem}', *notes, saved, '']), flush=True)
     return cfg
 
 
 def _read(args: argparse.Namespace, data: Path, seed: int) -> tuple[list[coco.Split], tuple[str, ...]]:
-    """The splits, training first, cleaned; and the classes."""
+    """The cleaned splits, training first, and the classes."""
     found = coco.find_annotations(data, args.val)
     root = data if data.is_dir() else data.parent
     images = Path(args.images) if args.images else None
@@ -99,47 +89,30 @@ def _read(args: argparse.Namespace, data: Path, seed: int) -> tuple[list[coco.Sp
     ]
     splits.sort(key=lambda split: list(coco.SPLITS).index(split.name))
     classes = coco.choose_classes(splits[0], args.classes)
-    tick = _progress(sum(len(split.content['images']) for split in splits))
+    tick = progress(sum(len(split.content['images']) for split in splits), 'Reading every image once:')
     for split in splits:
         coco.clean(split, classes, skip_bad_images=args.skip_bad_images, tick=tick)
         if not split.content['images']:
-            raise ValueError(f'no image of {split.ann_file} can be read; name their folder with --images DIR')
+            raise ValueError(f'no image of {split.ann_file} can be read; give their folder with --images DIR')
     if 'val' not in found:
         splits.insert(1, coco.split_off(splits[0], 0.2 if args.val_part is None else args.val_part, seed))
     elif args.val_part is not None:
-        raise ValueError(
-            f'--val-part splits data off where there are none for validation, but {found["val"]} is there; leave it out'
-        )
+        raise ValueError(f'--val-part is given, but there are validation data: {found["val"]}; remove --val-part')
     return splits, classes
-
-
-def _progress(total: int) -> Callable[[], object]:
-    """A live bar where someone watches; silence where the output goes to a file."""
-    if not sys.stderr.isatty():
-        return lambda: None
-    print('Reading every image once:', file=sys.stderr)
-    bar = ProgressBar(total, file=sys.stderr)
-
-    def tick() -> None:
-        bar.update()
-        if bar.completed == total:
-            print(file=sys.stderr)
-
-    return tick
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.config is not None:
-        raise ValueError(f'both the config {args.config} and --data are given; give one of them')
+        raise ValueError(f'both the config {args.config} and --data are given; give only one of them')
     if args.launcher != 'none':
         raise ValueError(
-            '--data prepares a training in one process; for several, write its config with --dry-run, '
-            'and train that with --launcher and --auto-scale-lr'
+            '--data trains in one process; for several, write the config with --dry-run, and train it with --launcher '
+            'and --auto-scale-lr'
         )
     if args.auto_scale_lr:
         raise ValueError(
-            '--auto-scale-lr is for a config; with --data the learning rate is scaled already, or given by --lr'
+            '--auto-scale-lr needs a config; with --data the learning rate is always scaled, unless --lr is given'
         )
     for name in ('epochs', 'batch_size', 'accumulate', 'effective_batch', 'lr'):
         value = getattr(args, name)
@@ -160,8 +133,8 @@ def _accumulate(args: argparse.Namespace) -> int:
     if args.effective_batch % batch:
         below = max(1, args.effective_batch // batch) * batch
         raise ValueError(
-            f'--effective-batch must be a multiple of the batch size {batch}, got {args.effective_batch}; '
-            f'{below} or {below + batch} would be'
+            f'--effective-batch must be a multiple of the batch size {batch}, got {args.effective_batch}; use {below} '
+            f'or {below + batch}'
         )
     return args.effective_batch // batch
 
@@ -170,7 +143,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r'(\d+)(?:x(\d+))?', text) if text else None
     if text and (not match or min(int(match[1]), int(match[2] or match[1])) < 32):
         raise ValueError(
-            f"--image-size is '{text}', but a side such as 320 or WIDTHxHEIGHT such as 320x240 is needed, "
-            'at least 32 pixels each'
+            f"--image-size must be a side such as 320 or WIDTHxHEIGHT such as 320x240, at least 32 pixels, got '{text}'"
         )
     return (int(match[1]), int(match[2] or match[1])) if match else None

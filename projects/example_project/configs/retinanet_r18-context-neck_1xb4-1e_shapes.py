@@ -1,11 +1,11 @@
-# MMDetection's RetinaNet on the generated shapes, with a neck of this package, and an attention of msda_plugin in it.
+# MMDetection's RetinaNet on the generated shapes, with this package's neck and an attention layer of msda_plugin.
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     '../../../configs/_base_/datasets/shapes_detection.py',
     '../../../configs/_base_/default_runtime.py',
 ]
 
-runner_type = 'msda_plugin.DetectionRunner'  # processes without a GPU find one another by it
+runner_type = 'msda_plugin.DetectionRunner'  # supports several processes without a GPU
 
 model = dict(
     backbone=dict(depth=18, init_cfg=None, frozen_stages=-1, norm_eval=False),

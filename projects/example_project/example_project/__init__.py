@@ -1,1 +1,1 @@
-"""A package that uses msda_plugin by registry lookup alone."""
+"""A package that uses msda_plugin only through the registry."""

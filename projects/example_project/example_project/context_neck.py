@@ -1,4 +1,4 @@
-"""A neck that lets the coarsest map look around before a feature pyramid passes it on."""
+"""A neck that applies deformable attention to the coarsest map before a feature pyramid."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ class ContextNeck(BaseModule):
 
     Args:
         attention: config of an attention on maps (B, C, H, W), such as ``msda_plugin.DeformableAttention``.
-        neck: config of the neck that follows.
-        init_cfg: MMEngine's initialisation config.
+        neck: config of the following neck.
+        init_cfg: MMEngine's initialization config.
     """
 
     def __init__(self, attention: dict, neck: dict, init_cfg: dict | list | None = None):
@@ -24,6 +24,6 @@ class ContextNeck(BaseModule):
         self.neck = MODELS.build(neck)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Maps (B, C_i, H_i, W_i), finest first -> what the inner neck gives for them."""
+        """Maps (B, C_i, H_i, W_i), finest first, to the output of the inner neck."""
         *finer, coarsest = inputs
         return self.neck([*finer, self.attention(coarsest)])

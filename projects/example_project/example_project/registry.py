@@ -1,4 +1,4 @@
-"""The registry of this package. Its parent is MMEngine's root, so that every other project finds it by its scope."""
+"""The registry of this package, a child of MMEngine's root, so that every project finds it by its scope."""
 
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry

@@ -1,4 +1,4 @@
-# MFDS-DETR at a size that trains from scratch on a CPU: ResNet-18, 128 channels, photographs of 320x240.
+# A small MFDS-DETR that trains from scratch on a CPU: ResNet-18, 128 channels, images of 320x240.
 _base_ = '../../../configs/bccd/deformable-detr-two-stage_shunted-nano_1xb1-44e_bccd.py'
 
 model = dict(

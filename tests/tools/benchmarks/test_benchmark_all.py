@@ -1,4 +1,4 @@
-"""One report of everything: what is measured is in it, what is not is a sentence, and the page needs nothing else."""
+"""The report of ``benchmark all``: results, failures, and a self-contained page."""
 
 import base64
 import re
@@ -38,7 +38,7 @@ def benchmark(folder, *options):
 
 
 class Page(HTMLParser):
-    """Checks that elements are closed; collects texts of headings, table rows, and everything that is loaded."""
+    """Checks that elements are closed; collects headings, table rows, links and the addresses of loaded files."""
 
     def __init__(self, text):
         super().__init__()
@@ -71,11 +71,11 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_leaves_one_page_that_needs_no_other_file(toy, tmp_path, capsys):
+def test_html_report_is_self_contained(toy, tmp_path, capsys):
     assert benchmark(tmp_path, '--quick') == 0
     text = (tmp_path / 'report.html').read_text()
     page = Page(text)
-    assert page.headings == ['At a glance', 'Operator', 'Growth', 'Machine, versions, backends', 'How it was made']
+    assert page.headings == ['At a glance', 'Operator', 'Growth', 'Machine, versions, backends', 'Command']
     assert page.links and all(link.removeprefix('#') in page.ids for link in page.links)
     assert 'http' not in text and '@import' not in text and 'url(' not in text
     assert len(page.loaded) == 3  # the overview, and a plot of each part
@@ -92,12 +92,12 @@ def test_leaves_one_page_that_needs_no_other_file(toy, tmp_path, capsys):
     assert any(row[:3] == ['device', 'dtype', 'backend'] for row in page.rows)
     assert [row[1] for row in page.rows if row[0] == 'CPU']
     assert 'Against the &lt;resolution&gt;.' in text
-    assert 'This is the quick form' in text and 'python -m msda_plugin benchmark op --quick --repeats 2' in text
+    assert 'Quick form' in text and 'python -m msda_plugin benchmark op --quick --repeats 2' in text
     out = capsys.readouterr().out
     assert '[2/2, 0:0' in out and 'toy, forward: mmcv ' in out and str(tmp_path / 'report.html') in out
 
 
-def test_leaves_the_same_as_markdown(toy, tmp_path, capsys):
+def test_markdown_report(toy, tmp_path, capsys):
     assert benchmark(tmp_path) == 0
     text = (tmp_path / 'report.md').read_text()
     assert re.findall('^## (.*)', text, re.M) == [
@@ -105,7 +105,7 @@ def test_leaves_the_same_as_markdown(toy, tmp_path, capsys):
         'Operator',
         'Growth',
         'Machine, versions, backends',
-        'How it was made',
+        'Command',
     ]
     pictures = re.findall(r'!\[.+\]\((.+)\)', text)
     assert (
@@ -118,10 +118,10 @@ def test_leaves_the_same_as_markdown(toy, tmp_path, capsys):
     assert re.search(r'^\| toy \| forward \| .+ms \| .+ms \| [\d.]+× \|$', text, re.M)
     assert re.search(r'^\| full self-attention \| .+ms \| .+ms \| -?\d\.\d\d \|$', text, re.M)
     assert 'python -m msda_plugin complexity --measure 8 12 --device cpu\n' in text
-    assert 'quick' not in text.split('## How it was made')[0].split('## At a glance')[0]
+    assert 'quick' not in text.split('## Command')[0].split('## At a glance')[0]
 
 
-def test_a_part_that_fails_is_a_sentence(toy, tmp_path, monkeypatch, capsys):
+def test_report_names_failed_part(toy, tmp_path, monkeypatch, capsys):
     def no_operator(device):
         raise RuntimeError('this build of mmcv has no ms_deform_attn')
 
@@ -132,11 +132,11 @@ def test_a_part_that_fails_is_a_sentence(toy, tmp_path, monkeypatch, capsys):
     assert '| full self-attention |' in text
     page = Page((tmp_path / 'report.html').read_text())
     assert ['Operator', '–', '0', '–', 'see below'] in page.rows
-    assert len(page.loaded) == 1  # nothing to see at a glance
+    assert len(page.loaded) == 1  # no overview
     assert 'Traceback' not in ''.join(capsys.readouterr())
 
 
-def test_interrupted_leaves_what_is_done(toy, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_writes_report_of_results_so_far(toy, tmp_path, monkeypatch, capsys):
     def one_row(timer, device):
         yield Comparison('first', 'forward', ('mmcv', 'ours'), Measurement(0.3), Measurement(0.1))
         raise KeyboardInterrupt
@@ -146,13 +146,13 @@ def test_interrupted_leaves_what_is_done(toy, tmp_path, monkeypatch, capsys):
     text = (tmp_path / 'report.md').read_text()
     assert '| first | forward | 300 ms | 100 ms | 3.00× |' in text
     before, after = text.split('## Growth')
-    assert '**Not measured:** Ctrl-C came before it was finished.' in before
-    assert '**Not measured:** Ctrl-C came before it was begun.' in after
-    assert 'writing what is done' in capsys.readouterr().err
+    assert '**Not measured:** Interrupted by Ctrl-C.' in before
+    assert '**Not measured:** Not started before Ctrl-C.' in after
+    assert 'writing the report of the measurements so far' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('quick', [False, True])
-def test_every_command_line_is_one(quick):
+def test_every_planned_command_line_is_valid(quick):
     planned = benchmark_all.sections(quick, ['cpu', 'cuda'], 3)
     assert [section.title for section in planned] == [
         f'{part}, {device}' for device in ('cpu', 'cuda') for part in benchmark_all.PARTS
@@ -165,7 +165,7 @@ def test_every_command_line_is_one(quick):
                 assert 'torch' in conditions and 'cpu' in conditions
 
 
-def test_only_some_parts():
+def test_selected_parts():
     (section,) = benchmark_all.sections(True, ['cpu'], 1, ['heads'])
     assert section.title == 'Heads'
     assert section.commands == ('msda_plugin benchmark head --repeats 3 --device cpu --threads 1',)
@@ -180,14 +180,14 @@ def test_only_some_parts():
         (['--parts', 'heart'], "invalid choice: 'heart'"),
     ],
 )
-def test_mistakes_end_in_a_sentence(tmp_path, capsys, options, message):
+def test_invalid_options(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
         benchmark(tmp_path / 'out', *options)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 
-def test_memory_and_remarks_are_in_the_report():
+def test_report_contains_memory_and_remarks():
     rows = [
         Comparison(
             'model',
@@ -211,18 +211,18 @@ def test_memory_and_remarks_are_in_the_report():
     assert '<li>A remark.</li>' in text and '0.50× to 2.00×' in text
 
 
-def test_forms_of_ours_do_not_count_as_stock():
+def test_comparisons_between_own_forms_are_not_in_overview():
     row = Comparison('encoder', 'forward', ('float32', 'bfloat16'), Measurement(1.0), Measurement(2.0))
     assert Section('', '', (), items=[row]).speeds == []
 
 
-def test_growth():
+def test_growth_exponents():
     growth = Growth((10, 20, 40), {'linear': [1.0, 4.0, 16.0], 'quadratic': [1.0, 16.0, 256.0]})
     assert growth.pixels == [100, 400, 1600]
     assert growth.exponents == pytest.approx(dict(linear=1, quadratic=2))
 
 
-def test_texts():
+def test_formatting_and_machine():
     assert [duration(seconds) for seconds in (0.00123, 0.0201, 0.9994, 0.9996, 12.345)] == [
         '1.23 ms',
         '20.1 ms',

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like, and prints what it measured."""
+"""``benchmark backbone``: both implementations compute the same; the table."""
 
 import argparse
 
@@ -13,7 +13,7 @@ ARCH = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(2, 2), mlp_ratios=(2,
 
 
 @pytest.mark.parametrize('training', [False, True])
-def test_plain_forward_computes_the_same(training):
+def test_plain_forward_computes_same_result(training):
     torch.manual_seed(0)
     model = ShuntedTransformer(ARCH, drop_path_rate=0.0).double().train(training)
     image = torch.rand(2, 3, 37, 50, dtype=torch.float64)
@@ -21,20 +21,15 @@ def test_plain_forward_computes_the_same(training):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
 
 
-def test_measures_in_a_fresh_process():
+def test_measures_in_fresh_process():
     measured = backbone.measure('msda_plugin', ARCH, (1, 3, 32, 32), backward=True, threads=1, repeats=1)
     assert measured.seconds > 0
     assert measured.peak > 50e6
 
 
 def test_prints_both_implementations(monkeypatch, capsys):
-    monkeypatch.setattr(
-        backbone,
-        'measure',
-        lambda implementation, *_: (
-            Measurement(2.0, 10**9) if implementation == 'plain' else Measurement(0.5, 25 * 10**7)
-        ),
-    )
+    measured = {'plain': Measurement(2.0, 10**9), 'msda_plugin': Measurement(0.5, 25 * 10**7)}
+    monkeypatch.setattr(backbone, 'measure', lambda implementation, *_: measured[implementation])
     parser = argparse.ArgumentParser()
     backbone.add_parser(parser.add_subparsers())
     assert backbone.run(parser.parse_args(['backbone', '--size', '64', '96'])) == 0

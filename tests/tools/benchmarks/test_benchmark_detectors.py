@@ -1,4 +1,4 @@
-"""``benchmark detectors`` trains what it is told to, and prints what the reports of the trainings say."""
+"""``benchmark detectors``: the training commands and the table."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def fake_training(status=0):
     return run
 
 
-def test_a_row_for_each_config(tmp_path, monkeypatch, capsys):
+def test_one_row_per_config(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detectors.subprocess, 'run', fake_training())
     options = ('--epochs', '2', '--data-root', 'mine', '--work-dir', str(tmp_path))
     assert detectors.run(arguments('configs/a.py', 'b.py', *options)) == 0
@@ -46,7 +46,7 @@ def test_a_row_for_each_config(tmp_path, monkeypatch, capsys):
     assert rows == [f'| {name} | 3.52 | 2.5 | 12.3 -> 5.0 | 0.400 | 0.600 |' for name in 'ab']
 
 
-def test_a_training_that_fails_ends_it(tmp_path, monkeypatch, capsys):
+def test_stops_after_failed_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detectors.subprocess, 'run', fake_training(status=2))
     options = ('--epochs', '2', '--data-root', 'mine/', '--work-dir', str(tmp_path))
     assert detectors.run(arguments('a.py', 'b.py', *options)) == 2
@@ -55,6 +55,6 @@ def test_a_training_that_fails_ends_it(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('epochs', ['0', '-1'])
-def test_no_epochs(epochs, capsys):
+def test_invalid_epochs(epochs, capsys):
     assert detectors.run(arguments('a.py', '--epochs', epochs)) == 2
     assert 'at least 1 is needed' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU: a dry run goes through every step on the CPU; what it compares and counts is right."""
+"""``benchmark gpu``: every step as a dry run on the CPU, its inputs, errors and lower bounds."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ import torch
 
 from msda_plugin.tools import benchmark, benchmarks
 from msda_plugin.tools.benchmarks import gpu, mmcv_kernels, op
+from msda_plugin.tools.benchmarks.timing import EventTimer
 
 CPU = torch.device('cpu')
 SMALL = gpu.Case(op.Shape('small', ((6, 9), (3, 4)), 2, 66, heads=4, head_dim=8, points=3), True)
@@ -24,11 +25,11 @@ def dry_run(*arguments):
 
 def test_dry_run(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'msda_plugin.tools.benchmarks.model', None)
-    monkeypatch.delattr(benchmarks, 'model', raising=False)  # where another test imported it
+    monkeypatch.delattr(benchmarks, 'model', raising=False)  # if another test imported it
     assert dry_run('--json', str(tmp_path / 'figures.json'), '--peer', 'no.such:thing') == 0
     printed = capsys.readouterr().out
     assert printed.startswith('DRY RUN') and 'WRONG' not in printed
-    assert 'peer no.such:thing: skipped' in printed and 'Models: skipped' in printed
+    assert '--peer no.such:thing: skipped' in printed and 'Models: skipped' in printed
     figures = json.loads((tmp_path / 'figures.json').read_text())
     assert figures['dry_run'] and len(figures['operator']) == 2 * len(gpu.DTYPES)
     for row in figures['operator']:
@@ -40,8 +41,8 @@ def test_dry_run(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_torch_alone_is_enough():
-    """The machine with a GPU may have nothing of OpenMMLab."""
+def test_runs_without_openmmlab():
+    """A machine with a GPU may have no OpenMMLab packages."""
     code = (
         'import sys; sys.modules.update(mmengine=None, mmcv=None, mmdet=None); '
         'from msda_plugin.__main__ import main; '
@@ -52,7 +53,7 @@ def test_torch_alone_is_enough():
     assert 'Models: skipped, because' in done.stdout
 
 
-def test_an_error_of_ours_is_told(capsys, monkeypatch):
+def test_reports_wrong_result(capsys, monkeypatch):
     plain, fused, deterministic = gpu.own_forms()
     wrong = fused._replace(call=lambda *arguments: fused.call(*arguments) * 1.01)
     monkeypatch.setattr(gpu, 'own_forms', lambda: [plain, wrong, deterministic])
@@ -61,7 +62,7 @@ def test_an_error_of_ours_is_told(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('case', [SMALL, SMALL._replace(local=False)])
-def test_all_forms_compute_the_same(case):
+def test_all_forms_compute_same_result(case):
     inputs = gpu.make_inputs(case, CPU, torch.float32)
     shapes = torch.tensor(case.shape.levels)
     starts = torch.tensor([0, 54])
@@ -74,7 +75,7 @@ def test_all_forms_compute_the_same(case):
     assert all((tensor != 0).all() for tensor in inputs.values())
 
 
-def test_positions_are_local_and_off_the_borders_of_cells():
+def test_positions_are_local_and_not_near_cell_borders():
     inputs = gpu.make_inputs(SMALL, CPU, torch.float32)
     sizes = torch.tensor([(w, h) for h, w in SMALL.shape.levels], dtype=torch.float32)
     pixels = inputs['locations'] * sizes[:, None] - 0.5
@@ -84,7 +85,7 @@ def test_positions_are_local_and_off_the_borders_of_cells():
     assert distance.mean() < SMALL.shape.points + 1 and distance.max() < SMALL.shape.points + 7
 
 
-def test_floor_and_bytes():
+def test_lower_bound_and_corner_bytes():
     shape = op.Shape('', ((5, 4),), 1, 7, heads=2, head_dim=8, points=3)
     corners = 7 * 2 * 3 * 4 * 8  # queries, heads, points, corners, channels
     assert gpu.corner_bytes(shape, torch.bfloat16, False) == corners * 2
@@ -95,21 +96,21 @@ def test_floor_and_bytes():
     assert gpu.floor_seconds(shape, torch.float32, False, MACHINE) == corners * 4 / 2e9
 
 
-def test_backward_is_timed_without_its_forward_pass():
+def test_backward_is_timed_without_forward_pass():
     calls = []
-    clock = gpu.Clock(CPU, 3)
-    clock.median(lambda prepared: calls.append(prepared), lambda: 'prepared')
-    assert calls == ['prepared'] * 4  # the first does not count
+    timer = EventTimer(CPU, 3)
+    timer.median(lambda prepared: calls.append(prepared), lambda: 'prepared')
+    assert calls == ['prepared'] * 4  # the first is a warm-up run
     inputs = gpu.make_inputs(SMALL, CPU, torch.float32)
     form = gpu.own_forms()[0]
     rotation = [[inputs[name] * factor for name in form.inputs] for factor in (1, 2)]
     step = gpu._Backward(form, torch.tensor(SMALL.shape.levels), torch.tensor([0, 54]), rotation, [inputs['grad']] * 2)
     prepared = step.prepare(), step.prepare()
-    assert prepared[0][0].requires_grad and not torch.equal(prepared[0][0], prepared[1][0])  # inputs take turns
+    assert prepared[0][0].requires_grad and not torch.equal(prepared[0][0], prepared[1][0])  # inputs alternate
     assert [grad.shape for grad in step(prepared[0])] == [tensor.shape for tensor in rotation[0]]
 
 
-def test_relative_error_sees_nan():
+def test_relative_error_of_nan():
     exact = torch.ones(4, dtype=torch.float64)
     assert gpu.relative_error(torch.tensor([1, 1, 1, 1.5]), exact) == pytest.approx(0.25)
     assert not gpu.relative_error(torch.tensor([1, 1, 1, float('nan')]), exact) <= 1
@@ -131,7 +132,7 @@ def test_model_rows(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_autocast_reaches_the_model(tiny_stock_config):
+def test_measures_model_with_autocast(tiny_stock_config):
     pytest.importorskip('msda_plugin.tools.benchmarks.model')
     args = argparse.Namespace(
         config=str(tiny_stock_config), device='cpu', height=128, width=128, batch=1, runs=1, threads=1
@@ -147,17 +148,17 @@ def benchmark_arguments(*arguments):
     return parser.parse_args(['gpu', *arguments])
 
 
-def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+def test_without_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert benchmark.main(['gpu']) == 2
-    assert 'there is no GPU; --dry-run' in capsys.readouterr().out
+    assert 'torch sees no GPU; --dry-run' in capsys.readouterr().out
 
 
-def test_missing_sources_of_mmcv_are_told(capsys, tmp_path):
+def test_missing_mmcv_sources(capsys, tmp_path):
     with pytest.raises(FileNotFoundError, match='pip download'):
         with mmcv_kernels.unpacked(tmp_path / 'no.tar.gz'):
             pass
-    with pytest.raises(FileNotFoundError, match='not mmcv'):
+    with pytest.raises(FileNotFoundError, match='expected mmcv'):
         with mmcv_kernels.unpacked(tmp_path):
             pass
 
@@ -165,25 +166,23 @@ def test_missing_sources_of_mmcv_are_told(capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif('MSDA_MMCV_SDIST' not in os.environ, reason="MSDA_MMCV_SDIST does not name mmcv's sources")
 def test_mmcv_kernel_compiles(tmp_path):
-    try:
-        mmcv_kernels.find_nvcc()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    if mmcv_kernels.find_nvcc() is None:
+        pytest.skip('there is no nvcc')
     mmcv_kernels.build(Path(os.environ['MSDA_MMCV_SDIST']), 'sm_90', tmp_path / 'libmmcv.so')
     kernels = mmcv_kernels.MmcvKernels(tmp_path / 'libmmcv.so')
     assert kernels.library.mmcv_forward and kernels.library.mmcv_backward
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
-def test_events_measure_the_device():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_event_timer_measures_gpu_time():
     matrix = torch.rand(2048, 2048, device='cuda')
-    clock = gpu.Clock(torch.device('cuda'), 5)
-    once = clock.median(lambda: matrix @ matrix)
-    assert 2 * once < clock.median(lambda: [matrix @ matrix for _ in range(4)]) < 8 * once
+    timer = EventTimer(torch.device('cuda'), 5)
+    once = timer.median(lambda: matrix @ matrix)
+    assert 2 * once < timer.median(lambda: [matrix @ matrix for _ in range(4)]) < 8 * once
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
-def test_on_a_gpu(capsys):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_gpu(capsys):
     assert benchmark.main(['gpu', '--cases', 'decoder, 300', '--repeats', '3', '--skip-models']) == 0
     assert 'WRONG' not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like, and prints what it measured."""
+"""``benchmark head``: both implementations compute the same losses; the table."""
 
 import argparse
 
@@ -15,7 +15,7 @@ def parse(*argv):
 
 
 @pytest.mark.parametrize('case', head.CASES, ids=lambda case: case.name)
-def test_losses_are_the_same(case):
+def test_losses_equal_mmdet(case):
     inputs = head.make_inputs(case, batch=2, queries=20, objects=4, device=torch.device('cpu'))
     stock, ours = case.build('mmdet'), case.build('msda_plugin')
     assert ours.matcher is not None
@@ -24,7 +24,7 @@ def test_losses_are_the_same(case):
     assert len(losses) == 3 * (head.LAYERS + bool(case.keys))
 
 
-def test_a_difference_is_found():
+def test_largest_difference_of_different_losses():
     case = head.CASES[0]
     inputs = head.make_inputs(case, batch=1, queries=20, objects=4, device=torch.device('cpu'))
     ours = case.build('msda_plugin')

@@ -1,4 +1,4 @@
-"""The benchmark of layers compares like with like, and prints what it measured."""
+"""``benchmark layer``: both implementations compute the same; the table."""
 
 import argparse
 
@@ -18,7 +18,7 @@ def arguments(*argv):
 
 
 @pytest.mark.parametrize('case', layer.CASES, ids=lambda case: case.name)
-def test_both_sides_compute_the_same(case):
+def test_both_sides_compute_same_result(case):
     torch.manual_seed(0)
     levels = [(16, 24), (8, 12), (4, 6), (2, 3)][: len(case.strides)]
     modules, *functions = case.build(levels, CPU)
@@ -29,7 +29,7 @@ def test_both_sides_compute_the_same(case):
     assert all(parameter.grad is not None for parameter in own.values())
 
 
-def test_a_difference_is_found():
+def test_largest_difference_of_different_results():
     assert layer.largest_difference(lambda x: 2 * x, lambda x: 2.02 * x, torch.ones(3)) == pytest.approx(0.01, 1e-3)
 
 

@@ -1,8 +1,7 @@
-"""The benchmark compares one model with itself, and prints what it measured."""
+"""``benchmark model``: measurements, comparison of the outputs, and the table."""
 
 import argparse
 import logging
-import sys
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from msda_plugin.tools.benchmarks import model as benchmark
 
 
 @pytest.fixture(autouse=True)
-def not_so_quiet_afterwards():
+def restore_log_level():
     yield
     MMLogger.get_instance('msda_plugin').setLevel(logging.NOTSET)
 
@@ -45,7 +44,7 @@ def test_compares_raw_outputs(args):
     assert 0 < difference < 1e-4
 
 
-def test_difference_sees_another_result(args, monkeypatch):
+def test_difference_of_changed_model(args, monkeypatch):
     def worsen(model):
         with torch.no_grad():
             model.bbox_head.cls_branches[0].bias += 0.5
@@ -55,13 +54,13 @@ def test_difference_sees_another_result(args, monkeypatch):
     assert benchmark.compare(args)[1] == pytest.approx(0.5, rel=1e-3)
 
 
-def test_both_sides_have_the_same_weights(args):
+def test_both_sides_have_same_weights(args):
     models = [benchmark.build(args) for _ in range(2)]
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_nothing_is_downloaded():
+def test_without_downloads():
     cfg = dict(
         model=dict(
             pretrained='x',
@@ -75,7 +74,7 @@ def test_nothing_is_downloaded():
     )
 
 
-def test_choices_are_those_of_the_first_pass():
+def test_second_pass_replays_choices():
     choices = benchmark.SameChoices()
     scores = torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.2, 0.3]])
     with choices:
@@ -104,10 +103,10 @@ def test_table(args, monkeypatch, capsys):
     rows = [line.split() for line in lines[3:7]]
     assert rows[0] == ['inference', 'stock', '3.000', '1000', '1.00x', '100%', '0.250']
     assert rows[3] == ['training', 'step', 'accelerated', '1.000', '500', '3.00x', '50%']
-    assert '2.0e-06' in out and 'of 900' in out and 'take 0.250 s of the stock inference' in out
+    assert '2.0e-06' in out and 'rank 2 of 900' in out and 'take 0.250 s of the stock inference' in out
 
 
-def test_mistakes_end_in_a_sentence(tmp_path, capsys):
+def test_invalid_config(tmp_path, capsys):
     empty, other = tmp_path / 'empty.py', tmp_path / 'other.py'
     empty.write_text('a = 1')
     other.write_text("_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'")
@@ -120,4 +119,3 @@ def test_mistakes_end_in_a_sentence(tmp_path, capsys):
             main(['benchmark', 'model', str(path)])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
-    assert 'msda_plugin.tools.benchmarks.model' in sys.modules

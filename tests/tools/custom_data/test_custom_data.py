@@ -1,4 +1,4 @@
-"""Own data in one command: the layouts, the check, the config, the training, and what mistakes end in."""
+"""``train --data``: layouts, check of the data, config, training and error messages."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from PIL import Image
 
@@ -23,7 +24,7 @@ CLASSES = ('cat', 'dog')
 
 
 def coco(names=('0.jpg', '1.jpg', '2.jpg'), classes=CLASSES):
-    """Each image but the last holds one box of each class."""
+    """COCO content with one box of each class in each image but the last."""
     boxes = [(image, label) for image in range(len(names) - 1) for label in range(len(classes))]
     return dict(
         images=[dict(id=i, file_name=name, width=64, height=48) for i, name in enumerate(names)],
@@ -79,7 +80,7 @@ LAYOUTS = {
         for split, folder in (('train', 'train'), ('val', 'valid'), ('test', 'test'))
     },
     'one file': {'train': ('annotations/instances_default.json', 'images')},
-    'images beside the one file': {'train': ('labels.json', '.')},
+    'images next to the one file': {'train': ('labels.json', '.')},
 }
 
 
@@ -94,14 +95,14 @@ def test_layouts(layout, tmp_path):
         assert loaded.images.resolve() == (tmp_path / images).resolve()
 
 
-def test_captions_and_settings_are_no_annotations(tmp_path):
+def test_ignores_captions_and_other_json_files(tmp_path):
     for name in ('instances', 'person_keypoints', 'captions'):
         write(tmp_path / f'annotations/{name}_train2017.json', tmp_path / 'train2017')
     (tmp_path / 'settings.json').write_text('{}')
     assert coco_files.find_annotations(tmp_path) == {'train': tmp_path / 'annotations/instances_train2017.json'}
 
 
-def test_a_file_brings_its_sibling(tmp_path):
+def test_annotation_file_with_siblings(tmp_path):
     for name in ('train.json', 'val.json', 'other_val.json', 'all.json'):
         write(tmp_path / name, tmp_path)
     assert coco_files.find_annotations(tmp_path / 'train.json') == {
@@ -114,9 +115,9 @@ def test_a_file_brings_its_sibling(tmp_path):
     )
 
 
-def test_several_or_no_files_are_an_error(tmp_path):
+def test_several_or_no_annotation_files(tmp_path):
     (tmp_path / 'readme.json').write_text('{}')
-    with pytest.raises(FileNotFoundError, match=r'no annotation file .* the JSON files readme.json.*--data FILE'):
+    with pytest.raises(FileNotFoundError, match=r'no annotation file .*JSON files: readme.json.*--data FILE'):
         coco_files.find_annotations(tmp_path)
     for name in ('a', 'b'):
         write(tmp_path / f'{name}.json', tmp_path)
@@ -126,7 +127,7 @@ def test_several_or_no_files_are_an_error(tmp_path):
         coco_files.find_annotations(tmp_path / 'nowhere')
 
 
-def test_images_that_are_nowhere(tmp_path):
+def test_missing_images(tmp_path):
     write(tmp_path / 'data/train.json', tmp_path / 'elsewhere')
     with pytest.raises(FileNotFoundError, match=r'none of the images .* \(such as 0.jpg\) .* --images DIR'):
         coco_files.load_split('train', tmp_path / 'data/train.json', tmp_path / 'data')
@@ -136,13 +137,13 @@ def test_images_that_are_nowhere(tmp_path):
 
 
 # ---- records and images ---------------------------------------------------------------------------------------------
-def test_good_data_stays_as_it_is(tmp_path):
+def test_good_data_is_unchanged(tmp_path):
     split = load(tmp_path)
     coco_files.clean(split, coco_files.choose_classes(split))
     assert not split.changed and coco_files.write(split, tmp_path / 'work') == tmp_path / 'train.json'
 
 
-def test_what_is_missing_is_filled_in(tmp_path):
+def test_missing_fields_are_added(tmp_path):
     content = coco()
     for image in content['images']:
         del image['width'], image['height']
@@ -160,14 +161,14 @@ def test_what_is_missing_is_filled_in(tmp_path):
     written = json.loads(path.read_text())
     assert [(i['width'], i['height']) for i in written['images']] == [(64, 48)] * 3
     assert [a['area'] for a in written['annotations']] == [200] * 4
-    assert [note.split(',')[0] for note in split.notes] == ['1 annotations left out'] * 2
+    assert split.notes == ['1 annotations of unlisted images left out', '1 annotations of unlisted categories left out']
 
 
-def test_categories_take_one_order_and_unused_ones_go(tmp_path):
+def test_categories_are_reordered_and_unused_ones_dropped(tmp_path):
     train = load(tmp_path, coco(classes=('none', *CLASSES)))
     train.content['annotations'] = [a for a in train.content['annotations'] if a['category_id'] != 10]
     classes = coco_files.choose_classes(train)
-    assert classes == CLASSES and train.notes == ['categories left out, without a box for training: none']
+    assert classes == CLASSES and train.notes == ['categories left out, no training boxes: none']
     val = coco_files.load_split(
         'val', write(tmp_path / 'val.json', tmp_path / 'images', coco(classes=('dog', 'cat'))), tmp_path
     )
@@ -184,13 +185,13 @@ def test_classes_by_name(tmp_path):
     assert coco_files.choose_classes(split, ['dog']) == ('dog',)
     coco_files.clean(split, ['dog'])
     assert coco_files.count_boxes(split) == {'dog': 2}
-    with pytest.raises(ValueError, match='--classes names bird, but .* has dog'):
+    with pytest.raises(ValueError, match='--classes contains bird, but the categories of .* are dog'):
         coco_files.choose_classes(split, ['bird'])
     split.content['categories'] *= 2
     with pytest.raises(ValueError, match="several categories named 'dog'"):
         coco_files.choose_classes(split)
     split = load(tmp_path, {**coco(), 'annotations': []})
-    with pytest.raises(ValueError, match='holds no box of the classes cat, dog'):
+    with pytest.raises(ValueError, match='has no box of the classes cat, dog'):
         coco_files.choose_classes(split)
 
 
@@ -201,7 +202,7 @@ def test_bad_images_and_wrong_sizes(tmp_path):
     Image.new('RGB', (48, 64)).save(split.images / '2.jpg')
     coco_files.clean(split, CLASSES)
     assert split.bad_images == ['0.jpg', '1.jpg'] and len(split.content['images']) == 5
-    assert split.notes == ['1 images have another size than the annotations say, whose boxes may not fit: 2.jpg']
+    assert split.notes == ['1 images differ in size from the annotation file, so their boxes may be wrong: 2.jpg']
     coco_files.clean(split, CLASSES, skip_bad_images=True)
     assert [image['id'] for image in split.content['images']] == [2, 3, 4]
     assert {a['image_id'] for a in split.content['annotations']} == {2, 3} and split.changed
@@ -226,7 +227,7 @@ def test_description(tmp_path):
         assert row in rows
 
 
-def test_a_part_is_split_off(tmp_path):
+def test_split_off_validation_images(tmp_path):
     names = [f'{i}.jpg' for i in range(20)]
 
     def split_images(names, part=0.2, seed=0):
@@ -243,9 +244,9 @@ def test_a_part_is_split_off(tmp_path):
     chosen = split_images(names)
     assert len(chosen) == 4 and chosen == split_images(names[::-1]) != split_images(names, seed=1)
     assert len(split_images(names[:2], 0.01)) == 1 == len(split_images(names[:2], 0.99))
-    with pytest.raises(ValueError, match='has 1 image, and'):
+    with pytest.raises(ValueError, match='has 1 image, but'):
         coco_files.split_off(load(tmp_path, coco(names[:1])), 0.2, 0)
-    with pytest.raises(ValueError, match='--val-part is 20, but a number between 0 and 1'):
+    with pytest.raises(ValueError, match='--val-part must be between 0 and 1, such as 0.2, got 20'):
         coco_files.split_off(load(tmp_path), 20, 0)
 
 
@@ -257,7 +258,7 @@ def config(model=DEFAULT_MODEL, classes=CLASSES, most_boxes=5, num_images=100, *
     )
 
 
-def test_learning_rate_follows_the_batch():
+def test_learning_rate_scales_with_batch():
     for batch, accumulate, factor in ((4, 1, 1), (2, 1, 0.5), (4, 4, 4)):
         cfg, notes = config(batch_size=batch, accumulate=accumulate)
         assert cfg.optim_wrapper.optimizer.lr == pytest.approx(4e-4 * factor)
@@ -267,17 +268,17 @@ def test_learning_rate_follows_the_batch():
     assert config(batch_size=64, lr=1e-3)[0].optim_wrapper.optimizer.lr == 1e-3
 
 
-def test_model_follows_the_data():
+def test_model_settings_from_data():
     cfg, _ = config()
     assert cfg.model.bbox_head.num_classes == 2 and cfg.model.num_queries == 60
     assert cfg.val_evaluator.ann_file == cfg.test_evaluator.ann_file == '/data/val.json'
     cfg, notes = config(classes=('cat',), most_boxes=200)
     assert cfg.model.num_queries == 400 and any('up to 200 boxes' in note for note in notes)
-    # More predictions than queries × classes cannot be taken.
+    # At most queries × classes predictions.
     assert config(classes=('cat',))[0].model.test_cfg.max_per_img == 60
 
 
-def test_a_complete_config_gives_its_optimizer_and_size():
+def test_complete_config_provides_optimizer_and_image_size():
     cfg, _ = config('deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes', batch_size=8)
     assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=1e-3, weight_decay=1e-4, fused=True)
     (resize,) = [step for step in cfg.test_dataloader.dataset.pipeline if step['type'] == 'Resize']
@@ -296,12 +297,12 @@ def test_image_size_and_schedule():
 
 def test_model_names():
     assert DEFAULT_MODEL in model_files() and all(path.is_file() for path in model_files().values())
-    with pytest.raises(ValueError, match=f"no model 'yolo'; .*{DEFAULT_MODEL}"):
+    with pytest.raises(ValueError, match=f"unknown model 'yolo'; .*{DEFAULT_MODEL}"):
         find_model('yolo')
     assert find_model(str(model_files()[DEFAULT_MODEL])) == model_files()[DEFAULT_MODEL]
 
 
-def test_a_model_of_masks_is_refused(tmp_path):
+def test_mask_model_is_rejected(tmp_path):
     path = tmp_path / 'masks.py'
     path.write_text("model = dict(type='MaskRCNN', roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict()))\n")
     with pytest.raises(ValueError, match="'masks' predicts masks"):
@@ -312,7 +313,7 @@ def test_a_model_of_masks_is_refused(tmp_path):
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, capsys):
+def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / 'train.json', tmp_path / 'images')
     assert 'a config or --data is needed' in sentence([], capsys)
@@ -321,8 +322,8 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, capsys):
     assert '--data nowhere does not exist' in sentence(['--data', 'nowhere'], capsys)
     assert '--val nowhere does not exist' in sentence(['--data', '.', '--val', 'nowhere'], capsys)
     assert '--images nowhere does not exist' in sentence(['--data', '.', '--images', 'nowhere'], capsys)
-    assert "no model 'yolo'" in sentence(['--data', '.', '--model', 'yolo'], capsys)
-    assert '8 or 12 would be' in sentence(['--data', '.', '--effective-batch', 10], capsys)
+    assert "unknown model 'yolo'" in sentence(['--data', '.', '--model', 'yolo'], capsys)
+    assert 'use 8 or 12' in sentence(['--data', '.', '--effective-batch', 10], capsys)
     assert '--batch-size must be positive, got 0' in sentence(['--data', '.', '--batch-size', 0], capsys)
     assert 'a side such as 320' in sentence(['--data', '.', '--image-size', 'big'], capsys)
     assert 'none.pth does not exist' in sentence(['--data', '.', '--load-from', 'none.pth'], capsys)
@@ -333,33 +334,21 @@ def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, capsys):
     assert '1 images are missing or unreadable, such as 1.jpg' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
     (tmp_path / 'w').mkdir()
     (tmp_path / 'w/last_checkpoint').touch()
-    assert 'go on with it by --resume' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
+    assert 'continue it with --resume' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
 
 
-def test_dry_run_writes_a_config_that_any_tool_builds(tmp_path, monkeypatch, capsys):
+def test_dry_run_writes_complete_config(tmp_path, monkeypatch, capsys):
     from mmdet.registry import DATASETS, METRICS, MODELS
     from mmengine.registry import init_default_scope
 
     monkeypatch.chdir(tmp_path)
     write(tmp_path / 'mine/labels.json', tmp_path / 'mine/pictures', coco([f'{i}.jpg' for i in range(10)]))
-    assert (
-        main(
-            [
-                '--data',
-                'mine',
-                '--dry-run',
-                '--effective-batch',
-                '8',
-                '--cfg-options',
-                'model.bbox_head.loss_cls.gamma=1.5',
-            ]
-        )
-        == 0
-    )
+    options = ['--effective-batch', '8', '--cfg-options', 'model.bbox_head.loss_cls.gamma=1.5']
+    assert main(['--data', 'mine', '--dry-run', *options]) == 0
     said = capsys.readouterr().out
-    assert 'split off from the training data: 2 of 10 images, seed 0' in said and '2 classes: cat, dog' in said
+    assert 'taken from the training data: 2 of 10 images, seed 0' in said and '2 classes: cat, dog' in said
     cfg = Config.fromfile(f'work_dirs/mine/{DEFAULT_MODEL}_mine.py')
-    monkeypatch.chdir('/')  # it holds wherever it is read
+    monkeypatch.chdir('/')  # independent of the working directory
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
     assert model.bbox_head.num_classes == 2 and model.bbox_head.loss_cls.gamma == 1.5
@@ -377,47 +366,36 @@ def shapes(tmp_path_factory):
     return folder
 
 
-ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}  # as in conftest.py, for other processes
-
-
-def command(*args):
-    return [sys.executable, '-m', 'msda_plugin', 'train', *map(str, args), '--image-size', '64', '--workers', '0']
-
-
-def run(*args):
-    done = subprocess.run(command(*args), capture_output=True, text=True, timeout=600, env=ONE_THREAD)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+def train(*args):
+    DetLocalVisualizer._instance_dict.clear()  # one per process, with the folder of the last training
+    assert main([*map(str, args)]) == 0
 
 
 @pytest.mark.slow
-def test_trains_resumes_and_leaves_everything(shapes, tmp_path):
+def test_trains_and_resumes(shapes, tmp_path):
     options = ['--data', shapes, '--work-dir', tmp_path, '--accumulate', 2, '--batch-size', 2]
-    run(*options, '--epochs', 1)
+    options += ['--image-size', '64', '--workers', '0']
+    train(*options, '--epochs', 1)
     saved = tmp_path / f'{DEFAULT_MODEL}_mine.py'
     for name in ('epoch_1.pth', 'best_coco_bbox_mAP_epoch_1.pth', 'curves.png', 'metrics.json', saved.name):
         assert (tmp_path / name).is_file()
-    log = run(*options, '--epochs', 2, '--resume')
-    assert 'resumed epoch: 1' in log and (tmp_path / 'epoch_2.pth').is_file()
-    # The config stands for itself: the other form of the command goes on from there.
-    done = subprocess.run(
-        [sys.executable, '-m', 'msda_plugin', 'train', saved, '--resume', '--cfg-options', 'train_cfg.max_epochs=3'],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=ONE_THREAD,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(*options, '--epochs', 2, '--resume')
+    assert any('resumed epoch: 1' in log.read_text() for log in tmp_path.glob('*/*.log'))
+    assert (tmp_path / 'epoch_2.pth').is_file()
+    # The saved config also resumes without --data.
+    train(saved, '--resume', '--cfg-options', 'train_cfg.max_epochs=3')
     assert (tmp_path / 'epoch_3.pth').is_file()
     assert [entry['epoch'] for entry in json.loads((tmp_path / 'metrics.json').read_text())['history']] == [1, 2, 3]
     assert torch.load(tmp_path / 'epoch_3.pth', weights_only=False)['meta']['epoch'] == 3
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_the_last_checkpoint(shapes, tmp_path):
-    options = ['--data', shapes, '--work-dir', tmp_path, '--epochs', 1000]
+def test_ctrl_c_keeps_last_checkpoint(shapes, tmp_path):
+    command = [sys.executable, '-m', 'msda_plugin', 'train', '--data', shapes, '--work-dir', tmp_path]
+    command += ['--epochs', 1000, '--image-size', 64, '--workers', 0]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}  # as in conftest.py, for a subprocess
     with subprocess.Popen(
-        command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         for _ in range(3000):
             if (tmp_path / 'last_checkpoint').is_file() or process.poll() is not None:
@@ -428,5 +406,5 @@ def test_ctrl_c_keeps_the_last_checkpoint(shapes, tmp_path):
     assert process.returncode == 130, errors[-3000:]
     last = errors.splitlines()[-1]
     assert 'msda_plugin train: stopped' in last and '--resume' in last and 'Traceback' not in errors
-    (checkpoint,) = [word.rstrip(',') for word in last.split() if word.rstrip(',').endswith('.pth')]
+    (checkpoint,) = [word.rstrip(',;.') for word in last.split() if word.rstrip(',;.').endswith('.pth')]
     assert torch.load(checkpoint, weights_only=False)['meta']['epoch'] >= 1

@@ -1,0 +1,181 @@
+// Tiles: the samples of a few queries, planned for the CPU kernels.
+#pragma once
+
+#include "../ms_deform_attn.h"
+#include "layout.h"
+#include "memory.h"
+#include "simd.h"
+
+namespace msda::MSDA_ISA {
+namespace {
+
+constexpr int64_t kTileSamples = 64;
+
+// The samples of some queries of one image and head on a range of levels. A is the accumulation type, C that of the
+// coordinates.
+template <class A, class C>
+class Tile {
+ public:
+  Tile(const Problem& p, const Layout& layout, int64_t level_begin, int64_t level_end)
+      : samples((level_end - level_begin) * p.points), capacity(max_of(1, kTileSamples / samples)),
+        size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), corner(4 * size), row(4 * size), weight(size),
+        down(size), right(size), inside(size), width(size), height(size), raw(2 * size),
+        origin(p.reference_size * size), p_(p), packed_(layout.packed), first_(level_begin * p.points), x_(size),
+        y_(size), start_(size), pitch_(size), logits_(capacity * p.samples() + kLanes<A>) {
+    for (int64_t s = 0; s < size; ++s) {
+      const Level& level = layout.levels[level_begin + s % samples / p.points];
+      height[s] = level.height;
+      width[s] = level.width;
+      start_[s] = level.origin;
+      pitch_[s] = level.pitch;
+      x_[s] = y_[s] = weight[s] = 0;  // the last samples may be padding
+    }
+    std::memset(logits_, 0, sizeof(A) * (capacity * p.samples() + kLanes<A>));
+  }
+
+  void plan(int64_t image, int64_t head, int64_t query, int64_t count) {
+    const int64_t all = p_.samples(), total = count * samples;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t unit = (image * p_.queries + query + i) * p_.heads + head;
+      widen(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + first_), raw + 2 * i * samples, 2 * samples);
+      const C* weights = static_cast<const C*>(p_.weights) + unit * all;
+      const int64_t ahead = count * p_.heads * all;  // in the next tile; hardware prefetchers miss this stride
+      prefetch<0>(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + ahead + first_), 2 * samples * sizeof(C));
+      prefetch<0>(weights + ahead + first_, samples * sizeof(C));
+      if (p_.reference_size == 0)
+        widen(weights + first_, weight + i * samples, samples);
+      else
+        widen(weights, logits_ + i * all, all);
+    }
+    if (p_.reference_size != 0) softmax(count);
+    positions(image * p_.queries + query, count);
+    neighbors(total);
+  }
+
+  const int64_t samples, capacity, size;  // per query; queries; in all, rounded up to whole vectors
+  Buffer<A> corner;                       // [size][4]: weights of the corners, times the attention weight
+  // Rows of the corners. Packed, [size][2]: the upper left and the lower left one, each followed by the right one. In
+  // place, [size][4], with -1 for a missing corner.
+  Buffer<int32_t> row;
+  Buffer<A> weight, down, right;
+  Buffer<int32_t> inside, width, height;
+  Buffer<A> raw;     // [size][2]: the given coordinates
+  Buffer<A> origin;  // [reference_size][size]: reference point or box of each sample
+
+ private:
+  // `weight` from logits_, which holds all logits of `count` queries. The exponentials are computed for the whole tile
+  // at once, since one query may have few.
+  void softmax(int64_t count) {
+    const int64_t all = p_.samples(), total = count * all;
+    for (int64_t i = 0; i < count; ++i) {
+      A* logits = logits_ + i * all;
+      const A shift = largest<A>(logits, all);
+      for (int64_t s = 0; s < all; ++s) logits[s] -= shift;
+    }
+    for (int64_t s = 0; s < total; s += kLanes<A>) store<A>(logits_ + s, exp_of_nonpositive(load(logits_ + s)));
+    for (int64_t i = 0; i < count; ++i) {
+      const A *powers = logits_ + i * all, scale = A(1) / sum<A>(powers, all);
+      for (int64_t s = 0; s < samples; ++s) weight[i * samples + s] = powers[first_ + s] * scale;
+    }
+  }
+
+  void positions(int64_t row, int64_t count) {
+    const int64_t total = count * samples, features = p_.reference_size;
+    const A* __restrict xy = raw;
+    A* __restrict x = x_;
+    A* __restrict y = y_;
+    const int32_t *w = width, *h = height;
+    if (features == 0) {
+      for (int64_t s = 0; s < total; ++s) {
+        x[s] = pixel_of_location(xy[2 * s], static_cast<A>(w[s]));
+        y[s] = pixel_of_location(xy[2 * s + 1], static_cast<A>(h[s]));
+      }
+      return;
+    }
+    const int64_t level_begin = first_ / p_.points, levels = samples / p_.points;
+    for (int64_t i = 0, s = 0; i < count; ++i) {
+      const C* references =
+          static_cast<const C*>(p_.reference_points) + ((row + i) * p_.levels + level_begin) * features;
+      for (int64_t l = 0; l < levels; ++l) {
+        for (int64_t f = 0; f < features; ++f) {
+          A reference;
+          widen(references + l * features + f, &reference, 1);
+          A* target = origin + f * size + s;
+          if (p_.points == 4) {  // a constant, for the compiler
+            for (int k = 0; k < 4; ++k) target[k] = reference;
+          } else {
+            for (int64_t k = 0; k < p_.points; ++k) target[k] = reference;
+          }
+        }
+        s += p_.points;
+      }
+    }
+    const A *ox = origin, *oy = origin + size;
+    if (features == 2) {
+      for (int64_t s = 0; s < total; ++s) {
+        x[s] = pixel_of_point(ox[s], xy[2 * s], static_cast<A>(w[s]));
+        y[s] = pixel_of_point(oy[s], xy[2 * s + 1], static_cast<A>(h[s]));
+      }
+    } else {
+      const A *ow = origin + 2 * size, *oh = origin + 3 * size;
+      const A unit = A(0.5) / static_cast<A>(p_.points);
+      for (int64_t s = 0; s < total; ++s) {
+        x[s] = pixel_of_box(ox[s], ow[s], xy[2 * s], unit, static_cast<A>(w[s]));
+        y[s] = pixel_of_box(oy[s], oh[s], xy[2 * s + 1], unit, static_cast<A>(h[s]));
+      }
+    }
+  }
+
+  void neighbors(int64_t total) {
+    using I = Integers<A>;
+    for (int64_t s = 0; s < total; s += kLanes<A>) {
+      const I h = load_integers<A>(height + s), w = load_integers<A>(width + s);
+      const I start = load_integers<A>(start_ + s), pitch = load_integers<A>(pitch_ + s);
+      const Vector<A> attention = load(weight + s);
+      auto cell = locate(load(x_ + s), load(y_ + s), h, w);
+      store<A>(down + s, cell.down);
+      store<A>(right + s, cell.right);
+      store_integers<A>(inside + s, cell.row >= -1);
+      Vector<A> weights[4];
+      for (int i = 0; i < 4; ++i) weights[i] = corner_weight(cell.down, cell.right, i) * attention;
+      store_interleaved<A>(corner + 4 * s, weights);
+      if (packed_) {
+        cell.row = cell.row < -1 ? I{} - 1 : cell.row;  // excluded samples lie in the border
+        const I rows[2] = {corner_key(cell, 0, start, pitch), corner_key(cell, 2, start, pitch)};
+        store_interleaved<A>(row + 2 * s, rows);
+      } else {
+        I rows[4];
+        for (int i = 0; i < 4; ++i)
+          rows[i] = corner_exists(cell, i, h, w) ? corner_key(cell, i, start, pitch) : I{} - 1;
+        store_interleaved<A>(row + 4 * s, rows);
+      }
+    }
+  }
+
+  const Problem& p_;
+  const bool packed_;
+  const int64_t first_;  // the query's sample at which the range of levels begins
+  Buffer<A> x_, y_;
+  Buffer<int32_t> start_, pitch_;
+  Buffer<A> logits_;
+};
+
+// The offset of the row of corner i of a sample: `rows` as in Tile, `stride` and `missing` in bytes as in Rows.
+template <bool kPacked>
+inline int64_t corner_offset(const int32_t* rows, int i, int64_t stride, int64_t missing) {
+  if constexpr (kPacked) return rows[i / 2] * stride + (i % 2) * stride;
+  return rows[i] < 0 ? missing : rows[i] * stride;
+}
+template <bool kPacked>
+constexpr int kRowsPerSample = kPacked ? 2 : 4;
+
+// Prefetches the corner rows of a tile that are read in place. They are scattered over memory that is often larger than
+// the caches.
+template <class T, class A, class C>
+MSDA_INLINE void prefetch_rows(const Tile<A, C>& tile, int64_t count, const Rows<T>& rows, int64_t bytes) {
+  for (int64_t i = 0; i < count * tile.samples * kRowsPerSample<false>; ++i)
+    prefetch<2>(rows.base() + corner_offset<false>(tile.row + i, 0, rows.stride(), rows.missing()), bytes);
+}
+
+}  // namespace
+}  // namespace msda::MSDA_ISA
