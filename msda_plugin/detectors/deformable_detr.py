@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from msda_plugin.compat import pretrained_last
 from msda_plugin.detectors.build_checks import NeckInputCheck, check_given, check_parts
 from msda_plugin.detectors.padding import is_padded, padding_masks
-from msda_plugin.layers.deformable_detr_layers import (
-    DeformableDetrTransformerDecoder,
-    DeformableDetrTransformerEncoder,
-    pixel_centers,
-)
+from msda_plugin.layers.deformable_detr_layers import DeformableDetrTransformerDecoder, DeformableDetrTransformerEncoder
+from msda_plugin.layers.reference_points import pixel_centers
 from msda_plugin.layers.transformer_parts import build_or_default
 from msda_plugin.registry import MODELS
 
