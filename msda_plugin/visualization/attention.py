@@ -21,6 +21,7 @@ from mmdet.models.dense_heads import DETRHead
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
+from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
 from msda_plugin.layers.attention_weights import attention_weights
 from msda_plugin.layers.deformable_multi_head_attention import AttentionInputs, DeformableMultiHeadAttention
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
@@ -441,8 +442,7 @@ class Recording:
             raise ValueError(f'detection {number} does not exist; {known}')
         # A head sorts, repeats and clips the boxes of its queries, so the query is found by its box.
         frame = ImageFrame.from_sample(sample)
-        center, size = np.split(to_numpy(self.boxes[image]), 2, axis=1)
-        candidates = np.concatenate([center - size / 2, center + size / 2], 1).clip(0, 1)
+        candidates = to_numpy(box_cxcywh_to_xyxy(self.boxes[image])).clip(0, 1)
         return int(np.abs(candidates - boxes[number] / np.tile(frame.size, 2)).sum(1).argmin())
 
     def _chosen(self, layers: Sequence[str] | None) -> list[Record]:
