@@ -257,7 +257,7 @@ def test_config_number_of_classes(tmp_path):
         check_config_data(config(tmp_path, num_classes=80))
     cfg = config(tmp_path)
     cfg.model = dict(roi_head=dict(bbox_head=[dict(num_classes=2), dict(num_classes=3)]))
-    with pytest.raises(ValueError, match=re.escape('model.roi_head.bbox_head[1].num_classes is 3')):
+    with pytest.raises(ValueError, match=re.escape('model.roi_head.bbox_head.1.num_classes is 3')):
         check_config_data(cfg)
 
 

@@ -1,4 +1,4 @@
-"""A training that is killed, at any moment, or whose disk is full, goes on and ends as if nothing had happened."""
+"""A training that was killed or ran out of disk resumes, and ends with the same weights."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def ends_like(work_dir, undisturbed):
     """Whether the files are those of the training without a break, and the checkpoints hold the same numbers."""
     ours, theirs = files_of(work_dir), files_of(undisturbed)
     assert [name for name in ours if name.endswith('.pth')] == [name for name in theirs if name.endswith('.pth')]
-    assert set(theirs) <= set(ours) and not [name for name in ours if name.endswith('.pth.tmp')]
+    assert set(theirs) <= set(ours) and not [name for name in ours if name.endswith('.tmp')]
     for name in theirs:
         if name.endswith('.pth'):
             assert differences(work_dir / name, undisturbed / name) == []
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, small_data, training_server
     answer = training_server.run([*arguments(small_data, work_dir), '--resume'], log)
     said = log.read_text()
     assert answer['status'] == 0 and f'resumed epoch: {EPOCHS - 1}' in said, said[-3000:]
-    assert len(re.findall(f'WARNING.*{last} cannot be resumed.* goes on from .*epoch_{EPOCHS - 1}.pth', said)) == 1
+    assert len(re.findall(f'WARNING.*cannot resume from {last} .*resuming from .*epoch_{EPOCHS - 1}.pth', said)) == 1
     assert differences(last, undisturbed[0] / last.name) == []
 
 
@@ -117,7 +117,7 @@ def test_files_that_may_not_grow(small_data, training_server, tmp_path):
     answer = training_server.run(arguments(small_data, work_dir), log, max_file_size=100_000)
     assert answer['status'] == 1
     sentence = one_sentence(log)
-    assert sentence.startswith(f'{work_dir}/epoch_1.pth cannot be written (File too large); there is no checkpoint yet')
+    assert sentence.startswith(f'cannot write {work_dir}/epoch_1.pth (File too large); there is no checkpoint yet')
     assert [name for name in files_of(work_dir) if 'epoch' in name or 'last' in name] == []
 
 
@@ -131,8 +131,8 @@ def test_a_full_disk(small_data, training_server, undisturbed, tmp_path):
     assert answer['status'] == 1, log.read_text()[-3000:]
     last = Path((work_dir / 'last_checkpoint').read_text())
     sentence = one_sentence(log)
-    assert 'cannot be written (No space left on device)' in sentence
-    assert f'the last checkpoint, {last}, is whole' in sentence and '--resume' in sentence
+    assert 'cannot write ' in sentence and '(No space left on device)' in sentence
+    assert f'the last checkpoint, {last}, is complete' in sentence and '--resume' in sentence
     assert broken_checkpoints(work_dir) == []
     answer = training_server.run([*arguments(small_data, work_dir), '--resume'], log)
     assert answer['status'] == 0, log.read_text()[-3000:]

@@ -75,7 +75,7 @@ READERS = [load_checkpoint_file, CheckpointLoader.load_checkpoint, load_init_cfg
 def test_what_is_not_what_its_name_says_is_refused_and_not_kept(read, served, tmp_path):
     folder, url = served
     torch.save(VisionTransformer(ARCH, img_size=32).state_dict(), folder / 'vit-0123abcd.pth')
-    with pytest.raises(ValueError, match='what came from http.*vit-0123abcd.pth has the SHA-256 .*its name says 0123'):
+    with pytest.raises(ValueError, match='the download from .*vit-0123abcd.pth has the SHA-256 .*its name says 0123'):
         read(url('vit-0123abcd.pth'))
     assert kept(tmp_path) == []
 
@@ -93,7 +93,7 @@ def test_what_its_name_says_is_read_and_kept(digits, served, tmp_path):
     (found,) = (tmp_path / 'home').rglob('*.pth')
     found.write_bytes(b'something else')
     for read in (load_checkpoint_file, CheckpointLoader.load_checkpoint):
-        with pytest.raises(ValueError, match='was damaged or replaced; delete it, and it is downloaded again'):
+        with pytest.raises(ValueError, match='was damaged or replaced; delete it to download it again'):
             read(url(path.name))
 
 
@@ -126,7 +126,7 @@ def test_what_is_not_there(read, served, tmp_path):
     _, url = served
     with pytest.raises(OSError, match='404'):
         read(url('none.pth'))
-    with pytest.raises(ValueError, match='names no file'):
+    with pytest.raises(ValueError, match='contains no file name'):
         read(url(''))
     assert kept(tmp_path) == []
 
@@ -152,7 +152,7 @@ def test_json_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
         file.truncate(1 << 40)  # a hole: it takes no space on the disk
     with pytest.raises(
         ValueError,
-        match=r'train.json. has 1,048,576 MiB, and reading JSON takes about 8 times that, '
+        match=r'train.json. has 1,048,576 MiB, and parsing JSON takes about 8 times that, '
         r'but [\d,]+ MiB of memory are free',
     ):
         check_coco(path, tmp_path)

@@ -179,7 +179,7 @@ def test_the_checkpoint_of_the_main_job_is_the_default(checkpoint, pictures, tmp
 def test_no_checkpoint_at_all(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     message = sentence([pictures / 'a.jpg'], capsys)
-    assert 'no checkpoint is named' in message and 'make train' in message and '--checkpoint' in message
+    assert 'no checkpoint is given' in message and 'make train' in message and '--checkpoint' in message
 
 
 def test_mistakes_end_in_a_sentence(checkpoint, pictures, tmp_path, capsys):

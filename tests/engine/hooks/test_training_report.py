@@ -240,7 +240,7 @@ def test_next_steps_of_ones_own(tmp_path, quick_curves, log):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="may hold {config}, {checkpoint} and {work_dir} .* got 'run {model}'"):
+    with pytest.raises(ValueError, match="may contain the placeholders .* only, got 'run {model}'"):
         TrainingReportHook(next_steps=['run {model}'])
     with pytest.raises(ValueError, match='num_images must not be negative, got -1'):
         TrainingReportHook(num_images=-1)

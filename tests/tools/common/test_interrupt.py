@@ -1,4 +1,4 @@
-"""Ctrl-C ends a training between two iterations, with the checkpoint of the last epoch whole."""
+"""Ctrl-C stops a training between two iterations; the checkpoint of the last epoch is complete."""
 
 import os
 import signal
@@ -71,10 +71,10 @@ def test_without_a_checkpoint_that_is_said(tmp_path, capsys):
     assert 'there is no checkpoint yet' in capsys.readouterr().err
 
 
-def test_twice_stops_at_once(tmp_path, capsys):
+def test_twice_stops_immediately(tmp_path, capsys):
     hook = PressCtrlC(at=6, times=2)
     assert interrupt.train(make_runner(tmp_path, hook)) == 130
-    assert 'once more stops at once' in capsys.readouterr().err
+    assert 'again to stop immediately' in capsys.readouterr().err
 
 
 def test_an_error_that_ctrl_c_causes_is_no_traceback_and_another_is(tmp_path, capsys):
