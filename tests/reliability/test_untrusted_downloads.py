@@ -1,4 +1,4 @@
-"""Downloads are compared with the hash in their name, run no code, and JSON is read only where it fits into memory."""
+"""Downloads are verified by the hash in their name and run no code; JSON is parsed only if it fits into memory."""
 
 import hashlib
 import threading
@@ -10,7 +10,7 @@ import torch
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from msda_plugin import safe_loading
+from msda_plugin import compat, safe_loading
 from msda_plugin.backbones.vision_transformer import VisionTransformer
 from msda_plugin.convert import load_checkpoint_file
 from msda_plugin.engine.data_check import check_coco
@@ -32,6 +32,12 @@ class Print:
 
     def __reduce__(self):
         return open, (self.path, 'w')
+
+
+@pytest.fixture(autouse=True)
+def strict_loaders():
+    with compat.load_checkpoints_strictly():
+        yield
 
 
 @pytest.fixture

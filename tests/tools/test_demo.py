@@ -189,7 +189,7 @@ def test_mistakes_end_in_a_sentence(checkpoint, pictures, tmp_path, capsys):
     assert 'holds no image and no video' in sentence([tmp_path / 'nothing', *named], capsys)
     assert 'would be replaced' in sentence([pictures / 'a.jpg', '--checkpoint', checkpoint, '--out', pictures], capsys)
     assert 'a number from 0 to 1' in sentence([pictures, *named, '--score-thr', '30'], capsys)
-    assert 'cpu, cuda or cuda:N is needed' in sentence([pictures, *named, '--device', 'gpu'], capsys)
+    assert '--device must be cpu, cuda or cuda:N' in sentence([pictures, *named, '--device', 'gpu'], capsys)
     assert 'cuda:99, but torch' in sentence([pictures, *named, '--device', 'cuda:99'], capsys)
     cut = checkpoint.with_name('cut.pth')
     cut.write_bytes(checkpoint.read_bytes()[:20_000])
