@@ -62,7 +62,7 @@ class Attribute:
 
 
 @pytest.mark.parametrize('meta', [Payload(), Attribute()], ids=['call', 'getattr'])
-def test_nothing_else_is_let_through(meta, tmp_path, capsys):
+def test_other_types_are_refused(meta, tmp_path, capsys):
     path = str(tmp_path / 'bad.pth')
     torch.save({'state_dict': {}, 'meta': meta}, path)
     with pytest.raises(pickle.UnpicklingError):
@@ -73,7 +73,7 @@ def test_nothing_else_is_let_through(meta, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('strictly', [True, False])
-def test_mmengine_loads_its_own(strictly, tmp_path):
+def test_mmengine_loads_its_own_checkpoints(strictly, tmp_path):
     model = torch.nn.Linear(2, 3)
     path = str(tmp_path / 'epoch_1.pth')
     torch.save({'state_dict': model.state_dict(), 'message_hub': {'loss': HistoryBuffer([1.0], [1])}}, path)

@@ -1,4 +1,4 @@
-"""Missing weights, and schedules that a training does not get through, end in one sentence before it starts."""
+"""Missing weights and schedules that do not fit the training are reported before it starts."""
 
 import logging
 import re
@@ -28,7 +28,7 @@ def loader(images, batch=2, sampler=DefaultSampler, **options):
 
 
 def epochs(count, dataloader=None, **options):
-    """A training of some epochs; of 10 iterations, where the data are not given."""
+    """A loop of ``count`` epochs, by default of 10 iterations each."""
     runner = SimpleNamespace(visualizer=SimpleNamespace())
     return EpochBasedTrainLoop(runner, loader(20) if dataloader is None else dataloader, count, **options)
 
@@ -65,7 +65,7 @@ def test_missing_checkpoint(field, cfg):
         check_weights(Config(cfg))
 
 
-def test_weights_that_are_there_or_elsewhere(tmp_path):
+def test_existing_and_remote_checkpoints(tmp_path):
     (tmp_path / 'a.pth').touch()
     check_weights(
         Config(
@@ -220,6 +220,6 @@ def test_configs_fit_their_own_schedules(path):
 
 
 @pytest.mark.parametrize('readme', sorted(CONFIGS[0].parents[1].glob('*/README.md')), ids=lambda path: path.parent.name)
-def test_every_family_says_how_to_go_to_slurm(readme):
+def test_every_family_links_to_the_slurm_instructions(readme):
     [link] = re.findall(r'\]\((\S+many_gpus\.md)\)', readme.read_text())
     assert '--launcher slurm' in (readme.parent / link).read_text()

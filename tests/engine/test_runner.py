@@ -26,7 +26,7 @@ def propagate(cfg):
 
 
 @pytest.mark.parametrize('given', ['/somewhere/else', '/somewhere/else/'])
-def test_data_root_reaches_datasets_and_evaluators(cfg, given):
+def test_data_root_applies_to_datasets_and_evaluators(cfg, given):
     cfg.merge_from_dict({'data_root': given})
     propagate(cfg)
     assert cfg.train_dataloader.dataset.dataset.data_root == '/somewhere/else/'
@@ -49,14 +49,14 @@ def test_a_config_that_inherits_may_change_the_root(cfg, tmp_path):
     assert cfg.val_evaluator[0].ann_file == 'data/theirs/val.json'
 
 
-def test_only_whole_folders_are_replaced(cfg):
+def test_only_complete_folder_names_are_replaced(cfg):
     cfg.val_evaluator[0].ann_file = 'data/mine2/val.json'
     cfg.merge_from_dict({'data_root': '/else/'})
     propagate(cfg)
     assert cfg.val_evaluator[0].ann_file == 'data/mine2/val.json'
 
 
-def test_several_roots_and_none_to_replace(cfg, tmp_path):
+def test_several_roots_without_the_one_of_the_file(cfg, tmp_path):
     child = tmp_path / 'child.py'
     child.write_text("_base_ = './config.py'\ndata_root = 'data/theirs/'\n")
     with pytest.raises(ValueError, match='several other roots'):
@@ -95,7 +95,7 @@ def test_the_config_file_is_read_once(cfg, runner, monkeypatch):
     assert runner.cfg.val_evaluator[0].ann_file == '/somewhere/else/val.json'
 
 
-def test_the_runner_replaces_loaders_and_says_so(runner):
+def test_the_runner_replaces_loaders_and_logs_it(runner):
     from mmengine.runner import checkpoint
 
     compat.restore()
@@ -110,13 +110,13 @@ def test_the_runner_replaces_loaders_and_says_so(runner):
 
 
 @pytest.mark.parametrize('method', ['train', 'val', 'test'])
-def test_missing_data_is_said_before_any_is_loaded(runner, method):
+def test_missing_data_is_reported_before_loading(runner, method):
     runner.model.train_step = runner.model.val_step = runner.model.test_step = None
     with pytest.raises(FileNotFoundError, match='data/mine'):
         getattr(runner, method)()
 
 
-def test_the_device_of_the_config_is_taken(runner, monkeypatch):
+def test_the_device_of_the_config_is_used(runner, monkeypatch):
     from mmengine.runner import Runner
 
     monkeypatch.setattr(Runner, 'wrap_model', lambda self, wrapper, model: 'where MMEngine puts it')

@@ -1,4 +1,4 @@
-"""The main job made small: seconds instead of minutes, with dropout, drop path, flips and averaged weights in it."""
+"""A training of seconds: the shapes config made small, with dropout, drop path, flips and averaged weights."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def make_data(folder, train=12, val=4):
 
 
 def arguments(folder, work_dir, *options):
-    """Of ``train``: the small job on the data in `folder`, with further ``--cfg-options``."""
+    """Arguments of ``train`` for the small training on ``folder``, with further ``--cfg-options``."""
     config = Path(folder).parent / 'small.py'
     if not config.is_file():
         config.write_text(CONFIG)
@@ -82,7 +82,7 @@ class TrainingServer:
 
 
 def processes_of(sessions):
-    """Ids of the living processes of these sessions."""
+    """Ids of the running processes of these sessions."""
     found = []
     for folder in Path('/proc').glob('[0-9]*'):
         try:

@@ -25,7 +25,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 class Print:
-    """Leaves a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -42,7 +42,7 @@ def strict_loaders():
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A folder that a server of this computer serves, and the function that gives the URL of a file in it."""
+    """A folder served over HTTP, and a function from file names to URLs."""
     folder = tmp_path / 'served'
     folder.mkdir()
     monkeypatch.setenv('no_proxy', '*')
@@ -78,7 +78,7 @@ READERS = [load_checkpoint_file, CheckpointLoader.load_checkpoint, load_init_cfg
 
 
 @pytest.mark.parametrize('read', READERS)
-def test_what_is_not_what_its_name_says_is_refused_and_not_kept(read, served, tmp_path):
+def test_a_wrong_hash_is_refused_and_not_kept(read, served, tmp_path):
     folder, url = served
     torch.save(VisionTransformer(ARCH, img_size=32).state_dict(), folder / 'vit-0123abcd.pth')
     with pytest.raises(ValueError, match='the download from .*vit-0123abcd.pth has the SHA-256 .*its name says 0123'):
@@ -87,7 +87,7 @@ def test_what_is_not_what_its_name_says_is_refused_and_not_kept(read, served, tm
 
 
 @pytest.mark.parametrize('digits', [8, 16, 64])
-def test_what_its_name_says_is_read_and_kept(digits, served, tmp_path):
+def test_a_correct_hash_is_read_and_kept(digits, served, tmp_path):
     folder, url = served
     torch.save({'state_dict': {'weight': torch.ones(2)}}, folder / 'model_20210831.pth')
     path = named_by_hash(folder / 'model_20210831.pth', digits)
@@ -112,7 +112,7 @@ def test_names_without_a_hash(name, served, tmp_path):
 
 @pytest.mark.parametrize('read', READERS)
 def test_no_code_of_a_download_runs(read, served, tmp_path):
-    """MMEngine's own function reads URLs without `weights_only`."""
+    """MMEngine's own function loads URLs without `weights_only`."""
     folder, url = served
     for legacy in (False, True):
         torch.save(
@@ -128,7 +128,7 @@ def test_no_code_of_a_download_runs(read, served, tmp_path):
 
 
 @pytest.mark.parametrize('read', READERS)
-def test_what_is_not_there(read, served, tmp_path):
+def test_missing_urls(read, served, tmp_path):
     _, url = served
     with pytest.raises(OSError, match='404'):
         read(url('none.pth'))
@@ -137,7 +137,7 @@ def test_what_is_not_there(read, served, tmp_path):
     assert kept(tmp_path) == []
 
 
-def test_a_model_by_name_ends_in_the_same_loader(served, monkeypatch):
+def test_named_models_use_the_same_loader(served, monkeypatch):
     """'torchvision://…' and 'open-mmlab://…' are names of URLs."""
     from mmengine.runner import checkpoint
 
@@ -151,7 +151,7 @@ def test_a_model_by_name_ends_in_the_same_loader(served, monkeypatch):
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------
-def test_json_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
+def test_json_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
     path = tmp_path / 'train.json'
     path.touch()
     with path.open('r+b') as file:
@@ -174,7 +174,7 @@ def test_json_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
     'text',
     ['[' * 200_000, '{"a":' * 200_000, '[' * 200_000 + ']' * 200_000, '9' * 5000, '', '\ufeff[]', '{"images": ['],
 )
-def test_json_that_is_none(text, tmp_path):
+def test_invalid_json(text, tmp_path):
     (tmp_path / 'train.json').write_text(text, encoding='utf-8')
     with pytest.raises(ValueError, match="train.json' is not JSON .*; a file in COCO format is needed"):
         check_coco(tmp_path / 'train.json', tmp_path)

@@ -95,7 +95,7 @@ def make_runner(folder, *hooks, resume=False, keep=1, epochs=3, save_best='coco/
     )
 
 
-def test_the_runner_takes_these_hooks_and_leaves_others(tmp_path):
+def test_the_runner_adds_its_hooks(tmp_path):
     hooks = make_runner(tmp_path).hooks
     assert [type(hook) for hook in hooks if type(hook).__name__ == 'CheckpointHook'] == [CheckpointHook]
     assert {EpochSeedHook, FineTuningHook, MissedValidationHook} <= {type(hook) for hook in hooks}
@@ -106,7 +106,7 @@ def test_the_runner_takes_these_hooks_and_leaves_others(tmp_path):
     assert any(isinstance(hook, MissedValidationHook) for hook in runner.hooks)
 
 
-def test_the_old_one_goes_when_the_new_one_is_there(tmp_path):
+def test_old_checkpoints_are_removed_after_the_new_one_is_written(tmp_path):
     writing = StopAt('before_save_checkpoint', None)
     make_runner(tmp_path, writing).train()
     # In each epoch: the checkpoint; after the validation the best one, and the checkpoint with that known.
@@ -117,7 +117,7 @@ def test_the_old_one_goes_when_the_new_one_is_there(tmp_path):
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_3.pth')
 
 
-def test_stopped_before_what_is_outdated_is_removed(tmp_path, monkeypatch):
+def test_killed_before_outdated_checkpoints_are_removed(tmp_path, monkeypatch):
     from msda_plugin.engine.hooks import checkpoint
 
     (tmp_path / '.epoch_9.pth.123.tmp').write_text('half')
@@ -146,7 +146,7 @@ def test_a_missed_validation_runs_after_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize('seed', [4, None])
-def test_resumed_it_ends_with_the_same_weights(tmp_path, seed):
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path, seed):
     complete, parts = tmp_path / 'complete', tmp_path / 'parts'
     first = make_runner(complete, seed=seed)
     first.train()
@@ -191,7 +191,7 @@ def test_a_full_disk_ends_in_one_sentence(tmp_path, monkeypatch):
     assert checkpoints(tmp_path) == ['epoch_1.pth'] and '\n' not in sentence
 
 
-def test_another_error_stays_what_it_is(tmp_path, monkeypatch):
+def test_other_errors_are_not_changed(tmp_path, monkeypatch):
     runner = make_runner(tmp_path)
     monkeypatch.setattr(runner, 'save_checkpoint', lambda *args, **kwargs: open(tmp_path / 'not/there', 'wb'))
     with pytest.raises(FileNotFoundError):
