@@ -1,8 +1,12 @@
-"""Every workaround for a dependency, each with its reason and the version that ends it."""
+"""Workarounds for dependencies, each with its reason and the version that makes it unnecessary.
+
+Functions that replace code of a dependency return a handle: ``close()``, or the end of a ``with`` block, restores the
+original. `restore` does so for all replacements. Importing msda_plugin calls only `allow_checkpoint_types`.
+"""
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +15,36 @@ import torch
 from msda_plugin import safe_loading
 
 
-def load_checkpoints_strictly() -> None:
-    """Let MMEngine read the checkpoints that it writes, and no code from any checkpoint.
+class Replaced(ExitStack):
+    """Attributes that were replaced; ``close()`` restores them."""
 
-    MMEngine stores its message hub beside the weights: ``HistoryBuffer`` objects that hold NumPy arrays and name four
-    methods of their own. Exactly these are added to the allow-list of ``torch.load(weights_only=True)``, the default
-    since torch 2.6, so that ``--resume`` and ``mim test`` work and nothing else gets through
-    (https://github.com/open-mmlab/mmengine/issues/1655).
+    def set(self, owner: object, name: str, value: object) -> None:
+        if self not in _in_effect:
+            _in_effect.append(self)
+            self.callback(_in_effect.remove, self)
+        self.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
 
-    onedl-mmengine 0.10.12 reads them as well, but by allowing `getattr`, and where a file is refused it loads it again
-    with ``weights_only=False``, which runs whatever the file says. Both MMEngines load URLs by a function of torch.hub
-    whose default is ``weights_only=False``, and do not compare a download with the hash in its name. Their loaders are
-    replaced by those of `msda_plugin.safe_loading`.
 
-    Ends with: an mmengine that loads its own checkpoints and refuses others; 0.10.7 and onedl-mmengine 0.10.12 do not.
+_in_effect: list[Replaced] = []
+
+
+def restore() -> None:
+    """Restore everything that `load_checkpoints_strictly` and `accept_sides_of_one_pixel` replaced."""
+    for replaced in list(_in_effect):
+        replaced.close()
+
+
+def allow_checkpoint_types() -> None:
+    """Allow ``torch.load(weights_only=True)``, the default since torch 2.6, to read MMEngine's checkpoints.
+
+    MMEngine stores its message hub next to the weights: ``HistoryBuffer`` objects that hold NumPy arrays and name four
+    of their methods. These types and methods are added to torch's allow-list, so that ``--resume`` and ``mim test``
+    work (https://github.com/open-mmlab/mmengine/issues/1655).
+
+    Ends with: an mmengine that adds them; 0.10.7 does not.
     """
     from mmengine.logging import HistoryBuffer
-    from mmengine.runner import checkpoint
 
     numpy_1 = np.lib.NumpyVersion(np.__version__) < '2.0.0'
     multiarray = np.core.multiarray if numpy_1 else np._core.multiarray
@@ -38,24 +55,47 @@ def load_checkpoints_strictly() -> None:
             np.ndarray,
             np.dtype,
             *dtypes,
-            # By their name in NumPy 1 and in NumPy 2: a checkpoint may come from the other one.
+            # By their names in NumPy 1 and in NumPy 2, because either may have written the checkpoint.
             *(
                 (getattr(multiarray, name), f'numpy.{package}.multiarray.{name}')
                 for package in ('core', '_core')
                 for name in ('_reconstruct', 'scalar')
             ),
-            # The pickle names the methods by `getattr`, which must not be allowed as it is.
+            # The pickle names the methods with `getattr`, which is not safe to allow in general.
             (_history_buffer_method, 'builtins.getattr'),
         ]
     )
+
+
+def load_checkpoints_strictly() -> Replaced:
+    """Let MMEngine read checkpoints with `msda_plugin.safe_loading`, until the handle is closed.
+
+    onedl-mmengine 0.10.12 loads a file that ``weights_only=True`` refuses again with ``weights_only=False``, which runs
+    any code in it. Both MMEngines load URLs with a function of torch.hub whose default is ``weights_only=False``, and
+    do not compare a download with the hash in its name. `msda_plugin.DetectionRunner` installs this and logs it;
+    `load_detector` uses it while it reads a checkpoint.
+
+    Returns:
+        The handle; an empty one if the replacement is already installed.
+
+    Ends with: an mmengine that never loads with ``weights_only=False``; 0.10.7 and onedl-mmengine 0.10.12 do.
+    """
+    from mmengine.runner import checkpoint
+
+    allow_checkpoint_types()
+    replaced = Replaced()
+    if checkpoint.load_from_local is load_from_local:
+        return replaced
     if hasattr(checkpoint, '_safe_torch_load'):
-        checkpoint._safe_torch_load = safe_loading.load_checkpoint
+        replaced.set(checkpoint, '_safe_torch_load', safe_loading.load_checkpoint)
+    replaced.set(checkpoint.CheckpointLoader, '_schemes', checkpoint.CheckpointLoader._schemes.copy())
     for loader, schemes in ((load_from_local, ''), (load_from_http, ('http://', 'https://'))):
         checkpoint.CheckpointLoader.register_scheme(schemes, loader, force=True)
-        setattr(checkpoint, loader.__name__, loader)  # which other schemes ('torchvision://', …) end in
+        replaced.set(checkpoint, loader.__name__, loader)  # other schemes ('torchvision://', …) call it
+    return replaced
 
 
-# Named as in MMEngine, which logs the names.
+# MMEngine logs the names of these functions.
 def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
     path = Path(filename).expanduser()
     if not path.is_file():
@@ -66,13 +106,13 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
 def load_from_http(
     filename: str, map_location: str | torch.device | None = None, model_dir: str | None = None, progress: bool = False
 ) -> object:
-    """The checkpoint of a URL; of several processes the first one downloads it."""
+    """Load the checkpoint of a URL, which one of several processes downloads."""
     from mmengine.dist import barrier, get_rank
 
     try:
         if get_rank() == 0:
             safe_loading.fetch(filename, model_dir, progress=progress)
-    finally:  # also where it fails: the others wait here, and then fail alike
+    finally:  # the other processes wait here; after an error they fail in the same way
         barrier()
     return safe_loading.load_checkpoint(safe_loading.fetch(filename, model_dir), map_location)
 
@@ -89,10 +129,10 @@ def _history_buffer_method(owner: type, name: str):
 
 @contextmanager
 def pretrained_last(module: torch.nn.Module) -> Iterator[None]:
-    """Around ``init_weights`` of a detector: what ``init_cfg`` wants loaded (``Pretrained``) is loaded at the end.
+    """Around ``init_weights`` of a detector, load the ``Pretrained`` checkpoint of its ``init_cfg`` last.
 
-    The ``init_weights`` of MMDetection's DETRs let MMEngine load a pretrained detector first, and then overwrite its
-    encoder and decoder with random weights.
+    MMDetection's DETRs let MMEngine load the pretrained detector first, and then overwrite its encoder and decoder with
+    random weights.
 
     Ends with: an mmdet whose DETRs load last; 3.3.0 and onedl-mmdetection 3.5.1 do not.
     """
@@ -107,19 +147,25 @@ def pretrained_last(module: torch.nn.Module) -> Iterator[None]:
     initialize(module, pretrained)
 
 
-def accept_sides_of_one_pixel() -> None:
-    """Let mmcv resize and flip pictures that are hundreds of times longer than wide, or a pixel wide from the start.
+def accept_sides_of_one_pixel() -> Replaced:
+    """Let mmcv resize and flip images that are one pixel wide or hundreds of times longer than wide.
 
-    Scaled down to fit, their short side is less than half a pixel, which mmcv rounds to 0 and OpenCV refuses; here it
-    is 1. Flipped along a side of one pixel, a picture is a view with a negative stride that NumPy calls contiguous;
-    MMDetection does not copy it then, and torch refuses it. `msda_plugin.DetectionRunner` calls this.
+    The short side of a long image, scaled to fit, is less than half a pixel: mmcv rounds it to 0, which OpenCV refuses;
+    here it is 1. An image flipped along a side of one pixel is a view with a negative stride that NumPy calls
+    contiguous; MMDetection does not copy it then, and torch refuses it. `msda_plugin.DetectionRunner` installs this.
 
-    Ends with: an mmcv whose ``rescale_size`` and ``imflip`` do so; 2.1.0 and onedl-mmcv 2.3.6 do not.
+    Returns:
+        The handle; an empty one if the replacement is already installed.
+
+    Ends with: an mmcv that handles such images in ``rescale_size`` and ``imflip``; 2.1.0 and onedl-mmcv 2.3.6 do not.
     """
     import mmcv
 
-    mmcv.image.geometric._scale_size = _scale_size
-    mmcv.imflip = _imflip
+    replaced = Replaced()
+    if mmcv.imflip is not _imflip:
+        replaced.set(mmcv.image.geometric, '_scale_size', _scale_size)
+        replaced.set(mmcv, 'imflip', _imflip)
+    return replaced
 
 
 def _imflip(img: np.ndarray, direction: str = 'horizontal') -> np.ndarray:

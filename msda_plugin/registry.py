@@ -1,8 +1,10 @@
 """Registries of msda_plugin: children of MMEngine's root registries, scope ``msda_plugin``.
 
-MMEngine resolves ``'msda_plugin.X'`` by importing ``msda_plugin.registry`` and then, once, every module named in the
-``locations`` of the registry that is asked. Because the parent is MMEngine's *root* (and not MMDetection's registry),
-the same name is found from the root, from ``mmdet`` and from every sibling project, without ``custom_imports``.
+MMEngine resolves ``'msda_plugin.X'`` by importing ``msda_plugin.registry`` and then, once, the modules in the
+``locations`` of the registry. The parent is MMEngine's root registry, not MMDetection's, so the name resolves from the
+root, from ``mmdet`` and from every other project, without ``custom_imports``.
+
+Importing this module adds types to torch's allow-list of checkpoint types, and changes nothing else process-wide.
 """
 
 from mmengine.registry import HOOKS as ROOT_HOOKS
@@ -23,6 +25,6 @@ MODELS = Registry(
 HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=[f'{SCOPE}.engine.hooks'])
 RUNNERS = Registry('runner', parent=ROOT_RUNNERS, scope=SCOPE, locations=[f'{SCOPE}.engine.runner'])
 
-# A config that names one of our types reaches this module before the runner opens a checkpoint, whichever tool runs
-# it; this is therefore the one place from which `--resume` and `mim test` can be made to work on the original stack.
-compat.load_checkpoints_strictly()
+# Configs with types of msda_plugin import this module before any checkpoint is opened, whichever tool runs them, so
+# `--resume` and `mim test` can read MMEngine's checkpoints with MMEngine 0.10.7.
+compat.allow_checkpoint_types()

@@ -1,7 +1,7 @@
-"""Files that others made: no code of theirs runs, and what they claim is checked before memory is given to it.
+"""Loads checkpoints, downloads and JSON files from untrusted sources: runs no code and checks declared sizes first.
 
-Every checkpoint and every annotation file that this package reads goes through here, and every checkpoint that MMEngine
-reads once `msda_plugin.registry` is imported (`msda_plugin.compat.load_checkpoints_strictly`).
+msda_plugin reads all its checkpoints and annotation files with these functions; MMEngine reads its checkpoints with
+them while `msda_plugin.compat.load_checkpoints_strictly` is in effect.
 """
 
 import errno
@@ -19,7 +19,9 @@ from urllib.parse import urlparse
 
 import torch
 
-# Python objects take about so many times the bytes of the JSON text that they are read from (COCO files: 5 to 7).
+from msda_plugin.files import atomic_write
+
+# Memory of the parsed objects, as a multiple of the size of the JSON text (COCO files: 5 to 7).
 JSON_EXPANSION = 8
 
 
@@ -29,27 +31,27 @@ def load_checkpoint(
     *,
     allow: Sequence[type] = (),
 ) -> object:
-    """What a file of ``torch.save`` holds: tensors, plain containers, and what torch's allow-list names.
+    """Load a file written by ``torch.save``: tensors, plain containers and types of torch's allow-list.
 
     Args:
-        file: Path, or a file that is open for reading in binary form.
-        map_location: As of ``torch.load``.
-        allow: More types that the file may hold.
+        file: Path, or a file opened in binary mode.
+        map_location: As in ``torch.load``.
+        allow: Further types that the file may contain.
 
     Raises:
-        OSError: The file cannot be opened or read.
-        ValueError: It is no whole checkpoint, names more than is allowed, or claims to hold more than it does.
-        torch.OutOfMemoryError, RuntimeError: The device of ``map_location`` is full, or not there.
+        OSError: If the file cannot be opened or read.
+        ValueError: If the file is not a complete checkpoint, contains other types, or is compressed.
+        torch.OutOfMemoryError, RuntimeError: If the device of ``map_location`` is full or missing.
     """
     name = file if isinstance(file, (str, os.PathLike)) else getattr(file, 'name', 'the checkpoint')
     try:
         _check_archive(file)
         with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # what it leads to is said below
+            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # the error below covers it
             return torch.load(file, map_location=map_location, weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint fail in every way there is
+    except Exception as error:  # damaged files raise errors of many types
         reason = str(error)
-        # A damaged archive sends torch to a place before the file's beginning, which is an invalid argument.
+        # In a damaged archive torch seeks to a negative position, which is EINVAL.
         of_the_file = isinstance(error, OSError) and error.errno != errno.EINVAL
         of_the_device = isinstance(error, torch.OutOfMemoryError) or 'deserialize object on' in reason
         if of_the_file or of_the_device:
@@ -57,26 +59,26 @@ def load_checkpoint(
         named = re.search(r'GLOBAL (\S+)', reason) if isinstance(error, UnpicklingError) else None
         if named:
             raise ValueError(
-                f'{name} holds more than tensors: it names {named[1]}, and reading that could run code; '
-                'nothing of it was run. Where the file is trusted, save its state dict alone, by '
-                "torch.save(checkpoint['model'], …), and take that"
+                f'{name} holds more than tensors: it names {named[1]}, and loading that could run code; '
+                'no code was run. If you trust the file, save its state dict alone with '
+                "torch.save(checkpoint['model'], …), and load that"
             ) from error
         if isinstance(error, _Oversized):
             raise ValueError(f'{name} {error}') from None
         raise ValueError(
-            f'{name} cannot be read as a checkpoint: it is cut short, or no file of torch.save; '
-            'download it again, or name another'
+            f'{name} cannot be read as a checkpoint: it is truncated, or was not written by torch.save; '
+            'download it again, or choose another file'
         ) from error
 
 
 class _Oversized(ValueError):
-    """An archive that claims to hold more than its own size; the message goes on after its name."""
+    """An archive that declares more data than its own size; the message follows the file name."""
 
 
 def _check_archive(file: str | os.PathLike | BinaryIO) -> None:
-    """Raise _Oversized where the records of an archive are larger than itself: it would grow while it is read.
+    """Raise _Oversized if the archive is compressed and would unpack to more than its size (a zip bomb).
 
-    torch.save compresses nothing, and torch itself compares each storage with its record.
+    torch.save does not compress, and torch compares each storage with its record.
     """
     if not zipfile.is_zipfile(file):
         return
@@ -89,43 +91,40 @@ def _check_archive(file: str | os.PathLike | BinaryIO) -> None:
         size = os.path.getsize(file)
     if declared > size:
         raise _Oversized(
-            f'has {size} bytes and unpacks to {declared}: it is compressed, as no file of torch.save is, '
+            f'has {size} bytes and unpacks to {declared}: it is compressed, unlike files from torch.save, '
             'and was not read; unpack it, or download it again'
         )
 
 
 def fetch(url: str, folder: str | os.PathLike | None = None, *, progress: bool = False) -> Path:
-    """The file of an http(s) URL, downloaded once; compared with the hash that its name carries, each time.
+    """Download the file of an http(s) URL once; verify it against the hash in its name, each time.
 
     Args:
-        url: ``…/NAME-HASH.EXT``, where HASH are the first eight or more hexadecimal digits of the file's SHA-256, as
-            MMDetection's and torch's published files are named; without them nothing is compared. Eight digits that
-            are a date, such as 20210831, are none.
-        folder: Where it is kept; None: where ``torch.hub`` keeps checkpoints.
-        progress: Show a bar.
+        url: ``…/NAME-HASH.EXT``, where HASH is the first eight or more hexadecimal digits of the file's SHA-256, as in
+            MMDetection's and torch's published files. A name without a hash is not verified; eight digits that are a
+            date, such as 20210831, are not a hash.
+        folder: Where the file is stored; None: torch.hub's folder of checkpoints.
+        progress: Show a progress bar.
+
+    Returns:
+        Path of the file.
 
     Raises:
-        OSError: It cannot be downloaded or written.
-        ValueError: The file is not the one that its name says, or the URL names no file.
+        OSError: If the file cannot be downloaded or written.
+        ValueError: If its hash is not the one in its name, or the URL contains no file name.
     """
     name = os.path.basename(urlparse(url).path)
     if name in ('', '.', '..'):
-        raise ValueError(f'{url} names no file; give the URL of a .pth file')
+        raise ValueError(f'{url} contains no file name; give the URL of a .pth file')
     folder = Path(folder or Path(torch.hub.get_dir(), 'checkpoints'))
     folder.mkdir(parents=True, exist_ok=True)
     path, expected = folder / name, _hash_of(name)
-    if not path.exists():
-        part = path.with_name(f'.{name}.{os.getpid()}.part')
-        try:
-            torch.hub.download_url_to_file(url, str(part), progress=progress)
-            _check_hash(
-                part, expected, f'what came from {url}', 'it was damaged or replaced on its way, and is not kept'
-            )
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    else:
-        _check_hash(path, expected, str(path), 'it was damaged or replaced; delete it, and it is downloaded again')
+    if path.exists():
+        _check_hash(path, expected, str(path), 'it was damaged or replaced; delete it to download it again')
+        return path
+    with atomic_write(path) as part:
+        torch.hub.download_url_to_file(url, str(part), progress=progress)
+        _check_hash(part, expected, f'the download from {url}', 'it was damaged or replaced, and is not kept')
     return path
 
 
@@ -149,17 +148,17 @@ def _check_hash(path: Path, expected: str | None, what: str, remedy: str) -> Non
 
 
 def load_json(path: str | os.PathLike, kind: str = 'JSON') -> object:
-    """What a JSON file holds; ``kind`` is the format that is needed, for the error.
+    """Parse a JSON file; ``kind`` is the expected format, for the error message.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not JSON, or too large for the memory that is free.
+        OSError: If the file cannot be read.
+        ValueError: If the file is not JSON, or too large for the free memory.
     """
     size, free = os.path.getsize(path), free_memory()
     if free is not None and size * JSON_EXPANSION > free:
         raise ValueError(
-            f"'{path}' has {_mib(size)} MiB, and reading JSON takes about {JSON_EXPANSION} times that, "
-            f'but {_mib(free)} MiB of memory are free; split it, or free memory'
+            f"'{path}' has {_mib(size)} MiB, and parsing JSON takes about {JSON_EXPANSION} times that, "
+            f'but {_mib(free)} MiB of memory are free; split the file, or free memory'
         )
     try:
         return json.loads(Path(path).read_text('utf-8'))
@@ -169,7 +168,7 @@ def load_json(path: str | os.PathLike, kind: str = 'JSON') -> object:
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not say."""
+    """Bytes of memory available without swapping; None if the system does not report it."""
     try:
         found = re.search(r'^MemAvailable:\s*(\d+) kB', Path('/proc/meminfo').read_text(), re.MULTILINE)
     except OSError:

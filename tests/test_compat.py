@@ -1,15 +1,24 @@
 import pickle
 import re
+import subprocess
+import sys
+import textwrap
 import zipfile
+from contextlib import nullcontext
 
+import mmcv
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from msda_plugin import registry  # noqa: F401  (importing it is what allows the types)
+from msda_plugin import (
+    compat,
+    registry,  # noqa: F401  (importing it is what allows the types)
+)
 
 
 def test_a_message_hub_loads_with_weights_only(tmp_path):
@@ -53,21 +62,112 @@ class Attribute:
 
 
 @pytest.mark.parametrize('meta', [Payload(), Attribute()], ids=['call', 'getattr'])
-def test_nothing_else_is_let_through(meta, tmp_path, capsys):
+def test_other_types_are_refused(meta, tmp_path, capsys):
     path = str(tmp_path / 'bad.pth')
     torch.save({'state_dict': {}, 'meta': meta}, path)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
-    with pytest.raises(ValueError, match='holds more than tensors|cannot be read'):
+    with compat.load_checkpoints_strictly(), pytest.raises(ValueError, match='holds more than tensors|cannot be read'):
         load_checkpoint(torch.nn.Linear(1, 1), path)
     assert 'executed' not in capsys.readouterr().out
 
 
-def test_mmengine_loads_its_own(tmp_path):
+@pytest.mark.parametrize('strictly', [True, False])
+def test_mmengine_loads_its_own_checkpoints(strictly, tmp_path):
     model = torch.nn.Linear(2, 3)
     path = str(tmp_path / 'epoch_1.pth')
     torch.save({'state_dict': model.state_dict(), 'message_hub': {'loss': HistoryBuffer([1.0], [1])}}, path)
     other = torch.nn.Linear(2, 3)
-    for _ in range(2):
-        assert load_checkpoint(other, path)['message_hub']['loss'].current() == 1.0
+    with compat.load_checkpoints_strictly() if strictly else nullcontext():
+        for _ in range(2):
+            assert load_checkpoint(other, path)['message_hub']['loss'].current() == 1.0
     torch.testing.assert_close(other.weight, model.weight, rtol=0, atol=0)
+
+
+def state():
+    from mmengine.runner import checkpoint
+
+    loaders = [getattr(checkpoint, name, None) for name in ('load_from_local', 'load_from_http', '_safe_torch_load')]
+    return [*loaders, dict(checkpoint.CheckpointLoader._schemes), mmcv.imflip, mmcv.image.geometric._scale_size]
+
+
+@pytest.fixture
+def untouched():
+    compat.restore()
+    return state()
+
+
+@pytest.mark.parametrize('replace', [compat.load_checkpoints_strictly, compat.accept_sides_of_one_pixel])
+def test_replacements_can_be_undone(replace, untouched):
+    with replace() as handle:
+        changed = state()
+        assert changed != untouched
+        with replace():  # is in effect
+            assert state() == changed
+        assert state() == changed
+    assert state() == untouched
+    handle = replace()
+    assert state() == changed
+    handle.close()
+    assert state() == untouched
+    replace()
+    replace()
+    compat.restore()
+    compat.restore()
+    assert state() == untouched
+
+
+def test_loading_a_detector_changes_nothing(untouched, tmp_path):
+    from msda_plugin.engine.inference import load_detector
+
+    with pytest.raises(FileNotFoundError, match='no.pth does not exist'):
+        load_detector(Config(dict(model=dict())), tmp_path / 'no.pth')
+    assert state() == untouched
+
+
+def test_an_import_changes_nothing_but_the_allow_list():
+    """Of MMEngine, mmcv, MMDetection and torch: functions and classes of their modules, and registered loaders."""
+    program = """
+        import importlib, pkgutil, sys, types
+        import mmcv.image, mmcv.ops, mmcv.cnn, mmdet.models, mmdet.apis, mmdet.datasets, mmdet.evaluation, torch
+        import mmengine.runner, mmengine.hooks, mmengine.visualization
+        from mmengine.runner.checkpoint import CheckpointLoader
+
+        PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'torch')
+        KINDS = (types.FunctionType, types.BuiltinFunctionType, type, property, classmethod, staticmethod)
+
+        def snapshot(modules):
+            found = {}
+            for module in modules:
+                for name, value in list(vars(sys.modules[module]).items()):
+                    if isinstance(value, KINDS):
+                        found[module, name] = value
+                    if isinstance(value, type) and value.__module__ == module:
+                        for key, member in list(vars(value).items()):
+                            if isinstance(member, KINDS):
+                                found[module, name, key] = member
+            return found
+
+        modules = [name for name in sys.modules if name.split('.')[0] in PACKAGES]
+        before, schemes = snapshot(modules), dict(CheckpointLoader._schemes)
+        allowed = list(torch.serialization.get_safe_globals())
+        assert ('mmengine.runner.checkpoint', 'load_from_local') in before
+        assert ('mmcv.image.geometric', '_scale_size') in before and ('mmcv', 'imflip') in before
+        assert ('mmengine.runner.runner', 'Runner', 'load_checkpoint') in before
+
+        from msda_plugin import registry
+        import msda_plugin.layers
+        for kind in vars(registry).values():
+            if isinstance(kind, registry.Registry) and kind.scope == 'msda_plugin':
+                kind.import_from_location()
+        after = snapshot(modules)
+        changed = [key for key, value in before.items() if after.get(key) is not value]
+        assert not changed, changed
+        assert CheckpointLoader._schemes == schemes
+        now = list(torch.serialization.get_safe_globals())
+        assert len(now) > len(allowed) and all(item in now for item in allowed)
+        assert 'msda_plugin.auto' not in sys.modules
+        print('unchanged')
+    """
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip().endswith('unchanged'), done.stderr[-3000:]

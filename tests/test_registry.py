@@ -1,4 +1,4 @@
-"""`msda_plugin.NAME` resolves from anywhere, in a process that has imported nothing of the package."""
+"""`msda_plugin.NAME` resolves from any registry, in a process that has not imported the package."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def test_prefixed_names_resolve_without_imports(origin):
     assert done.returncode == 0 and done.stdout.strip().endswith('resolved'), done.stderr
 
 
-def test_the_bare_name_is_left_to_mmcv():
+def test_the_bare_name_is_mmcvs():
     from mmengine.registry import MODELS as ROOT
 
     from msda_plugin.registry import MODELS

@@ -1,54 +1,22 @@
-"""Files of a training that are whole or not there, whatever ends the process that writes them."""
+"""Checkpoint files of a training: which are complete, and which one to resume from."""
 
-import errno
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mmengine.runner import Runner
 from torch.serialization import get_crc32_options
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, the quota, and the size that a file may have
 
 
 class DiskFullError(OSError):
-    """A training ended because nothing more can be written; the message says what is kept, and the remedy."""
+    """The training stopped because the disk is full; the message names the last checkpoint and how to resume."""
 
 
-@contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives the path of a temporary file in the same folder, which becomes `path` when the block ends.
+def is_complete(path: str | os.PathLike) -> bool:
+    """Whether a checkpoint file exists, has its full length and matches the checksums that torch wrote into it.
 
-    Until then the former file stays as it was; after an error the temporary one is removed. It is flushed to the disk
-    before it is renamed, so that a machine that loses its power leaves either of the two as well.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f'.{path.name}.tmp')
-    try:
-        yield unfinished
-        _flush(unfinished)
-        unfinished.replace(path)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in FULL:
-            error.filename = str(path)
-        raise
-    with suppress(OSError):  # not every network file system flushes a folder
-        _flush(path.parent)
-
-
-def remove_unfinished_checkpoints(folder: str | os.PathLike) -> None:
-    """Remove the temporary files that a killed training left in `folder`."""
-    for path in Path(folder).glob('.*.pth.tmp'):
-        path.unlink()
-
-
-def is_whole(path: str | os.PathLike) -> bool:
-    """Whether a checkpoint is there to its end and undamaged, by the checksums that torch writes into it.
-
-    Only the file is read, nothing in it is interpreted.
+    The file is not unpickled.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -57,41 +25,74 @@ def is_whole(path: str | os.PathLike) -> bool:
         return False
 
 
-def latest_whole_checkpoint(work_dir: str | os.PathLike, pattern: str) -> tuple[str | None, list[str]]:
-    """The checkpoint to go on from.
+def last_checkpoint(work_dir: str | os.PathLike) -> str | None:
+    """The path that the file ``last_checkpoint`` in ``work_dir`` names; '' if it is empty, None if there is no file."""
+    record = Path(work_dir, 'last_checkpoint')
+    return record.read_text().strip() if record.is_file() else None
 
-    That is the one that ``last_checkpoint`` in `work_dir` names; where this one is not whole or not there, the newest
-    whole one of those that match `pattern`, which lie beside it or, when the folder was moved, in `work_dir`.
+
+def last_checkpoint_of(runner: Runner) -> str | None:
+    """The last checkpoint of this training, or of the one that it resumed; None if nothing was saved yet."""
+    known = runner.message_hub.runtime_info.get('last_ckpt')  # else the file is that of an earlier training
+    return (last_checkpoint(runner.work_dir) if known else None) or None
+
+
+def latest_complete_checkpoint(work_dir: str | os.PathLike, pattern: str) -> tuple[str | None, list[str]]:
+    """The checkpoint to resume from.
+
+    This is the file that ``last_checkpoint`` names. If that file is missing or damaged, it is the newest complete file
+    that matches ``pattern``, in the same folder or, if the folder was moved, in ``work_dir``.
 
     Args:
         work_dir: Folder of the training.
-        pattern: Of the names of checkpoints, such as ``epoch_*.pth``.
+        pattern: Glob pattern of checkpoint names, such as ``epoch_*.pth``.
 
     Returns:
-        Its path, None where no checkpoint was ever finished; and the paths of newer ones that are not whole.
+        Its path, or None if no checkpoint was ever written; and the paths of newer files that are incomplete.
 
     Raises:
-        ValueError: There are checkpoints, and none of them is whole.
+        ValueError: If there are checkpoints, but none of them is complete.
     """
-    record = Path(work_dir, 'last_checkpoint')
-    named = record.read_text().strip() if record.is_file() else None
+    named = last_checkpoint(work_dir)
     if named is None:
         return None, []
     folder = Path(named).parent if named and Path(named).parent.is_dir() else Path(work_dir)
     others = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
     candidates = list(dict.fromkeys([named] * bool(named) + [str(path) for path in others]))
     for index, path in enumerate(candidates):
-        if is_whole(path):
+        if is_complete(path):
             return path, candidates[:index]
     raise ValueError(
-        f'no checkpoint in {folder} is whole ({", ".join(candidates) or "there is none"}); name another '
-        'one to go on from, or start anew without resuming'
+        f'no checkpoint in {folder} is complete (found: {", ".join(candidates) or "none"}); name another one to resume '
+        'from, or start again without --resume'
     )
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def checkpoint_to_resume(runner: Runner, pattern: str) -> str | None:
+    """The checkpoint that ``runner`` resumes: ``load_from``, else the latest complete one of its work dir.
+
+    Raises:
+        ValueError: If the named checkpoint is incomplete, or all checkpoints in the work dir are.
+    """
+    named = runner._load_from
+    if named is None:
+        found, incomplete = latest_complete_checkpoint(runner.work_dir, pattern)
+        if incomplete:
+            runner.logger.warning(
+                f'cannot resume from {", ".join(incomplete)} (missing or damaged); resuming from {found} instead'
+            )
+        return found
+    if Path(named).is_file() and not is_complete(named):
+        raise ValueError(f'the checkpoint {named} is incomplete or damaged; resume from another one')
+    return named
+
+
+def disk_full_error(runner: Runner, error: OSError) -> DiskFullError:
+    """The error to raise for ``error``, which occurred while ``runner`` was training."""
+    last = last_checkpoint_of(runner)
+    remedy = (
+        f'the last checkpoint, {last}, is complete: free some space and resume from it with --resume'
+        if last
+        else 'there is no checkpoint yet: free some space, or choose another folder with --work-dir'
+    )
+    return DiskFullError(f'cannot write {error.filename or runner.work_dir} ({error.strerror}); {remedy}')

@@ -1,7 +1,7 @@
-"""Says what is wrong with a config's initial weights and schedule before training starts, in one sentence.
+"""Checks initial weights and schedule of a config before training starts. Every error says how to fix it.
 
-What MMEngine makes of them otherwise: a missing checkpoint is missed after everything is set up; a schedule that the
-training does not get through is followed as far as it goes, without a word, at a rate that was never meant.
+Without these checks, MMEngine reports a missing checkpoint only after everything is set up, and follows a schedule that
+is longer than the training as far as it gets, without a warning.
 """
 
 import logging
@@ -14,47 +14,47 @@ from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
+from msda_plugin.engine.config_walk import walk
+
 
 # ---- weights --------------------------------------------------------------------------------------------------------
 def check_weights(cfg: Config) -> None:
-    """Check that the files which a model starts from, ``load_from`` and those of every ``init_cfg``, are there.
+    """Check that the checkpoints in ``load_from`` and in every ``init_cfg`` of the model exist.
 
-    What is fetched (a URL, ``torchvision://…``) is not asked for.
+    URLs and other remote checkpoints (``torchvision://…``) are skipped.
 
     Raises:
-        FileNotFoundError: One is not.
+        FileNotFoundError: If a checkpoint does not exist.
     """
-    for where, path in [('load_from', cfg.get('load_from')), *_pretrained(cfg.get('model'), 'model')]:
-        if path and '://' not in path and not Path(path).is_file():
+    pretrained = (
+        (f'{where}.checkpoint', node.get('checkpoint'))
+        for where, node in walk(cfg.get('model'), 'model')
+        if isinstance(node, dict) and node.get('type') == 'Pretrained'
+    )
+    for where, path in [('load_from', cfg.get('load_from')), *pretrained]:
+        if isinstance(path, str) and path and '://' not in path and not Path(path).is_file():
             raise FileNotFoundError(
                 f'the checkpoint {path} of {where} does not exist; put it there, or name its file '
                 f'with --cfg-options {where}=FILE'
             )
 
 
-def _pretrained(node: object, where: str) -> Iterator[tuple[str, str]]:
-    """(place in the config, checkpoint) of each ``init_cfg`` that loads one."""
-    if isinstance(node, dict):
-        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
-            yield f'{where}.checkpoint', node['checkpoint']
-        for key, child in node.items():
-            yield from _pretrained(child, f'{where}.{key}')
-    elif isinstance(node, (list, tuple)):
-        for index, child in enumerate(node):
-            yield from _pretrained(child, f'{where}.{index}')
-
-
 # ---- schedule -------------------------------------------------------------------------------------------------------
-def check_schedule(cfg: Config, loop: BaseLoop) -> None:
-    """Check that the training has iterations, and as many as its schedule and its validation need.
+def check_schedule(cfg: Config, loop: BaseLoop, as_written: Config | None = None) -> None:
+    """Check that the training has iterations, and that its learning rate schedule and its validation fit it.
+
+    A schedule is never changed. If the training was made shorter than in the config's file (``--cfg-options
+    train_cfg.max_epochs=1``), it is a trial: a schedule that is too long is a warning. If it was made longer, a
+    schedule that ends earlier is a warning, too.
 
     Args:
-        cfg: The config. Where its file asks for more epochs or iterations than it does now (``--cfg-options
-            train_cfg.max_epochs=1``), the training is a trial: a schedule that does not fit is logged, not refused.
-        loop: The training loop that was built from it. Loops other than MMEngine's two are passed over.
+        cfg: The config.
+        loop: Its training loop. Only MMEngine's two loops are checked.
+        as_written: The config as its file has it, if there is one.
 
     Raises:
-        ValueError: There is no iteration, no validation, or a schedule that begins or ends after the training.
+        ValueError: If there is no iteration, if there is no validation, if a schedule begins or ends after the
+            training, or if ``max_epochs`` was changed outside of ``train_cfg``.
     """
     if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
         return
@@ -63,14 +63,23 @@ def check_schedule(cfg: Config, loop: BaseLoop) -> None:
     length = getattr(loop, field)
     if length < 1:
         raise ValueError(f'train_cfg.{field} is {length}, so that nothing is trained; set it to 1 or more')
-    if not len(loop.dataloader if by_epoch else loop.dataloader.dataset):  # samplers of the latter may have no end
+    if not len(loop.dataloader if by_epoch else loop.dataloader.dataset):  # the latter's samplers may be infinite
         raise ValueError(_no_iteration(loop.dataloader))
-    problems = list(_problems(cfg, loop, 'epoch' if by_epoch else 'iteration', length))
-    trial = _length_in_file(cfg, field) > length
-    for problem in problems:
-        if not trial:
+    as_written = as_written or Config()
+    before = (as_written.get('train_cfg') or {}).get(field) or 0
+    unit = 'epoch' if by_epoch else 'iteration'
+    if field in as_written and cfg.get(field) != as_written.get(field) and length == before:
+        raise ValueError(
+            f'{field}={cfg.get(field)} has no effect, because the config file uses {field} only while it is parsed; '
+            f'set train_cfg.{field}={cfg.get(field)}, and the fields of param_scheduler that depend on it'
+        )
+    for problem in _problems(cfg, loop, field, unit, length):
+        if length >= before:
             raise ValueError(problem)
         print_log(problem, logger='current', level=logging.WARNING)
+    if 0 < before < length:
+        for problem in _early_ends(cfg, unit, before, length):
+            print_log(problem, logger='current', level=logging.WARNING)
 
 
 def _no_iteration(dataloader: DataLoader) -> str:
@@ -89,31 +98,27 @@ def _no_iteration(dataloader: DataLoader) -> str:
     )
 
 
-def _problems(cfg: Config, loop: BaseLoop, unit: str, length: int) -> Iterator[str]:
-    """A sentence on each part of the schedule that does not fit into the training."""
-    lengths = {unit: length, 'iteration': loop.max_iters}
-    epochs = f' ({length} epochs of {len(loop.dataloader)})' if unit == 'epoch' else ''
+def _problems(cfg: Config, loop: BaseLoop, field: str, unit: str, length: int) -> Iterator[str]:
+    """A sentence for each part of the schedule that does not fit into the training."""
+    iterations = len(loop.dataloader) if unit == 'epoch' else 1  # per unit of the training
     if cfg.get('val_dataloader') and loop.val_begin > length:
         yield (
             f'train_cfg.val_begin is {loop.val_begin}, but the training ends with {unit} {length}: it is never '
             f'validated; set train_cfg.val_begin={length} or less'
         )
-    schedulers = cfg.get('param_scheduler') or []
-    for index, scheduler in enumerate(schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]):
-        if not isinstance(scheduler, dict) or 'type' not in scheduler:
-            continue  # built already, or one for each of several optimizers
+    for place, kind, scheduler in _schedulers(cfg):
         its_unit = 'epoch' if scheduler.get('by_epoch', True) else 'iteration'
-        total = lengths.get(its_unit)
-        if total is None:  # by epoch, in a training that goes by iterations
+        if its_unit == 'epoch' and unit == 'iteration':
             continue
-        place = f'param_scheduler.{index}'
-        kind = scheduler['type'] if isinstance(scheduler['type'], str) else scheduler['type'].__name__
-        ends = f'the training ends with {its_unit} {total}{epochs if its_unit == "iteration" else ""}'
+        per_unit = iterations if its_unit != unit else 1
+        total = length * per_unit
+        epochs = f' ({length} epochs of {iterations})' if its_unit != unit else ''
+        ends = f'the training ends with {its_unit} {total}{epochs}'
         begin = scheduler.get('begin', 0)
         if begin >= total:
             yield (
-                f'{place} ({kind}) begins after {its_unit} {begin}, but {ends}; set {place}.begin to less, or leave '
-                'it out'
+                f'{place} ({kind}) begins after {its_unit} {begin}, but {ends}; set train_cfg.{field}='
+                f'{begin // per_unit + 1} or more, or {place}.begin={total - 1} or less'
             )
             continue
         for key, value, start in _ends(kind, scheduler):
@@ -121,12 +126,34 @@ def _problems(cfg: Config, loop: BaseLoop, unit: str, length: int) -> Iterator[s
                 after = f', counted from {its_unit} {start}' if start else ''
                 yield (
                     f'{place} ({kind}) has {key}={value}{after}, but {ends}: the learning rate never gets there; '
-                    f'train longer, or set {place}.{key} to {total - start} or less'
+                    f'set train_cfg.{field}={-(-(start + value) // per_unit)} or more, or {place}.{key}='
+                    f'{total - start} or less'
                 )
 
 
+def _early_ends(cfg: Config, unit: str, before: int, length: int) -> Iterator[str]:
+    """A sentence for each annealing that ends where the training of the config's file ends, in a longer training."""
+    for place, kind, scheduler in _schedulers(cfg):
+        begin, period = scheduler.get('begin', 0), scheduler.get('T_max')
+        if period and scheduler.get('by_epoch', True) == (unit == 'epoch') and begin + period == before:
+            end = f' {place}.end={length}' if scheduler.get('end') else ''
+            yield (
+                f'{place} ({kind}) anneals the learning rate until {unit} {before}, but the training ends with {unit} '
+                f'{length}; to anneal until then, set {place}.T_max={length - begin}{end}'
+            )
+
+
+def _schedulers(cfg: Config) -> Iterator[tuple[str, str, dict]]:
+    """(path, name of the type, config) of each scheduler."""
+    schedulers = cfg.get('param_scheduler') or []
+    for index, scheduler in enumerate(schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]):
+        if isinstance(scheduler, dict) and 'type' in scheduler:  # else it is built, or there are several optimizers
+            kind = scheduler['type']
+            yield f'param_scheduler.{index}', kind if isinstance(kind, str) else kind.__name__, scheduler
+
+
 def _ends(kind: str, scheduler: dict) -> Iterator[tuple[str, int, int]]:
-    """(field, its last value, where it counts from) of what a scheduler still has to come to."""
+    """(field, its last value, where it counts from) for each field that must fit into the training."""
     begin = scheduler.get('begin', 0)
     if scheduler.get('milestones'):
         yield 'milestones', max(scheduler['milestones']), begin
@@ -134,10 +161,3 @@ def _ends(kind: str, scheduler: dict) -> Iterator[tuple[str, int, int]]:
         yield 'T_max', scheduler['T_max'], begin
     if scheduler.get('end') and kind.rpartition('.')[2].startswith(('Linear', 'Constant')):  # warm-ups
         yield 'end', scheduler['end'], 0
-
-
-def _length_in_file(cfg: Config, field: str) -> int:
-    """Epochs or iterations of the config as its file has it; 0 if there is no file, or no such number in it."""
-    if not cfg.filename or not Path(cfg.filename).is_file():
-        return 0
-    return (Config.fromfile(cfg.filename).get('train_cfg') or {}).get(field) or 0

@@ -1,14 +1,14 @@
-"""Says what is wrong with the data of a config before training starts, in one sentence and without reading an image.
+"""Checks the data of a config before training starts, without reading images. Every error says how to fix it.
 
-What MMDetection makes of such data otherwise: an error from deep inside a worker process, or no error at all and an AP
-of 0 (classes that the annotation file does not name are dropped without a word).
+Without these checks, bad data ends in an error inside a worker process, or in an AP of 0 without any error (MMDetection
+silently drops classes that are not in the annotation file).
 """
 
 import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,21 +17,23 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import join_path
 from mmengine.logging import print_log
 
+from msda_plugin.engine.config_walk import walk
+from msda_plugin.engine.messages import listed
 from msda_plugin.safe_loading import load_json
 
-REQUIRED = dict(  # what MMDetection's CocoDataset reads of each record
+REQUIRED = dict(  # fields of each record that MMDetection's CocoDataset reads
     images=('id', 'file_name', 'width', 'height'),
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
     categories=('id', 'name'),
 )
-EVALUATED = ('iscrowd',)  # what pycocotools reads of each annotation besides, when it evaluates
-MOST_PIXELS = 1e9  # of a side or a coordinate; more is no image, and overflows in what is computed from it
+EVALUATED = ('iscrowd',)  # fields of each annotation that pycocotools also reads in an evaluation
+MOST_PIXELS = 1e9  # of a side or a coordinate; larger values overflow in computations
 
 
 def _is_number(value: object) -> bool:
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -41,7 +43,7 @@ def _is_pixels(value: object) -> bool:
 
 _ID = (lambda value: isinstance(value, str) or _is_number(value), 'a number or a string')
 _PIXELS = (_is_pixels, 'a number of pixels')
-KINDS = dict(  # of what records may hold, and how to call it
+KINDS = dict(  # field: (check, description for the error)
     id=_ID,
     image_id=_ID,
     category_id=_ID,
@@ -56,16 +58,16 @@ KINDS = dict(  # of what records may hold, and how to call it
 
 @dataclass(frozen=True)
 class DataReport:
-    """What an annotation file holds.
+    """Contents of an annotation file.
 
     Attributes:
         ann_file: The annotation file.
-        classes: Names of the classes that are used, in the order of their labels.
-        num_images: Images.
-        num_boxes: Boxes of these classes, crowds included.
-        num_empty_images: Images without such a box.
-        num_degenerate_boxes: Boxes that MMDetection leaves out: a side under one pixel, or outside their image.
-        warnings: Sentences on what does not stop the training and is hardly meant.
+        classes: Names of the classes in use, in the order of their labels.
+        num_images: Number of images.
+        num_boxes: Number of boxes of these classes, including crowds.
+        num_empty_images: Number of images without such a box.
+        num_degenerate_boxes: Number of boxes that MMDetection drops: a side under one pixel, or outside their image.
+        warnings: Sentences about likely mistakes that do not stop the training.
     """
 
     ann_file: str
@@ -91,18 +93,18 @@ def check_coco(
     evaluated: bool = False,
     annotated: bool = True,
 ) -> DataReport:
-    """Check an annotation file in COCO format and that its images are there. Images are not opened.
+    """Check an annotation file in COCO format, and that its images exist. Images are not opened.
 
     Args:
         ann_file: JSON file.
-        img_root: Folder that the file names in it start from.
-        classes: Classes to use; None: all of the file.
-        evaluated: Whether predictions are compared with its boxes, which takes ``iscrowd`` of each of them.
-        annotated: False: the list of annotations may be missing, as in the files of a test server.
+        img_root: Folder that its file names are relative to.
+        classes: Classes to use; None: all classes of the file.
+        evaluated: Whether predictions are compared with its boxes, for which each needs ``iscrowd``.
+        annotated: If False, the list of annotations may be missing, as in the files of a test server.
 
     Raises:
-        FileNotFoundError: The annotation file, the image folder or some images do not exist.
-        ValueError: The file is not JSON, not COCO, holds no image, or lacks some of the classes.
+        FileNotFoundError: If the annotation file, the image folder or images do not exist.
+        ValueError: If the file is not JSON, is not COCO, has no image, or lacks classes.
     """
     ann_file, img_root = str(ann_file), str(img_root)
     content = read_coco(ann_file, annotated=annotated)
@@ -117,8 +119,8 @@ def check_coco(
     classes = _check_classes(ann_file, present, classes)
     used = {category['id'] for category in content['categories'] if category['name'] in set(classes)}
     annotations = [a for a in content['annotations'] if a['category_id'] in used]
-    listed = {category['id'] for category in content['categories']}
-    unknown = [a['category_id'] for a in content['annotations'] if a['category_id'] not in listed]
+    known = {category['id'] for category in content['categories']}
+    unknown = [a['category_id'] for a in content['annotations'] if a['category_id'] not in known]
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     strays = sum(a['image_id'] not in sizes for a in annotations)
     annotations = [a for a in annotations if a['image_id'] in sizes]
@@ -131,19 +133,19 @@ def check_coco(
     in_file_order = tuple(name for name in present if name in set(classes))
     if in_file_order != classes:
         warnings.append(
-            f"'{ann_file}' has the classes in the order {_names(in_file_order)}, the config in the order "
-            f'{_names(classes)}; MMDetection goes by the file, so write them in that order, or names will '
+            f"'{ann_file}' has the classes in the order {listed(in_file_order)}, the config in the order "
+            f'{listed(classes)}; MMDetection goes by the file, so write them in that order, or names will '
             'be swapped'
         )
     if annotated and not annotations:
-        warnings.append(f"'{ann_file}' holds no box of the classes {_names(classes)}")
+        warnings.append(f"'{ann_file}' holds no box of the classes {listed(classes)}")
     if degenerate:
         warnings.append(
             f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
             'without area or outside their image, and are left out'
         )
     if unknown:
-        ids = _names(sorted(set(unknown), key=str), limit=5)
+        ids = listed(sorted(set(unknown), key=str), limit=5)
         warnings.append(
             f"{len(unknown)} of the {len(content['annotations'])} annotations in '{ann_file}' have a "
             f'category that it does not list (id {ids}), and are left out'
@@ -162,15 +164,15 @@ def check_coco(
 
 
 def check_config_data(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> list[DataReport]:
-    """Check the data sets of an MMDetection config, and that the head has their number of classes.
+    """Check the datasets of an MMDetection config, and that the head has their number of classes.
 
     Every ``CocoDataset`` in ``{split}_dataloader``, also inside wrappers (``RepeatDataset``, ``ConcatDataset``, …), is
-    checked by `check_coco`; other data sets, and those on remote storage, are passed over. Warnings are logged.
+    checked with `check_coco`; other datasets, and those on remote storage, are skipped. Warnings are logged.
 
     Raises:
-        FileNotFoundError: A data root, an annotation file (also of an evaluator), an image folder or images that do
-            not exist.
-        ValueError: An annotation file that is not COCO, classes that it lacks, or a head for another number of them.
+        FileNotFoundError: If a data root, an annotation file (also of an evaluator), an image folder or images do not
+            exist.
+        ValueError: If an annotation file is not COCO or lacks classes, or the head has another number of classes.
     """
     reports = []
     for split in splits:
@@ -200,15 +202,15 @@ def check_config_data(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> 
 
 # ---- an annotation file ---------------------------------------------------------------------------------------------
 def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
-    """The content of an annotation file: a dict with the lists ``images``, ``annotations`` and ``categories``.
+    """Read an annotation file: a dict with the lists ``images``, ``annotations`` and ``categories``.
 
     Args:
         ann_file: JSON file.
-        annotated: False: ``annotations`` may be missing, and is then empty.
+        annotated: If False, ``annotations`` may be missing, and becomes an empty list.
 
     Raises:
-        FileNotFoundError: It does not exist.
-        ValueError: It is not JSON, not COCO, or too large for the memory that is free.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not JSON, not COCO, or too large for the free memory.
     """
     if not Path(ann_file).is_file():
         raise FileNotFoundError(
@@ -222,27 +224,25 @@ def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
         content.setdefault('annotations', [])
     missing = [key for key in REQUIRED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
-        found = f'an object with the keys {_names(content)}' if isinstance(content, dict) else f'a {_kind(content)}'
+        found = f'an object with the keys {listed(content)}' if isinstance(content, dict) else f'a {_kind(content)}'
         raise ValueError(
-            f"the annotation file '{ann_file}' is not COCO: it needs the lists {_names(missing)}, and is "
+            f"the annotation file '{ann_file}' is not COCO: it needs the lists {listed(missing)}, and is "
             f'{found}; convert it, or take the data set class of its format'
         )
     return content
 
 
 def check_records(ann_file: str | os.PathLike, field: str, records: list, keys: Sequence[str]) -> None:
-    """Check that every record of a list of the file has these keys, and an id of its own if that is one of them.
-
-    What a record holds besides must be of its kind as well.
+    """Check that every record of ``field`` has these keys, with valid values, and that ids are unique.
 
     Raises:
-        ValueError: One has not.
+        ValueError: If a key is missing, a value is invalid, or an id occurs twice.
     """
     wanted = set(keys)
     for index, record in enumerate(records):
         if not isinstance(record, dict) or not wanted <= record.keys():
             lacking = [key for key in keys if not isinstance(record, dict) or key not in record]
-            raise ValueError(f"the annotation file '{ann_file}' is not COCO: {field}[{index}] lacks {_names(lacking)}")
+            raise ValueError(f"the annotation file '{ann_file}' is not COCO: {field}[{index}] lacks {listed(lacking)}")
         for key, (fits, kind) in KINDS.items():
             if key in record and not fits(record[key]):
                 raise ValueError(
@@ -261,18 +261,18 @@ def _check_classes(ann_file: str, present: list[str], classes: Sequence[str] | N
     lacking = [name for name in classes if name not in set(present)]
     if lacking:
         raise ValueError(
-            f"the annotation file '{ann_file}' does not have the classes {_names(lacking)} of the config; "
-            f'it has {_names(present)}, the config {_names(classes)}; set metainfo=dict(classes=(…,)) of '
+            f"the annotation file '{ann_file}' does not have the classes {listed(lacking)} of the config; "
+            f'it has {listed(present)}, the config {listed(classes)}; set metainfo=dict(classes=(…,)) of '
             'the data set and num_classes of the model'
         )
     return tuple(classes)
 
 
 def check_boxes(ann_file: str | os.PathLike, annotations: list[dict]) -> None:
-    """Check that the bbox of every annotation is four numbers of pixels.
+    """Check that the bbox of every annotation is a list of four numbers, in pixels.
 
     Raises:
-        ValueError: One is not.
+        ValueError: If a bbox is something else.
     """
     for annotation in annotations:
         box = annotation['bbox']
@@ -284,7 +284,7 @@ def check_boxes(ann_file: str | os.PathLike, annotations: list[dict]) -> None:
 
 
 def count_degenerate(annotations: list[dict], sizes: dict[object, tuple[float, float]]) -> int:
-    """How many boxes MMDetection leaves out; ``sizes``: (width, height) in pixels by image id."""
+    """Number of boxes that MMDetection drops; ``sizes``: (width, height) in pixels by image id."""
     if not annotations:
         return 0
     x, y, w, h = np.array([a['bbox'] for a in annotations], float).T
@@ -300,7 +300,7 @@ def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
             f"the image folder '{img_root}' does not exist; set data_root and data_prefix=dict(img="
             '…) of the data set in the config'
         )
-    folders: dict[str, set[str]] = {}  # listed once each: far quicker than asking for every file
+    folders: dict[str, set[str]] = {}  # each is listed once, which is much faster than one stat per file
     missing = []
     for image in images:
         folder, name = os.path.split(os.path.join(img_root, image['file_name']))
@@ -311,14 +311,8 @@ def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(images)} images of '{ann_file}' are not in '{img_root}': "
-            f'{_names(missing, limit=5)}; set data_prefix=dict(img=…) to the folder of the images'
+            f'{listed(missing, limit=5)}; set data_prefix=dict(img=…) to the folder of the images'
         )
-
-
-def _names(names: Iterable[str], limit: int = 20) -> str:
-    names = [str(name) for name in names]
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return (', '.join(names[:limit]) or 'nothing') + more
 
 
 def _shortened(value: object, limit: int = 80) -> str:
@@ -331,26 +325,21 @@ def _kind(content: object) -> str:
 
 
 # ---- a config -------------------------------------------------------------------------------------------------------
-def _coco_datasets(node: object, where: str) -> Iterator[tuple[str, ConfigDict]]:
-    """(path in the config, data set) of each ``CocoDataset`` under ``node``."""
-    if isinstance(node, (list, tuple)):
-        for index, child in enumerate(node):
-            yield from _coco_datasets(child, f'{where}[{index}]')
-    elif isinstance(node, dict):
-        for key in ('dataset', 'datasets'):
-            yield from _coco_datasets(node.get(key), f'{where}.{key}')
-        if _is_coco(node.get('type')):
-            yield where, node
+def _coco_datasets(dataloader: object, where: str) -> Iterator[tuple[str, ConfigDict]]:
+    """(path in the config, dataset) of each ``CocoDataset`` in a dataloader, also inside of wrappers."""
+    for path, node in walk(dataloader, where):
+        if isinstance(node, dict) and re.search(r'\.(dataset|datasets\.\d+)$', path) and _is_coco(node.get('type')):
+            yield path, node
 
 
 def _dataset_class(kind: object) -> object:
-    from mmdet.registry import DATASETS  # here: checking a file alone needs no MMDetection
+    from mmdet.registry import DATASETS  # imported here because checking a single file does not need MMDetection
 
     return DATASETS.get(kind) if isinstance(kind, str) else kind
 
 
 def _is_coco(kind: object) -> bool:
-    """Whether it is a ``CocoDataset``, and reads the file as that does (those of LVIS or panoptic data do not)."""
+    """Whether the class is a ``CocoDataset`` that reads COCO files (those of LVIS or panoptic data do not)."""
     from mmdet.datasets import CocoDataset
 
     found = _dataset_class(kind)
@@ -368,7 +357,7 @@ def _is_remote(dataset: dict) -> bool:
 
 
 def _paths(where: str, dataset: dict) -> tuple[str, str]:
-    """Annotation file and image folder, joined as MMEngine's ``BaseDataset`` does."""
+    """Annotation file and image folder, joined as in MMEngine's ``BaseDataset``."""
     root = dataset.get('data_root') or ''
     if root and not Path(root).is_dir():
         raise FileNotFoundError(
@@ -388,7 +377,7 @@ def _paths(where: str, dataset: dict) -> tuple[str, str]:
 
 
 def _configured_classes(where: str, dataset: dict) -> tuple[str, ...]:
-    """The classes of the config, or else those of the data set class."""
+    """The classes of the config, or of the dataset class if the config has none."""
     default = _dataset_class(dataset['type']).METAINFO.get('classes', ())
     classes = (dataset.get('metainfo') or {}).get('classes', default)
     if isinstance(classes, str):
@@ -407,16 +396,11 @@ def _configured_classes(where: str, dataset: dict) -> tuple[str, ...]:
     return tuple(name for name in classes if name)
 
 
-def bbox_heads(node: object, where: str = 'model') -> Iterator[tuple[str, dict]]:
-    """(path in the config, head) of every ``bbox_head``, which can be one or a list."""
-    if isinstance(node, (list, tuple)):
-        for index, child in enumerate(node):
-            yield from bbox_heads(child, f'{where}[{index}]')
-    elif isinstance(node, dict):
-        if re.search(r'\.bbox_head(\[\d+\])?$', where):
-            yield where, node
-        for key, child in node.items():
-            yield from bbox_heads(child, f'{where}.{key}')
+def bbox_heads(model: object) -> Iterator[tuple[str, dict]]:
+    """(path in the config, head) of every ``bbox_head``, which can be one head or a list."""
+    for path, node in walk(model, 'model'):
+        if isinstance(node, dict) and re.search(r'\.bbox_head(\.\d+)?$', path):
+            yield path, node
 
 
 def _check_head(model: object, where: str, classes: tuple[str, ...]) -> None:
@@ -425,7 +409,7 @@ def _check_head(model: object, where: str, classes: tuple[str, ...]) -> None:
         if number is not None and number != len(classes):
             raise ValueError(
                 f'{path}.num_classes is {number}, but {where} has {len(classes)} classes '
-                f'({_names(classes)}); set {path}.num_classes={len(classes)}, or metainfo=dict(classes='
+                f'({listed(classes)}); set {path}.num_classes={len(classes)}, or metainfo=dict(classes='
                 '(…,)) of the data set'
             )
 

@@ -1,7 +1,8 @@
-"""What `demo` and `visualize` share: which model, from which files, and one image through it."""
+"""Inference on one image: find the files of a model, load it, predict."""
 
 import copy
 import os
+import textwrap
 from pathlib import Path
 
 import cv2
@@ -18,10 +19,11 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from msda_plugin import compat
 from msda_plugin.convert.conversion import unwrap
 from msda_plugin.registry import MODELS
 
-MAIN_JOB = 'shapes*'  # the folders of `make train` below the work dirs, one a stack
+MAIN_JOB = 'shapes*'  # work dirs of `make train`
 
 
 def find_checkpoint(
@@ -29,20 +31,20 @@ def find_checkpoint(
     checkpoint: str | os.PathLike | None = None,
     work_dirs: str | os.PathLike = 'work_dirs',
 ) -> tuple[str, str]:
-    """Paths of a config and a checkpoint that belong together; what is not named is looked for.
+    """Find a config and a checkpoint that belong together.
 
     Args:
-        config: None: the one that lies beside the checkpoint.
-        checkpoint: A file, or a URL if the config is named. None: the best one (else the last) of the config's work
-            dir; without a config, of `make train`, the newest where it ran on both stacks.
-        work_dirs: Folder of the work dirs.
+        config: None: the config next to the checkpoint.
+        checkpoint: A file, or a URL if ``config`` is given. None: the best checkpoint, otherwise the last one, in the
+            config's work dir; without a config, in the newest work dir of `make train`.
+        work_dirs: Folder that contains the work dirs.
 
     Returns:
         ``(config, checkpoint)``.
 
     Raises:
-        FileNotFoundError: There is no such file, or none is found.
-        ValueError: It is not plain which config belongs to the checkpoint.
+        FileNotFoundError: If a given file does not exist, or no checkpoint is found.
+        ValueError: If there is not exactly one config next to the checkpoint.
     """
     for what, path in (('config', config), ('checkpoint', checkpoint)):
         if path is not None and not Path(path).is_file() and '://' not in str(path):
@@ -55,24 +57,24 @@ def find_checkpoint(
         found = sorted(filter(None, map(_best_checkpoint, Path(work_dirs).glob(pattern))), key=_age)
         if not found:
             where = Path(work_dirs, pattern)
-            remedy = 'run `make train` first, or name' if config is None else 'name'
+            remedy = 'run `make train` first, or choose' if config is None else 'choose'
             raise FileNotFoundError(
-                f'no checkpoint is named, and there is none in {where}; {remedy} one with --checkpoint'
+                f'no checkpoint is given, and there is none in {where}; {remedy} one with --checkpoint'
             )
         checkpoint = found[-1]
     if config is None:
-        beside = sorted(Path(checkpoint).parent.glob('*.py'))
-        if len(beside) != 1:
+        configs = sorted(Path(checkpoint).parent.glob('*.py'))
+        if len(configs) != 1:
             raise ValueError(
-                f'{len(beside)} Python files lie beside the checkpoint {checkpoint}, and one, its config, '
-                'is needed; name it with --config'
+                f'there are {len(configs)} Python files next to the checkpoint {checkpoint}, expected one config; '
+                'choose it with --config'
             )
-        (config,) = beside
+        (config,) = configs
     return str(config), str(checkpoint)
 
 
 def _best_checkpoint(work_dir: Path) -> Path | None:
-    """The newest of the best checkpoints of a training, else the newest at all."""
+    """The newest of the best checkpoints of a training, otherwise the newest checkpoint."""
     return max(work_dir.glob('best_*.pth'), key=_age, default=max(work_dir.glob('*.pth'), key=_age, default=None))
 
 
@@ -83,76 +85,61 @@ def _age(path: Path) -> float:
 def load_detector(
     config: str | os.PathLike | Config, checkpoint: str | os.PathLike, device: str | torch.device | None = None
 ) -> nn.Module:
-    """The detector of a config with the weights of a checkpoint, ready to predict.
+    """Build the detector of a config and load a checkpoint into it.
 
     Args:
         config: Path of a Python config file, or the config.
         checkpoint: Path or URL of a checkpoint: MMEngine's, or a bare state dict.
-        device: None: the GPU where there is one, else the CPU.
+        device: None: the GPU if there is one, otherwise the CPU.
 
     Returns:
         The model in evaluation mode, with ``cfg`` and ``dataset_meta`` (``classes``: the names of its labels, as the
         checkpoint has them, else the data set of the config).
 
     Raises:
-        OSError: The checkpoint cannot be read, or downloaded.
-        ValueError: It is no whole checkpoint, holds more than weights, or its weights are not those of the model.
+        OSError: If the checkpoint cannot be read or downloaded.
+        ValueError: If the checkpoint is incomplete, contains more than weights, or does not fit the model.
     """
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    loaded = CheckpointLoader.load_checkpoint(str(checkpoint), map_location='cpu', logger='silent')
+    with compat.load_checkpoints_strictly():
+        loaded = CheckpointLoader.load_checkpoint(str(checkpoint), map_location='cpu', logger='silent')
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     state_dict = {name.removeprefix('module.'): value for name, value in unwrap(loaded).items()}
-    _check_fit(model, state_dict, checkpoint)
-    model.load_state_dict(state_dict)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:  # torch's has a first line without content, and names every weight
+        reason = textwrap.shorten(str(error).partition('\n')[2] or str(error), 400, placeholder=' …')
+        raise ValueError(
+            f'the checkpoint {checkpoint} does not fit the config ({reason}); choose the config it was trained with'
+        ) from None
     model.cfg = cfg
     meta = loaded['meta'].get('dataset_meta') if 'state_dict' in loaded and 'meta' in loaded else None
     model.dataset_meta = {key.lower(): value for key, value in meta.items()} if meta else _dataset_meta(cfg)
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
 
 
-def _check_fit(model: nn.Module, state_dict: dict, checkpoint: str | os.PathLike) -> None:
-    own = model.state_dict()
-    wrong = [
-        f'{len(names)} {what} (such as {names[0]})'
-        for what, names in (
-            ('weights are missing', [name for name in own if name not in state_dict]),
-            ('are not in the model', [name for name in state_dict if name not in own]),
-            (
-                'have another shape',
-                [name for name in own if name in state_dict and state_dict[name].shape != own[name].shape],
-            ),
-        )
-        if names
-    ]
-    if wrong:
-        raise ValueError(
-            f'the checkpoint {checkpoint} does not fit the config: {", ".join(wrong)}; name the config '
-            'that it was trained with'
-        )
-
-
 def _dataset_meta(cfg: Config) -> dict:
-    """What the test data set of the config says of itself, without reading its files."""
+    """Metainfo of the config's test dataset, without reading its files."""
     dataset = cfg.test_dataloader.dataset
     return dict(DATASETS.build({**copy.deepcopy(dataset), 'lazy_init': True}).metainfo)
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """An image file as (H, W, 3) uint8, RGB, turned as its EXIF entry says.
+    """Read an image file as (H, W, 3) uint8, RGB, rotated according to its EXIF data.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not an image that can be read.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read as an image.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'the image {path} does not exist; give the path of an image file')
     try:
         image = mmcv.imread(str(path))
-    except cv2.error:  # an empty file, or one of too many pixels
+    except cv2.error:  # the file is empty, or has too many pixels
         image = None
     if image is None:
-        raise ValueError(f'{path} is not an image that can be read; give a JPEG or PNG file')
+        raise ValueError(f'{path} cannot be read as an image; give a JPEG or PNG file')
     return np.ascontiguousarray(image[..., ::-1])
 
 
@@ -164,9 +151,9 @@ def predict(model: nn.Module, image: np.ndarray) -> DetDataSample:
         image: (H, W, 3) uint8, RGB.
 
     Returns:
-        ``pred_instances``: ``bboxes`` (N, 4) as x1 y1 x2 y2 in pixels of ``image``, ``scores`` (N,) from high to low,
-        ``labels`` (N,), indices of ``model.dataset_meta['classes']``; and what the pipeline did: ``ori_shape``,
-        ``img_shape``, ``batch_input_shape`` (h, w), ``scale_factor`` (w, h).
+        ``pred_instances`` with ``bboxes`` (N, 4) as x1 y1 x2 y2 in pixels of ``image``, ``scores`` (N,) from high to
+        low and ``labels`` (N,), indices of ``model.dataset_meta['classes']``; and the pipeline's ``ori_shape``,
+        ``img_shape``, ``batch_input_shape`` (h, w) and ``scale_factor`` (w, h).
     """
     pipeline = [
         step
@@ -174,7 +161,7 @@ def predict(model: nn.Module, image: np.ndarray) -> DetDataSample:
         if not step['type'].split('.')[-1].startswith('LoadAnnotations')
     ]
     pipeline[0]['type'] = 'mmdet.LoadImageFromNDArray'
-    # Files are read as BGR, which is what the model's preprocessor expects.
+    # The model's preprocessor expects BGR, as files are read.
     data = Compose(pipeline)(dict(img=np.ascontiguousarray(image[..., ::-1]), img_id=0))
     with torch.no_grad():
         (sample,) = model.test_step(dict(inputs=[data['inputs']], data_samples=[data['data_samples']]))

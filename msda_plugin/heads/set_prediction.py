@@ -31,20 +31,17 @@ class SetPrediction:
     Predictions: a converged DETR needs no non-maximum suppression. After a short training, duplicates are its main
     error; ``test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7))`` removes them within each class.
 
-    Checkpoints: a class layer for another number of classes is not loaded but keeps the weights it has, which are the
-    initial ones when a training starts; the log names it. All other parameters are loaded as usual.
+    Checkpoints: a class layer with another number of outputs is an error, with every loader. A training can start from
+    such a checkpoint (`msda_plugin.heads.class_layers.adapt_class_layers`).
 
     Attributes:
         matcher: None where MMDetection's code computes the losses.
-        new_class_layers: full names of class layers that the last checkpoint did not fit.
     """
 
     matcher: HungarianMatcher | None
-    new_class_layers: tuple[str, ...]
 
     def init_set_prediction(self) -> None:
         """Choose how the losses are computed; to be called at the end of ``__init__``."""
-        self.new_class_layers = ()
         self.matcher = None
         if self.train_cfg:
             reason = HungarianMatcher.unsupported_reason(self.assigner) or self._unsupported_loss_reason()
@@ -190,23 +187,26 @@ class SetPrediction:
         return results[kept]
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        """What every loader of checkpoints calls; here, class layers of another size are first replaced by our own."""
-        different = {}
+    def resized_class_layers(self, state_dict: dict[str, Tensor], prefix: str = '') -> dict[str, tuple[int, int]]:
+        """``{name: (outputs in state_dict, outputs here)}`` of the class layers with another number of outputs."""
+        resized = {}
         for name, layer in self.named_modules(remove_duplicate=False):
             if name.split('.')[0] not in ('cls_branches', 'fc_cls') or not isinstance(layer, nn.Linear):
                 continue
             stored = state_dict.get(f'{prefix}{name}.weight')
             if stored is not None and stored.shape[1:] == layer.weight.shape[1:] and len(stored) != len(layer.weight):
-                different[prefix + name] = len(stored)
-                state_dict |= {f'{prefix}{name}.{key}': value.detach() for key, value in layer.named_parameters()}
-        self.new_class_layers = tuple(different)
-        if different:
-            print_log(
-                f'the checkpoint is for another number of classes: {", ".join(different)} have '
-                f'{" or ".join(map(str, sorted(set(different.values()))))} outputs there and '
-                f'{self.cls_out_channels} here, and keep their initial weights; everything else is loaded',
-                logger='current',
-                level=logging.WARNING,
+                resized[prefix + name] = len(stored), len(layer.weight)
+        return resized
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """Refuse class layers of another size. (MMEngine's loader would log them and leave the layers untrained.)"""
+        resized = self.resized_class_layers(state_dict, prefix)
+        if resized:
+            name, (stored, expected) = next(iter(resized.items()))
+            others = f' (and {len(resized) - 1} more)' if len(resized) > 1 else ''
+            raise RuntimeError(
+                f'size mismatch for {name}.weight{others}: the checkpoint was trained with another number of classes '
+                f'({stored} outputs, the model has {expected}); set num_classes as in its training, or fine-tune from '
+                'it with load_from and msda_plugin.DetectionRunner'
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

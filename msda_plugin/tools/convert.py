@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import BinaryIO
 import torch
 
 from msda_plugin.convert import FAMILIES, Conversion, convert, load_checkpoint_file
+from msda_plugin.files import atomic_write
 from msda_plugin.tools.common.errors import user_errors
 
 
@@ -78,17 +78,11 @@ def write_complete(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        with part.open('xb') as file:
+        with atomic_write(path) as part, part.open('xb') as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the former the latter
         raise OSError(f'{path} could not be written, and is as it was: {error}') from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == '__main__':

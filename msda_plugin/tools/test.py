@@ -20,22 +20,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('checkpoint', help='path of a .pth file')
     add_arguments(parser)
     parser.add_argument('--out', help='pickle file for the predictions (.pkl)')
-    parser.add_argument('--show-dir', help='folder, under the work dir, for pictures of true and predicted boxes')
+    parser.add_argument('--show-dir', help='folder, below the work dir, for images with true and predicted boxes')
     args = parser.parse_args(argv)
     with user_errors('test'):
         cfg = load_config(args)
         if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
             raise FileNotFoundError(f'the checkpoint {args.checkpoint} does not exist; give the path of a .pth file')
         if not cfg.get('test_dataloader'):
-            raise ValueError(
-                f'{args.config} names no data to test on; give it test_dataloader, test_evaluator and test_cfg'
-            )
+            raise ValueError(f'{args.config} has no test data; add test_dataloader, test_evaluator and test_cfg')
         cfg.load_from = args.checkpoint
         if args.out:
             if not args.out.endswith(('.pkl', '.pickle')):
-                raise ValueError(f'--out takes a .pkl file, not {args.out}')
+                raise ValueError(f'--out must be a .pkl file, got {args.out}')
             if not cfg.get('test_evaluator'):
-                raise ValueError(f'--out writes what the evaluator sees, but {args.config} has no test_evaluator')
+                raise ValueError(f'--out requires a test_evaluator, but {args.config} has none')
             evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
             cfg.test_evaluator = [*evaluators, dict(type='mmdet.DumpDetResults', out_file_path=args.out)]
         if args.show_dir:
@@ -43,14 +41,14 @@ def main(argv: list[str] | None = None) -> int:
                 type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir
             )
         runner = build_runner(cfg, 'test')
-    # Not loaded before: the hooks that have a part in it, such as EMAHook, are only set up when the test begins.
+    # The checkpoint is loaded by runner.test(), after it has set up hooks such as EMAHook.
     load = runner.load_or_resume
 
-    def load_or_say_why_not() -> None:
+    def load_or_exit() -> None:
         with user_errors('test'):
             load()
 
-    runner.load_or_resume = load_or_say_why_not
+    runner.load_or_resume = load_or_exit
     runner.test()
     return 0
 

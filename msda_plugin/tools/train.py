@@ -1,12 +1,12 @@
-"""``python -m msda_plugin train CONFIG``, or ``--data`` for own data; also the script of ``mim train msda_plugin``."""
+"""``python -m msda_plugin train CONFIG``, or ``--data DIR``; also the script of ``mim train msda_plugin``."""
 
 import argparse
 import sys
 
 from msda_plugin.tools.common.errors import user_errors
 
-# Arguments for own data alone: without --data they would be ignored, and are refused.
-OWN_DATA = (
+# Arguments that require --data.
+CUSTOM_DATA = (
     'val',
     'val_part',
     'images',
@@ -42,14 +42,15 @@ def main(argv: list[str] | None = None) -> int:
             if args.dry_run:
                 return 0
         else:
-            given = [name for name in OWN_DATA if getattr(args, name) is not None and getattr(args, name) is not False]
+            given = [
+                name for name in CUSTOM_DATA if getattr(args, name) is not None and getattr(args, name) is not False
+            ]
             if given or args.config is None:
                 named = ', '.join('--' + name.replace('_', '-') for name in given)
                 raise ValueError(
-                    f'{named} {"goes" if len(given) == 1 else "go"} with --data; in a config, set it with --cfg-options'
+                    f'{named} {"requires" if len(given) == 1 else "require"} --data; in a config, use --cfg-options'
                     if given
-                    else 'a config or --data is needed: the path of a Python config file, or a folder with '
-                    'data in COCO format'
+                    else 'give the path of a Python config file, or --data with a folder of data in COCO format'
                 )
             cfg = load_config(args)
         if args.amp:
@@ -57,13 +58,11 @@ def main(argv: list[str] | None = None) -> int:
             cfg.optim_wrapper.loss_scale = 'dynamic'
         if args.auto_scale_lr:
             if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-                raise ValueError(
-                    '--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=…) in the config, which has none'
-                )
+                raise ValueError('--auto-scale-lr requires auto_scale_lr = dict(base_batch_size=…) in the config')
             cfg.auto_scale_lr.enable = True
         if args.resume is not None:
             cfg.resume = True
-            # None: the latest checkpoint of the work dir; a pretrained one that the config names is no longer meant.
+            # None: the latest checkpoint of the work dir, and not the config's pretrained one.
             cfg.load_from = None if args.resume == 'auto' else args.resume
         runner = build_runner(cfg, 'train', 'val')
         if isinstance(runner, DetectionRunner):
@@ -81,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin train',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train a detector from a config, or on own data in COCO format.',
+        description='Train a detector from a config, or on custom data in COCO format.',
         epilog='examples:\n'
         '  python -m msda_plugin train configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py\n'
         '  python -m msda_plugin train --data data/mine --epochs 30 --batch-size 4\n'
@@ -99,50 +98,46 @@ def _parser() -> argparse.ArgumentParser:
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from a checkpoint; without a name, from the last whole one in the work dir',
+        help='resume from a checkpoint (default: the last complete one in the work dir)',
     )
 
-    own = parser.add_argument_group(
-        'own data',
-        'The classes follow from the data. The data is checked first; the '
-        'config that is used is written to the work dir.',
+    custom = parser.add_argument_group(
+        'custom data', 'Checks the data, takes the classes from it, and writes the config to the work dir.'
     )
-    own.add_argument('--data', metavar='DIR|FILE', help='folder with data in COCO format, or the annotation file')
-    own.add_argument(
-        '--val', metavar='FILE', help='annotation file for validation (default: found beside, or split off)'
+    custom.add_argument('--data', metavar='DIR|FILE', help='folder with data in COCO format, or the annotation file')
+    custom.add_argument(
+        '--val', metavar='FILE', help='annotation file for validation (default: found next to --data, or split off)'
     )
-    own.add_argument(
+    custom.add_argument(
         '--val-part',
         type=float,
         metavar='P',
-        help='part of the images that is split off for validation where there are no such data (default: 0.2)',
+        help='fraction of the images to split off if there is no validation data (default: 0.2)',
     )
-    own.add_argument('--images', metavar='DIR', help='folder that the file names start from (default: found)')
-    own.add_argument('--classes', nargs='+', metavar='NAME', help='classes to use (default: all that have boxes)')
-    own.add_argument('--skip-bad-images', action='store_true', help='leave out images that are missing or unreadable')
-    own.add_argument('--model', metavar='NAME', help='name or path of a config with the model; "list" lists them')
-    own.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
-    own.add_argument('--epochs', type=int, metavar='N', help='default: 50')
-    own.add_argument('--batch-size', type=int, metavar='N', help='images of one iteration (default: 4)')
-    effective = own.add_mutually_exclusive_group()
+    custom.add_argument('--images', metavar='DIR', help='folder that file names are relative to (default: found)')
+    custom.add_argument('--classes', nargs='+', metavar='NAME', help='classes to use (default: all with boxes)')
+    custom.add_argument('--skip-bad-images', action='store_true', help='skip missing or unreadable images')
+    custom.add_argument('--model', metavar='NAME', help='name or path of a model config; "list" prints the names')
+    custom.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
+    custom.add_argument('--epochs', type=int, metavar='N', help='default: 50')
+    custom.add_argument('--batch-size', type=int, metavar='N', help='images per iteration (default: 4)')
+    effective = custom.add_mutually_exclusive_group()
+    effective.add_argument('--accumulate', type=int, metavar='N', help='iterations per optimizer step (default: 1)')
     effective.add_argument(
-        '--accumulate', type=int, metavar='N', help='iterations of one step of the optimizer (default: 1)'
+        '--effective-batch', type=int, metavar='N', help='images per optimizer step; instead of --accumulate'
     )
-    effective.add_argument(
-        '--effective-batch', type=int, metavar='N', help='images of one step of the optimizer; instead of --accumulate'
-    )
-    own.add_argument('--lr', type=float, help='learning rate (default: that of the model, scaled to the batch)')
-    own.add_argument(
+    custom.add_argument('--lr', type=float, help='learning rate (default: that of the model, scaled by batch size)')
+    custom.add_argument(
         '--image-size',
         metavar='S|WxH',
-        help='images are fitted into this, pixels (default: 320, or as in the config of the model)',
+        help='size in pixels that images are fitted into (default: 320, or as in the config of the model)',
     )
-    own.add_argument(
-        '--workers', type=int, metavar='N', help='processes that load images (default: half of the cores, 4 at most)'
+    custom.add_argument(
+        '--workers', type=int, metavar='N', help='data-loading processes (default: half of the cores, at most 4)'
     )
-    own.add_argument('--seed', type=int, help='of the split and the training (default: 0)')
-    own.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU where there is one)')
-    own.add_argument('--dry-run', action='store_true', help='check the data, write the config, and stop')
+    custom.add_argument('--seed', type=int, help='seed of the split and the training (default: 0)')
+    custom.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU if there is one)')
+    custom.add_argument('--dry-run', action='store_true', help='check the data, write the config, and stop')
     return parser
 
 

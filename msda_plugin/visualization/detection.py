@@ -14,6 +14,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from msda_plugin.files import atomic_write
+
 # Clearly distinct colors; further classes get hues spaced by the golden ratio.
 BASE_COLORS = (
     (255, 89, 94),
@@ -169,10 +171,8 @@ def draw_sheet(
 
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write an image, (H, W, 3) uint8 RGB, as a PNG file. The file is replaced atomically."""
-    path = Path(path)
-    unfinished = path.with_name(f'.{path.name}.tmp')
-    Image.fromarray(image).save(unfinished, format='PNG')
-    unfinished.replace(path)
+    with atomic_write(path) as unfinished:
+        Image.fromarray(image).save(unfinished, format='PNG')
 
 
 def _check(

@@ -1,17 +1,17 @@
-"""A checkpoint for other classes starts a training, with new class layers, and nothing else."""
+"""A checkpoint with another number of classes can start a training; loading it in any other way raises."""
 
 import copy
-import logging
 
 import pytest
 import torch
 from detector_cases import WHOLE, build, deformable_detr_config, detr_config, make_images, make_samples
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner, load_checkpoint
 from torch.utils.data import Dataset
 
 from msda_plugin.engine.runner import DetectionRunner
-from msda_plugin.heads import set_prediction
+from msda_plugin.heads.class_layers import adapt_class_layers
 from msda_plugin.registry import MODELS
 
 CASES = {
@@ -36,13 +36,6 @@ def names_of(case):
     return [f'bbox_head.{name}' for name in CASES[case][2]]
 
 
-@pytest.fixture
-def said(monkeypatch):
-    messages = []
-    monkeypatch.setattr(set_prediction, 'print_log', lambda message, **how: messages.append((message, how['level'])))
-    return messages
-
-
 @pytest.fixture(params=CASES)
 def case(request):
     return request.param
@@ -62,33 +55,50 @@ def assert_all_but_class_layers_loaded(model, source, case):
         assert name.startswith(class_layers) or torch.equal(value, source[name]), name
 
 
-def test_class_layers_start_anew_and_the_log_names_them(case, said):
-    model, source = build(make(case)), trained(case).state_dict()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = model.load_state_dict(source)  # strict
-    assert not result.missing_keys and not result.unexpected_keys
-    assert_all_but_class_layers_loaded(model, source, case)
-    for name in names_of(case):
-        assert torch.equal(model.state_dict()[f'{name}.weight'], before[f'{name}.weight'])
-        assert torch.equal(model.state_dict()[f'{name}.bias'], before[f'{name}.bias'])
-    ((message, level),) = said
-    assert ', '.join(names_of(case)) in message and 'keep their initial' in message and level == logging.WARNING
+# ---- loading is strict ----------------------------------------------------------------------------------------------
+def other_classes(case):
+    return f'size mismatch for {names_of(case)[0]}.weight.*another number of classes .*set num_classes .*load_from'
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_plain_loading_raises(case, strict):
+    with pytest.raises(RuntimeError, match=other_classes(case)) as raised:
+        build(make(case)).load_state_dict(trained(case).state_dict(), strict=strict)
     outputs = (6, 4) if case == 'detr' else (5, 3)
-    assert f'have {outputs[0]} outputs there and {outputs[1]} here' in message
-    assert model.bbox_head.new_class_layers == tuple(names_of(case))
+    assert f'({outputs[0]} outputs, the model has {outputs[1]})' in str(raised.value)
+    assert '\n' not in str(raised.value)
 
 
-def test_a_checkpoint_that_fits_is_loaded_whole(case, said):
-    model, source = build(make(case)), trained(case, num_classes=3).state_dict()
-    model.load_state_dict(trained(case).state_dict())
-    model.load_state_dict(source)
-    assert model.bbox_head.new_class_layers == () and len(said) == 1
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, source[name]), name
+def test_mmengines_loader_raises(case, tmp_path):
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in trained(case).state_dict().items()}), tmp_path / 'a.pth')
+    with pytest.raises(RuntimeError, match=other_classes(case)):
+        load_checkpoint(build(make(case)), str(tmp_path / 'a.pth'))  # logs other mismatches
 
 
-def test_what_else_does_not_fit_is_an_error(case):
-    model, source = build(make(case)), trained(case).state_dict()
+def test_init_detector_raises(case, tmp_path):
+    from mmdet.apis import init_detector
+
+    cfg = Config(dict(model=make(case), default_scope='mmdet', test_dataloader=dict(dataset=dict())))
+    for num_classes in (3, 5):
+        meta = dict(dataset_meta=dict(classes=['a', 'b', 'c']))
+        source = dict(state_dict=trained(case, num_classes).state_dict(), meta=meta)
+        torch.save(source, tmp_path / f'{num_classes}.pth')
+    model = init_detector(cfg, str(tmp_path / '3.pth'), device='cpu', palette='random')
+    assert torch.equal(next(model.parameters()), next(trained(case, 3).parameters()))
+    with pytest.raises(RuntimeError, match=other_classes(case)):
+        init_detector(cfg, str(tmp_path / '5.pth'), device='cpu', palette='random')
+
+
+def test_init_cfg_raises(case, tmp_path):
+    torch.save(dict(state_dict=trained(case).state_dict()), tmp_path / 'model.pth')
+    with pytest.raises(RuntimeError, match=other_classes(case)):
+        build(make(case, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'model.pth'))))
+    torch.save(dict(state_dict=trained(case, 3).state_dict()), tmp_path / 'model.pth')
+    build(make(case, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'model.pth'))))
+
+
+def test_other_mismatches_are_errors(case):
+    model, source = build(make(case)), trained(case, 3).state_dict()
     name = 'query_embedding.weight' if 'query_embedding.weight' in source else 'pos_trans_fc.weight'
     source[name] = source[name][:-1]
     with pytest.raises(RuntimeError, match=f'size mismatch for {name}'):
@@ -98,25 +108,35 @@ def test_what_else_does_not_fit_is_an_error(case):
         model.load_state_dict(wide.state_dict())
 
 
-def test_by_mmengines_loader_and_prefix(case, said, tmp_path):
-    source = trained(case).state_dict()
-    torch.save(dict(state_dict={f'module.{name}': value for name, value in source.items()}), tmp_path / 'model.pth')
-    model = build(make(case))
-    load_checkpoint(model, str(tmp_path / 'model.pth'), strict=True)
+# ---- adapting is explicit -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_class_layers_are_adapted(case, prefix):
+    model, source = build(make(case)), trained(case).state_dict()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state_dict = {prefix + name: value for name, value in source.items()}
+    outputs = (6, 4) if case == 'detr' else (5, 3)
+    assert adapt_class_layers(state_dict, model) == dict.fromkeys(names_of(case), outputs)
+    model.load_state_dict({name.removeprefix(prefix): value for name, value in state_dict.items()})
     assert_all_but_class_layers_loaded(model, source, case)
-    assert len(said) == 1
-
-
-def test_init_cfg_loads_a_whole_detector(case, said, tmp_path):
-    torch.save(dict(state_dict=trained(case).state_dict()), tmp_path / 'model.pth')
-    model = build(make(case, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'model.pth'))))
-    assert_all_but_class_layers_loaded(model, trained(case).state_dict(), case)
     for name in names_of(case):
-        assert torch.equal(model.state_dict()[f'{name}.bias'], build(make(case)).state_dict()[f'{name}.bias'])
-    assert len(said) == 1
+        assert torch.equal(model.state_dict()[f'{name}.weight'], before[f'{name}.weight'])
+        assert torch.equal(model.state_dict()[f'{name}.bias'], before[f'{name}.bias'])
 
 
-class Pictures(Dataset):
+def test_a_checkpoint_that_fits_is_not_adapted(case):
+    model, source = build(make(case)), trained(case, 3).state_dict()
+    state_dict = dict(source)
+    assert adapt_class_layers(state_dict, model) == {}
+    assert all(state_dict[name] is value for name, value in source.items())
+
+
+def test_only_the_head_is_adapted(case):
+    head, source = build(make(case)).bbox_head, trained(case).bbox_head.state_dict()
+    assert list(adapt_class_layers(source, head)) == [name.removeprefix('bbox_head.') for name in names_of(case)]
+    head.load_state_dict(source)
+
+
+class Images(Dataset):
     metainfo = dict(classes=('a', 'b', 'c'))
 
     def __len__(self):
@@ -134,7 +154,7 @@ def make_runner(case, work_dir, load_from, resume=False, num_classes=3, runner=D
             batch_size=2,
             num_workers=0,
             sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=dict(type=Pictures),
+            dataset=dict(type=Images),
             collate_fn=dict(type='pseudo_collate'),
         ),
         train_cfg=dict(by_epoch=False, max_iters=fields.pop('max_iters', 1)),
@@ -150,22 +170,45 @@ def make_runner(case, work_dir, load_from, resume=False, num_classes=3, runner=D
     )
 
 
-@pytest.mark.parametrize('runner', [Runner, DetectionRunner])
-def test_a_runner_fine_tunes(case, runner, said, tmp_path):
+@pytest.fixture
+def said(monkeypatch):
+    messages = []
+    monkeypatch.setattr(MMLogger, 'warning', lambda self, message, *args: messages.append(message))
+    return messages
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        dict(),
+        dict(custom_hooks=[dict(type='EMAHook')]),
+        dict(runner=Runner, custom_hooks=[dict(type='msda_plugin.FineTuningHook')]),
+    ],
+    ids=['DetectionRunner', 'EMAHook', 'Runner'],
+)
+def test_load_from_fine_tunes_and_names_the_layers(case, fields, said, tmp_path):
     source = trained(case).state_dict()
     torch.save(dict(state_dict=source, meta={}), tmp_path / 'coco.pth')
-    model = make_runner(case, tmp_path, tmp_path / 'coco.pth', runner=runner).train()
+    model = make_runner(case, tmp_path, tmp_path / 'coco.pth', **fields).train()
     assert_all_but_class_layers_loaded(model, source, case)
-    assert len(said) == 1 and torch.load(tmp_path / '1.pth')['state_dict'].keys() == source.keys()
+    (message,) = [message for message in said if 'another number of classes' in message]
+    outputs = '6 outputs, now 4' if case == 'detr' else '5 outputs, now 3'
+    assert all(f'{name} ({outputs})' in message for name in names_of(case))
+    assert torch.load(tmp_path / '1.pth')['state_dict'].keys() == source.keys()
 
 
-def test_other_classes_are_not_resumed_or_tested(said, tmp_path):
+def test_without_the_hook_load_from_raises(tmp_path):
+    torch.save(dict(state_dict=trained('detr').state_dict(), meta={}), tmp_path / 'coco.pth')
+    with pytest.raises(RuntimeError, match=other_classes('detr')):
+        make_runner('detr', tmp_path, tmp_path / 'coco.pth', runner=Runner).train()
+
+
+def test_resuming_and_testing_are_strict(tmp_path):
     torch.save(dict(state_dict=trained('detr', 3).state_dict(), meta={}), tmp_path / 'coco.pth')
     make_runner('detr', tmp_path, tmp_path / 'coco.pth').train()
     make_runner('detr', tmp_path / 'again', tmp_path / '1.pth', resume=True, max_iters=2).train()
-    message = r'another number of classes \(bbox_head.fc_cls do not fit\), .* neither be resumed nor evaluated'
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=other_classes('detr')):
         make_runner('detr', tmp_path / 'other', tmp_path / '1.pth', resume=True, max_iters=2, num_classes=5).train()
     tester = make_runner('detr', tmp_path / 'tested', tmp_path / '1.pth', num_classes=5)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=other_classes('detr')):
         tester.load_or_resume()

@@ -1,4 +1,4 @@
-"""Wrong data ends in one sentence before anything is trained on it."""
+"""Invalid data is reported in one sentence before training starts."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ def test_good_file(tmp_path):
     assert str(report).endswith('3 images (1 of them empty), 4 boxes of 2 classes')
 
 
-def test_classes_choose_the_boxes(tmp_path):
+def test_only_boxes_of_the_given_classes_are_counted(tmp_path):
     paths = write(tmp_path, coco())
     assert check_coco(*paths).classes == ('cat', 'dog')
     assert check_coco(*paths, classes=['dog']).num_boxes == 2
@@ -134,7 +134,7 @@ def test_annotations_of_unlisted_categories_are_counted(tmp_path):
     )
 
 
-def test_a_test_file_may_be_without_annotations(tmp_path):
+def test_a_test_file_without_annotations(tmp_path):
     content = coco()
     del content['annotations']
     paths = write(tmp_path, content)
@@ -153,7 +153,7 @@ def test_evaluation_needs_iscrowd(tmp_path):
         check_coco(*paths, evaluated=True)
 
 
-def test_a_box_of_nan_is_no_box(tmp_path):
+def test_a_box_of_nan_is_refused(tmp_path):
     content = coco()
     content['annotations'][2]['bbox'][0] = float('nan')
     with pytest.raises(ValueError, match='with id 2 must be .* got .*nan'):
@@ -222,7 +222,7 @@ def test_config_evaluation_needs_iscrowd(tmp_path):
         check_config_data(config(tmp_path), splits=['val'])
 
 
-def test_config_with_wrapped_data_sets(tmp_path):
+def test_config_with_wrapped_datasets(tmp_path):
     write(tmp_path, coco())
     cfg = config(tmp_path)
     one = cfg.train_dataloader.dataset
@@ -257,11 +257,11 @@ def test_config_number_of_classes(tmp_path):
         check_config_data(config(tmp_path, num_classes=80))
     cfg = config(tmp_path)
     cfg.model = dict(roi_head=dict(bbox_head=[dict(num_classes=2), dict(num_classes=3)]))
-    with pytest.raises(ValueError, match=re.escape('model.roi_head.bbox_head[1].num_classes is 3')):
+    with pytest.raises(ValueError, match=re.escape('model.roi_head.bbox_head.1.num_classes is 3')):
         check_config_data(cfg)
 
 
-def test_config_without_classes_uses_those_of_the_data_set_class(tmp_path):
+def test_config_without_classes_uses_those_of_the_dataset_class(tmp_path):
     write(tmp_path, coco())
     cfg = config(tmp_path, num_classes=80)
     del cfg.train_dataloader.dataset['metainfo']
@@ -283,7 +283,7 @@ def test_config_evaluator(tmp_path):
         check_config_data(cfg)
 
 
-def test_config_other_data_is_passed_over(tmp_path):
+def test_config_other_datasets_are_skipped(tmp_path):
     cfg = config(tmp_path / 'nowhere')
     cfg.train_dataloader.dataset = dict(type='VOCDataset', data_root='nowhere')
     cfg.val_dataloader.dataset.backend_args = dict(backend='petrel')

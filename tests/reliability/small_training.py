@@ -1,4 +1,4 @@
-"""The main job made small: seconds instead of minutes, with dropout, drop path, flips and averaged weights in it."""
+"""A training of seconds: the shapes config made small, with dropout, drop path, flips and averaged weights."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import msda_plugin.registry  # noqa: F401  lets torch.load read what MMEngine writes
-from msda_plugin.engine.checkpoint_files import is_whole
+from msda_plugin.engine.checkpoint_files import is_complete
 from msda_plugin.tools.shapes import generate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def make_data(folder, train=12, val=4):
 
 
 def arguments(folder, work_dir, *options):
-    """Of ``train``: the small job on the data in `folder`, with further ``--cfg-options``."""
+    """Arguments of ``train`` for the small training on ``folder``, with further ``--cfg-options``."""
     config = Path(folder).parent / 'small.py'
     if not config.is_file():
         config.write_text(CONFIG)
@@ -82,7 +82,7 @@ class TrainingServer:
 
 
 def processes_of(sessions):
-    """Ids of the living processes of these sessions."""
+    """Ids of the running processes of these sessions."""
     found = []
     for folder in Path('/proc').glob('[0-9]*'):
         try:
@@ -95,15 +95,15 @@ def processes_of(sessions):
 
 
 def files_of(work_dir):
-    """Names of checkpoints, whole or not, and of what lies beside them."""
+    """Names of the files in a work dir."""
     return sorted(path.name for path in Path(work_dir).iterdir() if path.is_file())
 
 
 def broken_checkpoints(work_dir):
-    """Names of checkpoints that are not whole, the one that last_checkpoint names among them."""
+    """Names of incomplete checkpoints, among them the one in last_checkpoint."""
     record = Path(work_dir, 'last_checkpoint')
     paths = [*Path(work_dir).glob('*.pth'), *([Path(record.read_text())] if record.exists() else [])]
-    return sorted({path.name for path in paths if not is_whole(path)})
+    return sorted({path.name for path in paths if not is_complete(path)})
 
 
 def differences(first, second):

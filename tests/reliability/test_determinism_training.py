@@ -19,8 +19,8 @@ def workers(number):
     ]
 
 
-def test_another_process_and_another_number_of_workers(small_data, undisturbed, tmp_path, long_run):
-    """A process of its own, in which Python hashes strings differently."""
+def test_other_processes_and_numbers_of_workers(small_data, undisturbed, tmp_path, long_run):
+    """In a new process, in which Python hashes strings differently."""
     for number in (1, 0, 2, 3) if long_run else (2,):
         work_dir = tmp_path / str(number)
         done = subprocess.run(
@@ -36,7 +36,7 @@ def test_another_process_and_another_number_of_workers(small_data, undisturbed, 
 
 
 def test_another_seed_gives_other_weights(small_data, training_server, undisturbed, tmp_path):
-    """So that the comparison can fail; and workers that are started anew draw other numbers in every epoch."""
+    """The comparison can fail."""
     options = ['randomness.seed=1', 'train_cfg.max_epochs=1', 'train_dataloader.persistent_workers=False']
     log = tmp_path / 'log'
     answer = training_server.run(arguments(small_data, tmp_path / 'work', *options), log)

@@ -1,4 +1,4 @@
-"""Downloads are compared with the hash in their name, run no code, and JSON is read only where it fits into memory."""
+"""Downloads are verified by the hash in their name and run no code; JSON is parsed only if it fits into memory."""
 
 import hashlib
 import threading
@@ -10,7 +10,7 @@ import torch
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from msda_plugin import safe_loading
+from msda_plugin import compat, safe_loading
 from msda_plugin.backbones.vision_transformer import VisionTransformer
 from msda_plugin.convert import load_checkpoint_file
 from msda_plugin.engine.data_check import check_coco
@@ -25,7 +25,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 class Print:
-    """Leaves a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -34,9 +34,15 @@ class Print:
         return open, (self.path, 'w')
 
 
+@pytest.fixture(autouse=True)
+def strict_loaders():
+    with compat.load_checkpoints_strictly():
+        yield
+
+
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A folder that a server of this computer serves, and the function that gives the URL of a file in it."""
+    """A folder served over HTTP, and a function from file names to URLs."""
     folder = tmp_path / 'served'
     folder.mkdir()
     monkeypatch.setenv('no_proxy', '*')
@@ -72,16 +78,16 @@ READERS = [load_checkpoint_file, CheckpointLoader.load_checkpoint, load_init_cfg
 
 
 @pytest.mark.parametrize('read', READERS)
-def test_what_is_not_what_its_name_says_is_refused_and_not_kept(read, served, tmp_path):
+def test_a_wrong_hash_is_refused_and_not_kept(read, served, tmp_path):
     folder, url = served
     torch.save(VisionTransformer(ARCH, img_size=32).state_dict(), folder / 'vit-0123abcd.pth')
-    with pytest.raises(ValueError, match='what came from http.*vit-0123abcd.pth has the SHA-256 .*its name says 0123'):
+    with pytest.raises(ValueError, match='the download from .*vit-0123abcd.pth has the SHA-256 .*its name says 0123'):
         read(url('vit-0123abcd.pth'))
     assert kept(tmp_path) == []
 
 
 @pytest.mark.parametrize('digits', [8, 16, 64])
-def test_what_its_name_says_is_read_and_kept(digits, served, tmp_path):
+def test_a_correct_hash_is_read_and_kept(digits, served, tmp_path):
     folder, url = served
     torch.save({'state_dict': {'weight': torch.ones(2)}}, folder / 'model_20210831.pth')
     path = named_by_hash(folder / 'model_20210831.pth', digits)
@@ -93,7 +99,7 @@ def test_what_its_name_says_is_read_and_kept(digits, served, tmp_path):
     (found,) = (tmp_path / 'home').rglob('*.pth')
     found.write_bytes(b'something else')
     for read in (load_checkpoint_file, CheckpointLoader.load_checkpoint):
-        with pytest.raises(ValueError, match='was damaged or replaced; delete it, and it is downloaded again'):
+        with pytest.raises(ValueError, match='was damaged or replaced; delete it to download it again'):
             read(url(path.name))
 
 
@@ -106,7 +112,7 @@ def test_names_without_a_hash(name, served, tmp_path):
 
 @pytest.mark.parametrize('read', READERS)
 def test_no_code_of_a_download_runs(read, served, tmp_path):
-    """MMEngine's own function reads URLs without `weights_only`."""
+    """MMEngine's own function loads URLs without `weights_only`."""
     folder, url = served
     for legacy in (False, True):
         torch.save(
@@ -122,16 +128,16 @@ def test_no_code_of_a_download_runs(read, served, tmp_path):
 
 
 @pytest.mark.parametrize('read', READERS)
-def test_what_is_not_there(read, served, tmp_path):
+def test_missing_urls(read, served, tmp_path):
     _, url = served
     with pytest.raises(OSError, match='404'):
         read(url('none.pth'))
-    with pytest.raises(ValueError, match='names no file'):
+    with pytest.raises(ValueError, match='contains no file name'):
         read(url(''))
     assert kept(tmp_path) == []
 
 
-def test_a_model_by_name_ends_in_the_same_loader(served, monkeypatch):
+def test_named_models_use_the_same_loader(served, monkeypatch):
     """'torchvision://…' and 'open-mmlab://…' are names of URLs."""
     from mmengine.runner import checkpoint
 
@@ -145,14 +151,14 @@ def test_a_model_by_name_ends_in_the_same_loader(served, monkeypatch):
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------
-def test_json_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
+def test_json_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
     path = tmp_path / 'train.json'
     path.touch()
     with path.open('r+b') as file:
         file.truncate(1 << 40)  # a hole: it takes no space on the disk
     with pytest.raises(
         ValueError,
-        match=r'train.json. has 1,048,576 MiB, and reading JSON takes about 8 times that, '
+        match=r'train.json. has 1,048,576 MiB, and parsing JSON takes about 8 times that, '
         r'but [\d,]+ MiB of memory are free',
     ):
         check_coco(path, tmp_path)
@@ -168,7 +174,7 @@ def test_json_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
     'text',
     ['[' * 200_000, '{"a":' * 200_000, '[' * 200_000 + ']' * 200_000, '9' * 5000, '', '\ufeff[]', '{"images": ['],
 )
-def test_json_that_is_none(text, tmp_path):
+def test_invalid_json(text, tmp_path):
     (tmp_path / 'train.json').write_text(text, encoding='utf-8')
     with pytest.raises(ValueError, match="train.json' is not JSON .*; a file in COCO format is needed"):
         check_coco(tmp_path / 'train.json', tmp_path)

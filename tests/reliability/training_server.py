@@ -1,12 +1,13 @@
-"""Trains in processes that are forked from this one, which has imported everything: a training starts in a second.
+"""Runs trainings in forks of this process, which has imported everything, so that each starts within a second.
 
-It reads one request a line, in JSON, from its standard input, and answers with a line when that training has ended.
-A request: ``argv`` of ``python -m msda_plugin train``, or several of them, one after another; ``log``, a file for what
-it prints; and what shall happen to it: ``fault``, one of the methods of `Faults` with its arguments; ``kill_after``,
-seconds until it gets a SIGKILL; ``max_file_size``, bytes; ``disk``, a folder that is on a disk of its own, and the
-bytes of that; ``measure``, a file for the memory, threads and file handles in the course of the training. The answer:
-``status``, negative for the signal that ended it, its ``session``, which the processes that load its data share, and
-the ``peak`` of its memory in bytes, theirs included.
+It reads requests from standard input, one line of JSON each, and answers each with a line when the training has ended.
+
+Request: ``argv`` of ``python -m msda_plugin train``, or a list of them; ``log``, a file for the output; optionally
+``fault``, a method of `Faults` with its arguments; ``kill_after``, seconds until SIGKILL; ``max_file_size`` in bytes;
+``disk``, a folder to mount a small disk on, and its bytes; ``measure``, a file for memory, threads and open files.
+
+Answer: ``status``, negative if a signal ended the training; ``session``, the session id that its data-loading processes
+share; ``peak``, the maximum memory in bytes.
 """
 
 import ctypes
@@ -28,7 +29,7 @@ import mmdet.visualization  # noqa: F401
 import mmengine.config
 import numpy as np
 import torch
-import torch._dynamo  # by every optimizer
+import torch._dynamo  # imported by every optimizer
 from mmengine.fileio import LocalBackend
 from yapf.yapflib import yapf_api
 
@@ -40,10 +41,10 @@ from msda_plugin.tools.common import launch  # noqa: F401
 
 
 class Faults:
-    """Each kills this process, by SIGKILL, at the `count`-th occasion (from 1) of its kind."""
+    """Each method sends SIGKILL to this process at the ``count``-th event (from 1) of its kind."""
 
     def hook(self, count, name):
-        """When the runner is about to call this method of its hooks."""
+        """Before the runner calls this method of its hooks."""
         self._replace(
             DetectionRunner,
             'call_hook',
@@ -53,7 +54,7 @@ class Faults:
         )
 
     def write(self, count, part):
-        """When this part of a checkpoint, from 0 to 1, is written."""
+        """After this part of a checkpoint, from 0 to 1, is written."""
 
         def write_a_part(original, backend, content, path):
             with open(path, 'wb') as file:
@@ -63,7 +64,7 @@ class Faults:
         self._replace(LocalBackend, 'put', count, write_a_part)
 
     def rename(self, count, suffix, before):
-        """Before or after a file gets its name, which ends so."""
+        """Before or after a file is renamed to a name with this suffix."""
 
         def around(original, path, target):
             if not before:
@@ -73,7 +74,7 @@ class Faults:
         self._replace(Path, 'replace', count, around, lambda path, target: str(target).endswith(suffix))
 
     def remove(self, count):
-        """Before a file that is superfluous is removed."""
+        """Before an outdated checkpoint is removed."""
         self._replace(LocalBackend, 'remove', count, lambda *args: _die())
 
     @staticmethod
@@ -95,7 +96,7 @@ def _die():
 
 
 class Measurements:
-    """Of this process: (iteration, memory in bytes, threads, open file handles), after each iteration."""
+    """(iteration, memory in bytes, threads, open files) of this process after each iteration."""
 
     def __init__(self):
         self.rows = []
@@ -121,9 +122,10 @@ class Measurements:
 
 
 def small_disk(folder, size):
-    """Mount a disk in memory at `folder`, for this process alone; returns a path by which the folder below is reached.
+    """Mount a tmpfs at ``folder`` for this process only; returns a path to the original folder below it.
 
-    It takes no rights but the one to make namespaces; OSError where that is not granted.
+    Raises:
+        OSError: If the process may not create namespaces.
     """
     below = os.open(folder, os.O_DIRECTORY)
     libc, identity = ctypes.CDLL(None, use_errno=True), (os.getuid(), os.getgid())
@@ -170,12 +172,11 @@ def child(request):
 
 
 def main():
-    # What takes most of the time of a training as small as this: the layout of the config, which is dumped with each
-    # checkpoint, and the drawing of the curves after each validation.
+    # The slowest parts of such a small training: formatting the config for each checkpoint, and drawing the curves.
     yapf_api.FormatCode = mmengine.config.config.FormatCode = lambda text, **options: (text, True)
     training_report.draw_curves = lambda *args, **kwargs: np.zeros((8, 8, 3), np.uint8)
     gc.collect()
-    gc.freeze()  # what is here needs no collection in any of the trainings
+    gc.freeze()  # the forks need not collect these objects
     print('ready', flush=True)
     for line in iter(sys.stdin.readline, ''):
         request = json.loads(line)

@@ -167,7 +167,7 @@ def test_default_checkpoint_is_that_of_make_train(checkpoint, images, tmp_path, 
 def test_no_checkpoint(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     message = sentence([images / 'a.jpg'], capsys)
-    assert 'no checkpoint is named' in message and 'make train' in message and '--checkpoint' in message
+    assert 'no checkpoint is given' in message and 'make train' in message and '--checkpoint' in message
 
 
 def test_invalid_arguments(checkpoint, images, tmp_path, capsys):
@@ -179,7 +179,7 @@ def test_invalid_arguments(checkpoint, images, tmp_path, capsys):
         [images / 'a.jpg', '--checkpoint', checkpoint, '--out', images], capsys
     )
     assert '--score-thr must be from 0 to 1, got 30.0' in sentence([images, *named, '--score-thr', '30'], capsys)
-    assert 'cpu, cuda or cuda:N is needed' in sentence([images, *named, '--device', 'gpu'], capsys)
+    assert '--device must be cpu, cuda or cuda:N' in sentence([images, *named, '--device', 'gpu'], capsys)
     assert 'cuda:99, but torch' in sentence([images, *named, '--device', 'cuda:99'], capsys)
     cut = checkpoint.with_name('cut.pth')
     cut.write_bytes(checkpoint.read_bytes()[:20_000])

@@ -3,7 +3,17 @@
 from msda_plugin.engine.hooks.accelerate_hook import AccelerateHook
 from msda_plugin.engine.hooks.attention_visualization import AttentionVisualizationHook
 from msda_plugin.engine.hooks.checkpoint import CheckpointHook
+from msda_plugin.engine.hooks.fine_tuning import FineTuningHook
+from msda_plugin.engine.hooks.missed_validation import MissedValidationHook
 from msda_plugin.engine.hooks.seed import EpochSeedHook
 from msda_plugin.engine.hooks.training_report import TrainingReportHook
 
-__all__ = ['AccelerateHook', 'AttentionVisualizationHook', 'CheckpointHook', 'EpochSeedHook', 'TrainingReportHook']
+__all__ = [
+    'AccelerateHook',
+    'AttentionVisualizationHook',
+    'CheckpointHook',
+    'EpochSeedHook',
+    'FineTuningHook',
+    'MissedValidationHook',
+    'TrainingReportHook',
+]

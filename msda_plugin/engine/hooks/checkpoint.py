@@ -1,4 +1,4 @@
-"""Checkpoints of which one to go on from is always there."""
+"""Keeps at least one complete checkpoint to resume from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,27 +8,27 @@ import mmengine.hooks
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
-from msda_plugin.engine.checkpoint_files import atomic_write, remove_unfinished_checkpoints
+from msda_plugin.files import atomic_write, remove_unfinished
 from msda_plugin.registry import HOOKS
 
-OUTDATED = 'outdated_ckpts'  # in the message hub, and so in the checkpoint that makes them superfluous
+OUTDATED = 'outdated_ckpts'  # entry of the message hub, which each checkpoint stores
 
 
 @HOOKS.register_module()
 class CheckpointHook(mmengine.hooks.CheckpointHook):
-    """MMEngine's hook with its arguments and file names; a training that is killed at any moment can be resumed.
+    """MMEngine's hook, with the same arguments and file names, for trainings that may be killed at any moment.
 
-    - What a new checkpoint makes superfluous (``max_keep_ckpts``, a former best one) is removed once the new one is
-      written, and not before. Where a training is killed in between, the next start removes it.
-    - ``last_checkpoint`` changes as a whole, after the checkpoint that it names is written.
-    - Unfinished files of a killed training are removed when the next one starts.
+    - A superseded checkpoint (``max_keep_ckpts``, a former best one) is removed after the new one is written. If the
+      training is killed in between, the next start removes it.
+    - ``last_checkpoint`` is replaced atomically, after the checkpoint that it names is written.
+    - The next start removes the unfinished files of a killed training.
 
-    `msda_plugin.DetectionRunner`, which writes the checkpoints themselves as a whole, takes this hook for MMEngine's.
+    `msda_plugin.DetectionRunner` writes checkpoints atomically, and uses this hook instead of MMEngine's.
     """
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        # Of a training that was killed before it removed them; those of another folder are another training's.
+        # A killed training may have left them; paths in other folders belong to other trainings.
         outdated = [
             path
             for path in runner.message_hub.runtime_info.get(OUTDATED, ())
@@ -37,7 +37,8 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
         self.file_backend = _RemovesLater(self.file_backend, outdated)
         runner.message_hub.update_info(OUTDATED, self.file_backend.outdated)
         if is_main_process():
-            remove_unfinished_checkpoints(self.out_dir)
+            for folder in (self.out_dir, runner.work_dir):
+                remove_unfinished(folder)
             self.file_backend.remove_outdated()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -60,7 +61,7 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
                 self.file_backend.remove(
                     self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(self.keep_ckpt_ids[0]))
                 )
-            self.keep_ckpt_ids.append(step)  # a queue of max_keep_ckpts, which drops its first
+            self.keep_ckpt_ids.append(step)  # a deque of max_keep_ckpts, which drops the oldest
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -81,7 +82,7 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
 
 
 class _RemovesLater:
-    """A file backend of MMEngine whose ``remove`` and ``rmtree`` wait for `remove_outdated`."""
+    """A file backend of MMEngine that defers ``remove`` and ``rmtree`` until `remove_outdated`."""
 
     def __init__(self, backend: Any, outdated: Sequence[str]) -> None:
         self.backend = backend

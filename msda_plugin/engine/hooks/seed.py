@@ -1,4 +1,4 @@
-"""Random numbers of a training that follow from its seed, the epoch and the sample, and from nothing else."""
+"""Random numbers that depend only on the seed, the epoch and the sample."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -19,24 +19,28 @@ from msda_plugin.registry import HOOKS
 
 @HOOKS.register_module()
 class EpochSeedHook(Hook):
-    """Makes every epoch a function of seed, epoch and the state that a checkpoint holds.
+    """Seeds every epoch and every sample, so that a resumed training repeats one without a break, bit for bit.
 
-    At the beginning of an epoch Python's, NumPy's and torch's generators are seeded from the seed of the training and
-    the epoch, and before a sample is loaded from these and its position in the epoch. Thus a training that is killed
-    and resumed draws what one without a break draws, dropout and augmentation alike, with any number of processes
-    that load data. (MMEngine seeds once: a resumed training draws the numbers of its first epoch again; so do workers
-    that are not persistent, in every epoch.)
+    At the start of an epoch, the generators of Python, NumPy and torch are seeded from the training's seed and the
+    epoch; before a sample is loaded, from these and its position in the epoch. Dropout and augmentation are therefore
+    the same after a resume and with any number of data-loading processes, and a resumed training keeps its order of the
+    data. (MMEngine seeds once: a resumed training repeats the random numbers of its first epoch, and so do
+    non-persistent workers in every epoch.)
 
-    Iteration-based loops, which know no epochs, are left to MMEngine's seeding. `msda_plugin.DetectionRunner` adds this
-    hook by itself.
+    Iteration-based loops keep MMEngine's seeding. `msda_plugin.DetectionRunner` adds this hook; ``default_hooks =
+    dict(epoch_seed=None)`` switches it off.
     """
 
-    priority = 'VERY_HIGH'  # before hooks that draw numbers
+    priority = 'VERY_HIGH'  # before hooks that use random numbers
 
     def __init__(self) -> None:
-        self._epoch: c_longlong | None = None  # shared with the processes that load data, which may outlive an epoch
+        self._epoch: c_longlong | None = None  # shared with the data-loading processes
 
     def before_train(self, runner: Runner) -> None:
+        # If the config has no seed, the resumed one is known only after the sampler was built.
+        sampler = runner.train_dataloader.sampler
+        if getattr(sampler, 'seed', None) is not None and not runner._randomness_cfg.get('diff_rank_seed'):
+            sampler.seed = runner.seed
         if self._epoch is None and isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._epoch = RawValue(c_longlong, -1)
             _seed_samples(runner.train_dataloader, _mix(runner.seed, get_rank()), self._epoch)
@@ -47,19 +51,19 @@ class EpochSeedHook(Hook):
             set_random_seed(_mix(runner.seed, runner.epoch))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        # Once more: a data loader draws a number for its workers when it starts them, which some epochs do.
+        # Again: a data loader that starts workers, which not every epoch does, has drawn a number.
         if self._epoch is not None and batch_idx == 0:
             set_random_seed(_mix(runner.seed, runner.epoch))
 
 
 def _mix(*numbers: int) -> int:
-    """One seed of 32 bits from several numbers; neighbouring ones give seeds that are far from each other."""
+    """One seed of 32 bits from several numbers; neighboring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _seed_samples(loader: DataLoader, seed: int, epoch: c_longlong) -> None:
-    """Seed the generators anew for every sample that `loader` loads, here or in its workers."""
-    if isinstance(loader.dataset, (list, tuple, IterableDataset)):  # which draw nothing, or have no samples to ask for
+    """Seed the generators before every sample that ``loader`` loads, in this process or in its workers."""
+    if isinstance(loader.dataset, (list, tuple, IterableDataset)):  # no random numbers, or no samples by index
         return
     if loader.num_workers:
         loader.worker_init_fn = _SeedWorker(seed, epoch, loader.batch_size or 1, loader.worker_init_fn)
@@ -68,7 +72,7 @@ def _seed_samples(loader: DataLoader, seed: int, epoch: c_longlong) -> None:
 
 
 class _SeedWorker:
-    """Called in each worker when it starts: what it has then is its own copy of the data set."""
+    """``worker_init_fn`` that seeds the samples of the worker's own copy of the dataset."""
 
     def __init__(self, seed: int, epoch: c_longlong, batch_size: int, then: Callable[[int], None] | None) -> None:
         self.seed, self.epoch, self.batch_size, self.then = seed, epoch, batch_size, then
@@ -79,7 +83,7 @@ class _SeedWorker:
         info = get_worker_info()
 
         def position(count: int) -> int:
-            """In the epoch, of the sample that is number `count` in this worker: batches are dealt out in turn."""
+            """Position in the epoch of the sample number ``count`` of this worker; workers take batches in turn."""
             batch, place = divmod(count, self.batch_size)
             return (batch * info.num_workers + worker_id) * self.batch_size + place
 
@@ -87,9 +91,9 @@ class _SeedWorker:
 
 
 def _seed_dataset(dataset: Dataset, seed: int, epoch: c_longlong, position: Callable[[int], int]) -> None:
-    """Give this one data set a ``__getitem__`` that draws from generators seeded for the sample, and restores them.
+    """Give this dataset object a ``__getitem__`` that seeds the generators for the sample and restores them.
 
-    It stays an instance of its class, with its attributes: hooks and samplers that look into it see no wrapper.
+    The object stays an instance of its class, with its attributes, because hooks and samplers may inspect it.
     """
     kind = type(dataset)
     current, count = -1, 0
@@ -103,7 +107,7 @@ def _seed_dataset(dataset: Dataset, seed: int, epoch: c_longlong, position: Call
             return kind.__getitem__(self, index)
 
     methods = dict(__getitem__=seeded_getitem)
-    if hasattr(kind, '__getitems__'):  # of a whole batch, which torch asks for where there is such a method
+    if hasattr(kind, '__getitems__'):  # torch prefers this method, which loads a batch
         methods['__getitems__'] = lambda self, indices: [self[index] for index in indices]
     dataset.__class__ = type(kind.__name__, (kind,), dict(methods, __module__=kind.__module__))
 

@@ -1,4 +1,4 @@
-"""What a training leaves behind: metrics, curves, pictures, and what to do next."""
+"""Report of a training: metrics, curves, images and next steps."""
 
 import json
 import math
@@ -16,8 +16,8 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from msda_plugin.engine.checkpoint_files import FULL, atomic_write
-from msda_plugin.engine.runner import VALIDATED
+from msda_plugin.engine.hooks.missed_validation import forget_validation
+from msda_plugin.files import FULL, atomic_write
 from msda_plugin.registry import HOOKS
 from msda_plugin.visualization import draw_curves, draw_sheet, write_png
 
@@ -33,28 +33,27 @@ NEXT_STEPS = (
 class TrainingReportHook(Hook):
     """Writes a report of the training to its work dir.
 
-    - ``metrics.json``: final and best accuracy, every validation with its epoch, iteration and seconds since the
-      start, number of parameters, duration. Written anew after each validation, so that a training that is stopped
-      leaves it as well; a resumed training goes on with the one in its work dir.
-    - ``curves.png``: losses by iteration, accuracy by epoch and by minutes. Drawn when ``metrics.json`` is written.
-    - ``predictions.png``, at the end: the first images of the validation data with true and predicted boxes.
+    - ``metrics.json``: final and best accuracy; each validation with its epoch, iteration and seconds since the start;
+      number of parameters; duration. It is updated after each validation, and continued by a resumed training.
+    - ``curves.png``: losses by iteration, accuracy by epoch and by minutes. It is updated with ``metrics.json``.
+    - ``predictions.png``: the first validation images with true and predicted boxes, drawn at the end.
 
-    At the end the logger says what was reached, where the files are and how to go on. Nothing is done between two
-    validations, and what fails here is logged and stops no training.
+    At the end, the logger prints the accuracy, the files and the next steps. The hook does nothing between validations.
+    Its errors are logged and do not stop the training.
 
     Args:
-        num_images: Images in ``predictions.png``; 0: no such file.
-        score_thr: Least score of a box in it.
-        monitor: The measure by which the best validation is chosen, higher is better; its name without the data set's
-            prefix (``coco/``). The curves show it and, of COCO's measures, ``{monitor}_50`` and ``{monitor}_75``.
-        next_steps: Lines for the closing message, with the placeholders ``{config}``, ``{checkpoint}`` (the best one,
-            else the last) and ``{work_dir}``.
+        num_images: Number of images in ``predictions.png``; 0 writes no such file.
+        score_thr: Minimum score of its predicted boxes.
+        monitor: The metric that selects the best validation, higher is better; without the prefix of the dataset
+            (``coco/``). The curves show it, and ``{monitor}_50`` and ``{monitor}_75`` if they exist.
+        next_steps: Lines of the closing message, with the placeholders ``{config}``, ``{checkpoint}`` (the best one,
+            otherwise the last) and ``{work_dir}``.
 
     Raises:
-        ValueError: A line of ``next_steps`` has another placeholder, or ``num_images`` is negative.
+        ValueError: If a line of ``next_steps`` has another placeholder, or ``num_images`` is negative.
     """
 
-    priority = 'LOWEST'  # after the checkpoint is written and the logger has spoken
+    priority = 'LOWEST'  # after CheckpointHook and LoggerHook
 
     def __init__(
         self,
@@ -70,27 +69,26 @@ class TrainingReportHook(Hook):
                 line.format(config='', checkpoint='', work_dir='')
             except (KeyError, IndexError, ValueError):
                 raise ValueError(
-                    'next_steps may hold {config}, {checkpoint} and {work_dir} in braces and nothing '
-                    f"else, got '{line}'"
+                    'next_steps may contain the placeholders {config}, {checkpoint} and {work_dir} only, '
+                    f"got '{line}'"
                 ) from None
         self.num_images = num_images
         self.score_thr = score_thr
         self.monitor = monitor
         self.next_steps = tuple(next_steps)
-        self._start: float | None = None  # of the clock; None outside a training
+        self._start: float | None = None  # time.monotonic(); None outside a training
         self._history: list[dict] = []
 
     def before_train(self, runner: Runner) -> None:
         self._history = self._earlier(runner) if runner.iter > 0 else []
         if runner.iter > 0 and all(entry['iter'] != runner.iter for entry in self._history):
-            # The training was killed between checkpoint and report: a validation that was due is run once more.
-            runner.message_hub.pop_info(VALIDATED, None)
+            forget_validation(runner)  # the training was killed after the checkpoint, before the report
         self._start = time.monotonic() - (self._history[-1]['seconds'] if self._history else 0.0)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if self._start is None:
             return
-        # A validation that a training makes up for when it is resumed may be in the report already.
+        # A validation that is repeated after a resume may already be in the report.
         self._history = [entry for entry in self._history if entry['iter'] != runner.iter]
         self._history.append(
             dict(epoch=runner.epoch, iter=runner.iter, seconds=self._seconds(), **_plain(metrics or {}))
@@ -105,7 +103,7 @@ class TrainingReportHook(Hook):
         if is_main_process():
             with _survive(runner, 'metrics and curves'):
                 written += self._write(runner, finished=True)
-        # On every rank: a model that is sharded over them answers to none alone.
+        # On every rank, because a sharded model needs all of them.
         with _survive(runner, 'pictures of predictions'):
             sheet = self._predictions(runner)
             if sheet is not None and is_main_process():
@@ -134,7 +132,7 @@ class TrainingReportHook(Hook):
         return max(candidates, key=lambda entry: entry[self.monitor], default=None)
 
     def _write(self, runner: Runner, finished: bool) -> list[Path]:
-        """Write metrics.json and curves.png; returns their paths."""
+        """Write metrics.json and curves.png; return their paths."""
         metrics_path, curves_path = (Path(runner.work_dir, name) for name in ('metrics.json', 'curves.png'))
         parameters = list(runner.model.parameters())
         last, best = (_checkpoint(runner, prefix) for prefix in ('last_ckpt', 'best_ckpt'))
@@ -170,9 +168,9 @@ class TrainingReportHook(Hook):
         write_png(curves_path, draw_curves(losses, accuracy, positions, title=runner.experiment_name))
         return [metrics_path, curves_path]
 
-    # ---- pictures ---------------------------------------------------------------------------------------------------
+    # ---- images -----------------------------------------------------------------------------------------------------
     def _predictions(self, runner: Runner) -> np.ndarray | None:
-        """The sheet of predictions; None where there is no validation data."""
+        """An image of true and predicted boxes; None if there is no validation data."""
         if runner.val_loop is None or not self.num_images:
             return None
         loader = runner.val_loop.dataloader
@@ -182,15 +180,15 @@ class TrainingReportHook(Hook):
             for index in range(min(self.num_images, len(dataset))):
                 (found,) = runner.model.val_step(loader.collate_fn([dataset[index]]))
                 found = found.pred_instances.cpu().numpy()
-                sure = found.scores >= self.score_thr
-                predictions.append((found.bboxes[sure], found.labels[sure], found.scores[sure]))
-                # The annotation itself: the boxes in the sample have been through the pipeline.
+                kept = found.scores >= self.score_thr
+                predictions.append((found.bboxes[kept], found.labels[kept], found.scores[kept]))
+                # Boxes in pixels of the original image, which the pipeline may have changed in the sample.
                 info = dataset.get_data_info(index)
-                kept = [instance for instance in info['instances'] if not instance.get('ignore_flag')]
+                objects = [instance for instance in info['instances'] if not instance.get('ignore_flag')]
                 truths.append(
                     (
-                        np.array([instance['bbox'] for instance in kept], float).reshape(-1, 4),
-                        np.array([instance['bbox_label'] for instance in kept], int),
+                        np.array([instance['bbox'] for instance in objects], float).reshape(-1, 4),
+                        np.array([instance['bbox_label'] for instance in objects], int),
                     )
                 )
                 images.append(mmcv.imread(info['img_path'], channel_order='rgb'))
@@ -214,7 +212,7 @@ class TrainingReportHook(Hook):
         what = {'metrics.json': 'metrics', 'curves.png': 'curves', 'predictions.png': 'true and predicted boxes'}
         files = {'best checkpoint': top, 'last checkpoint': last, **{what[path.name]: _shown(path) for path in written}}
         lines += [f'  {name + ":":<26}{path}' for name, path in files.items() if path]
-        lines.append('How to go on:')
+        lines.append('Next steps:')
         values = dict(
             config=_config(runner) or 'CONFIG', checkpoint=top or last or 'CHECKPOINT', work_dir=_shown(runner.work_dir)
         )
@@ -224,17 +222,17 @@ class TrainingReportHook(Hook):
 
 @contextmanager
 def _survive(runner: Runner, what: str) -> Iterator[None]:
-    """The training's result is worth more than its report: log what goes wrong, and go on."""
+    """Log an error instead of stopping the training."""
     try:
         yield
     except Exception as error:
-        known = isinstance(error, OSError) and error.errno in FULL  # a full disk needs no traceback
+        known = isinstance(error, OSError) and error.errno in FULL  # no traceback for a full disk
         runner.logger.error(f'The training report lacks {what}: {type(error).__name__}: {error}', exc_info=not known)
 
 
 @contextmanager
 def _evaluating(runner: Runner) -> Iterator[None]:
-    """The model as in a validation: evaluation mode, no gradients, the averaged weights where there are such."""
+    """Set up the model as in a validation: evaluation mode, no gradients, averaged weights of an EMAHook."""
     training = runner.model.training
     with ExitStack() as stack, torch.no_grad():
         for hook in runner.hooks:
@@ -247,7 +245,7 @@ def _evaluating(runner: Runner) -> Iterator[None]:
 
 
 def _plain(metrics: dict) -> dict[str, float | None]:
-    """Metrics for JSON: without the data set's prefix where names stay apart, None for what is not a finite number."""
+    """Metrics for JSON: without the dataset's prefix if names stay unique; None for NaN and infinity."""
     names = [name.rsplit('/', 1)[-1] for name in metrics]
     if len(set(names)) < len(names):
         names = list(metrics)
@@ -264,7 +262,7 @@ def _short(name: str) -> str:
 
 
 def _losses(runner: Runner) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(iterations, values) of the total loss and its main parts, which MMEngine's message hub keeps."""
+    """(iterations, values) of the total loss and its main parts, from MMEngine's message hub."""
     losses = {}
     for name, buffer in runner.message_hub.log_scalars.items():
         if re.fullmatch(r'train/loss(_\w+)?', name):
@@ -274,7 +272,7 @@ def _losses(runner: Runner) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _checkpoint(runner: Runner, prefix: str) -> str | None:
-    """The checkpoint that the message hub knows by this name, if its file is still there."""
+    """The checkpoint in the entry of the message hub with this prefix, if the file still exists."""
     for name, path in runner.message_hub.runtime_info.items():
         if name.startswith(prefix) and path and Path(path).exists():
             return _shown(path)
@@ -282,7 +280,7 @@ def _checkpoint(runner: Runner, prefix: str) -> str | None:
 
 
 def _config(runner: Runner) -> str | None:
-    """The config that the runner dumped to the work dir, else the original file."""
+    """The config that the runner dumped to the work dir, otherwise the original file."""
     original = runner.cfg.filename
     if not original:
         return None
@@ -291,6 +289,6 @@ def _config(runner: Runner) -> str | None:
 
 
 def _shown(path: str | os.PathLike) -> str:
-    """Relative where it lies below the current folder."""
+    """The path, relative if it is below the current folder."""
     path = Path(path).absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

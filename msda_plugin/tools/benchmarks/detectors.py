@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mmengine.config import Config
+
 EXAMPLE = """example:
   python -m msda_plugin shapes --out data/shapes
   python -m msda_plugin benchmark detectors configs/shapes/deformable-detr*_shapes.py --epochs 3"""
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             '--cfg-options',
             f'train_cfg.max_epochs={args.epochs}',
             f'train_cfg.val_interval={args.epochs}',
+            *schedule_options(config, args.epochs),
         ]
         if args.data_root:
             command.append(f'data_root={args.data_root.rstrip("/")}/')
@@ -63,6 +66,28 @@ def run(args: argparse.Namespace) -> int:
             return status
         print(row(work_dir), flush=True)
     return 0
+
+
+def schedule_options(config: str, epochs: int) -> list[str]:
+    """``--cfg-options`` that scale the schedules by epoch of a config to a training of so many epochs."""
+    if not Path(config).is_file():
+        return []  # `train` reports it
+    cfg = Config.fromfile(config)
+    ratio, options = epochs / cfg.train_cfg.max_epochs, []
+    for index, scheduler in enumerate(cfg.get('param_scheduler') or []):
+        if not scheduler.get('by_epoch', True):
+            continue
+        begin, end = (round(ratio * scheduler.get(key, 0)) for key in ('begin', 'end'))
+        changed = dict(begin=min(begin, epochs - 1))
+        if scheduler.get('end'):
+            changed['end'] = max(end, changed['begin'] + 1)
+        if scheduler.get('T_max'):
+            end = round(ratio * (scheduler.get('begin', 0) + scheduler.T_max))
+            changed['T_max'] = max(1, end - changed['begin'])
+        if scheduler.get('milestones'):
+            changed['milestones'] = str([max(1, round(ratio * epoch)) for epoch in scheduler.milestones])
+        options += [f'param_scheduler.{index}.{key}={value}'.replace(' ', '') for key, value in changed.items()]
+    return options
 
 
 def row(work_dir: Path) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from msda_plugin.acceleration.convert_model import STOCK_FORWARD, accelerate
+from msda_plugin.engine.config_walk import rebuild
 from msda_plugin.ops import backend_for
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
@@ -181,18 +182,9 @@ def build(args: argparse.Namespace) -> nn.Module:
 
 def without_downloads(node: object) -> object:
     """A copy of a config without pretrained weights, and without batch augmentations, which change the image size."""
-    if isinstance(node, dict):
-        return type(node)(
-            {
-                key: None
-                if key in ('pretrained', 'batch_augments') or _is_pretrained(value)
-                else without_downloads(value)
-                for key, value in node.items()
-            }
-        )
-    if isinstance(node, (list, tuple)):
-        return type(node)(without_downloads(value) for value in node)
-    return node
+    return rebuild(
+        node, lambda key, value: None if key in ('pretrained', 'batch_augments') or _is_pretrained(value) else value
+    )
 
 
 def _is_pretrained(value: object) -> bool:

@@ -1,1 +1,1 @@
-"""Code that several commands use."""
+"""Code shared by several commands."""

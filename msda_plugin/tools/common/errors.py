@@ -1,4 +1,4 @@
-"""A user's mistake ends in one sentence, not in a traceback."""
+"""Errors of users end in one sentence instead of a traceback."""
 
 import difflib
 import os
@@ -9,20 +9,20 @@ from contextlib import contextmanager
 
 from mmengine.config.config import ConfigParsingError
 
-# Errors whose message is written to be read alone; others need their kind to be understood.
-SPEAKING = (OSError, ValueError, LookupError, ImportError, SyntaxError, RuntimeError, ConfigParsingError)
+# Errors whose message is clear without their type.
+SELF_EXPLANATORY = (OSError, ValueError, LookupError, ImportError, SyntaxError, RuntimeError, ConfigParsingError)
 
 
 @contextmanager
 def user_errors(command: str) -> Iterator[None]:
-    """Ends the process with status 2 and one sentence when the block, which sets something up, raises.
+    """Exit with status 2 and one sentence if the block raises.
 
-    Only what reads configs, data or checkpoints belongs inside; an error in the middle of training keeps its
-    traceback. ``MSDA_TRACEBACK=1`` shows it here as well.
+    Use it for code that reads configs, data or checkpoints; errors during training keep their traceback.
+    ``MSDA_TRACEBACK=1`` shows the traceback here, too.
     """
     try:
         yield
-    except Exception as error:  # configs and files go wrong in every way there is
+    except Exception as error:  # invalid configs and files raise errors of many types
         if os.environ.get('MSDA_TRACEBACK') == '1':
             raise
         print(
@@ -32,25 +32,25 @@ def user_errors(command: str) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-    """The message of `error` in one line; for an unknown registry name, with the names that come near."""
+    """The message of ``error`` in one line; for an unknown registry name, with similar names."""
     message = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    # From the beginning of a word on: from each of its letters, a very long one would take very long.
+    # The lookbehind avoids quadratic time for very long words.
     unknown = re.search(r"(?<![\w.])([\w.]+)'? is not in the (\S+) registry", message)
     if unknown:
-        near = _near(unknown[1])
-        hint = f'did you mean {" or ".join(near)}?' if near else 'a type of this package is written msda_plugin.NAME.'
+        near = _similar(unknown[1])
+        hint = f'did you mean {" or ".join(near)}?' if near else 'types of msda_plugin are written msda_plugin.NAME.'
         return f"there is no type '{unknown[1]}' in the registry {unknown[2]}; {hint}"
-    speaks = isinstance(error, SPEAKING) and ' ' in message  # a key alone does not
-    return message if speaks else f'{type(error).__name__}: {message}'
+    clear = isinstance(error, SELF_EXPLANATORY) and ' ' in message  # a key alone is not clear
+    return message if clear else f'{type(error).__name__}: {message}'
 
 
-def _near(name: str) -> list[str]:
+def _similar(name: str) -> list[str]:
     from mmdet import registry as detection
 
-    from msda_plugin import registry as ours
+    from msda_plugin import registry as plugin
 
     known = {}
-    for module, prefix in ((detection, ''), (ours, 'msda_plugin.')):
+    for module, prefix in ((detection, ''), (plugin, 'msda_plugin.')):
         for kind in ('MODELS', 'HOOKS', 'DATASETS', 'DATA_SAMPLERS', 'TRANSFORMS', 'METRICS', 'OPTIMIZERS', 'RUNNERS'):
             registry = getattr(module, kind, None)
             if registry is not None:

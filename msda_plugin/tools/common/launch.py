@@ -1,4 +1,4 @@
-"""What `train` and `test` share: the arguments of MMDetection's tools, and the config they make."""
+"""Command-line arguments, config and runner of the commands `train` and `test`."""
 
 import argparse
 import os
@@ -17,15 +17,15 @@ LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints; work_dirs/CONFIG-NAME when not given')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG-NAME)')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
-        help='entries of the config to replace, such as data_root=data/mine/',
+        help='config fields to change, such as data_root=data/mine/',
     )
-    parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='of the processes, for several GPUs')
+    parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='job launcher for several GPUs')
     # torch.distributed.launch, which mim calls, passes --local-rank.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
@@ -34,24 +34,24 @@ def check_device(name: str) -> None:
     """Check that torch has this device: 'cpu', 'cuda' or 'cuda:N'.
 
     Raises:
-        ValueError: It is none of these, or torch does not see it.
+        ValueError: If the name has another form, or torch does not have the device.
     """
     match = re.fullmatch(r'cpu|cuda(?::(\d+))?', name)
     if not match:
-        raise ValueError(f"--device is '{name}', but cpu, cuda or cuda:N is needed")
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got '{name}'")
     count = torch.cuda.device_count()
     if name != 'cpu' and int(match[1] or 0) >= count:
         raise ValueError(
             f'--device is {name}, but torch {torch.__version__} sees {count or "no"} GPU'
-            f'{"s" if count > 1 else ""}; take another one or cpu, or see python -m msda_plugin env'
+            f'{"s" if count > 1 else ""}; choose another device, or run python -m msda_plugin env for details'
         )
 
 
 def read_config(path: str) -> Config:
-    """The config in a file.
+    """Read a config file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: If it does not exist.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'the config {path} does not exist; give the path of a Python config file')
@@ -59,10 +59,10 @@ def read_config(path: str) -> Config:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config named by ``args.config``, with the command line's choices in it.
+    """Read the config ``args.config`` and apply the command line to it.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: If the file does not exist.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config)
@@ -74,9 +74,9 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config, *splits: str) -> Runner:
-    """The runner that the config names, else ours, with all that `splits` ('train', 'val', 'test') need built.
+    """Build the config's runner (default: `DetectionRunner`) and the loops of ``splits`` ('train', 'val', 'test').
 
-    Building here, and not when the loop starts, lets every mistake in the config end in one sentence.
+    Loops are built here, and not when they start, so that errors in the config end in one sentence.
     """
     cfg.setdefault('runner_type', 'msda_plugin.DetectionRunner')
     check_weights(cfg)
@@ -84,7 +84,7 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     if isinstance(runner, DetectionRunner):
         runner.check_data(*splits)
     for split in splits:
-        getattr(runner, f'{split}_loop')  # a property: builds data loader and evaluator, once
+        getattr(runner, f'{split}_loop')  # the property builds dataloader and evaluator
     if 'train' in splits:
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     return runner

@@ -22,6 +22,8 @@ import cv2
 import numpy as np
 
 from msda_plugin.engine.data_check import check_boxes, check_records, count_degenerate, read_coco
+from msda_plugin.engine.messages import listed
+from msda_plugin.files import atomic_write
 
 WORDS = dict(
     train='train',
@@ -294,7 +296,9 @@ def clean(
     split.bad_images = [image['file_name'] for image in images if sizes[image['id']] is None]
     if split.bad_images and skip_bad_images:
         images = [image for image in images if sizes[image['id']] is not None]
-        split.notes.append(f'{len(split.bad_images)} missing or unreadable images left out: {_some(split.bad_images)}')
+        split.notes.append(
+            f'{len(split.bad_images)} missing or unreadable images left out: {listed(split.bad_images, 5)}'
+        )
 
     other_size = [
         image['file_name']
@@ -306,7 +310,7 @@ def clean(
     if other_size:
         split.notes.append(
             f'{len(other_size)} images differ in size from the annotation file, so their boxes may be wrong: '
-            f'{_some(other_size)}'
+            f'{listed(other_size, 5)}'
         )
     images = [
         image
@@ -383,9 +387,8 @@ def write(split: Split, folder: Path) -> Path:
     if split.changed:
         folder.mkdir(parents=True, exist_ok=True)
         path = (folder / f'{split.name}.json').absolute()
-        unfinished = path.with_name(f'.{path.name}.tmp')
-        unfinished.write_text(json.dumps(split.content, separators=(',', ':')))
-        unfinished.replace(path)
+        with atomic_write(path) as unfinished:
+            unfinished.write_text(json.dumps(split.content, separators=(',', ':')))
     return path
 
 
@@ -412,21 +415,16 @@ def describe(splits: Sequence[Split], classes: Sequence[str]) -> str:
         rows.append((f'  … {len(classes) - 20} more', *(sum(count[name] for name in classes[20:]) for count in counts)))
     first = max(len(row[0]) for row in rows)
     lines = ['  '.join([f'{row[0]:<{first}}', *(f'{cell:>10}' for cell in row[1:])]).rstrip() for row in rows]
-    lines += ['', f'{len(classes)} class{"es" if len(classes) > 1 else ""}: {_some(classes, 20)}']
+    lines += ['', f'{len(classes)} class{"es" if len(classes) > 1 else ""}: {listed(classes)}']
     for split in splits:
         lines.append(f'{SPLITS[split.name]}: {split.ann_file}, images in {split.images}')
         lines += [f'  note: {note}' for note in split.notes]
         unseen = [name for name in classes if not count_boxes(split)[name]]
         if unseen:
-            lines.append(f'  note: no box of {_some(unseen)}')
+            lines.append(f'  note: no box of {listed(unseen, 5)}')
     return '\n'.join(lines)
 
 
 def _degenerate(split: Split) -> int:
     sizes = {image['id']: (image['width'], image['height']) for image in split.content['images']}
     return count_degenerate(split.content['annotations'], sizes)
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(map(str, names[:limit])) + more

@@ -1,13 +1,13 @@
 """The config of a training on custom data: a model, with settings that are derived from the data."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
 import msda_plugin
+from msda_plugin.engine.config_walk import walk
 from msda_plugin.engine.data_check import bbox_heads
 
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
@@ -127,7 +127,7 @@ def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, lis
 
 
 def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
-    if any('mask_head' in node for node in _dicts(model)):
+    if any(path.endswith('.mask_head') for path, _ in walk(model, 'model')):
         raise ValueError(
             f"the model '{path.stem}' predicts masks, which --data does not support; choose one for boxes only"
         )
@@ -190,8 +190,8 @@ def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
 
 def _image_size(source: Config) -> tuple[int, int]:
     """(width, height) of the test pipeline of a complete config, else the default."""
-    for node in _dicts((source.get('test_dataloader') or {}).get('dataset', {})):
-        if str(node.get('type')).split('.')[-1] == 'Resize' and node.get('scale'):
+    for _, node in walk((source.get('test_dataloader') or {}).get('dataset', {})):
+        if isinstance(node, dict) and str(node.get('type')).split('.')[-1] == 'Resize' and node.get('scale'):
             return tuple(node['scale'])
     return BASE_SIZE
 
@@ -258,16 +258,6 @@ def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
     cfg.default_hooks.logger.interval = max(1, min(50, iterations // 4))
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'msda_plugin.TrainingReportHook']
     cfg.custom_hooks = [*hooks, dict(type='msda_plugin.TrainingReportHook')]
-
-
-def _dicts(node: object) -> Iterator[dict]:
-    """Every dict in nested dicts and lists."""
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _dicts(child)
 
 
 def save_config(cfg: Config, folder: str | os.PathLike, stem: str) -> Config:

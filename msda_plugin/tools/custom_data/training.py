@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from msda_plugin.engine.checkpoint_files import last_checkpoint
 from msda_plugin.tools.common.launch import check_device
 from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco
@@ -42,7 +43,7 @@ def prepare(args: argparse.Namespace) -> Config:
     model = find_model(args.model or DEFAULT_MODEL)
     data = Path(args.data)
     work_dir = Path(args.work_dir or f'work_dirs/{data.absolute().stem}')
-    if args.resume is None and not args.dry_run and (work_dir / 'last_checkpoint').is_file():
+    if args.resume is None and not args.dry_run and last_checkpoint(work_dir) is not None:
         raise FileExistsError(
             f'{work_dir} already contains a training; continue it with --resume, or choose another --work-dir'
         )

@@ -1,4 +1,4 @@
-"""Whatever ends a training, a whole checkpoint is there, and the next start puts the folder in order."""
+"""A killed training leaves a complete checkpoint, and the next start cleans up its folder."""
 
 import os
 
@@ -10,8 +10,8 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 
-from msda_plugin.engine.checkpoint_files import DiskFullError, is_whole
-from msda_plugin.engine.hooks import CheckpointHook, EpochSeedHook
+from msda_plugin.engine.checkpoint_files import DiskFullError, is_complete
+from msda_plugin.engine.hooks import CheckpointHook, EpochSeedHook, FineTuningHook, MissedValidationHook
 from msda_plugin.engine.runner import DetectionRunner
 
 
@@ -45,7 +45,7 @@ class Stop(Exception):
 
 
 class StopAt(Hook):
-    """Keeps a list of the checkpoints that are there at the calls of one hook; raises at the last of them."""
+    """Records the existing checkpoints at each call of one hook method; raises at the last call."""
 
     priority = 'LOWEST'
 
@@ -95,17 +95,18 @@ def make_runner(folder, *hooks, resume=False, keep=1, epochs=3, save_best='coco/
     )
 
 
-def test_the_runner_takes_these_hooks_and_leaves_others(tmp_path):
+def test_the_runner_adds_its_hooks(tmp_path):
     hooks = make_runner(tmp_path).hooks
     assert [type(hook) for hook in hooks if type(hook).__name__ == 'CheckpointHook'] == [CheckpointHook]
-    assert any(isinstance(hook, EpochSeedHook) for hook in hooks)
+    assert {EpochSeedHook, FineTuningHook, MissedValidationHook} <= {type(hook) for hook in hooks}
     runner = make_runner(tmp_path)
     runner._hooks = []
-    runner.register_default_hooks(dict(checkpoint=None))
-    assert not any(type(hook).__name__ == 'CheckpointHook' for hook in runner.hooks)
+    runner.register_default_hooks(dict(checkpoint=None, epoch_seed=None))
+    assert not {'CheckpointHook', 'EpochSeedHook'} & {type(hook).__name__ for hook in runner.hooks}
+    assert any(isinstance(hook, MissedValidationHook) for hook in runner.hooks)
 
 
-def test_the_old_one_goes_when_the_new_one_is_there(tmp_path):
+def test_old_checkpoints_are_removed_after_the_new_one_is_written(tmp_path):
     writing = StopAt('before_save_checkpoint', None)
     make_runner(tmp_path, writing).train()
     # In each epoch: the checkpoint; after the validation the best one, and the checkpoint with that known.
@@ -116,21 +117,21 @@ def test_the_old_one_goes_when_the_new_one_is_there(tmp_path):
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_3.pth')
 
 
-def test_stopped_before_what_is_outdated_is_removed(tmp_path, monkeypatch):
+def test_killed_before_outdated_checkpoints_are_removed(tmp_path, monkeypatch):
     from msda_plugin.engine.hooks import checkpoint
 
-    (tmp_path / '.epoch_9.pth.tmp').write_text('half')
+    (tmp_path / '.epoch_9.pth.123.tmp').write_text('half')
     runner = make_runner(tmp_path, epochs=2, save_best=None)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint._RemovesLater, 'remove_outdated', lambda self: None)
         runner.train()
     assert checkpoints(tmp_path) == ['epoch_1.pth', 'epoch_2.pth']
-    assert not (tmp_path / '.epoch_9.pth.tmp').exists()
+    assert not (tmp_path / '.epoch_9.pth.123.tmp').exists()
     make_runner(tmp_path, epochs=2, save_best=None, resume=True).train()
     assert checkpoints(tmp_path) == ['epoch_2.pth']
 
 
-def test_a_validation_that_was_cut_off_is_made_up_for(tmp_path):
+def test_a_missed_validation_runs_after_a_resume(tmp_path):
     with pytest.raises(Stop):
         make_runner(tmp_path, StopAt('before_val', 2), keep=2).train()
     assert checkpoints(tmp_path) == ['best_coco_AP_epoch_1.pth', 'epoch_1.pth', 'epoch_2.pth']
@@ -145,9 +146,9 @@ def test_a_validation_that_was_cut_off_is_made_up_for(tmp_path):
 
 
 @pytest.mark.parametrize('seed', [4, None])
-def test_resumed_it_ends_with_the_same_weights(tmp_path, seed):
-    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    first = make_runner(whole, seed=seed)
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path, seed):
+    complete, parts = tmp_path / 'complete', tmp_path / 'parts'
+    first = make_runner(complete, seed=seed)
     first.train()
     with pytest.raises(Stop):
         make_runner(parts, StopAt('after_train_iter', 3), seed=first.seed).train()
@@ -162,14 +163,14 @@ def test_a_damaged_checkpoint(tmp_path):
     last = tmp_path / 'epoch_3.pth'
     last.write_bytes(last.read_bytes()[:-9])
     named = make_runner(tmp_path, resume=True, load_from=str(last))
-    with pytest.raises(ValueError, match='epoch_3.pth is not whole'):
+    with pytest.raises(ValueError, match='epoch_3.pth is incomplete or damaged'):
         named.train()
     runner = make_runner(tmp_path, resume=True, keep=-1, save_best=None)
     said = []
     runner.logger.warning = said.append
     runner.train()
-    assert [line for line in said if 'epoch_3.pth' in line and 'goes on from' in line and 'epoch_2.pth' in line]
-    assert is_whole(last)
+    assert [line for line in said if 'epoch_3.pth' in line and 'resuming from' in line and 'epoch_2.pth' in line]
+    assert is_complete(last)
 
 
 def test_a_full_disk_ends_in_one_sentence(tmp_path, monkeypatch):
@@ -185,12 +186,12 @@ def test_a_full_disk_ends_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(DiskFullError) as raised:
         make_runner(tmp_path, save_best=None).train()
     sentence = str(raised.value)
-    assert sentence.startswith(f'{tmp_path}/epoch_2.pth cannot be written (No space left on device); the last')
-    assert f'{tmp_path}/epoch_1.pth, is whole' in sentence and '--resume' in sentence
+    assert sentence.startswith(f'cannot write {tmp_path}/epoch_2.pth (No space left on device); the last')
+    assert f'{tmp_path}/epoch_1.pth, is complete' in sentence and '--resume' in sentence
     assert checkpoints(tmp_path) == ['epoch_1.pth'] and '\n' not in sentence
 
 
-def test_another_error_stays_what_it_is(tmp_path, monkeypatch):
+def test_other_errors_are_not_changed(tmp_path, monkeypatch):
     runner = make_runner(tmp_path)
     monkeypatch.setattr(runner, 'save_checkpoint', lambda *args, **kwargs: open(tmp_path / 'not/there', 'wb'))
     with pytest.raises(FileNotFoundError):

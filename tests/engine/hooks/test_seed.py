@@ -1,4 +1,4 @@
-"""What a sample draws follows from seed, epoch and its position, whoever loads it."""
+"""Random numbers of a sample depend on the seed, the epoch and its position only."""
 
 import random
 from functools import partial
@@ -47,19 +47,19 @@ def test_any_number_of_workers(workers, persistent):
     assert epochs(workers, persistent=persistent) == epochs(0)
 
 
-def test_every_sample_epoch_and_seed_draws_other_numbers():
+def test_each_sample_epoch_and_seed_gives_different_numbers():
     first, second = epochs(0)
     assert len({number for sample in first + second for number in sample[1:]}) == 2 * 7 * 3
-    assert epochs(0, numbers=(1,)) == [second]  # as of a training that is resumed there
+    assert epochs(0, numbers=(1,)) == [second]  # as in a training that is resumed there
     assert epochs(0, seed=6)[0] != first
 
 
-def test_an_image_that_comes_twice_draws_twice():
+def test_an_image_that_is_sampled_twice_gets_different_numbers():
     (drawn,) = epochs(2, indices=[3, 3, 4, 3], numbers=(0,))
     assert len({sample[1:] for sample in drawn}) == 4
 
 
-def test_the_numbers_of_the_model_are_left_alone():
+def test_the_generators_of_the_model_are_not_changed():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), float(torch.rand(()))
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -70,18 +70,18 @@ def test_the_numbers_of_the_model_are_left_alone():
     assert isinstance(dataset, Draws) and type(dataset).__name__ == 'Draws' and dataset.flag == 'a'
 
 
-def test_the_workers_function_of_the_config_is_called_and_batches_can_be_asked_for():
+def test_the_worker_init_fn_of_the_config_and_batched_getitems():
     then = partial(worker_init_fn, num_workers=1, rank=0, seed=0)
-    subset = Subset(Draws(), range(7))  # torch asks it for whole batches
+    subset = Subset(Draws(), range(7))  # torch asks it for batches
     assert epochs(1, dataset=subset, then=then) == epochs(0)
 
 
-def test_a_list_is_left_as_it_is():
+def test_a_list_is_not_changed():
     assert epochs(0, dataset=[1, 2, 3], numbers=(0,)) == [[1, 2, 3]]
 
 
-def test_starting_workers_shifts_nothing():
-    """A resumed training starts its workers in an epoch in which one without a break has them."""
+def test_starting_workers_does_not_change_the_numbers():
+    """A resumed training starts its workers in an epoch in which an uninterrupted one already has them."""
 
     class Runner:
         seed, epoch = 3, 1

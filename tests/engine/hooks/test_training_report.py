@@ -1,4 +1,4 @@
-"""What a training leaves behind, from runners with a toy detector on drawn shapes."""
+"""Reports of trainings with a toy detector on drawn shapes."""
 
 import json
 
@@ -44,7 +44,7 @@ class ToyData(BaseDataset):
 
 
 class ToyDetector(BaseModel):
-    """Learns one number; predicts one sure and one unsure box."""
+    """Learns one number; predicts one box with a high and one with a low score."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ def make_runner(folder, by_epoch=True, hook=None, custom_hooks=(), resume=False,
 
 @pytest.fixture
 def log(monkeypatch):
-    """Everything said to MMEngine's logger at INFO or above."""
+    """Messages of MMEngine's logger at INFO or above."""
     lines = []
     monkeypatch.setattr(MMLogger, 'callHandlers', lambda self, record: lines.append(record.getMessage()))
     return lines
@@ -167,7 +167,7 @@ def test_report(tmp_path, log, by_epoch):
     assert f'python -m msda_plugin test CONFIG {report["best_checkpoint"]}' in message
 
 
-def test_predictions_are_made_as_in_a_validation(tmp_path, quick_curves):
+def test_predictions_use_evaluation_mode(tmp_path, quick_curves):
     runner = make_runner(tmp_path)
     runner.train()
     validations = 3 * 3
@@ -176,7 +176,7 @@ def test_predictions_are_made_as_in_a_validation(tmp_path, quick_curves):
     assert runner.model.training is False  # as the last validation left it
 
 
-def test_averaged_weights_are_used_and_put_back(tmp_path, quick_curves):
+def test_averaged_weights_are_used_and_restored(tmp_path, quick_curves):
     runner = make_runner(tmp_path, custom_hooks=[dict(type='EMAHook', momentum=0.5)])
     runner.train()
     own = float(runner.model.number)
@@ -187,7 +187,7 @@ def test_averaged_weights_are_used_and_put_back(tmp_path, quick_curves):
     assert runner.model.training and float(runner.model.number) == own
 
 
-def test_a_stopped_training_leaves_what_it_reached(tmp_path):
+def test_a_stopped_training_leaves_a_report(tmp_path):
     class Stop(TrainingReportHook):
         def before_train_epoch(self, runner):
             if runner.epoch == 2:
@@ -200,7 +200,7 @@ def test_a_stopped_training_leaves_what_it_reached(tmp_path):
     assert (tmp_path / 'work' / 'curves.png').is_file()
 
 
-def test_a_resumed_training_goes_on_with_the_report(tmp_path, quick_curves):
+def test_a_resumed_training_continues_the_report(tmp_path, quick_curves):
     make_runner(tmp_path, epochs=2).train()
     before = json.loads((tmp_path / 'work' / 'metrics.json').read_text())
     runner = make_runner(tmp_path, resume=True, epochs=3)
@@ -211,7 +211,7 @@ def test_a_resumed_training_goes_on_with_the_report(tmp_path, quick_curves):
     assert len(runner.message_hub.get_scalar('train/loss').data[0]) == 9
 
 
-def test_a_new_training_in_an_old_work_dir_starts_anew(tmp_path, quick_curves):
+def test_a_new_training_in_an_old_work_dir_starts_a_new_report(tmp_path, quick_curves):
     for _ in range(2):
         make_runner(tmp_path, epochs=2).train()
     assert len(json.loads((tmp_path / 'work' / 'metrics.json').read_text())['history']) == 2
@@ -231,7 +231,7 @@ def test_a_failure_in_drawing_does_not_stop_the_training(tmp_path, monkeypatch, 
     assert any(text.startswith('Training finished') for text in log)
 
 
-def test_next_steps_of_ones_own(tmp_path, quick_curves, log):
+def test_custom_next_steps(tmp_path, quick_curves, log):
     make_runner(
         tmp_path, hook=dict(type='msda_plugin.TrainingReportHook', num_images=0, next_steps=['look into {work_dir}'])
     ).train()
@@ -240,7 +240,7 @@ def test_next_steps_of_ones_own(tmp_path, quick_curves, log):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="may hold {config}, {checkpoint} and {work_dir} .* got 'run {model}'"):
+    with pytest.raises(ValueError, match="may contain the placeholders .* only, got 'run {model}'"):
         TrainingReportHook(next_steps=['run {model}'])
     with pytest.raises(ValueError, match='num_images must not be negative, got -1'):
         TrainingReportHook(num_images=-1)

@@ -175,7 +175,7 @@ def test_selected_parts():
     'options, message',
     [
         (['--threads', '0'], '--threads is 0, but at least 1 is needed'),
-        (['--device', 'tpu'], "--device is 'tpu', but cpu, cuda or cuda:N is needed"),
+        (['--device', 'tpu'], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (['--device', 'cuda:99'], '--device is cuda:99, but torch'),
         (['--parts', 'heart'], "invalid choice: 'heart'"),
     ],

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from mmengine.config import Config, DictAction
 
 from msda_plugin.tools.benchmarks import detectors
 
@@ -58,3 +59,33 @@ def test_stops_after_failed_training(tmp_path, monkeypatch, capsys):
 def test_invalid_epochs(epochs, capsys):
     assert detectors.run(arguments('a.py', '--epochs', epochs)) == 2
     assert 'at least 1 is needed' in capsys.readouterr().err
+
+
+SCHEDULE = """
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=8)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=4, end=8, T_max=4),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, T_max=8),
+    dict(type='MultiStepLR', milestones=[4, 6], by_epoch=True)]
+"""
+
+
+@pytest.mark.parametrize(
+    'epochs, cosine, milestones',
+    [
+        (16, dict(begin=8, end=16, T_max=8), [8, 12]),
+        (2, dict(begin=1, end=2, T_max=1), [1, 2]),
+        (1, dict(begin=0, end=1, T_max=1), [1, 1]),
+    ],
+)
+def test_schedules_are_scaled_to_the_training(epochs, cosine, milestones, tmp_path):
+    (tmp_path / 'config.py').write_text(SCHEDULE)
+    options = detectors.schedule_options(str(tmp_path / 'config.py'), epochs)
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    cfg = Config.fromfile(str(tmp_path / 'config.py'))
+    cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    warm_up, late, full, steps = cfg.param_scheduler
+    assert warm_up.end == 150 and {key: late[key] for key in cosine} == cosine
+    assert full.T_max == epochs and steps.milestones == milestones

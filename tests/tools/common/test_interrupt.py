@@ -1,4 +1,4 @@
-"""Ctrl-C ends a training between two iterations, with the checkpoint of the last epoch whole."""
+"""Ctrl-C stops a training between two iterations; the checkpoint of the last epoch is complete."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def make_runner(folder, hook):
     )
 
 
-def test_the_iteration_is_finished_and_the_way_on_is_said(tmp_path, capsys):
+def test_the_iteration_is_finished_and_the_message_says_how_to_resume(tmp_path, capsys):
     runner = make_runner(tmp_path, PressCtrlC(at=6))
     before = signal.getsignal(signal.SIGINT)
     assert interrupt.train(runner) == 130
@@ -65,25 +65,25 @@ def test_the_iteration_is_finished_and_the_way_on_is_said(tmp_path, capsys):
     assert '--resume' in said and signal.getsignal(signal.SIGINT) is before
 
 
-def test_without_a_checkpoint_that_is_said(tmp_path, capsys):
+def test_the_message_without_a_checkpoint(tmp_path, capsys):
     (tmp_path / 'last_checkpoint').write_text('of/an/earlier/training.pth')
     assert interrupt.train(make_runner(tmp_path, PressCtrlC(at=1))) == 130
     assert 'there is no checkpoint yet' in capsys.readouterr().err
 
 
-def test_twice_stops_at_once(tmp_path, capsys):
+def test_twice_stops_immediately(tmp_path, capsys):
     hook = PressCtrlC(at=6, times=2)
     assert interrupt.train(make_runner(tmp_path, hook)) == 130
-    assert 'once more stops at once' in capsys.readouterr().err
+    assert 'again to stop immediately' in capsys.readouterr().err
 
 
-def test_an_error_that_ctrl_c_causes_is_no_traceback_and_another_is(tmp_path, capsys):
+def test_errors_caused_by_ctrl_c_have_no_traceback(tmp_path, capsys):
     died = RuntimeError('DataLoader worker (pid 1) exited unexpectedly')
     assert interrupt.train(make_runner(tmp_path, PressCtrlC(at=6, error=died))) == 130
     with pytest.raises(RuntimeError, match='exited unexpectedly'):
         interrupt.train(make_runner(tmp_path, PressCtrlC(at=6, times=0, error=died)))
 
 
-def test_undisturbed_it_ends_with_0(tmp_path):
+def test_status_0_without_ctrl_c(tmp_path):
     assert interrupt.train(make_runner(tmp_path, Hook())) == 0
     assert (tmp_path / 'epoch_5.pth').is_file()

@@ -316,8 +316,8 @@ def test_mask_model_is_rejected(tmp_path):
 def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / 'train.json', tmp_path / 'images')
-    assert 'a config or --data is needed' in sentence([], capsys)
-    assert '--epochs, --seed go with --data' in sentence(['config.py', '--epochs', 3, '--seed', 0], capsys)
+    assert 'give the path of a Python config file, or --data' in sentence([], capsys)
+    assert '--epochs, --seed require --data' in sentence(['config.py', '--epochs', 3, '--seed', 0], capsys)
     assert 'both the config config.py and --data' in sentence(['config.py', '--data', '.'], capsys)
     assert '--data nowhere does not exist' in sentence(['--data', 'nowhere'], capsys)
     assert '--val nowhere does not exist' in sentence(['--data', '.', '--val', 'nowhere'], capsys)
