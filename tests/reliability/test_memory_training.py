@@ -39,7 +39,7 @@ def test_memory_threads_and_files_stay_the_same(training_server, small_data, tmp
 
 
 def test_trainings_one_after_another_do_not_leak(training_server, small_data, tmp_path, long_run):
-    times = 20 if long_run else 2
+    times = 20 if long_run else 3
     options = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
     log, measured = tmp_path / 'log', tmp_path / 'measured'
     answer = training_server.run(

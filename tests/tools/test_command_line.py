@@ -1,7 +1,6 @@
 """User errors end with one sentence and status 2."""
 
 import logging
-import pickle
 
 import pytest
 
@@ -129,7 +128,7 @@ def test_broken_config_file(tmp_path, capsys):
     assert 'undefined_name' in sentence(['train', str(tmp_path / 'config.py')], capsys)
 
 
-def test_file_that_is_not_a_checkpoint(tmp_path, capsys):
-    config = write(tmp_path, 'msda_plugin.MultiScaleDeformableAttention')
-    (tmp_path / 'bad.pth').write_bytes(pickle.dumps({'state_dict': {}, 'meta': print}))
-    assert 'bad.pth' in sentence(['test', config, str(tmp_path / 'bad.pth'), '--work-dir', str(tmp_path)], capsys)
+def test_config_without_test_data(tmp_path, capsys):
+    config = write(tmp_path, 'msda_plugin.ShuntedTransformer', arch='tiny')
+    (tmp_path / 'a.pth').touch()
+    assert 'give it test_dataloader' in sentence(['test', config, str(tmp_path / 'a.pth')], capsys)
