@@ -1,7 +1,8 @@
-"""mmcv's CUDA kernel of multi-scale deformable attention, compiled out of mmcv's source distribution, to compare with.
+"""Compiles mmcv's CUDA kernel of multi-scale deformable attention from its source distribution, for comparison.
 
-Nothing of mmcv is kept here: the binding below includes the kernel from the distribution, is compiled where the
-benchmark runs, and launches it as mmcv does (the same block sizes, the same memory set to zero before).
+This file contains no code of mmcv. The binding below includes the kernel from the distribution, is compiled on the
+machine that runs the benchmark, and launches the kernel as mmcv does: with the same block sizes, and the same memory set
+to zero before.
 """
 
 import ctypes
@@ -18,10 +19,10 @@ from torch import Tensor
 from msda_plugin.tools.common.nvcc import find_nvcc
 
 KERNEL = Path('mmcv/ops/csrc/common/cuda/ms_deform_attn_cuda_kernel.cuh')
-HEAD_DIMS = (16, 32, 64)  # of the backward kernels that are instantiated
+HEAD_DIMS = (16, 32, 64)  # for which the backward kernels are instantiated
 DTYPES = (torch.float64, torch.float32, torch.float16)
 
-# The kernel's header asks for mmcv's helper of this name, which would bring all of ATen.
+# Replaces mmcv's helper of this name, which the kernel's header includes and which needs all of ATen.
 HELPER = '#include <algorithm>\nusing std::min;\n'
 BINDING = r"""
 #include <cuda_fp16.h>
@@ -78,13 +79,13 @@ extern "C" int mmcv_backward(int dtype, void* stream, const int* sizes, void* co
 
 @contextmanager
 def unpacked(sdist: Path) -> Iterator[Path]:
-    """The folder of mmcv's sources: ``sdist`` itself, or what the archive holds, while the block lasts.
+    """Context manager for the folder of mmcv's sources: ``sdist`` itself, or the unpacked archive.
 
     Raises:
-        FileNotFoundError: ``sdist`` does not exist, or the kernel is not in it.
+        FileNotFoundError: If ``sdist`` does not exist or does not contain the kernel.
     """
     if not sdist.exists():
-        raise FileNotFoundError(f'there is no {sdist}: get it by pip download --no-binary :all: --no-deps onedl-mmcv')
+        raise FileNotFoundError(f'{sdist} does not exist: get it with pip download --no-binary :all: --no-deps onedl-mmcv')
     with tempfile.TemporaryDirectory() as work:
         root = sdist
         if sdist.is_file():
@@ -109,8 +110,8 @@ def build(sdist: Path, arch: str, target: Path) -> None:
         arch: The GPU's architecture, such as ``'sm_90'``.
 
     Raises:
-        FileNotFoundError: There is no nvcc, no such file, or no kernel in it.
-        RuntimeError: It does not compile.
+        FileNotFoundError: If there is no nvcc, or no kernel in ``sdist``.
+        RuntimeError: If the compilation fails.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -144,10 +145,10 @@ def build(sdist: Path, arch: str, target: Path) -> None:
 class MmcvKernels:
     """mmcv's kernel as a function of (value, spatial_shapes, level_start_index, locations, weights), with gradients.
 
-    All float tensors have one dtype of `DTYPES`; the backward pass knows the head dims of `HEAD_DIMS`.
+    All float tensors have the same dtype, one of `DTYPES`. The backward pass supports the head dims in `HEAD_DIMS`.
 
     Args:
-        library: What `build` made.
+        library: The library compiled by `build`.
     """
 
     def __init__(self, library: Path) -> None:
