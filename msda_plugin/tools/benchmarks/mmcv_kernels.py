@@ -1,8 +1,8 @@
 """Compiles mmcv's CUDA kernel of multi-scale deformable attention from its source distribution, for comparison.
 
 This file contains no code of mmcv. The binding below includes the kernel from the distribution, is compiled on the
-machine that runs the benchmark, and launches the kernel as mmcv does: with the same block sizes, and the same memory set
-to zero before.
+machine that runs the benchmark, and launches the kernel as mmcv does: with the same block sizes, after zeroing the same
+memory.
 """
 
 import ctypes
@@ -85,7 +85,7 @@ def unpacked(sdist: Path) -> Iterator[Path]:
         FileNotFoundError: If ``sdist`` does not exist or does not contain the kernel.
     """
     if not sdist.exists():
-        raise FileNotFoundError(f'{sdist} does not exist: get it with pip download --no-binary :all: --no-deps onedl-mmcv')
+        raise FileNotFoundError(f'{sdist} does not exist: run pip download --no-binary :all: --no-deps onedl-mmcv')
     with tempfile.TemporaryDirectory() as work:
         root = sdist
         if sdist.is_file():
