@@ -4,9 +4,9 @@
     python tests/packaging/version_matrix.py --list
 
 One wheel is built in the environment that runs this script, and installed in every row. For each row, a virtual
-environment is created and gets the stack of `requirements/`. It runs ``python -m msda_plugin env`` and tests from a
-folder without the package's sources, and is deleted. A row takes 2 to 4 minutes on two cores if pip has mmcv in its
-cache, and 10 more if mmcv is compiled. The results are kept next to the table, so that rows can be run one by one.
+environment is created, gets the stack of `requirements/`, runs ``python -m msda_plugin env`` and tests from a folder
+without the package's sources, and is deleted. A row takes 2 to 4 minutes on two cores if pip has mmcv in its cache, and
+10 more if mmcv is compiled. The results are kept next to the table, so that rows can be run one by one.
 """
 
 import argparse
@@ -263,10 +263,10 @@ def run_row(row: Row, wheel: Path, tree: Path, work: Path) -> dict[str, str]:
 
 
 def interpreter(version: str) -> Path:
-    """The interpreter of a version: on PATH, or pyenv's.
+    """Find the interpreter of a version, on PATH or in pyenv.
 
     Raises:
-        FileNotFoundError: There is none here.
+        FileNotFoundError: If there is none.
     """
     if version == f'{sys.version_info.major}.{sys.version_info.minor}':
         return Path(sys.executable).resolve()
