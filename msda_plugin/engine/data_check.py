@@ -214,7 +214,7 @@ def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
     """
     if not Path(ann_file).is_file():
         raise FileNotFoundError(
-            f"the annotation file '{ann_file}' does not exist; set data_root and ann_file of the data set in the config"
+            f"the annotation file '{ann_file}' does not exist; set data_root and ann_file of the dataset in the config"
         )
     try:
         content = load_json(ann_file, 'COCO')
@@ -227,7 +227,7 @@ def read_coco(ann_file: str | os.PathLike, *, annotated: bool = True) -> dict:
         found = f'an object with the keys {listed(content)}' if isinstance(content, dict) else f'a {_kind(content)}'
         raise ValueError(
             f"the annotation file '{ann_file}' is not COCO: it needs the lists {listed(missing)}, and is "
-            f'{found}; convert it, or take the data set class of its format'
+            f'{found}; convert it, or use the dataset class for its format'
         )
     return content
 
@@ -263,7 +263,7 @@ def _check_classes(ann_file: str, present: list[str], classes: Sequence[str] | N
         raise ValueError(
             f"the annotation file '{ann_file}' does not have the classes {listed(lacking)} of the config; "
             f'it has {listed(present)}, the config {listed(classes)}; set metainfo=dict(classes=(…,)) of '
-            'the data set and num_classes of the model'
+            'the dataset and num_classes of the model'
         )
     return tuple(classes)
 
@@ -298,7 +298,7 @@ def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
     if not Path(img_root or '.').is_dir():
         raise FileNotFoundError(
             f"the image folder '{img_root}' does not exist; set data_root and data_prefix=dict(img="
-            '…) of the data set in the config'
+            '…) of the dataset in the config'
         )
     folders: dict[str, set[str]] = {}  # each is listed once, which is much faster than one stat per file
     missing = []
@@ -410,7 +410,7 @@ def _check_head(model: object, where: str, classes: tuple[str, ...]) -> None:
             raise ValueError(
                 f'{path}.num_classes is {number}, but {where} has {len(classes)} classes '
                 f'({listed(classes)}); set {path}.num_classes={len(classes)}, or metainfo=dict(classes='
-                '(…,)) of the data set'
+                '(…,)) of the dataset'
             )
 
 
@@ -427,5 +427,5 @@ def _check_evaluator(evaluator: object, where: str) -> None:
         path = None if metric.get('backend_args') else metric.get('ann_file')
         if path and '://' not in path and not Path(path).is_file():
             raise FileNotFoundError(
-                f"the annotation file '{path}' of {where} does not exist; it is usually that of the data set"
+                f"the annotation file '{path}' of {where} does not exist; it is usually that of the dataset"
             )

@@ -93,8 +93,8 @@ def load_detector(
         device: None: the GPU if there is one, otherwise the CPU.
 
     Returns:
-        The model in evaluation mode, with ``cfg`` and ``dataset_meta`` (``classes``: the names of its labels, as the
-        checkpoint has them, else the data set of the config).
+        The model in evaluation mode, with ``cfg`` and ``dataset_meta`` (``classes``: names of the labels, from the
+        checkpoint, or otherwise from the dataset of the config).
 
     Raises:
         OSError: If the checkpoint cannot be read or downloaded.
