@@ -25,7 +25,6 @@ SMALL = [
     'test_dataloader.num_workers=0',
     'test_dataloader.persistent_workers=False',
 ]
-pytestmark = pytest.mark.slow
 
 
 def mmdet_distribution():
@@ -49,6 +48,7 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('mim', path=str(Path(sys.executable).parent)) is None, reason='mim is not installed')
 @pytest.mark.skipif(
     mmdet_distribution() == 'mmdet' and find_spec('pkg_resources') is None,

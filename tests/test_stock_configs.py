@@ -57,7 +57,6 @@ CHANGES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', CHANGES)
 def test_a_stock_config_with_one_dict_changed(name, tmp_path):
     base, changes = CHANGES[name]

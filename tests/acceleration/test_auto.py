@@ -84,7 +84,6 @@ def test_works_with_accelerate_and_restore(auto):
     assert msda_plugin.restore(layer) == 1 and type(layer) is StockAttention
 
 
-@pytest.mark.slow
 def test_custom_imports_of_a_config(tiny_stock_config):
     """A stock config with MMDetection's inferencer, which runs no hooks, in a new process."""
     tiny_stock_config.write_text(

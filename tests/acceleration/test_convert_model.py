@@ -393,7 +393,6 @@ def test_grounding_dinos_encoder():
             torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_same_losses_over_twenty_steps(tiny_stock_config):
     """With dropout, which draws the same random numbers."""
     init_default_scope('mmdet')

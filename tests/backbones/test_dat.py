@@ -263,7 +263,6 @@ def test_autocast_is_finite(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.slow
 def test_compiles_in_one_graph():
     torch.manual_seed(0)
     model = DAT(

@@ -326,7 +326,6 @@ def test_autocast_is_finite(dtype, options):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     'options', [dict(), WINDOWED | dict(use_rel_pos=True, global_indices=(1,))], ids=['plain', 'ViTDet']
 )

@@ -15,7 +15,6 @@ ROUNDS, BATCHES, BATCH, SIZE = 5, 4, 2, (64, 64)
 # Learning rates at which rounding differences do not grow.
 RATES = {'base': 5e-4, 'two_stage': 1e-4}
 FORMS = {'base': {}, 'two_stage': dict(with_box_refine=True, as_two_stage=True, dims=256)}
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')

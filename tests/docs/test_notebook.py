@@ -20,7 +20,6 @@ def test_has_no_outputs(cells):
     assert cells and all(not cell['outputs'] and cell['execution_count'] is None for cell in cells)
 
 
-@pytest.mark.slow
 def test_runs_top_to_bottom(cells, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))

@@ -24,7 +24,6 @@ PAGES = {  # page of docs/api -> package whose public names it documents
 }
 
 
-@pytest.mark.slow
 def test_builds_and_has_every_public_name(tmp_path):
     for package in ('mkdocs', 'material', 'mkdocstrings'):
         pytest.importorskip(package, reason=f'{package} is not installed; pip install -r requirements/docs.txt')

@@ -91,7 +91,6 @@ def write(example) -> None:
     Path(example.region.lexemes['file']).write_text(example.parsed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 def test_tutorial(page, tmp_path, monkeypatch, check):
     if page.stem in NEEDS:

@@ -201,7 +201,6 @@ def test_checkpointing_recomputes_with_equal_results(kind, monkeypatch):
     assert len(calls) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', NECKS)
 def test_compiles_to_one_graph(kind):
     neck = build_nonzero(kind, in_channels=CHANNELS[:2], num_outs=3, fusion='cross_attention').float()
@@ -232,7 +231,7 @@ def detector(kind, neck):
     return cfg
 
 
-@pytest.mark.parametrize('kind', ['RetinaNet', pytest.param('MaskRCNN', marks=pytest.mark.slow), 'DeformableDETR'])
+@pytest.mark.parametrize('kind', ['RetinaNet', 'MaskRCNN', 'DeformableDETR'])
 @pytest.mark.parametrize('neck', NECKS)
 def test_detector_trains_and_predicts(neck, kind):
     init_default_scope('mmdet')

@@ -13,7 +13,6 @@ import pytest
 import torch
 from operator_cases import grid_sample_attention, locations_and_weights, make_case, value_and_grads
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}

@@ -71,7 +71,6 @@ def test_no_kernel_spills(sass, library):
     assert found and not [one for one in found if one[2]]
 
 
-@pytest.mark.slow
 def test_forward_loads_are_not_predicated_by_branches(sass, library):
     wide = [kernel for kernel in sass.kernels(library, 'sm_90') if re.match('forward_kernelI.*Li[48]E', kernel.name)]
     assert len(wide) == 5

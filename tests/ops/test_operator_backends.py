@@ -67,7 +67,6 @@ def test_architectures_are_those_the_cuda_library_reports(monkeypatch):
     assert backends.cuda_architectures() == ['sm_80', 'compute_80']
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name, expected', [('reference', 'reference'), ('', None), ('gpu', 'ValueError')])
 def test_environment_variable(name, expected):
     code = 'import torch, msda_plugin.ops as o; print(o.backend_for("cpu", torch.float32).name)'
@@ -78,7 +77,6 @@ def test_environment_variable(name, expected):
     assert expected in done.stdout + done.stderr
 
 
-@pytest.mark.slow
 def test_importing_the_package_loads_nothing():
     code = 'import sys, msda_plugin; assert "torch" not in sys.modules and "msda_plugin.ops" not in sys.modules'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

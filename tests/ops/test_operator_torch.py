@@ -119,7 +119,6 @@ def test_export():
     assert {'msda.ms_deform_attn.default', 'msda.ms_deform_attn_fused.default'} <= targets
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
 def test_onnx(dynamo):
     """The exported model decomposes the operator, and onnxruntime agrees with it."""

@@ -13,7 +13,6 @@ from small_training import MAIN_JOB, arguments
 from msda_plugin.compat import accept_sides_of_one_pixel
 from msda_plugin.tools.shapes import CLASSES
 
-pytestmark = pytest.mark.slow
 SCALE = 128  # images of the main job are resized to fit into this square
 # (width, height), pixels
 SIZES = ((1, 1), (1, 300), (300, 1), (2, 77), (8000, 1), (1, 8000), (8000, 500), (31, 33), (640, 480), (128, 128))

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from small_training import EPOCHS, arguments, broken_checkpoints, differences, files_of, processes_of
 
-pytestmark = pytest.mark.slow
-
 FIXED_FAULTS = (  # one after another, in one training
     dict(fault=['hook', 5, 'after_train_iter']),  # in the second epoch
     dict(fault=['write', 2, 0.4]),  # of checkpoints: after the first validation

@@ -41,7 +41,6 @@ def files():
     return both
 
 
-@pytest.mark.slow
 def test_damaged_files(files, tmp_path, long_run):
     path = tmp_path / 'epoch_1.pth'
     edits = st.lists(
@@ -126,7 +125,6 @@ names = st.sampled_from(
 )
 
 
-@pytest.mark.slow
 def test_other_contents(tmp_path, long_run):
     """A ViT's state dict with other keys, types and shapes; what every family makes of it, and the module itself."""
     path = tmp_path / 'file.pth'

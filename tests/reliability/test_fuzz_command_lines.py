@@ -179,7 +179,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_command_lines(folder, long_run):
     def check(argv):
         out, err = io.StringIO(), io.StringIO()

@@ -90,7 +90,6 @@ def compute_losses(model):
     return model(**batch, mode='loss')
 
 
-@pytest.mark.slow
 def test_configs(config, long_run, capsys):
     places = list(paths(config))
     edits = st.lists(

@@ -154,7 +154,6 @@ def quietly(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-@pytest.mark.slow
 def test_annotations_of_a_config(images, tmp_path, long_run):
     """MMDetection's data set and pycocotools can read every file that `check_coco` accepts."""
     path = tmp_path / 'train.json'
@@ -188,7 +187,6 @@ def test_annotations_of_a_config(images, tmp_path, long_run):
     fuzz('annotations of a config', cases, 2000 if long_run else 70, check)
 
 
-@pytest.mark.slow
 def test_annotations_of_custom_data(images, tmp_path, long_run):
     """The annotation files that `train --data` writes pass the check of a config."""
     path = tmp_path / 'train.json'
@@ -212,7 +210,6 @@ def test_annotations_of_custom_data(images, tmp_path, long_run):
     fuzz('annotations of custom data', cases, 1500 if long_run else 50, check)
 
 
-@pytest.mark.slow
 def test_images(tmp_path, long_run):
     """A corrupted image is either read or rejected."""
     rng = np.random.default_rng(0)

@@ -2,7 +2,6 @@
 
 import warnings
 
-import pytest
 import torch
 from fuzzing import fuzz, one_sentence
 from hypothesis import strategies as st
@@ -102,6 +101,5 @@ def check(case):
     return 'right'
 
 
-@pytest.mark.slow
 def test_layers(long_run):
     fuzz('layers', cases, 2000 if long_run else 80, check)

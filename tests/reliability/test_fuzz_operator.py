@@ -4,7 +4,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import pytest
 import torch
 from fuzzing import fuzz, one_sentence
 from hypothesis import strategies as st
@@ -180,6 +179,5 @@ def check(drawn):
     return 'right'
 
 
-@pytest.mark.slow
 def test_operator(long_run):
     fuzz('operator', st.tuples(calls, st.one_of(st.just([]), mutations)), 4000 if long_run else 100, check)

@@ -277,7 +277,6 @@ def refuse(entrance, path, data, tmp_path, ran):
         assert len(str(raised.value).splitlines()) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('entrance', ENTRANCES)
 def test_no_code_runs_at_any_entrance(entrance, data, tmp_path, long_run):
     """A call in the optimizer's state; with --long every place in every format."""

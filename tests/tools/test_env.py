@@ -182,7 +182,6 @@ def test_an_operator_that_fails_or_errs(monkeypatch):
     assert 'no kernel image' in env._try('cpu')
 
 
-@pytest.mark.slow
 def test_as_a_process_with_a_broken_mmcv_and_a_wrong_choice(tmp_path):
     (tmp_path / 'mmcv.py').write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
     done = subprocess.run(

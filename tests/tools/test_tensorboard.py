@@ -10,7 +10,6 @@ from msda_plugin.tools import shapes, train
 CONFIG = Path(__file__).parents[2] / 'configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
 
 
-@pytest.mark.slow
 def test_training_writes_losses(tmp_path):
     pytest.importorskip('tensorboard', reason='tensorboard is not installed; pip install tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -76,7 +76,6 @@ def attention_layers(model):
     return [module for module in model.modules() if isinstance(module, StockAttention)]
 
 
-@pytest.mark.slow
 def test_stock_config_runs_accelerated(cfg, log):
     runner = Runner.from_cfg(cfg)
     assert all(type(layer) is StockAttention for layer in attention_layers(runner.model))
