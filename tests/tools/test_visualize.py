@@ -113,7 +113,7 @@ def test_draws_chosen_layers_head_by_head(trained, tmp_path, quick_pictures):
         ),
         (['--score-thr', '2'], '--score-thr is 2.0, but a number from 0 to 1 is needed'),
         (['--config', 'none.py'], 'the config none.py does not exist'),
-        (['--device', 'tpu'], "--device is 'tpu'"),
+        (['--device', 'tpu'], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (['--query', 'a,b'], "'a,b' is not a point; write X,Y in pixels"),
     ],
 )
