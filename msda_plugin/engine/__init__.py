@@ -1,1 +1,1 @@
-"""The runner, what it checks before a training starts, its checkpoint files and its hooks."""
+"""Runner, checks before training, checkpoint files, hooks and inference."""

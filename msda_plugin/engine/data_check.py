@@ -251,7 +251,7 @@ def check_records(ann_file: str | os.PathLike, field: str, records: list, keys: 
                 )
     if 'id' in wanted and len({record['id'] for record in records}) < len(records):
         raise ValueError(
-            f"the annotation file '{ann_file}' is not COCO: the ids of its {field} are not unique; number them anew"
+            f"the annotation file '{ann_file}' is not COCO: the ids of its {field} are not unique; renumber them"
         )
 
 

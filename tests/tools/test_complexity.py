@@ -70,7 +70,7 @@ def test_growth_is_the_exponent_of_a_power_law():
         (['--plot', 'x.png'], '--plot needs --measure with the sides'),
         (['--measure', '8'], 'at least two different sides'),
         (['--measure', '8', '16', '--plot', 'no/such/folder/x.png'], 'its folder does not exist'),
-        (['--measure', '8', '16', '--device', 'tpu'], "--device is 'tpu', but cpu"),
+        (['--measure', '8', '16', '--device', 'tpu'], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (['missing.py'], 'the config missing.py does not exist'),
     ],
 )

@@ -113,7 +113,7 @@ def test_draws_chosen_layers_head_by_head(trained, tmp_path, no_drawing):
         ),
         (['--score-thr', '2'], '--score-thr is 2.0; expected a number from 0 to 1'),
         (['--config', 'none.py'], 'the config none.py does not exist'),
-        (['--device', 'tpu'], "--device is 'tpu'"),
+        (['--device', 'tpu'], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (['--query', 'a,b'], "'a,b' is not a point; expected X,Y in image pixels"),
     ],
 )

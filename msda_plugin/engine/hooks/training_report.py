@@ -104,7 +104,7 @@ class TrainingReportHook(Hook):
             with _survive(runner, 'metrics and curves'):
                 written += self._write(runner, finished=True)
         # On every rank, because a sharded model needs all of them.
-        with _survive(runner, 'pictures of predictions'):
+        with _survive(runner, 'the images of predictions'):
             sheet = self._predictions(runner)
             if sheet is not None and is_main_process():
                 path = Path(runner.work_dir, 'predictions.png')

@@ -217,7 +217,7 @@ def test_a_new_training_in_an_old_work_dir_starts_a_new_report(tmp_path, quick_c
     assert len(json.loads((tmp_path / 'work' / 'metrics.json').read_text())['history']) == 2
 
 
-@pytest.mark.parametrize('what, broken', [('pictures', 'draw_sheet'), ('curves', 'draw_curves')])
+@pytest.mark.parametrize('what, broken', [('images', 'draw_sheet'), ('curves', 'draw_curves')])
 def test_a_failure_in_drawing_does_not_stop_the_training(tmp_path, monkeypatch, quick_curves, log, what, broken):
     def fail(*args, **kwargs):
         raise RuntimeError('no ink')
