@@ -131,4 +131,4 @@ def test_broken_config_file(tmp_path, capsys):
 def test_config_without_test_data(tmp_path, capsys):
     config = write(tmp_path, 'msda_plugin.ShuntedTransformer', arch='tiny')
     (tmp_path / 'a.pth').touch()
-    assert 'give it test_dataloader' in sentence(['test', config, str(tmp_path / 'a.pth')], capsys)
+    assert 'has no test data; add test_dataloader' in sentence(['test', config, str(tmp_path / 'a.pth')], capsys)
