@@ -1,0 +1,1 @@
+"""What mmcv needs of its compiled operators when it was installed without them."""
