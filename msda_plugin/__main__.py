@@ -12,6 +12,7 @@ COMMANDS = {
     'visualize': 'show what the attention of a detector looks at, as pictures and as a page',
     'convert': 'turn a published checkpoint into ours, with an account of every key',
     'complexity': 'say what attention costs: by formula, for a config, and by the clock',
+    'mmcv-ops': 'run mmcv without its compiled operators: install, remove, status',
     'benchmark': 'time the operator and the models against the stock ones, side by side',
 }
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'msda_plugin: there is no command {command!r}; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     try:
-        return import_module(f'msda_plugin.tools.{command}').main(rest)
+        return import_module(f'msda_plugin.tools.{command.replace("-", "_")}').main(rest)
     except KeyboardInterrupt:
         print(f'\nmsda_plugin {command}: stopped by Ctrl-C', file=sys.stderr)
         return 130

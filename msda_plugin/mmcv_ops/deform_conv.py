@@ -222,21 +222,22 @@ def _backward(
         return
     groups = geometry.groups
     grouped_weight = weight.reshape(groups, weight.shape[0] // groups, -1)
-    for index in range(len(input)):
-        needed = [(input, grad_input), (offset, grad_offset), (mask, grad_mask)]
-        with torch.enable_grad(), torch.autocast(input.device.type, enabled=False):
-            leaves = [t if t is None else t[index].detach().requires_grad_(grad is not None) for t, grad in needed]
-            columns = _columns(*leaves, geometry)
-        grads_out = grad_output[index].reshape(groups, grouped_weight.shape[1], -1)
-        if grad_weight is not None:
-            grad_weight += (grads_out @ columns.detach().mT).view_as(grad_weight)
-        if grad_input is not None:
-            grad_columns = grouped_weight.mT @ grads_out
-            grads = torch.autograd.grad(columns, [t for t in leaves if t is not None], grad_columns)
-            grad_input[index] += grads[0]
-            grad_offset[index] = grads[1]
-            if grad_mask is not None:
-                grad_mask[index] = grads[2]
+    with torch.autocast(input.device.type, enabled=False):
+        for index in range(len(input)):
+            needed = [(input, grad_input), (offset, grad_offset), (mask, grad_mask)]
+            with torch.enable_grad():
+                leaves = [t if t is None else t[index].detach().requires_grad_(grad is not None) for t, grad in needed]
+                columns = _columns(*leaves, geometry)
+            grads_out = grad_output[index].reshape(groups, grouped_weight.shape[1], -1)
+            if grad_weight is not None:
+                grad_weight += (grads_out @ columns.detach().mT).view_as(grad_weight)
+            if grad_input is not None:
+                grad_columns = grouped_weight.mT @ grads_out
+                grads = torch.autograd.grad(columns, [t for t in leaves if t is not None], grad_columns)
+                grad_input[index] += grads[0]
+                grad_offset[index] = grads[1]
+                if grad_mask is not None:
+                    grad_mask[index] = grads[2]
 
 
 def _columns(image: Tensor, offset: Tensor, mask: Tensor | None, geometry: _Geometry) -> Tensor:

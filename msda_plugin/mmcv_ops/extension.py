@@ -19,6 +19,7 @@ from msda_plugin.mmcv_ops.focal_loss import (
     softmax_focal_loss_backward,
     softmax_focal_loss_forward,
 )
+from msda_plugin.mmcv_ops.installation import COMPILE
 from msda_plugin.mmcv_ops.nms import nms, nms_match, softnms
 from msda_plugin.mmcv_ops.roi import roi_align_backward, roi_align_forward, roi_pool_backward, roi_pool_forward
 
@@ -60,9 +61,8 @@ def __getattr__(name: str) -> Callable:
 
     def unavailable(*args: object, **kwargs: object) -> None:
         raise NotImplementedError(
-            f'The operator {name} is not available because mmcv was installed without compiled operators: compile mmcv '
-            'with "make setup MMCV_OPS=1" in a clone of msda_plugin, or with "pip install --no-build-isolation '
-            '--force-reinstall --no-deps onedl-mmcv" (mmcv for the original OpenMMLab packages).'
+            f'The operator {name} is not available, because this mmcv was installed without compiled operators. '
+            f'Compile mmcv: {COMPILE}.'
         )
 
     unavailable.__name__ = unavailable.__qualname__ = name

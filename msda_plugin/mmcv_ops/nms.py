@@ -10,8 +10,6 @@ from torch import Tensor
 
 from msda_plugin.mmcv_ops.torchvision_ops import torchvision_for
 
-BLOCK = 512  # boxes compared at once with all others: 20 MB a temporary for 10,000 boxes
-
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Suppress each box whose IoU with a higher-scoring kept box exceeds a threshold.
@@ -32,10 +30,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     boxes = boxes[order]
     if boxes.dtype not in (torch.float32, torch.float64):
         boxes = boxes.float()
+    block = 128 if boxes.device.type == 'cpu' else 1024  # compared at once with all others: cache, number of launches
     kept = []
     remaining = torch.arange(len(boxes), device=boxes.device)
     while len(remaining):
-        head, tail = remaining[:BLOCK], remaining[BLOCK:]
+        head, tail = remaining[:block], remaining[block:]
         head = head[_greedy(_iou(boxes[head], boxes[head], offset) > iou_threshold)]
         kept.append(head)
         remaining = tail[~(_iou(boxes[head], boxes[tail], offset) > iou_threshold).any(0)]
