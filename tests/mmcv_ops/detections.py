@@ -77,6 +77,7 @@ def predict(name: str) -> dict[str, np.ndarray]:
             pad_shape=(224, 256),
             batch_input_shape=(224, 256),
             scale_factor=(1.0, 1.0),
+            border=np.array([0, 224, 0, 256]),
         )
     )
     with torch.no_grad():

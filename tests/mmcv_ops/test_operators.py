@@ -1,5 +1,6 @@
 """The operators against compiled mmcv (golden file, and directly where it is installed) and against definitions."""
 
+import importlib
 import importlib.util
 import math
 import sys
@@ -313,11 +314,46 @@ def test_ms_deform_attn_equals_mmcv(monkeypatch, backend):
         assert_close(grad, expected_grad)
 
 
+# ---- CARAFE and masked convolution ----------------------------------------------------------------------------------
+@pytest.mark.parametrize('groups, kernel_size, scale', ((1, 5, 2), (2, 3, 3), (4, 1, 1)))
+def test_carafe_equals_its_definition(monkeypatch, groups, kernel_size, scale):
+    module = importlib.import_module('mmcv.ops.carafe')  # mmcv.ops.carafe itself is the function
+    monkeypatch.setattr(module, 'ext_module', extension)
+    features = cases.feature((2, 4, 5, 6), 1, torch.float64).requires_grad_()
+    masks = cases.feature((2, groups * kernel_size**2, 5 * scale, 6 * scale), 2, torch.float64).requires_grad_()
+    # (bs, groups, channels of a group, kernel_size², height, width)
+    windows = torch.nn.functional.unfold(features, kernel_size, padding=kernel_size // 2)
+    windows = windows.view(2, groups, 4 // groups, kernel_size**2, 5, 6)
+    windows = windows.repeat_interleave(scale, 4).repeat_interleave(scale, 5)
+    expected = (windows * masks.view(2, groups, 1, kernel_size**2, 5 * scale, 6 * scale)).sum(3).flatten(1, 2)
+    output = module.carafe(features, masks, kernel_size, groups, scale)
+    assert_close(output, expected)
+    grad_output = cases.feature(expected.shape, 3, torch.float64)
+    found = [torch.zeros_like(t) for t in (features, masks)]
+    unused = [torch.empty(0)] * 4
+    extension.carafe_backward(
+        grad_output, features.detach(), masks.detach(), *unused, *found, kernel_size, groups, scale
+    )
+    for grad, expected_grad in zip(found, torch.autograd.grad(expected, (features, masks), grad_output), strict=True):
+        assert_close(grad, expected_grad)
+
+
+def test_masked_convolution_equals_convolution_where_the_mask_is(monkeypatch):
+    from mmcv.ops import masked_conv as module
+
+    monkeypatch.setattr(module, 'ext_module', extension)
+    input, weight = cases.feature((1, 3, 6, 7), 1, torch.float32), cases.feature((5, 3, 3, 3), 2, torch.float32)
+    bias, mask = cases.feature((5,), 3, torch.float32), cases.feature((1, 6, 7), 4, torch.float32)
+    found = module.masked_conv2d(input, mask, weight, bias, 1)
+    expected = torch.nn.functional.conv2d(input, weight, bias, padding=1) * (mask > 0)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # ---- operators that are not there -----------------------------------------------------------------------------------
 def test_other_operators_exist_and_raise_when_called():
-    assert hasattr(extension, 'carafe_forward')
-    with pytest.raises(NotImplementedError, match='carafe_forward is not available, .*: make setup MMCV_OPS=1'):
-        extension.carafe_forward(1, mask=2)
+    assert hasattr(extension, 'border_align_forward')
+    with pytest.raises(NotImplementedError, match='border_align_forward is not available, .*: make setup MMCV_OPS=1'):
+        extension.border_align_forward(1, pool_size=2)
     assert not hasattr(extension, '__path__')
 
 
