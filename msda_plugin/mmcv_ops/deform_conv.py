@@ -255,7 +255,7 @@ def _columns(image: Tensor, offset: Tensor, mask: Tensor | None, geometry: _Geom
     out_height, out_width = offset.shape[1:]
     deform_groups, kernel_size = geometry.deform_groups, geometry.kernel[0] * geometry.kernel[1]
     accumulation = torch.float64 if image.dtype == torch.float64 else torch.float32
-    offset = offset.to(accumulation).view(deform_groups, kernel_size, 2, out_height, out_width)
+    offset = offset.to(accumulation).reshape(deform_groups, kernel_size, 2, out_height, out_width)
     kernel_y, kernel_x = (
         torch.arange(size, device=image.device) * dilation
         for size, dilation in zip(geometry.kernel, geometry.dilation, strict=True)
@@ -271,13 +271,13 @@ def _columns(image: Tensor, offset: Tensor, mask: Tensor | None, geometry: _Geom
     x = (kernel_x[:, None, None] + out_x) + offset[:, :, 1]
     inside = (y > -1) & (y < height) & (x > -1) & (x < width)
     if mask is not None:
-        inside = inside * mask.to(accumulation).view_as(inside)
+        inside = inside * mask.to(accumulation).reshape(inside.shape)
     rows, row_weights = _neighbors(y, height)
     columns, column_weights = _neighbors(x, width)
     group = torch.arange(deform_groups, device=image.device).view(-1, 1, 1, 1, 1, 1)
     pixels = (group * height + rows[..., :, None]) * width + columns[..., None, :]
     weights = row_weights[..., :, None] * column_weights[..., None, :] * inside[..., None, None]
-    table = image.to(accumulation).view(deform_groups, -1, height * width).transpose(1, 2)
+    table = image.to(accumulation).reshape(deform_groups, -1, height * width).transpose(1, 2)
     samples = F.embedding_bag(
         pixels.view(-1, 4), table.reshape(-1, table.shape[2]), mode='sum', per_sample_weights=weights.view(-1, 4)
     )
