@@ -8,6 +8,7 @@ sum of four pixels, the same for all channels of a deformable group, so :func:`t
 computes it, and its autograd gives the gradients of pixels and weights. float16 and bfloat16 are sampled in float32.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,9 @@ def modulated_deform_conv_forward(
 ) -> None:
     """:func:`deform_conv_forward` with a factor for each sample and a bias.
 
+    mmcv's kernels read offsets and mask as flat memory, without a look at their shapes, and models such as DyHead pass
+    those of a larger feature: as in mmcv, the first elements of each image are used.
+
     Args:
         bias: (out_channels,); read if `with_bias`.
         mask: (bs, deformable_group * kernel_h * kernel_w, out_height, out_width).
@@ -137,6 +141,7 @@ def modulated_deform_conv_forward(
     geometry = _Geometry(
         (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
     )
+    offset, mask = (_first_elements(t, channels, output) for t, channels in _sampling(offset, mask, geometry))
     _forward(input, weight, bias if with_bias else None, offset, mask, output, geometry)
 
 
@@ -170,9 +175,31 @@ def modulated_deform_conv_backward(
     geometry = _Geometry(
         (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
     )
-    _backward(input, weight, offset, mask, grad_output, geometry, grad_input, grad_weight, grad_offset, grad_mask)
+    offset, mask = (_first_elements(t, channels, grad_output) for t, channels in _sampling(offset, mask, geometry))
+    grads = torch.zeros_like(offset), torch.zeros_like(mask)
+    _backward(input, weight, offset, mask, grad_output, geometry, grad_input, grad_weight, *grads)
+    for total, grad in zip((grad_offset, grad_mask), grads, strict=True):
+        flat = grad.flatten(1)
+        total.copy_(F.pad(flat, (0, math.prod(total.shape[1:]) - flat.shape[1])).view_as(total))
     if with_bias:
         grad_bias.add_(grad_output.sum((0, 2, 3)))
+
+
+def _sampling(
+    offset: Tensor, mask: Tensor | None, geometry: _Geometry
+) -> tuple[tuple[Tensor, int], tuple[Tensor | None, int]]:
+    """Offsets and mask, each with the number of channels that it needs."""
+    samples = geometry.deform_groups * geometry.kernel[0] * geometry.kernel[1]
+    return (offset, 2 * samples), (mask, samples)
+
+
+def _first_elements(tensor: Tensor, channels: int, output: Tensor) -> Tensor:
+    """The first elements of each image in the shape that the output needs; the tensor itself if it has that shape."""
+    shape = (len(tensor), channels, *output.shape[2:])
+    needed = math.prod(shape[1:])
+    if tensor.shape == shape or math.prod(tensor.shape[1:]) < needed:
+        return tensor
+    return tensor.flatten(1)[:, :needed].view(shape)
 
 
 def _forward(
@@ -298,8 +325,7 @@ def _neighbors(coordinate: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _check(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, output: Tensor, geometry: _Geometry
 ) -> None:
-    samples = geometry.deform_groups * geometry.kernel[0] * geometry.kernel[1]
-    for name, tensor, channels in (('offset', offset, 2 * samples), ('mask', mask, samples)):
+    for name, (tensor, channels) in zip(('offset', 'mask'), _sampling(offset, mask, geometry), strict=True):
         expected = (len(input), channels, *output.shape[2:])
         if tensor is not None and tuple(tensor.shape) != expected:
             raise RuntimeError(f'{name} has shape {tuple(tensor.shape)}, but {expected} is needed')

@@ -26,10 +26,9 @@ def one_per_family() -> list[str]:
     """Relative paths of one small config in each folder."""
 
     def size(path: Path) -> tuple:
-        preferred = [
-            bool(re.search(pattern, path.name)) for pattern in ('^(?!.*pool)', 'r18|tiny|nano', 'r50', '8xb|1x')
-        ]
-        return (*(not found for found in preferred), len(path.name), path.name)
+        unsuitable = bool(re.search('pool|rpn_r50|fast-rcnn|ssdlite|syncbn', path.name))  # need a GPU, proposals …
+        preferred = [bool(re.search(pattern, path.name)) for pattern in ('r18|tiny|nano', 'r50', '8xb|1x')]
+        return (unsuitable, *(not found for found in preferred), len(path.name), path.name)
 
     chosen = []
     for family in sorted(configs_folder().iterdir()):
@@ -46,10 +45,13 @@ def build(name: str) -> torch.nn.Module:
 
     def adapt(node: object) -> None:
         if isinstance(node, dict):
-            if isinstance(node.get('init_cfg'), dict) and node['init_cfg'].get('type') == 'Pretrained':
+            if 'checkpoint' in (node.get('init_cfg') or ()):
                 node['init_cfg'] = None
-            values = dict(pretrained=None, score_thr=0.0, nms_pre=200, max_per_img=50)
-            node.update({key: values[key] for key in node if key in values})
+            if 'nms' in node or 'nms_pre' in node:
+                values = dict(score_thr=0.0, nms_pre=200, max_per_img=50)
+                node.update({key: values[key] for key in node if key in values})
+            if 'pretrained' in node:
+                node['pretrained'] = None
         for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
             adapt(child)
 
@@ -83,6 +85,8 @@ def predict(name: str) -> dict[str, np.ndarray]:
     with torch.no_grad():
         data = model.data_preprocessor(dict(inputs=[image], data_samples=[sample]), training=False)
         (result,) = model.predict(data['inputs'], data['data_samples'])
+    if 'pred_panoptic_seg' in result:
+        return dict(panoptic=result.pred_panoptic_seg.sem_seg.numpy())
     found = result.pred_instances
     arrays = {key: found[key].float().numpy() for key in ('bboxes', 'scores', 'labels') if key in found}
     if 'masks' in found:

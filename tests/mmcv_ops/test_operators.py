@@ -136,6 +136,19 @@ def test_random_convolutions_equal_compiled(compiled, name, dtype):
             assert_equal(run(extension, case), run(compiled, case), 2e-5 if dtype == torch.float32 else 1e-11)
 
 
+def _larger_offsets():
+    """Offsets and mask of a larger feature, as in DyHead."""
+    case, larger = (cases.convolution(5, torch.float64, True, image=(size, 6)) for size in (7, 9))
+    case.offset, case.mask = larger.offset, larger.mask
+    return case
+
+
+def test_offsets_of_a_larger_feature_equal_compiled(compiled):
+    case = _larger_offsets()
+    found, expected = (cases.run_modulated_deform_conv(ext, case) for ext in (extension, compiled))
+    assert_equal(found, expected, 1e-11)
+
+
 # ---- what compiled mmcv has not on the CPU --------------------------------------------------------------------------
 def test_nms_takes_every_float_dtype():
     boxes, scores = cases.boxes_and_scores(300, 7)
