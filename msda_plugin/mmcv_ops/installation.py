@@ -170,7 +170,9 @@ def status() -> list[Row]:
     devices = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
     provided = {_operator(name) for name in extension.__all__}
     rows = [Row(name, device, *_provider(name, device)) for name in asked if name in provided for device in devices]
-    return rows + [Row(name, 'all', 'not available', COMPILE) for name in asked if name not in provided]
+    return rows + [
+        Row(name, 'all', 'not available', f'compile mmcv: {COMPILE}') for name in asked if name not in provided
+    ]
 
 
 def _provider(operator: str, device: str) -> tuple[str, str]:

@@ -53,7 +53,7 @@ def roi_align_forward(
     """
     size = (aligned_height, aligned_width)
     if pool_mode == 1 and (torchvision := torchvision_for(input)) is not None:
-        output.copy_(torchvision.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
+        output.copy_(torchvision.roi_align(input, rois.to(input), size, spatial_scale, sampling_ratio, aligned))
         return
     table = _table(input)
     for chunk, samples in _chunks(rois, input, size, spatial_scale, sampling_ratio, aligned, pool_mode):
@@ -84,7 +84,7 @@ def roi_align_backward(
     if pool_mode == 1 and (torchvision := torchvision_for(grad_input)) is not None:
         with torch.enable_grad():
             zeros = torch.zeros_like(grad_input).requires_grad_()
-            pooled = torchvision.roi_align(zeros, rois, size, spatial_scale, sampling_ratio, aligned)
+            pooled = torchvision.roi_align(zeros, rois.to(zeros), size, spatial_scale, sampling_ratio, aligned)
             grad_input.add_(torch.autograd.grad(pooled, zeros, grad_output)[0])
         return
     grad_table = torch.zeros_like(_table(grad_input))

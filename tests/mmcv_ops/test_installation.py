@@ -96,6 +96,13 @@ def test_status_names_what_runs(mmcv, capsys):
     assert 'roi_align' in said and 'nms_rotated' in said.partition('not available')[2]
 
 
+def test_status_without_torch(mmcv, capsys, monkeypatch):
+    installation.install()
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    code, said = run('status', capsys)
+    assert code == 1 and 'not available: ModuleNotFoundError' in said
+
+
 @pytest.mark.parametrize('command', ('install', 'remove', 'status'))
 def test_no_mmcv(monkeypatch, capsys, command):
     find_as_installed(monkeypatch, None)
