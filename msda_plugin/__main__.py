@@ -12,6 +12,7 @@ COMMANDS = {
     'visualize': 'visualize the attention of a detector as images and an HTML page',
     'convert': 'convert a published checkpoint, with a report on every key',
     'complexity': 'compute the cost of attention by formula or for a config, or measure it',
+    'mmcv-ops': 'provide the operators that mmcv lacks when it was installed without compiling them',
     'benchmark': 'time operator, layers and models against the stock implementations',
 }
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'msda_plugin: unknown command {command!r}; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     try:
-        return import_module(f'msda_plugin.tools.{command}').main(rest)
+        return import_module(f'msda_plugin.tools.{command.replace("-", "_")}').main(rest)
     except KeyboardInterrupt:
         print(f'\nmsda_plugin {command}: stopped by Ctrl-C', file=sys.stderr)
         return 130
