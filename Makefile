@@ -7,6 +7,9 @@ VENV   ?= $(if $(filter upstream,$(STACK)),.venv-upstream,.venv)
 BIN       := $(VENV)/bin
 STACK_OK  := $(VENV)/.stack-installed
 PLUGIN_OK := $(VENV)/.plugin-installed
+# MMCV_OPS=1 compiles mmcv's own operators (10 minutes on two cores); without it, msda_plugin provides them.
+OPS_OK    := $(if $(filter 1,$(MMCV_OPS)),$(VENV)/.mmcv-ops-compiled)
+MMCV      := $(shell grep mmcv requirements/$(STACK).txt)
 NO_DEPS   := $(wildcard requirements/no-deps-$(STACK).txt)
 
 CONFIG   := configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py
@@ -25,9 +28,10 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .PHONY: setup train test test-long bench lint format lint-tools docs clean
-setup: $(PLUGIN_OK)
+setup: $(PLUGIN_OK) $(OPS_OK)
 
-# torch comes first and alone, and nothing is built in isolation: a build environment of pip's own would fetch another torch.
+# torch comes first and alone, and nothing that needs it is built in isolation: pip would fetch another torch for the build.
+# mmcv is built in isolation on purpose: without torch it compiles no operators. pip's cache may hold a compiled mmcv.
 $(STACK_OK): requirements/build.txt requirements/$(STACK).txt $(NO_DEPS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'msda_plugin needs Python 3.10 or newer; name one: make setup PYTHON=python3.11'; exit 1; }
@@ -35,13 +39,20 @@ $(STACK_OK): requirements/build.txt requirements/$(STACK).txt $(NO_DEPS)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q '$(TORCH)'
 	$(BIN)/python -m pip install -q -r requirements/build.txt
-	@echo 'Installing the OpenMMLab packages ($(STACK)); the first time, mmcv is compiled: 5 to 10 minutes on 2 cores.'
+	$(BIN)/python -m pip install -q --no-deps --no-cache-dir $(MMCV)
 	$(BIN)/python -m pip install -q --no-build-isolation -r requirements/$(STACK).txt
 	$(if $(NO_DEPS),$(BIN)/python -m pip install -q --no-build-isolation --no-deps -r $(NO_DEPS))
 	@touch $@
 
 $(PLUGIN_OK): $(STACK_OK) setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
+	$(BIN)/python -m msda_plugin mmcv-ops install
+	@touch $@
+
+$(OPS_OK): $(STACK_OK) | $(PLUGIN_OK)
+	$(BIN)/python -m msda_plugin mmcv-ops remove
+	$(BIN)/python -m pip uninstall -q -y mmcv-lite
+	$(BIN)/python -m pip install --no-build-isolation --force-reinstall --no-deps $(subst mmcv-lite,mmcv,$(MMCV))
 	@touch $@
 
 train: setup  # always the shapes; another config: python -m msda_plugin train CONFIG
