@@ -1,6 +1,6 @@
 """Build of msda_plugin. The metadata is in pyproject.toml, the native build in csrc/build.py.
 
-pip install .                      # CPU library; the CUDA library as well when nvcc is found
+pip install .                      # CPU library; the CUDA library as well if torch has CUDA and nvcc is found
 MSDA_BUILD_CUDA=1 pip install .    # fail when the CUDA library cannot be built
 MSDA_BUILD_CUDA=0 pip install .    # CPU library only
 """
@@ -38,7 +38,7 @@ def cuda_mode() -> str:
     if value not in modes:
         raise SystemExit(
             f'MSDA_BUILD_CUDA={value!r} is invalid: 1 requires the CUDA library, 0 skips it, '
-            'unset builds it if nvcc is found'
+            'unset builds it if torch has CUDA and nvcc is found'
         )
     return modes[value]
 

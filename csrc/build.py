@@ -1,4 +1,4 @@
-"""Builds the compiled operator: ``libmsda_cpu.so``, and ``libmsda_cuda.so`` if there is a CUDA compiler.
+"""Builds the compiled operator: ``libmsda_cpu.so``, and ``libmsda_cuda.so`` if torch has CUDA and there is nvcc.
 
     python csrc/build.py [--out DIR] [--cuda auto|on|off] [--sanitize address,undefined] [--verbose]
 
@@ -76,7 +76,8 @@ def build(
 
     Args:
         out_dir: Directory of ``libmsda_cpu.so`` and ``libmsda_cuda.so``.
-        cuda: Whether to build the CUDA library: 'on', 'off', or 'auto' if nvcc is found. A CPU-only torch is enough.
+        cuda: Whether to build the CUDA library: 'on', 'off', or 'auto' if nvcc is found and torch has
+            CUDA. A CPU-only torch is enough for 'on'.
         sanitize: Sanitizers for the CPU library, as in ``-fsanitize=``.
         verbose: Print the commands.
 
@@ -92,7 +93,8 @@ def build(
         raise ValueError(f"cuda is {cuda!r}, but 'auto', 'on' or 'off' is needed")
     torch_dir = find_torch()
     compiler = find_compiler()
-    nvcc = None if cuda == 'off' else find_nvcc()
+    wanted = cuda == 'on' or (cuda == 'auto' and _library(torch_dir, 'torch_cuda').exists())
+    nvcc = find_nvcc() if wanted else None
     if cuda == 'on' and nvcc is None:
         raise CompilerNotFound('no nvcc was found: install the CUDA toolkit, put nvcc on PATH or set NVCC')
 

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module, metadata
@@ -21,12 +22,15 @@ STACKS = dict(
     forks=dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv', mmdet='onedl-mmdetection'),
     upstream=dict(mmengine='mmengine', mmcv='mmcv', mmdet='mmdet'),
 )
+LITE = 'mmcv-lite'  # the upstream mmcv without compiled operators
 COMPILED = dict(mmcv='mmcv.ops')  # compiled submodules, which the package itself does not import
 DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 TORCH_MINIMUM = (2, 10)
 INSTALL_TORCH = 'install torch >= 2.10 for this machine, see https://pytorch.org'
-INSTALL_STACK = 'in a clone: pip install --no-build-isolation -r requirements/forks.txt'
+INSTALL_STACK = 'in a clone: pip install -r requirements/forks.txt'
+INSTALL_OPERATORS = 'python -m msda_plugin mmcv-ops install'
 REINSTALL = 'pip install --no-build-isolation --force-reinstall --no-deps .'
+INDENT = dict(initial_indent='  ', subsequent_indent='    ', break_on_hyphens=False)
 CODES = ('sm_', 'compute_')  # prefixes of architectures: machine code, PTX
 REBUILD = f'in a clone: python csrc/build.py; or reinstall: {REINSTALL}'
 
@@ -54,6 +58,7 @@ def collect() -> dict:
         libraries={},
         backends=[],
         gpus=[],
+        mmcv_operators=_mmcv_operators(),
     )
     if _check_torch(packages['torch'], problems):
         try:
@@ -105,10 +110,11 @@ def _stack(packages: dict, problems: Problems) -> dict:
     for name, names in STACKS.items():
         installed[name] = {}
         for package, distribution in names.items():
-            try:
-                installed[name][package] = f'{distribution} {metadata.version(distribution)}'
-            except metadata.PackageNotFoundError:
-                continue
+            for candidate in (distribution, LITE) if distribution == 'mmcv' else (distribution,):
+                try:
+                    installed[name][package] = f'{candidate} {metadata.version(candidate)}'
+                except metadata.PackageNotFoundError:
+                    continue
     present = [name for name, found in installed.items() if found]
     kind = 'none' if not present else present[0] if len(present) == 1 else 'mixed'
     if kind == 'mixed':
@@ -123,8 +129,9 @@ def _stack(packages: dict, problems: Problems) -> dict:
                 f'{name} cannot be imported: {package["error"]}',
                 INSTALL_TORCH
                 if name == 'torch'
-                else 'recompile the packages for this torch, '
-                f'{INSTALL_STACK} --force-reinstall --no-deps --no-cache-dir'
+                else INSTALL_OPERATORS
+                if "No module named 'mmcv._ext'" in package['error']
+                else f'{INSTALL_STACK} --force-reinstall --no-deps --no-cache-dir; then {INSTALL_OPERATORS}'
                 if name in STACKS['forks']
                 else f'pip install --force-reinstall {name}',
             )
@@ -138,6 +145,21 @@ def _stack(packages: dict, problems: Problems) -> dict:
                 else f'pip install {name}',
             )
     return dict(kind=kind, distributions=[label for name in present for label in installed[name].values()])
+
+
+def _mmcv_operators() -> dict:
+    """What runs for mmcv's operators: ``{'PyTorch': ['nms', 'nms (cuda)', …], …}``; empty if mmcv has none."""
+    try:
+        from msda_plugin import mmcv_ops
+
+        found = mmcv_ops.find()
+        rows = mmcv_ops.status() if found.kind in ('compiled', 'substitute') else []
+    except Exception:  # mmcv or torch is missing or broken, which `_stack` reports
+        return {}
+    runs = {}
+    for row in rows:
+        runs.setdefault(row.runs, []).append(row.operator + (f' ({row.device})' if row.device == 'cuda' else ''))
+    return runs
 
 
 def _check_torch(package: dict, problems: Problems) -> bool:
@@ -317,6 +339,12 @@ def page(report: dict) -> str:
             lines.append(
                 f'  {entry["device"]:<5} {entry["dtype"]:<9} {entry["backend"] or "error":<10} {entry["reason"]}'
             )
+    if report['mmcv_operators']:
+        lines += ['', "mmcv's operators"]
+        for runs, operators in report['mmcv_operators'].items():
+            named = runs not in ('compiled mmcv', 'not available')  # these two are long: `mmcv-ops status` lists them
+            listing = ', '.join(operators) if named else f'{len(operators)} operators'
+            lines.append(textwrap.fill(f'{runs}: {listing}', 120, **INDENT))
     lines += ['', *(f'environment: {name}={value}' for name, value in report['environment'].items())]
     if report['healthy']:
         lines.append('No problems found.')

@@ -89,6 +89,30 @@ def test_torch_is_found_without_importing_it():
     assert subprocess.run([sys.executable, '-c', code, str(ROOT / 'csrc')]).returncode == 0
 
 
+@pytest.mark.parametrize('cuda, torch_has_cuda, built', [('auto', False, 0), ('auto', True, 1), ('on', False, 1)])
+def test_cuda_library_is_built_for_a_torch_with_cuda_or_on_request(
+    build, monkeypatch, tmp_path, cuda, torch_has_cuda, built
+):
+    (tmp_path / 'lib').mkdir()
+    if torch_has_cuda:
+        (tmp_path / 'lib' / 'libtorch_cuda.so').touch()
+    compilers = []
+
+    class Builder:
+        def __init__(self, work, torch_dir, compiler, nvcc, *options):
+            compilers.append(nvcc)
+
+        def run(self):
+            return []
+
+    monkeypatch.setattr(build, '_Builder', Builder)
+    monkeypatch.setattr(build, 'find_torch', lambda: tmp_path)
+    monkeypatch.setattr(build, 'find_compiler', lambda: 'g++')
+    monkeypatch.setattr(build, 'find_nvcc', lambda: 'nvcc')
+    build.build(tmp_path / 'out', cuda)
+    assert compilers == (['nvcc'] if built else [None])
+
+
 def test_nvcc_is_found(build, monkeypatch, tmp_path):
     for name in ('NVCC', 'CUDA_HOME', 'CUDA_PATH'):
         monkeypatch.delenv(name, raising=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from msda_plugin import mmcv_ops
 from msda_plugin.ops import backend_for, use_backend
 from msda_plugin.tools import env
 
@@ -69,7 +70,7 @@ def test_missing_and_broken_packages_are_reported(broken, capsys):
     )
     assert env.main([]) == 1
     page = capsys.readouterr().out
-    assert 'PROBLEM: mmcv is not installed\n  fix: in a clone: pip install --no-build-isolation -r requ' in page
+    assert 'PROBLEM: mmcv is not installed\n  fix: in a clone: pip install -r requ' in page
     assert 'PROBLEM: mmdet cannot be imported: AssertionError: MMCV==2.3.6 is used but incompatible' in page
     assert 'PROBLEM: pycocotools cannot be imported' in page and 'pip install --force-reinstall pycocotools' in page
 
@@ -78,6 +79,19 @@ def test_mmcv_without_its_compiled_operators_is_broken(broken):
     broken(**{'mmcv.ops': ModuleNotFoundError("No module named 'mmcv._ext'", name='mmcv._ext')})
     report = env.collect()
     assert 'mmcv._ext' in report['packages']['mmcv']['error'] and not report['healthy']
+    assert report['problems'][0]['remedy'] == 'python -m msda_plugin mmcv-ops install'
+
+
+def test_what_runs_for_mmcvs_operators(monkeypatch):
+    rows = [('nms', 'cpu', 'PyTorch', ''), ('nms', 'cuda', 'torchvision', ''), ('knn', 'all', 'not available', '')]
+    monkeypatch.setattr(mmcv_ops, 'find', lambda: mmcv_ops.Installation('substitute', Path('mmcv'), Path('_ext.py')))
+    monkeypatch.setattr(mmcv_ops, 'status', lambda: [mmcv_ops.Row(*row) for row in rows])
+    report = env.collect()
+    assert report['mmcv_operators'] == {'PyTorch': ['nms'], 'torchvision': ['nms (cuda)'], 'not available': ['knn']}
+    page = env.page(report)
+    assert 'PyTorch: nms' in page and 'torchvision: nms (cuda)' in page and 'not available: 1 operators' in page
+    monkeypatch.setattr(mmcv_ops, 'find', lambda: mmcv_ops.Installation('none', Path('mmcv'), None))
+    assert env.collect()['mmcv_operators'] == {}
 
 
 def test_without_torch_the_rest_is_reported(broken):
@@ -96,19 +110,34 @@ def test_an_old_torch_is_too_old():
     assert env._check_torch(dict(version='2.13.0+cu130', error=None), problems) and not problems
 
 
-def test_two_stacks_at_once(monkeypatch):
-    versions = {'mmcv': '2.1.0', 'onedl-mmcv': '2.3.6'}
+@pytest.fixture
+def installed(monkeypatch):
+    """Replaces the installed distributions by these versions."""
 
-    def version(name):
-        if name not in versions:
-            raise metadata.PackageNotFoundError(name)
-        return versions[name]
+    def install(**versions):
+        def version(name):
+            try:
+                return versions[name.replace('-', '_')]
+            except KeyError:
+                raise metadata.PackageNotFoundError(name) from None
 
-    monkeypatch.setattr(env.metadata, 'version', version)
+        monkeypatch.setattr(env.metadata, 'version', version)
+
+    return install
+
+
+def test_two_stacks_at_once(installed):
+    installed(mmcv='2.1.0', onedl_mmcv='2.3.6')
     problems = env.Problems()
     stack = env._stack({}, problems)
     assert stack['kind'] == 'mixed' and 'onedl-mmcv 2.3.6, mmcv 2.1.0' in problems[0]['what']
     assert 'uninstall' in problems[0]['remedy']
+
+
+def test_mmcv_lite_belongs_to_the_upstream_stack(installed):
+    installed(mmengine='0.10.7', mmcv_lite='2.1.0', mmdet='3.3.0')
+    stack = env._stack({}, env.Problems())
+    assert stack == dict(kind='upstream', distributions=['mmengine 0.10.7', 'mmcv-lite 2.1.0', 'mmdet 3.3.0'])
 
 
 # ---- GPU code -------------------------------------------------------------------------------------------------------
