@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from msda_plugin import ops  # noqa: F401  registers torch.ops.msda and its FLOP formulas
 from msda_plugin.costs.formulas import MACS_PER_SAMPLE
 
+MATRIX_PRODUCTS = [getattr(torch.ops.aten, name) for name in ('mm', 'addmm', 'bmm', 'baddbmm')]
 NEIGHBORS = 4  # of a bilinear interpolation
 
 
@@ -38,15 +39,24 @@ def count_macs(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
         },
     )
 
-    def count_deformable_convolution(module: nn.Module, args: tuple, out: Tensor) -> None:
-        for name in counter.mod_tracker.parents | {names[module]}:
-            counter.flop_counts[name]['deformable convolution'] += 2 * _deformable_convolution(module, out)
+    def matrix_products(module: nn.Module) -> int:
+        return sum(counter.flop_counts[names[module]].get(product, 0) for product in MATRIX_PRODUCTS)
 
-    handles = [
-        module.register_forward_hook(count_deformable_convolution)
-        for module in names
-        if isinstance(module, DeformConv2d | ModulatedDeformConv2d)
-    ]
+    def before_deformable_convolution(module: nn.Module, args: tuple) -> None:
+        seen[module] = matrix_products(module)
+
+    def count_deformable_convolution(module: nn.Module, args: tuple, out: Tensor) -> None:
+        # The product of mmcv's compiled operator is invisible, the one of msda_plugin.mmcv_ops is counted already.
+        flops = 2 * _deformable_convolution(module, out) - (matrix_products(module) - seen.pop(module))
+        for name in counter.mod_tracker.parents | {names[module]}:
+            counter.flop_counts[name]['deformable convolution'] += flops
+
+    seen = {}
+    handles = []
+    for module in names:
+        if isinstance(module, DeformConv2d | ModulatedDeformConv2d):
+            handles.append(module.register_forward_pre_hook(before_deformable_convolution))
+            handles.append(module.register_forward_hook(count_deformable_convolution))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # FlopCounterMode has no formula for it
@@ -80,6 +90,6 @@ def _grid_sample(value: torch.Size, grid: torch.Size, *args, out_shape=None, **k
 
 
 def _deformable_convolution(conv: nn.Module, out: Tensor) -> int:
-    """MACs of mmcv's deformable convolution, which FlopCounterMode cannot see: sampling, and the matrix product."""
+    """MACs of mmcv's deformable convolution: sampling, and the matrix product."""
     samples = out.shape[0] * out.shape[2] * out.shape[3] * conv.weight.shape[2] * conv.weight.shape[3]
     return samples * conv.in_channels * (MACS_PER_SAMPLE + conv.out_channels // conv.groups)
