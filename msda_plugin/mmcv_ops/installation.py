@@ -6,12 +6,12 @@ operators always win. Nothing here imports mmcv.
 
 import ast
 import importlib.util
-import os
 import re
-import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from msda_plugin.files import atomic_write
 
 MARKER = '# Written by msda_plugin; "python -m msda_plugin mmcv-ops remove" deletes it.'
 SUBSTITUTE = f'''{MARKER}
@@ -100,15 +100,8 @@ def install() -> str:
     if found.kind == 'substitute' and target.read_text() == SUBSTITUTE:
         return f'mmcv already uses the operators of msda_plugin: {target}.'
     try:
-        handle, temporary = tempfile.mkstemp(prefix='._ext', suffix='.tmp', dir=found.folder)
-        try:
-            with open(handle, 'w') as file:
-                file.write(SUBSTITUTE)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with atomic_write(target) as unfinished:
+            unfinished.write_text(SUBSTITUTE)
     except OSError as error:
         raise RuntimeError(_not_writable(found.folder, error)) from error
     return f'mmcv now uses the operators of msda_plugin: {target}. "python -m msda_plugin mmcv-ops remove" undoes this.'

@@ -142,7 +142,7 @@ def test_read_only_folder(mmcv, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, 'Permission denied')
 
-    monkeypatch.setattr(installation.tempfile, 'mkstemp', refuse)
+    monkeypatch.setattr(Path, 'write_text', refuse)
     code, said = run('install', capsys)
     assert code == 2 and f'{mmcv} is not writable (Permission denied)' in said and said.count('\n') == 1
 
@@ -151,7 +151,7 @@ def test_failed_write_leaves_nothing(mmcv, capsys, monkeypatch):
     def refuse(*args):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(installation.os, 'replace', refuse)
+    monkeypatch.setattr(Path, 'replace', refuse)
     assert run('install', capsys)[0] == 2
     assert not [path for path in mmcv.iterdir() if 'ext' in path.name]
 
