@@ -10,6 +10,7 @@ COMMANDS = {
     'test': 'evaluate a checkpoint',
     'demo': 'draw detected boxes on images, folders and videos',
     'visualize': 'visualize the attention of a detector as images and an HTML page',
+    'models': 'list the models and published weights that --model takes',
     'convert': 'convert a published checkpoint, with a report on every key',
     'complexity': 'compute the cost of attention by formula or for a config, or measure it',
     'mmcv-ops': 'provide the operators that mmcv lacks when it was installed without compiling them',

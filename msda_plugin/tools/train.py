@@ -34,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     from msda_plugin.tools.common.launch import build_runner, load_config
 
     args = _parser().parse_args(argv)
+    if args.model == 'list':
+        from msda_plugin.tools import models
+
+        return models.main([])
     with user_errors('train'):
         if args.data is not None:
             from msda_plugin.tools.custom_data.training import prepare
@@ -117,7 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument('--images', metavar='DIR', help='folder that file names are relative to (default: found)')
     custom.add_argument('--classes', nargs='+', metavar='NAME', help='classes to use (default: all with boxes)')
     custom.add_argument('--skip-bad-images', action='store_true', help='skip missing or unreadable images')
-    custom.add_argument('--model', metavar='NAME', help='name or path of a model config; "list" prints the names')
+    custom.add_argument(
+        '--model',
+        metavar='NAME',
+        help='model of `python -m msda_plugin models`, trained from its published weights, or path of a model config',
+    )
     custom.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
     custom.add_argument('--epochs', type=int, metavar='N', help='default: 50')
     custom.add_argument('--batch-size', type=int, metavar='N', help='images per iteration (default: 4)')

@@ -87,9 +87,9 @@ def test_wheel_has_the_models_for_custom_data(without_compiler, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     program = """
 import sys; sys.path.insert(0, sys.argv[1])
-from msda_plugin.tools.custom_data import config
-files = config.model_files()
-assert config.config_folder().is_relative_to(sys.argv[1]) and config.DEFAULT_MODEL in files
+from msda_plugin.engine.model_zoo import config_folder, models
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL
+assert config_folder().is_relative_to(sys.argv[1]) and DEFAULT_MODEL in models()
 """
     done = subprocess.run(
         [sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, timeout=300

@@ -12,8 +12,8 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 from pycocotools.coco import COCO
 
+from msda_plugin.engine.model_zoo import find_model
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.custom_data.config import find_model
 from msda_plugin.tools.demo import find_sources, main
 from msda_plugin.tools.shapes import CLASSES, draw_image
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
     """An untrained detector, in a work dir like that of `make train`."""
     folder = tmp_path_factory.mktemp('run') / 'work_dirs' / 'shapes'
     folder.mkdir(parents=True)
-    cfg = Config.fromfile(str(find_model('deformable-detr-two-stage_shunted-nano')))
+    cfg = Config.fromfile(find_model('deformable-detr-two-stage_shunted-nano').config)
     cfg.merge_from_dict(dict(model=dict(num_queries=10, test_cfg=dict(max_per_img=10))))
     (folder / 'config.py').write_text(cfg.pretty_text + DATA)
     init_default_scope('mmdet')

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-import msda_plugin
 from msda_plugin.engine.config_walk import walk
 from msda_plugin.engine.data_check import bbox_heads
+from msda_plugin.engine.model_zoo import config_folder
 
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
 # For the models in _base_/models, which have no schedule: settings that train the default model from scratch.
@@ -56,41 +56,6 @@ class Data:
     classes: tuple[str, ...]
     num_images: int
     most_boxes: int
-
-
-# ---- models by name -------------------------------------------------------------------------------------------------
-def config_folder() -> Path:
-    """The folder of msda_plugin's configs: in the installed package, or in the clone that it is installed from."""
-    package = Path(msda_plugin.__file__).parent
-    folders = [package / '.mim' / 'configs', package.parent / 'configs']
-    for folder in folders:
-        if (folder / '_base_').is_dir():
-            return folder
-    raise FileNotFoundError(
-        f'the configs of msda_plugin are neither in {folders[0]} nor in {folders[1]}; reinstall msda_plugin'
-    )
-
-
-def model_files() -> dict[str, Path]:
-    """Model name -> config file: those in ``_base_/models`` and the complete configs."""
-    folder = config_folder()
-    return {
-        path.stem: path for pattern in ('[!_]*/*.py', '_base_/models/*.py') for path in sorted(folder.glob(pattern))
-    }
-
-
-def find_model(name: str) -> Path:
-    """The config file of a model, by name or path.
-
-    Raises:
-        ValueError: If there is no such model; the message lists the known ones.
-    """
-    if name.endswith('.py') and Path(name).is_file():
-        return Path(name)
-    files = model_files()
-    if name not in files:
-        raise ValueError(f"unknown model '{name}'; give the path of a config file, or one of {', '.join(files)}")
-    return files[name]
 
 
 # ---- the config -----------------------------------------------------------------------------------------------------

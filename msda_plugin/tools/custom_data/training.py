@@ -3,23 +3,18 @@
 import argparse
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from mmengine.config import Config
 
 from msda_plugin.engine.checkpoint_files import last_checkpoint
+from msda_plugin.engine.config_walk import without_pretrained
+from msda_plugin.engine.model_zoo import download_weights, find_model
 from msda_plugin.tools.common.launch import check_device
 from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco
-from msda_plugin.tools.custom_data.config import (
-    DEFAULT_MODEL,
-    Choices,
-    Data,
-    build_config,
-    find_model,
-    model_files,
-    save_config,
-)
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, save_config
 
 
 def prepare(args: argparse.Namespace) -> Config:
@@ -36,9 +31,6 @@ def prepare(args: argparse.Namespace) -> Config:
         FileExistsError: If the work dir contains another training.
         ValueError: If the data is not in COCO format, images are unreadable, or arguments contradict each other.
     """
-    if args.model == 'list':
-        print('\n'.join(model_files()))
-        raise SystemExit(0)
     _check_arguments(args)
     model = find_model(args.model or DEFAULT_MODEL)
     data = Path(args.data)
@@ -70,12 +62,22 @@ def prepare(args: argparse.Namespace) -> Config:
         )
     train = splits[0]
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
-    cfg, notes = build_config(model, Data(files, classes, len(train.content['images']), train.most_boxes), choices)
+    if model.weights and choices.load_from is None:
+        if args.dry_run and not model.converter:
+            weights = model.weights  # MMEngine downloads it when the config is trained
+        else:
+            weights = str(download_weights(model))
+        choices = replace(choices, load_from=weights)
+    found = Data(files, classes, len(train.content['images']), train.most_boxes)
+    cfg, notes = build_config(model.config, found, choices)
+    if choices.load_from != args.load_from:  # published weights of the whole detector
+        cfg.model = without_pretrained(cfg.model)
+        notes.append(f'weights: {model.name}, published at {model.weights}')
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
-    cfg = save_config(cfg, work_dir, f'{model.stem}_{data.absolute().stem}')
+    cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
-    print('\n'.join([f'model: {model.stem}', *notes, saved, '']), flush=True)
+    print('\n'.join([f'model: {model.config.stem}', *notes, saved, '']), flush=True)
     return cfg
 
 

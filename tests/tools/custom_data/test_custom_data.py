@@ -15,10 +15,12 @@ from mmengine.config import Config
 from PIL import Image
 
 from msda_plugin.engine.data_check import check_coco
+from msda_plugin.engine.model_zoo import Model, find_model
 from msda_plugin.tools.custom_data import coco as coco_files
-from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, find_model, model_files
+from msda_plugin.tools.custom_data import training
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config
 from msda_plugin.tools.shapes import generate
-from msda_plugin.tools.train import main
+from msda_plugin.tools.train import _parser, main
 
 CLASSES = ('cat', 'dog')
 
@@ -254,7 +256,7 @@ def test_split_off_validation_images(tmp_path):
 def config(model=DEFAULT_MODEL, classes=CLASSES, most_boxes=5, num_images=100, **choices):
     files = {split: (Path(f'/data/{split}.json'), Path('/data/images')) for split in ('train', 'val')}
     return build_config(
-        find_model(model), Data(files, classes, num_images, most_boxes), Choices(work_dir='work', **choices)
+        find_model(model).config, Data(files, classes, num_images, most_boxes), Choices(work_dir='work', **choices)
     )
 
 
@@ -295,13 +297,6 @@ def test_image_size_and_schedule():
     assert not cfg.train_dataloader.persistent_workers
 
 
-def test_model_names():
-    assert DEFAULT_MODEL in model_files() and all(path.is_file() for path in model_files().values())
-    with pytest.raises(ValueError, match=f"unknown model 'yolo'; .*{DEFAULT_MODEL}"):
-        find_model('yolo')
-    assert find_model(str(model_files()[DEFAULT_MODEL])) == model_files()[DEFAULT_MODEL]
-
-
 def test_mask_model_is_rejected(tmp_path):
     path = tmp_path / 'masks.py'
     path.write_text("model = dict(type='MaskRCNN', roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict()))\n")
@@ -310,6 +305,25 @@ def test_mask_model_is_rejected(tmp_path):
     path.write_text("model = dict(type='X')\n")
     with pytest.raises(ValueError, match="'masks' has no bbox_head"):
         config(str(path))
+
+
+def test_published_weights_are_the_start(tiny_stock_config, tmp_path, monkeypatch):
+    """A training loads the published detector, and no weights of the backbone alone."""
+    write(tmp_path / 'train.json', tmp_path / 'images')
+    model = Model('tiny', tiny_stock_config, weights='http://127.0.0.1:9/tiny-01234567.pth')
+    monkeypatch.setattr(training, 'find_model', lambda name: model)
+    monkeypatch.setattr(training, 'download_weights', lambda found: tmp_path / 'tiny-01234567.pth')
+    monkeypatch.chdir(tmp_path)
+
+    def prepared(*argv):
+        args = _parser().parse_args(['--data', '.', '--model', 'tiny', '--val-part', '0.5', *argv])
+        return training.prepare(args)
+
+    assert prepared('--dry-run').load_from == model.weights
+    cfg = prepared('--work-dir', 'a')
+    assert cfg.load_from == str(tmp_path / 'tiny-01234567.pth') and cfg.model.backbone.init_cfg is None
+    (tmp_path / 'own.pth').touch()
+    assert prepared('--work-dir', 'b', '--load-from', 'own.pth').load_from == 'own.pth'
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
