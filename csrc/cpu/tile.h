@@ -131,8 +131,9 @@ class Tile {
     for (int64_t s = 0; s < total; s += kLanes<A>) {
       const I h = load_integers<A>(height + s), w = load_integers<A>(width + s);
       const I start = load_integers<A>(start_ + s), pitch = load_integers<A>(pitch_ + s);
-      const Vector<A> attention = load(weight + s);
       auto cell = locate(load(x_ + s), load(y_ + s), h, w);
+      // Excluded samples weigh 0, because an infinite weight times 0 would be NaN.
+      const Vector<A> attention = convert<Vector<A>>(cell.row) >= A(-1) ? load(weight + s) : Vector<A>{};
       store<A>(down + s, cell.down);
       store<A>(right + s, cell.right);
       store_integers<A>(inside + s, cell.row >= -1);

@@ -145,6 +145,15 @@ def test_excluded_samples(backend, bad, reference_size):
     assert (results[2][1, 5, 2] == 0).all()
 
 
+def test_infinite_weight_of_an_excluded_sample(backend):
+    case, clean = make_case(), make_case()
+    for each, weight in ((case, float('inf')), (clean, 0)):
+        each.locations[0, 0, 0, 0, 0], each.weights[0, 0, 0, 0, 0] = 5.0, weight
+    actual = value_and_grads(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), case.plain())
+    expected = value_and_grads(lambda v, p, w: grid_sample_attention(v, case.shapes, p, w), clean.plain())
+    assert_all_close(actual, expected)
+
+
 def test_value_outside_a_level_is_never_read(backend):
     """Infinite and NaN pixels next to a level's border, on other levels and for excluded samples do not leak."""
     case = make_case(shapes=[(3, 4), (2, 2)], points=1, queries=6, spread=0)
