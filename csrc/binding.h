@@ -94,8 +94,10 @@ inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shape
     check_sizes(*reference_points, "reference_points", {p.batch, p.queries, p.levels, a.problem.reference_size});
     STD_TORCH_CHECK(a.problem.reference_size == 2 || a.problem.reference_size == 4,
                     "reference_points must have 2 or 4 coordinates");
-    STD_TORCH_CHECK(dtype_of(*reference_points, "reference_points") == p.coordinate_dtype,
-                    "reference_points must have the dtype of the offsets");
+    const DType dtype = dtype_of(*reference_points, "reference_points");
+    STD_TORCH_CHECK(dtype == p.coordinate_dtype || dtype == accumulation,
+                    "reference_points must have the dtype of the offsets or float32 (float64 for a float64 value)");
+    a.problem.wide_reference = dtype != p.coordinate_dtype;
     a.reference_points = contiguous(*reference_points);
     a.problem.reference_points = a.reference_points.const_data_ptr();
   }

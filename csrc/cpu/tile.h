@@ -94,12 +94,15 @@ class Tile {
     }
     const int64_t level_begin = first_ / p_.points, levels = samples / p_.points;
     for (int64_t i = 0, s = 0; i < count; ++i) {
-      const C* references =
-          static_cast<const C*>(p_.reference_points) + ((row + i) * p_.levels + level_begin) * features;
+      const int64_t reference_begin = ((row + i) * p_.levels + level_begin) * features;
       for (int64_t l = 0; l < levels; ++l) {
         for (int64_t f = 0; f < features; ++f) {
           A reference;
-          widen(references + l * features + f, &reference, 1);
+          const int64_t index = reference_begin + l * features + f;
+          if (p_.wide_reference)
+            reference = static_cast<const A*>(p_.reference_points)[index];
+          else
+            widen(static_cast<const C*>(p_.reference_points) + index, &reference, 1);
           A* target = origin + f * size + s;
           if (p_.points == 4) {  // a constant, for the compiler
             for (int k = 0; k < 4; ++k) target[k] = reference;

@@ -165,8 +165,11 @@ __device__ __forceinline__ Level level_of(const Problem& p, int level) {
 // The reference point of a query on a level: (x, y, w, h), with 0 for absent values. `row` counts (image, query).
 template <class A, class C>
 __device__ __forceinline__ void load_reference(const Problem& p, int64_t row, int level, A (&reference)[4]) {
-  const C* source = static_cast<const C*>(p.reference_points) + (row * p.levels + level) * p.reference_size;
-  for (int i = 0; i < 4; ++i) reference[i] = i < p.reference_size ? widen<A>(source[i]) : A(0);
+  const int64_t first = (row * p.levels + level) * p.reference_size;
+  const A* wide = static_cast<const A*>(p.reference_points) + first;
+  const C* source = static_cast<const C*>(p.reference_points) + first;
+  for (int i = 0; i < 4; ++i)
+    reference[i] = i >= p.reference_size ? A(0) : p.wide_reference ? wide[i] : widen<A>(source[i]);
 }
 
 // The cell of one sample; `index` counts (image, query, head, sample).

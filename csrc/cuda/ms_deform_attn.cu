@@ -413,15 +413,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <class A, class C>
-__global__ void __launch_bounds__(kThreads) sum_over_heads_kernel(const Problem p, const A* parts, C* grad_reference) {
+template <class A, class R>
+__global__ void __launch_bounds__(kThreads) sum_over_heads_kernel(const Problem p, const A* parts, R* grad_reference) {
   const int64_t features = p.levels * p.reference_size;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= p.batch * p.queries * features) return;
   const int64_t image = i / (p.queries * features), rest = i % (p.queries * features);
   A sum = 0;
   for (int64_t head = 0; head < p.heads; ++head) sum += parts[(image * p.heads + head) * p.queries * features + rest];
-  grad_reference[i] = narrow<C>(sum);
+  grad_reference[i] = narrow<R>(sum);
 }
 
 struct Shape {
@@ -488,8 +488,12 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
     if (p.reference_size != 0) {
       const int64_t count = p.batch * p.queries * p.levels * p.reference_size;
       const dim3 grid(static_cast<unsigned>((count + kThreads - 1) / kThreads));
-      MSDA_LAUNCH((sum_over_heads_kernel<A, C>), grid, dim3(kThreads), 0, stream, p, parts,
-                  static_cast<C*>(g.reference_points));
+      if (p.wide_reference)
+        MSDA_LAUNCH((sum_over_heads_kernel<A, A>), grid, dim3(kThreads), 0, stream, p, parts,
+                    static_cast<A*>(g.reference_points));
+      else
+        MSDA_LAUNCH((sum_over_heads_kernel<A, C>), grid, dim3(kThreads), 0, stream, p, parts,
+                    static_cast<C*>(g.reference_points));
       error = cudaGetLastError();
       if (error != cudaSuccess) return error;
     }

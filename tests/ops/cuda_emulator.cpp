@@ -190,8 +190,8 @@ alignas(16) unsigned char shared_memory[emulator::kSharedBytes];
 }  // namespace msda::cuda
 unsigned char* emulator::shared() { return msda::cuda::shared_memory; }
 
-// sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype;
-// inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
+// sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype,
+// wide_reference; inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
 static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
   return {sizes[0],
           sizes[1],
@@ -203,6 +203,7 @@ static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
           static_cast<int>(sizes[7]),
           static_cast<msda::DType>(sizes[8]),
           static_cast<msda::DType>(sizes[9]),
+          sizes[10] != 0,
           inputs[0],
           static_cast<const int64_t*>(inputs[1]),
           static_cast<const int64_t*>(inputs[2]),

@@ -110,7 +110,7 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
     areas = levels.prod(1)
     starts = areas.cumsum(0) - areas
     reference_size = 0 if reference_points is None else reference_points.shape[-1]
-    sizes = (ctypes.c_int64 * 10)(
+    sizes = (ctypes.c_int64 * 11)(
         batch,
         keys,
         heads,
@@ -121,6 +121,7 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
         reference_size,
         DTYPES[value.dtype],
         DTYPES[coordinates.dtype],
+        reference_points is not None and reference_points.dtype != coordinates.dtype,
     )
     inputs = pointers(value, levels, starts, reference_points, coordinates, weights)
     output = value.new_full((batch, queries, heads * channels), float('nan'))
@@ -176,20 +177,23 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
     ids=str,
 )
 @pytest.mark.parametrize(
-    'dtypes',
+    'dtypes',  # of value, coordinates and weights, reference points
     [
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16),
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16, torch.float16),
     ],
     ids=str,
 )
 def test_against_grid_sample(emulator, deterministic, reference_size, sizes, dtypes):
-    dtype, coordinate_dtype = dtypes
+    dtype, coordinate_dtype, reference_dtype = dtypes
     case = make_case(reference_size=reference_size or 2, spread=0.5, **sizes)
     arguments = case.fused() if reference_size else case.plain()
     arguments = [arguments[0].to(dtype), *(t.to(coordinate_dtype) for t in arguments[1:])]
+    if reference_size:
+        arguments[1] = case.reference_points.to(reference_dtype)
     batch, queries = case.locations.shape[:2]
     width = case.value[0, 0].numel()
     grad = torch.linspace(-1, 1, batch * queries * width).view(batch, queries, width).to(dtype)
@@ -232,7 +236,7 @@ def test_more_than_2_to_the_31_elements(emulator):
     location = torch.tensor([(keys - 0.5) / keys, 0.5]).expand(1, 1, 128, 1, 1, 2).contiguous()
     weights = torch.ones(1, 1, 128, 1, 1)
     output = value.new_full((1, 1, 128 * 128), float('nan'))
-    sizes = (ctypes.c_int64 * 10)(1, keys, 128, 128, 1, 1, 1, 0, DTYPES[value.dtype], DTYPES[location.dtype])
+    sizes = (ctypes.c_int64 * 11)(1, keys, 128, 128, 1, 1, 1, 0, DTYPES[value.dtype], DTYPES[location.dtype])
     inputs = pointers(value, levels, starts, None, location, weights)
     assert emulator.emulate_forward(sizes, inputs, ctypes.c_void_p(output.data_ptr())) == 0
     assert value.numel() > 2**31
@@ -246,7 +250,7 @@ def test_no_launch_exceeds_a_block(emulator):
         DTYPES.values(), range(1, 257), (*range(1, 41), *range(48, 161, 8)), (0, 1)
     ):
         for reference_size in (0, 4):
-            sizes = (ctypes.c_int64 * 10)(2, 20000, 8, head_dim, 1, 20000, samples, reference_size, dtype, dtype)
+            sizes = (ctypes.c_int64 * 11)(2, 20000, 8, head_dim, 1, 20000, samples, reference_size, dtype, dtype)
             assert emulator.emulate_blocks(sizes, aligned, found) == 0
             for lanes, units, shared_bytes in (found[:3], found[3:]):
                 assert shared_bytes <= 48 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)

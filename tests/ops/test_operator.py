@@ -86,9 +86,9 @@ def test_points(backend, points):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('coordinate_dtype', [torch.float32, None], ids=['float32', 'same'])
+@pytest.mark.parametrize('wide', ['coordinates', 'reference points', 'nothing'])
 @pytest.mark.parametrize('reference_size', [2, 4])
-def test_dtypes(backend, dtype, coordinate_dtype, reference_size):
+def test_dtypes(backend, dtype, wide, reference_size):
     """A 16-bit result is at most twice as far from float64 as plain PyTorch in that dtype; float32 is exact to 1e-5."""
     case = make_case(shapes=[(9, 11), (4, 5)], queries=30, head_dim=32, points=4, reference_size=reference_size)
     for arguments, native, plain in (
@@ -104,7 +104,9 @@ def test_dtypes(backend, dtype, coordinate_dtype, reference_size):
         ),
     ):
         value, *rest = arguments
-        low = [value.to(dtype), *(t.to(coordinate_dtype or dtype) for t in rest)]
+        low = [value.to(dtype), *(t.to(torch.float32 if wide == 'coordinates' else dtype) for t in rest)]
+        if wide == 'reference points' and len(rest) == 3:
+            low[1] = rest[0].float()
         exact = value_and_grads(plain, [t.double() for t in low])
         actual = value_and_grads(native, low)
         assert [t.dtype for t in actual[1:]] == [t.dtype for t in low]
