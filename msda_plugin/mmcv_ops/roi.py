@@ -52,6 +52,9 @@ def roi_align_forward(
         RuntimeError: If an RoI has a negative size, with `aligned`, on the CPU.
     """
     size = (aligned_height, aligned_width)
+    spatial_scale = c_float(spatial_scale).value  # mmcv passes it as a C++ float
+    if aligned and rois.device.type == 'cpu' and bool((rois[:, 3:] < rois[:, 1:3]).any()):
+        raise RuntimeError('RoIAlign with aligned=True needs RoIs with x2 >= x1 and y2 >= y1')
     if pool_mode == 1 and (torchvision := torchvision_for(input)) is not None:
         output.copy_(torchvision.roi_align(input, rois.to(input), size, spatial_scale, sampling_ratio, aligned))
         return
@@ -81,6 +84,7 @@ def roi_align_backward(
 ) -> None:
     """Add the gradient of `input` to `grad_input`; the arguments are those of :func:`roi_align_forward`."""
     size = (aligned_height, aligned_width)
+    spatial_scale = c_float(spatial_scale).value
     if pool_mode == 1 and (torchvision := torchvision_for(grad_input)) is not None:
         with torch.enable_grad():
             zeros = torch.zeros_like(grad_input).requires_grad_()
@@ -147,12 +151,10 @@ def _chunks(
     """Yield the samples of consecutive RoIs, as many as the memory bound allows."""
     accumulation = torch.float64 if input.dtype == torch.float64 else torch.float32
     rois = rois.to(accumulation)
-    corners = rois[:, 1:] * c_float(spatial_scale).value - (0.5 if aligned else 0.0)  # mmcv passes the scale as float
+    corners = rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)
     starts, sizes = corners[:, [1, 0]], corners[:, [3, 2]] - corners[:, [1, 0]]  # (n, 2), y and x
     if not aligned:
         sizes = sizes.clamp(min=1)
-    elif rois.device.type == 'cpu' and bool((sizes < 0).any()):
-        raise RuntimeError('RoIAlign with aligned=True needs RoIs with x2 >= x1 and y2 >= y1')
     bin_sizes = sizes / sizes.new_tensor(size)
     if sampling_ratio > 0:
         grids = torch.full_like(sizes, sampling_ratio, dtype=torch.long)
