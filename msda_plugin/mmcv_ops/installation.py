@@ -217,7 +217,7 @@ def _provider(operator: str, device: str) -> tuple[str, str]:
 
 TORCHVISION_OPERATORS = {
     'nms': 'float32 and float64; PyTorch for others and offset=1',
-    'roi_align': "float32 and float64; PyTorch for others and pool_mode='max'",
+    'roi_align': "float32; PyTorch for others and pool_mode='max'",
     'deform_conv': 'float32 and float64; PyTorch for others',
     'modulated_deform_conv': 'float32 and float64; PyTorch for others',
 }
