@@ -35,7 +35,10 @@ DISTRIBUTIONS = ('onedl-mmcv', 'mmcv', 'mmcv-lite')
 REINSTALL = 'pip install --force-reinstall --no-deps --no-cache-dir onedl-mmcv (or mmcv-lite)'
 INSTALL = 'python -m msda_plugin mmcv-ops install'
 CHECK = '"python -m msda_plugin env" says how to mend it'
-COMPILE = 'make setup MMCV_OPS=1, or pip install --no-build-isolation --force-reinstall --no-deps onedl-mmcv (or mmcv)'
+COMPILE = (
+    'make setup MMCV_OPS=1, or '
+    'pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir onedl-mmcv (or mmcv)'
+)
 
 
 class Installation(NamedTuple):

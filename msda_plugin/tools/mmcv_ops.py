@@ -24,8 +24,8 @@ def _status() -> int:
             if row.runs != 'not available':
                 print(f'  {row.operator:<22} {row.device:<5} {row.runs:<20} {row.reason}'.rstrip())
     if missing and found.kind in ('substitute', 'compiled'):
-        names = ', '.join(row.operator for row in missing)
         print(f'\nnot available: {missing[0].reason}')
+        names = ', '.join(row.operator for row in missing) if len(missing) < len(rows) else 'all operators'
         print(textwrap.fill(names, 100, initial_indent='  ', subsequent_indent='  '))
     return 1 if len(missing) == len(rows) else 0
 
