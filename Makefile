@@ -52,7 +52,7 @@ $(PLUGIN_OK): $(STACK_OK) setup.py pyproject.toml $(shell find csrc -type f -not
 $(OPS_OK): $(STACK_OK) | $(PLUGIN_OK)
 	$(BIN)/python -m msda_plugin mmcv-ops remove
 	$(BIN)/python -m pip uninstall -q -y mmcv-lite
-	$(BIN)/python -m pip install --no-build-isolation --force-reinstall --no-deps $(subst mmcv-lite,mmcv,$(MMCV))
+	$(BIN)/python -m pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir $(subst mmcv-lite,mmcv,$(MMCV))
 	@touch $@
 
 train: setup  # always the shapes; another config: python -m msda_plugin train CONFIG

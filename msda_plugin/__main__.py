@@ -42,6 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return import_module(f'msda_plugin.tools.{command.replace("-", "_")}').main(rest)
+    except ModuleNotFoundError as error:
+        if (error.name or '').partition('.')[0] not in ('torch', 'mmengine', 'mmcv', 'mmdet'):
+            raise
+        print(f'msda_plugin {command}: {error}; "python -m msda_plugin env" says how to mend it', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f'\nmsda_plugin {command}: stopped by Ctrl-C', file=sys.stderr)
         return 130
