@@ -265,7 +265,14 @@ def test_controls_that_change_nothing_are_disabled(tmp_path, monkeypatch):
     one = [QueryView('point', np.array([3.0, 4]), None, layers[:1])]
     monkeypatch.setitem(globals(), 'make_queries', lambda: one)
     document = browse(tmp_path)
-    assert re.findall(r'id="(\w+)"[^>]* disabled=""', document) == ['query', 'layer', 'color', 'zoom', 'boxes', 'others']
+    assert re.findall(r'id="(\w+)"[^>]* disabled=""', document) == [
+        'query',
+        'layer',
+        'color',
+        'zoom',
+        'boxes',
+        'others',
+    ]
 
 
 @needs_browser
