@@ -158,7 +158,7 @@ class DetectionRunner(Runner):
 
     @master_only
     def dump_config(self) -> None:
-        """Write the config to the work dir, once a training starts; before, as MMEngine calls it, nothing is written."""
+        """Write the config to the work dir if a training starts; MMEngine also calls this before tests."""
         if self._starts_training:
             name = Path(self.cfg.filename).name if self.cfg.filename else f'{self.timestamp}.py'
             with atomic_write(Path(self.work_dir, name)) as unfinished:

@@ -10,6 +10,7 @@ from msda_plugin.tools.common.errors import user_errors
 def main(argv: list[str] | None = None) -> int:
     from mmengine.dist import is_main_process
 
+    from msda_plugin.engine.checkpoint_files import no_file
     from msda_plugin.tools.common.launch import add_arguments, build_runner, exit_if_loading_fails, load_config
 
     parser = argparse.ArgumentParser(
@@ -29,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.work_dir:
             cfg.work_dir = str(Path(cfg.work_dir, 'test'))
         if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
-            raise FileNotFoundError(f'the checkpoint {args.checkpoint} does not exist; give the path of a .pth file')
+            raise FileNotFoundError(
+                f'the checkpoint {args.checkpoint} {no_file(args.checkpoint)}; give the path of a .pth file'
+            )
         if not cfg.get('test_dataloader'):
             raise ValueError(f'{args.config} has no test data; add test_dataloader, test_evaluator and test_cfg')
         cfg.load_from, cfg.resume = args.checkpoint, False

@@ -126,7 +126,8 @@ def _check(cfg: Config, key: str, value: object) -> None:
         node, path = child, f'{path}.{part}'
     if not rest and isinstance(node, dict) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         raise ValueError(
-            f'--cfg-options {key}={value}: {key} is a dict; set one of its fields, such as {key}.{next(iter(node), "type")}'
+            f'--cfg-options {key}={value}: {key} is a dict; set one of its fields, such as '
+            f'{key}.{next(iter(node), "type")}'
         )
     number = isinstance(node, (int, float)) and not isinstance(node, bool)
     if number and isinstance(value, str) and key.split('.')[-1] not in TEXT_OR_NUMBER:

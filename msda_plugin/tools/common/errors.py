@@ -1,11 +1,11 @@
 """Errors of users end in one sentence instead of a traceback."""
 
 import difflib
-import importlib
 import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,22 +44,22 @@ def explain(error: BaseException) -> str:
         near = _similar(unknown[1])
         hint = f'did you mean {" or ".join(near)}?' if near else 'types of msda_plugin are written msda_plugin.NAME.'
         return f"there is no type '{unknown[1]}' in the registry {unknown[2]}; {hint}"
-    argument = re.search(r"class `(\w+)` in ([\w/]+)\.py: .*unexpected keyword argument '(\w+)'", message)
-    if argument:
-        near = difflib.get_close_matches(argument[3], _arguments(argument[1], argument[2]), n=2)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'remove it from the config'
-        return f"{argument[1]} has no argument '{argument[3]}'; {hint}"
+    argument = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    built = _class_built(error) if argument else None
+    if built is not None:
+        known = [name for part in built.__mro__[:-1] for name in inspect.signature(part.__init__).parameters]
+        near = difflib.get_close_matches(argument[1], known, n=2)
+        hint = f'did you mean {" or ".join(dict.fromkeys(near))}?' if near else 'remove it from the config'
+        return f"{built.__name__} has no argument '{argument[1]}'; {hint}"
     clear = isinstance(error, SELF_EXPLANATORY) and ' ' in message  # a key alone is not clear
     return message if clear else f'{type(error).__name__}: {message}'
 
 
-def _arguments(name: str, module: str) -> list[str]:
-    """The arguments of a class and of the classes that it inherits from."""
-    try:
-        kind = getattr(importlib.import_module(module.replace('/', '.')), name)
-    except (ImportError, AttributeError):  # defined within a function
-        return []
-    return [argument for part in kind.__mro__[:-1] for argument in inspect.signature(part.__init__).parameters]
+def _class_built(error: BaseException) -> type | None:
+    """The class that MMEngine was building from a config when the error was raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    built = [frame.f_locals['obj_cls'] for frame in frames if 'obj_cls' in frame.f_locals]
+    return built[-1] if built and isinstance(built[-1], type) else None
 
 
 def _similar(name: str) -> list[str]:

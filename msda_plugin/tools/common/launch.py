@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from msda_plugin.engine.config_check import check_numbers, check_weights
+from msda_plugin.engine.config_check import check_fields, check_weights
 from msda_plugin.engine.runner import DetectionRunner
 from msda_plugin.tools.common.cfg_options import apply_cfg_options
 from msda_plugin.tools.common.errors import user_errors
@@ -78,10 +78,18 @@ def read_config(path: str) -> Config:
         raise FileNotFoundError(f'the config {path} does not exist; give the path of a Python config file')
     try:
         return Config.fromfile(path)
-    except (OSError, SyntaxError, UnicodeDecodeError, AttributeError) as error:
-        if Path(path).suffix == '.py':
-            raise
-        raise ValueError(_no_config(path)) from error
+    except Exception as error:  # text that is no config raises errors of many types
+        if Path(path).suffix != '.py':
+            raise ValueError(_no_config(path)) from error
+        if isinstance(error, FileNotFoundError) and error.filename:
+            raise FileNotFoundError(
+                f'{path} inherits from {error.filename}, which does not exist; correct _base_'
+            ) from error
+        if isinstance(error, SyntaxError):
+            raise ValueError(
+                f'{path}, or a file in its _base_, is not valid Python: {error.msg}, line {error.lineno}'
+            ) from error
+        raise
 
 
 def _no_config(path: str) -> str:
@@ -114,7 +122,7 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     """
     cfg.setdefault('runner_type', 'msda_plugin.DetectionRunner')
     check_weights(cfg)
-    check_numbers(cfg)
+    check_fields(cfg)
     runner = RUNNERS.build(cfg)
     if isinstance(runner, DetectionRunner):
         runner.check_data(*splits)

@@ -1,13 +1,14 @@
 """``train --data`` before the training: check the data, print a summary, write the config."""
 
 import argparse
+import math
 import os
 import re
 from pathlib import Path
 
 from mmengine.config import Config
 
-from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint
+from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint, no_file
 from msda_plugin.tools.common.cfg_options import apply_cfg_options
 from msda_plugin.tools.common.launch import check_device, check_work_dir
 from msda_plugin.tools.common.progress import progress
@@ -124,14 +125,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     for name in ('epochs', 'batch_size', 'accumulate', 'effective_batch', 'lr'):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f'--{name.replace("_", "-")} must be positive, got {value}')
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise ValueError(f'--seed must be from 0 to {2**32 - 1}, got {args.seed}')
     if args.workers is not None and args.workers < 0:
         raise ValueError(f'--workers must not be negative, got {args.workers}')
     if args.device:
         check_device(args.device)
     if args.load_from and not Path(args.load_from).is_file() and '://' not in args.load_from:
-        raise FileNotFoundError(f'the checkpoint {args.load_from} does not exist; give the path of a .pth file')
+        raise FileNotFoundError(
+            f'the checkpoint {args.load_from} {no_file(args.load_from)}; give the path of a .pth file'
+        )
 
 
 def _accumulate(args: argparse.Namespace) -> int:
