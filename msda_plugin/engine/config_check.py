@@ -32,6 +32,7 @@ NUMBERS = {
     'optim_wrapper.optimizer.lr': (0, math.inf, float),
     'optim_wrapper.optimizer.weight_decay': (0, math.inf, float),
     'optim_wrapper.accumulative_counts': (1, math.inf, int),
+    **{f'default_hooks.{hook}.interval': (-1, math.inf, int) for hook in ('checkpoint', 'logger')},
     'randomness.seed': (0, 2**32 - 1, int),
 }
 
@@ -71,8 +72,8 @@ def check_fields(cfg: Config) -> None:
         if 0 < len(missing) < len(group):
             present = ', '.join(name for name in group if name not in missing)
             raise ValueError(
-                f'the config has {present}, but {", ".join(missing)} is None; set all of {", ".join(group)}, or all to '
-                'None'
+                f'the config has {present}, but {", ".join(missing)} is missing; set all of {", ".join(group)}, or '
+                'none of them'
             )
     level = cfg.get('log_level', 'INFO')
     if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):

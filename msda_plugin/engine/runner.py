@@ -101,7 +101,8 @@ class DetectionRunner(Runner):
         device = self.cfg.get('device')
         if device and not self.distributed:
             if device.startswith('cuda'):
-                torch.cuda.set_device(device)  # MMEngine moves the model to 'cuda', the current device
+                # MMEngine moves the model to 'cuda', the current device.
+                torch.cuda.set_device(torch.device(device).index or 0)
             else:
                 return model.to(device)
         return super().wrap_model(model_wrapper_cfg, model)

@@ -11,7 +11,13 @@ def main(argv: list[str] | None = None) -> int:
     from mmengine.dist import is_main_process
 
     from msda_plugin.engine.checkpoint_files import no_file
-    from msda_plugin.tools.common.launch import add_arguments, build_runner, exit_if_loading_fails, load_config
+    from msda_plugin.tools.common.launch import (
+        add_arguments,
+        build_runner,
+        check_folder,
+        exit_if_loading_fails,
+        load_config,
+    )
 
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin test',
@@ -39,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             if not args.out.endswith(('.pkl', '.pickle')):
                 raise ValueError(f'--out must be a .pkl file, got {args.out}')
+            check_folder(Path(args.out).parent, '--out')
             if not cfg.get('test_evaluator'):
                 raise ValueError(f'--out requires a test_evaluator, but {args.config} has none')
             evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]

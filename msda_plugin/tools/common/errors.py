@@ -64,12 +64,24 @@ def _class_built(error: BaseException) -> type | None:
 
 def _similar(name: str) -> list[str]:
     from mmdet import registry as detection
+    from mmengine import registry as engine
 
     from msda_plugin import registry as plugin
 
     known = {}
-    for module, prefix in ((detection, ''), (plugin, 'msda_plugin.')):
-        for kind in ('MODELS', 'HOOKS', 'DATASETS', 'DATA_SAMPLERS', 'TRANSFORMS', 'METRICS', 'OPTIMIZERS', 'RUNNERS'):
+    for module, prefix in ((engine, ''), (detection, ''), (plugin, 'msda_plugin.')):
+        for kind in (
+            'MODELS',
+            'HOOKS',
+            'DATASETS',
+            'DATA_SAMPLERS',
+            'TRANSFORMS',
+            'METRICS',
+            'OPTIMIZERS',
+            'RUNNERS',
+            'LOOPS',
+            'PARAM_SCHEDULERS',
+        ):
             registry = getattr(module, kind, None)
             if registry is not None:
                 registry.import_from_location()

@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint, no_file
 from msda_plugin.tools.common.cfg_options import apply_cfg_options
-from msda_plugin.tools.common.launch import check_device, check_work_dir
+from msda_plugin.tools.common.launch import check_device, check_folder
 from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco
 from msda_plugin.tools.custom_data.config import (
@@ -45,7 +45,7 @@ def prepare(args: argparse.Namespace) -> Config:
     model = find_model(args.model or DEFAULT_MODEL)
     data = Path(args.data)
     work_dir = Path(args.work_dir or f'work_dirs/{data.absolute().stem}')
-    check_work_dir(work_dir)
+    check_folder(work_dir)
     if args.dry_run and last_checkpoint(work_dir) is not None:
         work_dir = work_dir / 'dry_run'  # the files of a training stay as they are
     elif args.resume is None and last_checkpoint(work_dir) is not None:
