@@ -13,6 +13,11 @@ from mmengine.config.config import ConfigParsingError
 
 # Errors whose message is clear without their type.
 SELF_EXPLANATORY = (OSError, ValueError, LookupError, ImportError, SyntaxError, RuntimeError, ConfigParsingError)
+# Registries with names that are suggested for an unknown one.
+KINDS = (
+    *('MODELS', 'HOOKS', 'DATASETS', 'DATA_SAMPLERS', 'TRANSFORMS', 'METRICS'),
+    *('OPTIMIZERS', 'PARAM_SCHEDULERS', 'LOOPS', 'RUNNERS'),
+)
 
 
 @contextmanager
@@ -70,18 +75,7 @@ def _similar(name: str) -> list[str]:
 
     known = {}
     for module, prefix in ((engine, ''), (detection, ''), (plugin, 'msda_plugin.')):
-        for kind in (
-            'MODELS',
-            'HOOKS',
-            'DATASETS',
-            'DATA_SAMPLERS',
-            'TRANSFORMS',
-            'METRICS',
-            'OPTIMIZERS',
-            'RUNNERS',
-            'LOOPS',
-            'PARAM_SCHEDULERS',
-        ):
+        for kind in KINDS:
             registry = getattr(module, kind, None)
             if registry is not None:
                 registry.import_from_location()
