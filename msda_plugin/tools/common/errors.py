@@ -49,22 +49,25 @@ def explain(error: BaseException) -> str:
         near = _similar(unknown[1])
         hint = f'did you mean {" or ".join(near)}?' if near else 'types of msda_plugin are written msda_plugin.NAME.'
         return f"there is no type '{unknown[1]}' in the registry {unknown[2]}; {hint}"
-    argument = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    built = _class_built(error) if argument else None
+    argument = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    built = _class_built(error, argument[1]) if argument else None
     if built is not None:
         known = [name for part in built.__mro__[:-1] for name in inspect.signature(part.__init__).parameters]
-        near = difflib.get_close_matches(argument[1], known, n=2)
+        near = difflib.get_close_matches(argument[2], known, n=2)
         hint = f'did you mean {" or ".join(dict.fromkeys(near))}?' if near else 'remove it from the config'
-        return f"{built.__name__} has no argument '{argument[1]}'; {hint}"
+        return f"{built.__name__} has no argument '{argument[2]}'; {hint}"
     clear = isinstance(error, SELF_EXPLANATORY) and ' ' in message  # a key alone is not clear
     return message if clear else f'{type(error).__name__}: {message}'
 
 
-def _class_built(error: BaseException) -> type | None:
-    """The class that MMEngine was building from a config when the error was raised."""
+def _class_built(error: BaseException, name: str) -> type | None:
+    """The class that MMEngine was building from a config when the error was raised; ``name`` had the argument."""
+    from mmengine.registry import LOOPS
+
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     built = [frame.f_locals['obj_cls'] for frame in frames if 'obj_cls' in frame.f_locals]
-    return built[-1] if built and isinstance(built[-1], type) else None
+    found = built[-1] if built else LOOPS.get(name)  # a loop without a type is built by the runner itself
+    return found if isinstance(found, type) else None
 
 
 def _similar(name: str) -> list[str]:
