@@ -38,7 +38,7 @@ NUMBERS = {
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
-def check_weights(cfg: Config) -> None:
+def check_weights(cfg: Config | dict) -> None:
     """Check that the checkpoints in ``load_from`` and in every ``init_cfg`` of the model exist.
 
     URLs and other remote checkpoints (``torchvision://…``) are skipped.

@@ -174,7 +174,7 @@ class DetectionRunner(Runner):
     def train(self) -> nn.Module:
         """Write the config to the work dir and train; DiskFullError if the disk is full."""
         self.check_data('train', 'val')
-        check_weights(Config(dict(model=self.cfg.get('model'), load_from=self._load_from)))
+        check_weights(dict(model=self.cfg.get('model'), load_from=self._load_from))
         self._starts_training = True
         try:
             self.dump_config()

@@ -74,7 +74,7 @@ def prepare(args: argparse.Namespace) -> Config:
             '--skip-bad-images'
         )
     if args.resume is not None and not args.dry_run:  # before the training's files are replaced
-        named = latest_complete_checkpoint(work_dir, '*.pth')[0] if args.resume == 'auto' else args.resume
+        named = latest_complete_checkpoint(work_dir, 'epoch_*.pth')[0] if args.resume == 'auto' else args.resume
         if named and '://' not in named:
             check_classes(named, classes)
     train = splits[0]
