@@ -1,6 +1,7 @@
 """``train --data`` before the training: check the data, print a summary, write the config."""
 
 import argparse
+import math
 import os
 import re
 from dataclasses import replace
@@ -8,10 +9,11 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from msda_plugin.engine.checkpoint_files import last_checkpoint
+from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint, no_file
 from msda_plugin.engine.config_walk import without_pretrained
 from msda_plugin.engine.model_zoo import download_weights, find_model
-from msda_plugin.tools.common.launch import check_device
+from msda_plugin.tools.common.cfg_options import apply_cfg_options
+from msda_plugin.tools.common.launch import check_device, check_folder
 from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, save_config
@@ -35,7 +37,10 @@ def prepare(args: argparse.Namespace) -> Config:
     model = find_model(args.model or DEFAULT_MODEL)
     data = Path(args.data)
     work_dir = Path(args.work_dir or f'work_dirs/{data.absolute().stem}')
-    if args.resume is None and not args.dry_run and last_checkpoint(work_dir) is not None:
+    check_folder(work_dir)
+    if args.dry_run and last_checkpoint(work_dir) is not None:
+        work_dir = work_dir / 'dry_run'  # the files of a training stay as they are
+    elif args.resume is None and last_checkpoint(work_dir) is not None:
         raise FileExistsError(
             f'{work_dir} already contains a training; continue it with --resume, or choose another --work-dir'
         )
@@ -60,9 +65,13 @@ def prepare(args: argparse.Namespace) -> Config:
             f'{len(bad)} images are missing or unreadable, such as {bad[0]}; replace them, or leave them out with '
             '--skip-bad-images'
         )
+    if args.resume is not None and not args.dry_run:  # before the training's files are replaced
+        named = latest_complete_checkpoint(work_dir, 'epoch_*.pth')[0] if args.resume == 'auto' else args.resume
+        if named and '://' not in named:
+            check_classes(named, classes)
     train = splits[0]
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
-    if model.weights and choices.load_from is None:
+    if model.weights and choices.load_from is None and args.resume is None:
         if args.dry_run and not model.converter:
             weights = model.weights  # MMEngine downloads it when the config is trained
         else:
@@ -73,8 +82,7 @@ def prepare(args: argparse.Namespace) -> Config:
     if choices.load_from != args.load_from:  # published weights of the whole detector
         cfg.model = without_pretrained(cfg.model)
         notes.append(f'weights: {model.name}, published at {model.weights}')
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    apply_cfg_options(cfg, args.cfg_options)
     cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
     print('\n'.join([f'model: {model.config.stem}', *notes, saved, '']), flush=True)
@@ -119,14 +127,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     for name in ('epochs', 'batch_size', 'accumulate', 'effective_batch', 'lr'):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f'--{name.replace("_", "-")} must be positive, got {value}')
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise ValueError(f'--seed must be from 0 to {2**32 - 1}, got {args.seed}')
     if args.workers is not None and args.workers < 0:
         raise ValueError(f'--workers must not be negative, got {args.workers}')
     if args.device:
         check_device(args.device)
     if args.load_from and not Path(args.load_from).is_file() and '://' not in args.load_from:
-        raise FileNotFoundError(f'the checkpoint {args.load_from} does not exist; give the path of a .pth file')
+        raise FileNotFoundError(
+            f'the checkpoint {args.load_from} {no_file(args.load_from)}; give the path of a .pth file'
+        )
 
 
 def _accumulate(args: argparse.Namespace) -> int:
