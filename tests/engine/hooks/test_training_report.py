@@ -15,7 +15,7 @@ from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image
 
 from msda_plugin.engine.hooks import TrainingReportHook
-from msda_plugin.engine.hooks.training_report import _evaluating, _plain
+from msda_plugin.engine.hooks.training_report import _evaluating
 from msda_plugin.tools.shapes import CLASSES, draw_image
 
 AP = (0.1, 0.4, 0.3)  # what the toy metric reports, validation by validation
@@ -244,9 +244,3 @@ def test_bad_arguments():
         TrainingReportHook(next_steps=['run {model}'])
     with pytest.raises(ValueError, match='num_images must not be negative, got -1'):
         TrainingReportHook(num_images=-1)
-
-
-def test_metric_names():
-    assert _plain({'coco/bbox_mAP': np.float64(0.5), 'coco/text': 'x'}) == {'bbox_mAP': 0.5}
-    assert _plain({'a/AP': 0.1, 'b/AP': 0.2}) == {'a/AP': 0.1, 'b/AP': 0.2}
-    assert _plain({'coco/AP': float('inf'), 'coco/n': 2}) == {'AP': None, 'n': 2.0}
