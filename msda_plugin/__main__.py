@@ -1,5 +1,6 @@
 """``python -m msda_plugin COMMAND``: each command is a module of `msda_plugin.tools`, imported when it is called."""
 
+import os
 import sys
 from importlib import import_module
 
@@ -15,6 +16,7 @@ COMMANDS = {
     'mmcv-ops': 'provide the operators that mmcv lacks when it was installed without compiling them',
     'benchmark': 'time operator, layers and models against the stock implementations',
 }
+BROKEN_PIPE = 141  # exit status after SIGPIPE, by the convention of shells
 
 
 def usage() -> str:
@@ -32,6 +34,17 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught
+    except BrokenPipeError:  # as in `… --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return BROKEN_PIPE
+
+
+def _run(argv: list[str] | None) -> int:
     command, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if command in ('-h', '--help'):
         print(usage())

@@ -1,12 +1,16 @@
 """Checkpoint files of a training: which are complete, and which one to resume from."""
 
 import os
+import textwrap
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.runner import Runner
 from torch.serialization import get_crc32_options
+
+from msda_plugin import compat
 
 
 class DiskFullError(OSError):
@@ -85,6 +89,34 @@ def checkpoint_to_resume(runner: Runner, pattern: str) -> str | None:
     if Path(named).is_file() and not is_complete(named):
         raise ValueError(f'the checkpoint {named} is incomplete or damaged; resume from another one')
     return named
+
+
+def check_classes(path: str | os.PathLike, classes: Sequence[str] | None) -> None:
+    """Check that a checkpoint to resume was trained on these classes; it passes if either is unknown.
+
+    Raises:
+        ValueError: If it has other classes, or the file is not a checkpoint of a training.
+    """
+    compat.allow_checkpoint_types()
+    loaded = compat.load_from_local(str(path), 'cpu')
+    meta = loaded.get('meta') if isinstance(loaded, dict) else None
+    if not isinstance(meta, dict) or 'epoch' not in meta:
+        raise ValueError(
+            f'{path} is not the checkpoint of a training, so that it cannot be resumed; to start from its weights, use '
+            '--load-from with --data, or --cfg-options load_from=FILE with a config'
+        )
+    before = (meta.get('dataset_meta') or {}).get('classes')
+    if before is None or classes is None or tuple(before) == tuple(classes):
+        return
+    was, now = (
+        f'{len(names)} ({textwrap.shorten(", ".join(map(str, names)), 200, placeholder=" …")})'
+        for names in (before, classes)
+    )
+    raise ValueError(
+        f'cannot resume {path}: it has other classes than the training data: {was}, and the data have {now}; resume '
+        'with its data, or start a new training from its weights in another --work-dir, with --load-from (--data) or '
+        '--cfg-options load_from=FILE (a config)'
+    )
 
 
 def disk_full_error(runner: Runner, error: OSError) -> DiskFullError:

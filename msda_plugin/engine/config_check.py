@@ -1,10 +1,11 @@
-"""Checks initial weights and schedule of a config before training starts. Every error says how to fix it.
+"""Checks initial weights, numbers and schedule of a config before training starts. Every error says how to fix it.
 
 Without these checks, MMEngine reports a missing checkpoint only after everything is set up, and follows a schedule that
 is longer than the training as far as it gets, without a warning.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,19 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from msda_plugin.engine.config_walk import walk
+
+SPLITS = ('train', 'val', 'test')
+# Field -> smallest value, largest value, type.
+NUMBERS = {
+    **{f'train_cfg.{name}': (1, math.inf, int) for name in ('max_epochs', 'max_iters', 'val_interval')},
+    'train_cfg.val_begin': (0, math.inf, int),
+    **{f'{split}_dataloader.batch_size': (1, math.inf, int) for split in SPLITS},
+    **{f'{split}_dataloader.num_workers': (0, math.inf, int) for split in SPLITS},
+    'optim_wrapper.optimizer.lr': (0, math.inf, float),
+    'optim_wrapper.optimizer.weight_decay': (0, math.inf, float),
+    'optim_wrapper.accumulative_counts': (1, math.inf, int),
+    'randomness.seed': (0, 2**32 - 1, int),
+}
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -36,6 +50,35 @@ def check_weights(cfg: Config) -> None:
             raise FileNotFoundError(
                 f'the checkpoint {path} of {where} does not exist; put it there, or name its file '
                 f'with --cfg-options {where}=FILE'
+            )
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+def check_numbers(cfg: Config) -> None:
+    """Check the numbers of a config that people change most, from the epochs to the seed.
+
+    Raises:
+        ValueError: If one of them is not a number, or is too small or too large.
+    """
+    for field, (minimum, maximum, kind) in NUMBERS.items():
+        *path, last = field.split('.')
+        node = cfg
+        for part in path:
+            node = node.get(part) if hasattr(node, 'get') else None
+        value = node.get(last) if hasattr(node, 'get') else None
+        if value is None:
+            continue
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not number or not minimum <= value <= maximum:
+            what = 'a whole number' if kind is int else 'a number'
+            limits = f'of {minimum} or more' if maximum == math.inf else f'from {minimum} to {maximum}'
+            raise ValueError(
+                f'{field} must be {what} {limits}, got {value!r}; set it with --cfg-options {field}=NUMBER'
+            )
+        if last == 'num_workers' and value == 0 and node.get('persistent_workers'):
+            where = '.'.join(path)
+            raise ValueError(
+                f'{field} is 0, but persistent_workers is True; set {where}.persistent_workers=False as well'
             )
 
 
@@ -121,6 +164,15 @@ def _problems(cfg: Config, loop: BaseLoop, field: str, unit: str, length: int) -
                 f'{begin // per_unit + 1} or more, or {place}.begin={total - 1} or less'
             )
             continue
+        if _is_warm_up(kind) and scheduler.get('end') and scheduler.get('start_factor', scheduler.get('factor', 0)) < 1:
+            span = scheduler['end'] - begin
+            if span * (iterations if scheduler.get('convert_to_iter_based') else 1) == 1:
+                yield (
+                    f'{place} ({kind}) is one {its_unit} long, from begin={begin} to end={scheduler["end"]}: the learning '
+                    f'rate stays at its first value and never rises; set {place}.end={begin + 2} or more, or remove it '
+                    'from param_scheduler'
+                )
+                continue
         for key, value, start in _ends(kind, scheduler):
             if start + value > total:
                 after = f', counted from {its_unit} {start}' if start else ''
@@ -159,5 +211,9 @@ def _ends(kind: str, scheduler: dict) -> Iterator[tuple[str, int, int]]:
         yield 'milestones', max(scheduler['milestones']), begin
     if scheduler.get('T_max'):
         yield 'T_max', scheduler['T_max'], begin
-    if scheduler.get('end') and kind.rpartition('.')[2].startswith(('Linear', 'Constant')):  # warm-ups
+    if scheduler.get('end') and _is_warm_up(kind):
         yield 'end', scheduler['end'], 0
+
+
+def _is_warm_up(kind: str) -> bool:
+    return kind.rpartition('.')[2].startswith(('Linear', 'Constant'))

@@ -17,11 +17,12 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from msda_plugin import compat
-from msda_plugin.engine.checkpoint_files import checkpoint_to_resume, disk_full_error
+from msda_plugin.engine.checkpoint_files import check_classes, checkpoint_to_resume, disk_full_error
 from msda_plugin.engine.config_check import check_schedule, check_weights
 from msda_plugin.engine.data_check import check_config_data
 from msda_plugin.engine.data_root import propagate_data_root
 from msda_plugin.engine.hooks.console import hush, quietly
+from msda_plugin.engine.resumed_schedule import extend_schedule, warn_of_the_rest
 from msda_plugin.files import FULL, atomic_write
 from msda_plugin.registry import RUNNERS
 
@@ -48,8 +49,13 @@ class DetectionRunner(Runner):
     - ``--cfg-options data_root=DIR`` applies to every dataset and evaluator.
     - The config field ``device`` ('cpu', 'cuda:1') selects the device. With ``launcher='pytorch'`` and no GPU the
       processes communicate with gloo.
+    - The config is written to the work dir when a training starts. A test or validation leaves the work dir's config
+      as it is.
     - Checkpoints on a local disk are written atomically; `msda_plugin.CheckpointHook` replaces MMEngine's. Resuming
-      uses the last complete checkpoint.
+      uses the last complete checkpoint, which must have the classes of the training data. The config in the work dir
+      and in the checkpoints says how the training started: ``resume`` and ``load_from`` are those of the config file.
+    - A resumed training that is longer than its schedule logs the learning rate it goes on with. With
+      ``extends_schedule`` the schedule starts anew, without its warm-up, and covers the remaining epochs.
     - Three hooks are added: `FineTuningHook`, `EpochSeedHook` and `MissedValidationHook`. ``default_hooks =
       dict(epoch_seed=None)`` switches off the second one; ``fine_tuning`` and ``missed_validation`` likewise.
     - The console shows one line an epoch (`ConsoleHook`), warnings, and messages of other code; the log file has
@@ -59,6 +65,9 @@ class DetectionRunner(Runner):
     """
 
     as_written: Config | None = None  # the config as its file has it, without command-line options
+    verbose = False  # whether the console shows what is in the log file
+    extends_schedule = False
+    _starts_training = False
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'DetectionRunner':
@@ -67,12 +76,12 @@ class DetectionRunner(Runner):
         propagate_data_root(cfg, as_written)
         runner = super().from_cfg(cfg)
         runner.as_written = as_written
+        if runner.verbose:  # the choice of a command, not of the trainings and tests from its config
+            runner.cfg.verbose = (as_written or Config()).get('verbose', False)
+        if cfg.get('resume'):
+            start = as_written or Config()
+            runner.cfg.resume, runner.cfg.load_from = start.get('resume', False), start.get('load_from')
         return runner
-
-    @property
-    def verbose(self) -> bool:
-        """Whether the console shows what is in the log file: the config field ``verbose``."""
-        return bool(self.cfg.get('verbose', False))
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set up the processes; MMEngine's launcher requires a GPU for each of them."""
@@ -87,6 +96,7 @@ class DetectionRunner(Runner):
         """Build the logger, whose file is closed with the runner, and install the replacements."""
         logger = super().build_logger(log_level, log_file, **kwargs)
         weakref.finalize(self, _close_files, logger)
+        self.verbose = bool(self.cfg.get('verbose'))
         if not self.verbose:
             hush(logger)
         compat.load_checkpoints_strictly()
@@ -149,11 +159,33 @@ class DetectionRunner(Runner):
             hooks = [hook for hook in self.hooks if isinstance(hook, mmengine.hooks.CheckpointHook)]
             pattern = hooks[0].filename_tmpl.format('*') if hooks else '*.pth'
             self._load_from = checkpoint_to_resume(self, pattern)
+            local = self._load_from and '://' not in self._load_from
+            if local and self._train_loop is not None and self.__dict__.get('_checked') != self._load_from:
+                check_classes(self._load_from, getattr(self.train_dataloader.dataset, 'metainfo', {}).get('classes'))
+                self._checked = self._load_from
         return self._load_from if self._resume else None
 
     def load_or_resume(self) -> None:
+        """Load or resume the checkpoint of the config.
+
+        Raises:
+            ValueError: If the checkpoint to resume is incomplete, has other classes than the training data, or leaves
+                nothing to extend with ``extends_schedule``.
+        """
         self.find_resumed()
         super().load_or_resume()
+        if self._resume and self._starts_training and self.extends_schedule:
+            extend_schedule(self)
+        elif self._resume and self._starts_training:
+            warn_of_the_rest(self)
+
+    @master_only
+    def dump_config(self) -> None:
+        """Write the config to the work dir, once a training starts; before, as MMEngine calls it, nothing is written."""
+        if self._starts_training:
+            name = Path(self.cfg.filename).name if self.cfg.filename else f'{self.timestamp}.py'
+            with atomic_write(Path(self.work_dir, name)) as unfinished:
+                unfinished.write_text(self.cfg.dump(), encoding='utf-8')
 
     def check_data(self, *splits: str) -> None:
         """Check the datasets of these splits ('train', 'val', 'test') with `check_config_data`, each once."""
@@ -163,10 +195,12 @@ class DetectionRunner(Runner):
 
     @quietly
     def train(self) -> nn.Module:
-        """Train; DiskFullError if the disk is full."""
+        """Write the config to the work dir and train; DiskFullError if the disk is full."""
         self.check_data('train', 'val')
-        check_weights(self.cfg)
+        check_weights(Config(dict(model=self.cfg.get('model'), load_from=self._load_from)))
+        self._starts_training = True
         try:
+            self.dump_config()
             return super().train()
         except OSError as error:
             if error.errno not in FULL:

@@ -8,7 +8,9 @@ from msda_plugin.tools.common.errors import user_errors
 
 
 def main(argv: list[str] | None = None) -> int:
-    from msda_plugin.tools.common.launch import add_arguments, build_runner, load_config
+    from mmengine.dist import is_main_process
+
+    from msda_plugin.tools.common.launch import add_arguments, build_runner, exit_if_loading_fails, load_config
 
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin test',
@@ -18,17 +20,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument('config', help='path of a Python config file')
     parser.add_argument('checkpoint', help='path of a .pth file')
-    add_arguments(parser)
+    add_arguments(parser, work_dir="folder for the results (default: test/ in the config's work dir)")
     parser.add_argument('--out', help='pickle file for the predictions (.pkl)')
-    parser.add_argument('--show-dir', help='folder, below the work dir, for images with true and predicted boxes')
+    parser.add_argument('--show-dir', help='folder, below the results, for images with true and predicted boxes')
     args = parser.parse_args(argv)
     with user_errors('test'):
         cfg = load_config(args)
+        if not args.work_dir:
+            cfg.work_dir = str(Path(cfg.work_dir, 'test'))
         if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
             raise FileNotFoundError(f'the checkpoint {args.checkpoint} does not exist; give the path of a .pth file')
         if not cfg.get('test_dataloader'):
             raise ValueError(f'{args.config} has no test data; add test_dataloader, test_evaluator and test_cfg')
-        cfg.load_from = args.checkpoint
+        cfg.load_from, cfg.resume = args.checkpoint, False
         if args.out:
             if not args.out.endswith(('.pkl', '.pickle')):
                 raise ValueError(f'--out must be a .pkl file, got {args.out}')
@@ -41,15 +45,17 @@ def main(argv: list[str] | None = None) -> int:
                 type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir
             )
         runner = build_runner(cfg, 'test')
-    # The checkpoint is loaded by runner.test(), after it has set up hooks such as EMAHook.
-    load = runner.load_or_resume
-
-    def load_or_exit() -> None:
-        with user_errors('test'):
-            load()
-
-    runner.load_or_resume = load_or_exit
+    exit_if_loading_fails(runner, 'test')
     runner.test()
+    if is_main_process():
+        results = Path(cfg.work_dir, runner.timestamp)
+        files = {
+            'metrics': results / f'{runner.timestamp}.json',
+            'log': results / f'{runner.timestamp}.log',
+            'images': results / args.show_dir if args.show_dir else None,
+            'predictions': args.out,
+        }
+        print('\n'.join(f'{name + ":":<13}{path}' for name, path in files.items() if path and Path(path).exists()))
     return 0
 
 

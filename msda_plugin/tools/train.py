@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from msda_plugin.tools.common.errors import user_errors
 
@@ -31,10 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     from msda_plugin.engine.checkpoint_files import DiskFullError
     from msda_plugin.engine.runner import DetectionRunner
     from msda_plugin.tools.common import interrupt
-    from msda_plugin.tools.common.launch import build_runner, load_config
+    from msda_plugin.tools.common.launch import build_runner, exit_if_loading_fails, load_config
 
     args = _parser().parse_args(argv)
     with user_errors('train'):
+        _check_resume(args)
         if args.data is not None:
             from msda_plugin.tools.custom_data.training import prepare
 
@@ -60,18 +62,33 @@ def main(argv: list[str] | None = None) -> int:
             if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
                 raise ValueError('--auto-scale-lr requires auto_scale_lr = dict(base_batch_size=…) in the config')
             cfg.auto_scale_lr.enable = True
+        start = cfg.get('load_from')
         if args.resume is not None:
             cfg.resume = True
             # None: the latest checkpoint of the work dir, and not the config's pretrained one.
             cfg.load_from = None if args.resume == 'auto' else args.resume
         runner = build_runner(cfg, 'train', 'val')
         if isinstance(runner, DetectionRunner):
-            runner.find_resumed()
+            runner.cfg.load_from = start  # the config says how the training started, not how it was resumed
+            runner.extends_schedule = args.extend
+            if runner.find_resumed() is None and args.extend:
+                raise ValueError(f'--extend continues a training, but there is no checkpoint in {cfg.work_dir}')
+        elif args.extend:
+            raise ValueError(f"--extend needs runner_type = 'msda_plugin.DetectionRunner', got {cfg.runner_type}")
+    exit_if_loading_fails(runner, 'train')
     try:
         return interrupt.train(runner)
     except DiskFullError as error:
         print(f'msda_plugin train: {error}', file=sys.stderr)
         return 1
+
+
+def _check_resume(args: argparse.Namespace) -> None:
+    if args.extend and args.resume is None:
+        raise ValueError('--extend requires --resume')
+    named = None if args.resume in (None, 'auto') else args.resume
+    if named and '://' not in named and not Path(named).is_file():
+        raise FileNotFoundError(f'the checkpoint {named} of --resume does not exist; give the path of a .pth file')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog='examples:\n'
         '  python -m msda_plugin train configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py\n'
         '  python -m msda_plugin train --data data/mine --epochs 30 --batch-size 4\n'
-        '  python -m msda_plugin train --data data/mine --resume',
+        '  python -m msda_plugin train --data data/mine --resume\n'
+        '  python -m msda_plugin train --data data/mine --epochs 60 --batch-size 4 --resume --extend',
     )
     parser.add_argument('config', nargs='?', help='path of a Python config file; not with --data')
     add_arguments(parser)
@@ -99,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs='?',
         const='auto',
         help='resume from a checkpoint (default: the last complete one in the work dir)',
+    )
+    parser.add_argument(
+        '--extend',
+        action='store_true',
+        help='with --resume and more epochs: start the learning rate schedule anew over the remaining ones',
     )
 
     custom = parser.add_argument_group(
@@ -137,7 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     custom.add_argument('--seed', type=int, help='seed of the split and the training (default: 0)')
     custom.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU if there is one)')
-    custom.add_argument('--dry-run', action='store_true', help='check the data, write the config, and stop')
+    custom.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='check the data, write the config, and stop (work dir with a training: the config goes to its dry_run/)',
+    )
     return parser
 
 

@@ -1,6 +1,8 @@
 """Errors of users end in one sentence instead of a traceback."""
 
 import difflib
+import importlib
+import inspect
 import os
 import re
 import sys
@@ -22,6 +24,8 @@ def user_errors(command: str) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # nobody reads the output any more
+        raise
     except Exception as error:  # invalid configs and files raise errors of many types
         if os.environ.get('MSDA_TRACEBACK') == '1':
             raise
@@ -40,8 +44,22 @@ def explain(error: BaseException) -> str:
         near = _similar(unknown[1])
         hint = f'did you mean {" or ".join(near)}?' if near else 'types of msda_plugin are written msda_plugin.NAME.'
         return f"there is no type '{unknown[1]}' in the registry {unknown[2]}; {hint}"
+    argument = re.search(r"class `(\w+)` in ([\w/]+)\.py: .*unexpected keyword argument '(\w+)'", message)
+    if argument:
+        near = difflib.get_close_matches(argument[3], _arguments(argument[1], argument[2]), n=2)
+        hint = f'did you mean {" or ".join(near)}?' if near else 'remove it from the config'
+        return f"{argument[1]} has no argument '{argument[3]}'; {hint}"
     clear = isinstance(error, SELF_EXPLANATORY) and ' ' in message  # a key alone is not clear
     return message if clear else f'{type(error).__name__}: {message}'
+
+
+def _arguments(name: str, module: str) -> list[str]:
+    """The arguments of a class and of the classes that it inherits from."""
+    try:
+        kind = getattr(importlib.import_module(module.replace('/', '.')), name)
+    except (ImportError, AttributeError):  # defined within a function
+        return []
+    return [argument for part in kind.__mro__[:-1] for argument in inspect.signature(part.__init__).parameters]
 
 
 def _similar(name: str) -> list[str]:

@@ -6,22 +6,27 @@ import re
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from msda_plugin.engine.config_check import check_weights
+from msda_plugin.engine.config_check import check_numbers, check_weights
 from msda_plugin.engine.runner import DetectionRunner
+from msda_plugin.tools.common.cfg_options import apply_cfg_options
+from msda_plugin.tools.common.errors import user_errors
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG-NAME)')
+def add_arguments(
+    parser: argparse.ArgumentParser, work_dir: str = 'folder for logs and checkpoints (default: work_dirs/CONFIG-NAME)'
+) -> None:
+    """Add the arguments that `load_config` takes; ``work_dir`` is the help of ``--work-dir``."""
+    parser.add_argument('--work-dir', help=work_dir)
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action='extend',
         metavar='KEY=VALUE',
         help='config fields to change, such as data_root=data/mine/',
     )
@@ -47,15 +52,41 @@ def check_device(name: str) -> None:
         )
 
 
+def check_work_dir(path: str | os.PathLike) -> None:
+    """Check that a work dir is a folder, or can become one.
+
+    Raises:
+        NotADirectoryError: If it, or a folder above it, is a file.
+    """
+    for folder in (Path(path), *Path(path).parents):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(
+                f'the work dir {path} cannot be a folder, because {folder} is a file; choose another --work-dir'
+            )
+
+
 def read_config(path: str) -> Config:
     """Read a config file.
 
     Raises:
         FileNotFoundError: If it does not exist.
+        ValueError: If it is not a config file.
     """
+    if Path(path).is_dir():
+        raise FileNotFoundError(f'{path} is a folder; give the path of a Python config file in it')
     if not Path(path).is_file():
         raise FileNotFoundError(f'the config {path} does not exist; give the path of a Python config file')
-    return Config.fromfile(path)
+    try:
+        return Config.fromfile(path)
+    except (OSError, SyntaxError, UnicodeDecodeError, AttributeError) as error:
+        if Path(path).suffix == '.py':
+            raise
+        raise ValueError(_no_config(path)) from error
+
+
+def _no_config(path: str) -> str:
+    data = f'; for data in COCO format, use --data {path}' if Path(path).suffix == '.json' else ''
+    return f'{path} is not a config with a model; give the path of a Python config file{data}'
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -63,13 +94,16 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: If the file does not exist.
+        ValueError: If it has no model, or an option of ``--cfg-options`` does not fit it.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config)
+    if not isinstance(cfg.get('model'), dict):
+        raise ValueError(_no_config(args.config))
     cfg.launcher = args.launcher
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    apply_cfg_options(cfg, args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    check_work_dir(cfg.work_dir)
     return cfg
 
 
@@ -80,6 +114,7 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     """
     cfg.setdefault('runner_type', 'msda_plugin.DetectionRunner')
     check_weights(cfg)
+    check_numbers(cfg)
     runner = RUNNERS.build(cfg)
     if isinstance(runner, DetectionRunner):
         runner.check_data(*splits)
@@ -88,3 +123,17 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     if 'train' in splits:
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     return runner
+
+
+def exit_if_loading_fails(runner: Runner, command: str) -> None:
+    """End the process with one sentence if the checkpoint cannot be loaded.
+
+    ``runner.train()`` and ``runner.test()`` load it after they have set up hooks such as EMAHook.
+    """
+    load = runner.load_or_resume
+
+    def load_or_exit() -> None:
+        with user_errors(command):
+            load()
+
+    runner.load_or_resume = load_or_exit

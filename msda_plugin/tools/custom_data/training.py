@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from msda_plugin.engine.checkpoint_files import last_checkpoint
-from msda_plugin.tools.common.launch import check_device
+from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint
+from msda_plugin.tools.common.cfg_options import apply_cfg_options
+from msda_plugin.tools.common.launch import check_device, check_work_dir
 from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco
 from msda_plugin.tools.custom_data.config import (
@@ -43,7 +44,10 @@ def prepare(args: argparse.Namespace) -> Config:
     model = find_model(args.model or DEFAULT_MODEL)
     data = Path(args.data)
     work_dir = Path(args.work_dir or f'work_dirs/{data.absolute().stem}')
-    if args.resume is None and not args.dry_run and last_checkpoint(work_dir) is not None:
+    check_work_dir(work_dir)
+    if args.dry_run and last_checkpoint(work_dir) is not None:
+        work_dir = work_dir / 'dry_run'  # the files of a training stay as they are
+    elif args.resume is None and last_checkpoint(work_dir) is not None:
         raise FileExistsError(
             f'{work_dir} already contains a training; continue it with --resume, or choose another --work-dir'
         )
@@ -68,11 +72,14 @@ def prepare(args: argparse.Namespace) -> Config:
             f'{len(bad)} images are missing or unreadable, such as {bad[0]}; replace them, or leave them out with '
             '--skip-bad-images'
         )
+    if args.resume is not None and not args.dry_run:  # before the training's files are replaced
+        named = latest_complete_checkpoint(work_dir, '*.pth')[0] if args.resume == 'auto' else args.resume
+        if named and '://' not in named:
+            check_classes(named, classes)
     train = splits[0]
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
     cfg, notes = build_config(model, Data(files, classes, len(train.content['images']), train.most_boxes), choices)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    apply_cfg_options(cfg, args.cfg_options)
     cfg = save_config(cfg, work_dir, f'{model.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
     print('\n'.join([f'model: {model.stem}', *notes, saved, '']), flush=True)
