@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from msda_plugin.visualization import draw_heads, draw_query
 from msda_plugin.visualization.attention import LayerView, QueryView
-from msda_plugin.visualization.attention_figure import LEVEL_COLORS, _panel, layer_window, whole
+from msda_plugin.visualization.attention_figure import LEVEL_COLORS, Panel, Scale, _draw_panel, layer_window, whole
 
 
 def rgb(color):
@@ -58,7 +58,8 @@ def render(view, size=(100, 80), scale=4):
     figure = Figure(figsize=(size[0] * scale / 100, size[1] * scale / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
-    _panel(image, view, whole(image.shape), view.weight.max(), '')(axis)
+    panel = Panel.of(view, whole(image.shape), ())
+    _draw_panel(axis, image, panel, Scale.of([panel]))
     axis.axis('off')
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
