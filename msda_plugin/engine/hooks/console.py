@@ -12,6 +12,7 @@ from datetime import timedelta
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from mmengine.logging.logger import MMFormatter
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -40,16 +41,24 @@ class ConsoleFilter(logging.Filter):
         return getattr(record, 'console', shown or not _is_of_a_library(record.pathname))
 
 
+class _ConsoleFormatter(MMFormatter):
+    """MMEngine's format for warnings and errors, and the bare message for the rest."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record) if record.levelno >= logging.WARNING else record.getMessage()
+
+
 def _is_of_a_library(path: str) -> bool:
     modules = filter(None, map(sys.modules.get, LIBRARIES))
     return path.startswith(tuple(os.path.dirname(module.__file__) + os.sep for module in modules))
 
 
 def hush(logger: MMLogger) -> None:
-    """Let the logger print only what `ConsoleFilter` passes. Its log file is not changed."""
+    """Let the logger print only what `ConsoleFilter` passes, without time and level. Its log file is not changed."""
     for handler in _printing(logger):
         if not any(isinstance(present, ConsoleFilter) for present in handler.filters):
             handler.addFilter(ConsoleFilter())
+            handler.setFormatter(_ConsoleFormatter(datefmt='%m/%d %H:%M:%S'))
 
 
 def _printing(logger: MMLogger) -> list[logging.StreamHandler]:
@@ -183,7 +192,6 @@ class ConsoleHook(Hook):
         images, seconds = _count(_size(runner.test_loop), 'image'), time.monotonic() - self._start
         _print(f'Test on {images} in {_duration(seconds)}: {_summary(plain)}')
         _print_classes(plain)
-        _print(f'Log: {_log_file(runner)}')
 
     # ---- the progress bar -------------------------------------------------------------------------------------------
     def _open_bar(self, runner: Runner, title: str, total: int, completed: int = 0) -> None:

@@ -159,7 +159,7 @@ class TrainingReportHook(Hook):
         }
         if is_main_process() and found:
             reached = ', '.join(f'{short_metric(name[6:])} {value:.3f}' for name, value in found.items())
-            runner.logger.info(f'On {len(loader.dataset)} training images: {reached}')
+            runner.logger.info(f'  on {len(loader.dataset)} training images: {reached}')
             runner.visualizer.add_scalars(found, step=runner.epoch)
         return found
 
@@ -201,18 +201,15 @@ class TrainingReportHook(Hook):
             unfinished.write_text(json.dumps(report, indent=1) + '\n')
 
         losses = _losses(runner)
-        names = {
-            f'{self.monitor}{suffix}': f'{short_metric(self.monitor)}{suffix[1:]}' for suffix in ('', '_50', '_75')
-        }
-        accuracy = {
-            short: [math.nan if entry.get(name) is None else entry[name] for entry in self._history]
-            for name, short in names.items()
-            if any(entry.get(name) is not None for entry in self._history)
-        }
-        trained = {
-            short: [math.nan if entry.get(name) is None else entry[name] for entry in self._history]
-            for name, short in names.items()
-        }
+        names = {self.monitor + suffix: short_metric(self.monitor) + suffix[1:] for suffix in ('', '_50', '_75')}
+        accuracy, trained = (
+            {
+                short: [math.nan if entry.get(prefix + name) is None else entry[prefix + name] for entry in self._history]
+                for name, short in names.items()
+                if any(entry.get(prefix + name) is not None for entry in self._history)
+            }
+            for prefix in ('', 'train_')
+        )
         if not losses and not accuracy:
             return [metrics_path]
         progress = 'iter' if isinstance(runner.train_loop, IterBasedTrainLoop) else 'epoch'
