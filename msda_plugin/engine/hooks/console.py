@@ -191,7 +191,7 @@ class ConsoleHook(Hook):
         plain = plain_metrics(metrics or {})
         images, seconds = _count(_size(runner.test_loop), 'image'), time.monotonic() - self._start
         _print(f'Test on {images} in {_duration(seconds)}: {_summary(plain)}')
-        _print_classes(plain)
+        _print_classes(plain, validation=False)
 
     # ---- the progress bar -------------------------------------------------------------------------------------------
     def _open_bar(self, runner: Runner, title: str, total: int, completed: int = 0) -> None:
@@ -278,7 +278,7 @@ def _number(value: float | None) -> str:
     return '–' if value is None else f'{value:.3f}'
 
 
-def _print_classes(metrics: Mapping[str, float | None]) -> None:
+def _print_classes(metrics: Mapping[str, float | None], validation: bool = True) -> None:
     """Print the AP of every class as a table, in as many columns as needed."""
     classes = {name.removesuffix('_precision'): value for name, value in metrics.items() if name.endswith('_precision')}
     if not classes:
@@ -286,4 +286,5 @@ def _print_classes(metrics: Mapping[str, float | None]) -> None:
     width = max(map(len, classes))
     cells = [f'  {name:<{width}}  {_number(value):>5}' for name, value in classes.items()]
     rows = -(-len(cells) // -(-len(cells) // ROWS))
-    _print('\n'.join(['AP per class:', *(''.join(cells[row::rows]) for row in range(rows))]))
+    title = 'AP per class, last validation:' if validation else 'AP per class:'
+    _print('\n'.join([title, *(''.join(cells[row::rows]) for row in range(rows))]))

@@ -204,9 +204,9 @@ class TrainingReportHook(Hook):
         names = {self.monitor + suffix: short_metric(self.monitor) + suffix[1:] for suffix in ('', '_50', '_75')}
         accuracy, trained = (
             {
-                short: [math.nan if entry.get(prefix + name) is None else entry[prefix + name] for entry in self._history]
-                for name, short in names.items()
-                if any(entry.get(prefix + name) is not None for entry in self._history)
+                short: [math.nan if entry.get(name) is None else entry[name] for entry in self._history]
+                for name, short in ((prefix + name, short) for name, short in names.items())
+                if any(entry.get(name) is not None for entry in self._history)
             }
             for prefix in ('', 'train_')
         )
