@@ -41,6 +41,11 @@ def run(*command):
     return done.stdout + done.stderr
 
 
+def logged(work_dir):
+    """The last log file of a work dir."""
+    return max(work_dir.glob('*/*.log')).read_text()
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
@@ -68,7 +73,7 @@ def test_mim_trains_resumes_and_tests(data, tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
 
     log = run(mim, 'test', package, CONFIG, '--checkpoint', tmp_path / 'epoch_2.pth', *options)
-    assert 'coco/bbox_mAP_50' in log
+    assert 'AP50 ' in log and 'coco/bbox_mAP_50' in logged(tmp_path)
 
 
 def test_own_commands_train_and_test(data, tmp_path):
@@ -87,4 +92,5 @@ def test_own_commands_train_and_test(data, tmp_path):
         '--out',
         tmp_path / 'predictions.pkl',
     )
-    assert 'coco/bbox_mAP_50' in log and (tmp_path / 'predictions.pkl').is_file()
+    assert 'AP50 ' in log and 'AP per class' in log and (tmp_path / 'predictions.pkl').is_file()
+    assert 'coco/bbox_mAP_50' in logged(tmp_path / 'test')

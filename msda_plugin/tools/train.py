@@ -92,12 +92,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure_training_ap(cfg: 'Config', num_images: int) -> None:
-    hooks = cfg.setdefault('custom_hooks', [])
+    hooks = list(cfg.get('custom_hooks') or [])
     reports = [hook for hook in hooks if hook.get('type') == 'msda_plugin.TrainingReportHook']
     if not reports:
         reports = [dict(type='msda_plugin.TrainingReportHook')]
-        cfg.custom_hooks = [*hooks, *reports]
+        hooks += reports
     reports[0]['num_train_images'] = num_images
+    cfg.custom_hooks = hooks
 
 
 def _check_resume(args: argparse.Namespace) -> None:

@@ -40,14 +40,13 @@ class DrawnTestHook(Hook):
                 warnings.filterwarnings('ignore', '.* is out of bounds', UserWarning)
                 self._drawing.after_test_iter(runner, batch_idx, data_batch, [sample])
             scores = np.asarray(sample.pred_instances.get('scores', np.empty(0)))
-            sides = 'left: true, right: predicted' if 'gt_instances' in sample else 'predicted'
             # The image as drawn: reading it back from a JPEG file would lose quality.
             image = draw_boxes(
                 self._drawing._visualizer.get_image(),
                 np.empty((0, 4)),
                 np.empty(0),
                 (),
-                caption=f'{sides}, {score_caption(scores, self.score_thr)}',
+                caption=f'left: true, right: predicted, {score_caption(scores, self.score_thr)}',
             )
             path = os.path.join(self._drawing.test_out_dir, os.path.basename(sample.img_path))
             mmcv.imwrite(image[..., ::-1], path)
