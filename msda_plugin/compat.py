@@ -5,8 +5,11 @@ original. `restore` does so for all replacements. Importing msda_plugin calls on
 """
 
 import pickle
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,10 @@ class Replaced(ExitStack):
         if self not in _in_effect:
             _in_effect.append(self)
             self.callback(_in_effect.remove, self)
-        self.callback(setattr, owner, name, getattr(owner, name))
+        if hasattr(owner, name):
+            self.callback(setattr, owner, name, getattr(owner, name))
+        else:
+            self.callback(delattr, owner, name)
         setattr(owner, name, value)
 
 
@@ -30,7 +36,7 @@ _in_effect: list[Replaced] = []
 
 
 def restore() -> None:
-    """Restore everything that `load_checkpoints_strictly` and `accept_sides_of_one_pixel` replaced."""
+    """Restore everything that functions of this module replaced."""
     for replaced in list(_in_effect):
         replaced.close()
 
@@ -179,3 +185,35 @@ def _scale_size(size: tuple[int, int], scale: float | tuple[float, float]) -> tu
     factors = scale if isinstance(scale, tuple) else (scale, scale)
     width, height = (max(1, int(side * float(factor) + 0.5)) for side, factor in zip(size, factors, strict=True))
     return width, height
+
+
+def import_mmdet() -> None:
+    """Import MMDetection's datasets and metrics without their notices about optional packages.
+
+    onedl-mmdetection prints 'Could not import OneDL. Skipping OneDL datasets.' twice, for a package that is not public,
+    and warns that faster_coco_eval is missing, even if no config uses it.
+
+    Ends with: an mmdet that imports them silently; onedl-mmdetection 3.5.1 does not, mmdet 3.3.0 does.
+    """
+    from mmengine.logging import logger
+
+    with Replaced() as replaced, warnings.catch_warnings():
+        # Shadows the built-in function in the module of `print_log`.
+        replaced.set(logger, 'print', lambda text: None if 'OneDL' in text else print(text))
+        warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
+        for name in ('mmdet.datasets', 'mmdet.evaluation'):
+            import_module(name)
+
+
+def redirect_pycocotools(write: Callable[[str], object]) -> Replaced:
+    """Pass what pycocotools prints to ``write``, until the handle is closed.
+
+    pycocotools prints its progress and its table of results, and has no option to log them or to leave them out.
+
+    Ends with: a pycocotools that logs; 2.0.11 prints.
+    """
+    replaced = Replaced()
+    for name in ('pycocotools.coco', 'pycocotools.cocoeval', 'mmdet.datasets.api_wrappers.cocoeval_mp'):
+        if name in sys.modules:  # shadows the built-in function
+            replaced.set(sys.modules[name], 'print', lambda *values, **_: write(' '.join(map(str, values))))
+    return replaced

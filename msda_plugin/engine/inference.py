@@ -102,6 +102,7 @@ def load_detector(
     """
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
+    compat.import_mmdet()
     with compat.load_checkpoints_strictly():
         loaded = CheckpointLoader.load_checkpoint(str(checkpoint), map_location='cpu', logger='silent')
     model = revert_sync_batchnorm(MODELS.build(cfg.model))

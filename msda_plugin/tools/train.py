@@ -3,8 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msda_plugin.tools.common.errors import user_errors
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 # Arguments that require --data.
 CUSTOM_DATA = (
@@ -59,6 +63,10 @@ def main(argv: list[str] | None = None) -> int:
                     else 'give the path of a Python config file, or --data with a folder of data in COCO format'
                 )
             cfg = load_config(args)
+        if args.verbose:
+            cfg.verbose = True
+        if args.train_ap is not None:
+            _measure_training_ap(cfg, args.train_ap)
         if args.amp:
             cfg.optim_wrapper.type = 'AmpOptimWrapper'
             cfg.optim_wrapper.loss_scale = 'dynamic'
@@ -87,6 +95,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _measure_training_ap(cfg: 'Config', num_images: int) -> None:
+    hooks = list(cfg.get('custom_hooks') or [])
+    reports = [hook for hook in hooks if hook.get('type') == 'msda_plugin.TrainingReportHook']
+    if not reports:
+        reports = [dict(type='msda_plugin.TrainingReportHook')]
+        hooks += reports
+    reports[0]['num_train_images'] = num_images
+    cfg.custom_hooks = hooks
+
+
 def _check_resume(args: argparse.Namespace) -> None:
     from msda_plugin.engine.checkpoint_files import no_file
 
@@ -112,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('config', nargs='?', help='path of a Python config file; not with --data')
     add_arguments(parser)
+    parser.add_argument(
+        '--train-ap',
+        type=int,
+        metavar='N',
+        help='at each validation, also measure the AP on N training images, which shows overfitting (default: 0)',
+    )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
         '--auto-scale-lr',

@@ -3,6 +3,8 @@
 from msda_plugin.engine.hooks.accelerate_hook import AccelerateHook
 from msda_plugin.engine.hooks.attention_visualization import AttentionVisualizationHook
 from msda_plugin.engine.hooks.checkpoint import CheckpointHook
+from msda_plugin.engine.hooks.console import ConsoleHook
+from msda_plugin.engine.hooks.drawn_test import DrawnTestHook
 from msda_plugin.engine.hooks.fine_tuning import FineTuningHook
 from msda_plugin.engine.hooks.missed_validation import MissedValidationHook
 from msda_plugin.engine.hooks.seed import EpochSeedHook
@@ -12,6 +14,8 @@ __all__ = [
     'AccelerateHook',
     'AttentionVisualizationHook',
     'CheckpointHook',
+    'ConsoleHook',
+    'DrawnTestHook',
     'EpochSeedHook',
     'FineTuningHook',
     'MissedValidationHook',

@@ -10,6 +10,7 @@ from mmengine.config import Config, ConfigDict
 from msda_plugin.engine.config_walk import walk
 from msda_plugin.engine.data_check import bbox_heads
 from msda_plugin.engine.model_zoo import config_folder
+from msda_plugin.engine.nms import set_nms, supports_nms
 from msda_plugin.files import atomic_write
 
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
@@ -112,6 +113,12 @@ def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
     for _, head in heads:
         head.num_classes = num_classes
     notes = []
+    if supports_nms(model) and 'nms' not in (model.get('test_cfg') or {}):
+        set_nms(model, True)
+        notes.append(
+            'non-maximum suppression: on, because a DETR still predicts duplicates after a short training; test '
+            '--no-nms switches it off'
+        )
     if model.get('num_queries'):
         if model.num_queries < data.most_boxes:
             notes.append(
@@ -220,7 +227,7 @@ def _set_data(cfg: Config, data: Data, choices: Choices, size: tuple[int, int]) 
     for split, used in (('val', 'val'), ('test', 'test' if 'test' in data.files else 'val')):
         cfg[f'{split}_dataloader'] = loader(dataset(used, test_pipeline, test_mode=True), False)
         cfg[f'{split}_evaluator'] = dict(
-            type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', format_only=False
+            type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', classwise=True, format_only=False
         )
 
 
