@@ -156,7 +156,7 @@ def test_a_batch_predicts_what_single_images_predict(checkpoint):
 
 def test_a_config_without_test_data_cannot_predict(checkpoint):
     cfg = Config.fromfile(CONFIG)
-    del cfg.test_dataloader
+    cfg.pop('test_dataloader')
     with pytest.raises(ValueError, match='has no test_dataloader'):
         predict(load_detector(cfg, checkpoint, 'cpu'), np.zeros((64, 64, 3), np.uint8))
 
