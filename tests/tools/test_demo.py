@@ -252,11 +252,11 @@ def test_ctrl_c_keeps_results_so_far(checkpoint, clip, images, tmp_path, monkeyp
 
     real, calls = Detector._detect, []
 
-    def detect(self, images, *args):
+    def detect(self, images, *args, **kwargs):
         calls.append(len(images))
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return real(self, images, *args)
+        return real(self, images, *args, **kwargs)
 
     monkeypatch.setattr(Detector, '_detect', detect)
     out = tmp_path / 'out'
