@@ -182,13 +182,6 @@ class Detector:
         OSError: If a file cannot be found, read or downloaded.
         ValueError: If the checkpoint has no usable config, contains code, or does not fit the config; or an argument
             is out of its range.
-
-    Example:
-        ```python
-        detector = Detector('work_dirs/shapes')
-        result = detector('photo.jpg', score_threshold=0.5)
-        result.save('photo_boxes.jpg')
-        ```
     """
 
     def __init__(

@@ -1,7 +1,9 @@
 """The Python interface: what goes in, what comes out, and one sentence for what is refused."""
 
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -19,6 +21,7 @@ from msda_plugin.registry import MODELS
 from msda_plugin.tools.custom_data.config import find_model
 from msda_plugin.tools.shape_images import CLASSES, draw_image
 
+ROOT = Path(__file__).parents[2]
 LOADER = """
 default_scope = 'mmdet'
 test_dataloader = dict(dataset=dict(type='CocoDataset', pipeline=[
@@ -79,6 +82,24 @@ def test_import_stays_light():
     heavy = ('torch', 'mmcv', 'mmengine', 'mmdet', 'cv2', 'PIL', 'matplotlib', 'supervision')
     done = subprocess.run([sys.executable, '-c', code.format(heavy)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/api/detector.md'])
+def test_code_of_the_documentation_runs(page, checkpoint, photo, tmp_path, monkeypatch):
+    (tmp_path / 'work_dirs').mkdir()
+    (tmp_path / 'work_dirs' / 'shapes').symlink_to(checkpoint.parent)
+    Image.open(photo[0]).save(tmp_path / 'photo.jpg')
+    writer = cv2.VideoWriter(str(tmp_path / 'clip.mp4'), cv2.VideoWriter_fourcc(*'mp4v'), 5, (96, 64))
+    writer.write(photo[1])
+    writer.release()
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert any('Detector(' in block for block in blocks)
+    namespace = {}
+    for block in blocks:
+        if 'import supervision' not in block or find_spec('supervision'):
+            exec(compile(block, page, 'exec'), namespace)
+    assert (tmp_path / 'out.jpg').is_file()
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
