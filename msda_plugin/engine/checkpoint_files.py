@@ -9,7 +9,11 @@ from mmengine.runner import Runner
 from torch.serialization import get_crc32_options
 
 
-class DiskFullError(OSError):
+class TrainingStopped(Exception):
+    """A training stopped for a reason that a user can fix; the message is one sentence with the remedy."""
+
+
+class DiskFullError(TrainingStopped, OSError):
     """The training stopped because the disk is full; the message names the last checkpoint and how to resume."""
 
 

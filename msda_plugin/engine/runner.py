@@ -17,6 +17,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from msda_plugin import compat
+from msda_plugin.engine.broken_image import broken_image_error
 from msda_plugin.engine.checkpoint_files import checkpoint_to_resume, disk_full_error
 from msda_plugin.engine.config_check import check_schedule, check_weights
 from msda_plugin.engine.data_check import check_config_data
@@ -29,6 +30,7 @@ DEFAULT_HOOKS = dict(
     fine_tuning=dict(type='msda_plugin.FineTuningHook'),
     epoch_seed=dict(type='msda_plugin.EpochSeedHook'),
     missed_validation=dict(type='msda_plugin.MissedValidationHook'),
+    skip_non_finite=dict(type='msda_plugin.SkipNonFiniteHook'),
 )
 
 
@@ -48,8 +50,9 @@ class DetectionRunner(Runner):
       processes communicate with gloo.
     - Checkpoints on a local disk are written atomically; `msda_plugin.CheckpointHook` replaces MMEngine's. Resuming
       uses the last complete checkpoint.
-    - Three hooks are added: `FineTuningHook`, `EpochSeedHook` and `MissedValidationHook`. ``default_hooks =
-      dict(epoch_seed=None)`` switches off the second one; ``fine_tuning`` and ``missed_validation`` likewise.
+    - Four hooks are added: `FineTuningHook`, `EpochSeedHook`, `MissedValidationHook` and `SkipNonFiniteHook`.
+      ``default_hooks = dict(epoch_seed=None)`` switches off the second one; ``fine_tuning``, ``missed_validation`` and
+      ``skip_non_finite`` likewise.
     - Checkpoints are read without running code from them (`msda_plugin.compat.load_checkpoints_strictly`), and mmcv
       accepts images that are one pixel wide. `msda_plugin.compat.restore` undoes both.
     """
@@ -138,15 +141,23 @@ class DetectionRunner(Runner):
         checked.update(splits)
 
     def train(self) -> nn.Module:
-        """Train; DiskFullError if the disk is full."""
+        """Train.
+
+        Raises:
+            TrainingStopped: If the disk is full (`DiskFullError`), an image cannot be read (`BrokenImageError`), or
+                losses or gradients stay NaN or infinite (`NonFiniteError`).
+        """
         self.check_data('train', 'val')
         check_weights(self.cfg)
         try:
             return super().train()
-        except OSError as error:
-            if error.errno not in FULL:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise disk_full_error(self, error) from None
+            broken = broken_image_error(self, error)
+            if broken is None:
                 raise
-            raise disk_full_error(self, error) from None
+            raise broken from None
 
     def val(self) -> dict:
         self.check_data('val')

@@ -28,7 +28,7 @@ CUSTOM_DATA = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    from msda_plugin.engine.checkpoint_files import DiskFullError
+    from msda_plugin.engine.checkpoint_files import TrainingStopped
     from msda_plugin.engine.runner import DetectionRunner
     from msda_plugin.tools.common import interrupt
     from msda_plugin.tools.common.launch import build_runner, load_config
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             runner.find_resumed()
     try:
         return interrupt.train(runner)
-    except DiskFullError as error:
+    except TrainingStopped as error:
         print(f'msda_plugin train: {error}', file=sys.stderr)
         return 1
 
