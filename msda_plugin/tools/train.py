@@ -10,6 +10,7 @@ CUSTOM_DATA = (
     'val',
     'val_part',
     'images',
+    'format',
     'classes',
     'skip_bad_images',
     'model',
@@ -104,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     custom = parser.add_argument_group(
         'custom data', 'Checks the data, takes the classes from it, and writes the config to the work dir.'
     )
-    custom.add_argument('--data', metavar='DIR|FILE', help='folder with data in COCO format, or the annotation file')
+    custom.add_argument(
+        '--data', metavar='DIR|FILE', help='folder with COCO, YOLO or Pascal VOC data, or the annotation file'
+    )
     custom.add_argument(
         '--val', metavar='FILE', help='annotation file for validation (default: found next to --data, or split off)'
     )
@@ -115,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         help='fraction of the images to split off if there is no validation data (default: 0.2)',
     )
     custom.add_argument('--images', metavar='DIR', help='folder that file names are relative to (default: found)')
+    custom.add_argument('--format', choices=('coco', 'yolo', 'voc'), help='format of the data (default: recognized)')
     custom.add_argument('--classes', nargs='+', metavar='NAME', help='classes to use (default: all with boxes)')
     custom.add_argument('--skip-bad-images', action='store_true', help='skip missing or unreadable images')
     custom.add_argument('--model', metavar='NAME', help='name or path of a model config; "list" prints the names')

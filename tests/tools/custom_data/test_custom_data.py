@@ -161,7 +161,7 @@ def test_missing_fields_are_added(tmp_path):
     written = json.loads(path.read_text())
     assert [(i['width'], i['height']) for i in written['images']] == [(64, 48)] * 3
     assert [a['area'] for a in written['annotations']] == [200] * 4
-    assert split.notes == ['1 annotations of unlisted images left out', '1 annotations of unlisted categories left out']
+    assert split.notes == ['1 annotation of unlisted images left out', '1 annotation of unlisted categories left out']
 
 
 def test_categories_are_reordered_and_unused_ones_dropped(tmp_path):
@@ -201,8 +201,8 @@ def test_bad_images_and_wrong_sizes(tmp_path):
     (split.images / '1.jpg').unlink()
     Image.new('RGB', (48, 64)).save(split.images / '2.jpg')
     coco_files.clean(split, CLASSES)
-    assert split.bad_images == ['0.jpg', '1.jpg'] and len(split.content['images']) == 5
-    assert split.notes == ['1 images differ in size from the annotation file, so their boxes may be wrong: 2.jpg']
+    assert split.bad_images == {'0.jpg': 'unreadable', '1.jpg': 'missing'} and len(split.content['images']) == 5
+    assert split.notes == ['1 image differs in size from the annotation file, so its boxes may be wrong: 2.jpg']
     coco_files.clean(split, CLASSES, skip_bad_images=True)
     assert [image['id'] for image in split.content['images']] == [2, 3, 4]
     assert {a['image_id'] for a in split.content['annotations']} == {2, 3} and split.changed
@@ -331,8 +331,8 @@ def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     assert 'with --dry-run' in sentence(['--data', '.', '--launcher', 'pytorch'], capsys)
     assert not (tmp_path / 'work_dirs').exists()
     (tmp_path / 'images/1.jpg').write_text('no image')
-    assert '1 images are missing or unreadable, such as 1.jpg' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
-    (tmp_path / 'w').mkdir()
+    assert '1 image is missing or unreadable, such as 1.jpg' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
+    assert '1 unreadable image\n    1.jpg\n' in (tmp_path / 'w/data_report.txt').read_text()
     (tmp_path / 'w/last_checkpoint').touch()
     assert 'continue it with --resume' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
 
