@@ -18,12 +18,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path, PurePath
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from msda_plugin.engine.data_check import check_boxes, check_records, described_box, find_degenerate, read_coco
 from msda_plugin.engine.messages import counted, listed
@@ -58,8 +56,8 @@ class Split:
         normalized: Whether the boxes are fractions of the image size, which `clean` converts to pixels.
         notes: Findings and changes, a sentence each.
         changed: Whether ``content`` differs from the file.
-        bad_images: Problem of each image that cannot be used, by file name: 'missing', 'empty', 'unreadable',
-            'truncated', or 'missing' with the names of several similar files.
+        bad_images: Problem of each image that cannot be used, by file name: 'missing', 'empty', 'unreadable', or
+            'missing' with the names of several similar files.
         renamed: Images found under another extension or in other case: name in the file -> name on disk.
         nan_boxes: Annotations with NaN or infinite boxes, which `clean` drops.
     """
@@ -327,8 +325,8 @@ def inspect_image(path: Path) -> tuple[tuple[int, int] | None, str]:
     """Read an image as the training does.
 
     Returns:
-        (width, height) in pixels, None if it cannot be read; and its problem: '', 'missing', 'empty', 'unreadable', or
-        'truncated' for a JPEG whose end is missing, where OpenCV returns gray pixels.
+        (width, height) in pixels, None if it cannot be read; and its problem: '', 'missing', 'empty' or 'unreadable',
+        which includes files whose end is missing.
     """
     try:
         data = path.read_bytes()
@@ -344,21 +342,7 @@ def inspect_image(path: Path) -> tuple[tuple[int, int] | None, str]:
         image = None
     if image is None:
         return None, 'unreadable'
-    return (image.shape[1], image.shape[0]), 'truncated' if _is_truncated(data) else ''
-
-
-def _is_truncated(data: bytes) -> bool:
-    if not data.startswith(b'\xff\xd8') or b'\xff\xd9' in data[-16:]:
-        return False
-    if data.endswith(bytes(16)) and data.rfind(b'\xff\xd9') < data.rfind(b'\xff\xda'):
-        return True  # an unfinished download of full length
-    # Other data may follow the end marker, or the marker may be all that is missing: decode again, which can tell.
-    try:
-        with Image.open(BytesIO(data)) as image:
-            image.load()
-    except Exception as error:  # of many types
-        return 'truncated' in str(error)
-    return False
+    return (image.shape[1], image.shape[0]), ''
 
 
 def _has_nan(box: object) -> bool:
@@ -422,8 +406,8 @@ def clean(
     and normalized boxes converted to pixels. Annotations of other categories or unlisted images, and NaN boxes, are
     dropped; duplicate annotation ids are replaced. Other boxes are not changed.
 
-    Every image is decoded, not only its header, on all cores: one that cannot be read would end the training in the
-    middle of an epoch, and a truncated one would be trained on with gray in place of its rest.
+    Every image is decoded completely, on all cores, because one that cannot be read would end the training in the
+    middle of an epoch. OpenCV, which also reads the images of the training, refuses files whose end is missing.
 
     Args:
         split: From `load_split`, `yolo.load` or `voc.load`.
@@ -586,7 +570,7 @@ def write_report(splits: Sequence[Split], path: Path) -> None:
 def _findings(split: Split) -> dict[str, list[str]]:
     """What is wrong or unusual in a split: title with the number -> one line for each."""
     found = {}
-    for kind in ('missing', 'empty', 'unreadable', 'truncated'):
+    for kind in ('missing', 'empty', 'unreadable'):
         found[kind] = [
             name if problem == kind else f'{name} ({problem})'
             for name, problem in split.bad_images.items()

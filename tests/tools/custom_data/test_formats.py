@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_custom_data import coco, sentence, write
 
 from msda_plugin.engine.data_check import check_coco
 from msda_plugin.tools.custom_data import coco as coco_files
@@ -26,6 +25,22 @@ def picture(path, size=SIZE):
 def put(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def write_coco(ann_file, images, names=('0.png', '1.png')):
+    records = [dict(id=index, file_name=name) for index, name in enumerate(names)]
+    box = dict(id=1, image_id=0, category_id=1, bbox=[1, 1, 5, 5])
+    put(ann_file, json.dumps(dict(images=records, annotations=[box], categories=[dict(id=1, name='cat')])))
+    for name in names:
+        picture(images / name)
+    return ann_file
+
+
+def sentence(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
 
 
 def cleaned(split, classes=None):
@@ -141,9 +156,7 @@ def test_keypoints_are_ignored(tmp_path):
     make_yolo(tmp_path, yaml, '1 0.5 0.5 0.25 0.5 0.1 0.1 2 0.2 0.2 2\n')
     assert cleaned(load_splits(tmp_path)[0])['0.png'] == [('dog', [15, 5, 10, 10], 0)]
     put(tmp_path / 'labels/train/0.txt', '1 0.5 0.5 0.25 0.5 0.1 0.1 2\n')
-    with pytest.raises(
-        ValueError, match='has 8 numbers, expected 11: class, x, y, width and height, and the keypoints'
-    ):
+    with pytest.raises(ValueError, match='has 8 numbers, expected 11: .* and height, and the keypoints'):
         load_splits(tmp_path)
 
 
@@ -336,7 +349,7 @@ def test_boxes_without_a_size_or_a_number(tmp_path):
 def test_formats_are_recognized(tmp_path):
     make_yolo(tmp_path / 'yolo')
     make_voc(tmp_path / 'voc')
-    write(tmp_path / 'coco/train.json', tmp_path / 'coco/images')
+    write_coco(tmp_path / 'coco/train.json', tmp_path / 'coco/images')
     put(tmp_path / 'yolo/package.json', '{}')
     put(tmp_path / 'voc/settings.yaml', 'a: 1')
     for name in ('yolo', 'voc', 'coco'):
@@ -349,7 +362,7 @@ def test_several_formats_need_a_choice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_yolo(tmp_path / 'data')
     make_voc(tmp_path / 'data')
-    write(tmp_path / 'data/train.json', tmp_path / 'data/images/train', coco(['0.png', '1.png']))
+    write_coco(tmp_path / 'data/train.json', tmp_path / 'data/images/train')
     said = sentence(['--data', 'data', '--dry-run'], capsys)
     assert 'data has annotations in several formats: YOLO (data/data.yaml), Pascal VOC (data), COCO ' in said
     assert '(data/train.json); choose one with --format NAME' in said
@@ -375,9 +388,9 @@ def test_hints(tmp_path, monkeypatch, capsys):
 
 def test_validation_data_in_coco_format(tmp_path):
     make_yolo(tmp_path / 'mine')
-    val = write(tmp_path / 'other/val.json', tmp_path / 'other/images')
+    val = write_coco(tmp_path / 'other/val.json', tmp_path / 'other/images')
     splits = load_splits(tmp_path / 'mine', val)
-    assert [(split.name, len(split.content['images'])) for split in splits] == [('train', 2), ('val', 3)]
+    assert [(split.name, len(split.content['images'])) for split in splits] == [('train', 2), ('val', 2)]
 
 
 @pytest.mark.parametrize('make', [make_yolo, make_voc])
@@ -414,10 +427,10 @@ def test_like_supervision(tmp_path):
         voc=supervision.DetectionDataset.from_pascal_voc(folders[0], folders[2]),
     )
     for name, theirs in readers.items():
-        ours = cleaned(load_splits(tmp_path, name=name)[0])
+        ours = {os.path.basename(k): v for k, v in cleaned(load_splits(tmp_path, name=name)[0]).items()}
         assert len(ours) == 5
         for path, _, detections in theirs:
             boxes = sorted((theirs.classes[k], *b) for k, b in zip(detections.class_id, detections.xyxy, strict=True))
-            mine = sorted((label, x, y, x + w, y + h) for label, (x, y, w, h), _ in ours[os.path.basename(path)] if 1)
+            mine = sorted((label, x, y, x + w, y + h) for label, (x, y, w, h), _ in ours[os.path.basename(path)])
             assert [box[0] for box in mine] == [box[0] for box in boxes]
             np.testing.assert_allclose([box[1:] for box in mine], [box[1:] for box in boxes], atol=0.01)
