@@ -42,7 +42,8 @@ class SkipNonFiniteHook(Hook):
     ``GradScaler`` skips for them is not counted.
 
     Cost: one number is read from the device before each optimizer step, where MMEngine reads the gradient norm, too;
-    without ``clip_grad`` the norm is computed for this. Several processes exchange one number a step.
+    without ``clip_grad`` the norm is computed for this. Several processes exchange one number a step. Running
+    statistics are copied before each step; frozen ones are not.
 
     `msda_plugin.DetectionRunner` adds this hook; ``default_hooks = dict(skip_non_finite=None)`` switches it off, and
     ``default_hooks = dict(skip_non_finite=dict(type='msda_plugin.SkipNonFiniteHook', stop_after=50))`` changes it.
@@ -84,7 +85,8 @@ class SkipNonFiniteHook(Hook):
         self._undo.enter_context(compat.match_non_finite_predictions())
 
     def before_train_epoch(self, runner: Runner) -> None:
-        self._statistics = None  # layers may have been frozen since
+        if not self._pending:
+            self._statistics = None  # layers may have been frozen since
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self._statistics is None:
@@ -224,7 +226,7 @@ class _Guard:
         if not gradients:
             norm = torch.zeros(())
         elif wrapper.clip_grad_kwargs and wrapper.grad_name == 'grad_norm':
-            norm = torch.tensor(wrapper.message_hub.get_scalar('train/grad_norm').current())  # just computed
+            norm = torch.tensor(wrapper.message_hub.get_scalar('train/grad_norm').current())  # computed by the clipping
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
         bad = norm.isfinite().logical_not()

@@ -16,7 +16,7 @@ Source: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from xml.etree import ElementTree
 
 from msda_plugin.engine.data_check import MOST_PIXELS
@@ -28,7 +28,7 @@ CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 
 def find(folder: Path) -> list[Path]:
     """The folders of Pascal VOC data: those that contain ``Annotations``, else ``folder`` if it has such XML files."""
-    if folder.name == 'Annotations':
+    if folder.name == 'Annotations' and _has_lists_or_images(folder.parent):
         folder = folder.parent
     folders = [folder, *subfolders(folder, DEPTH)]
     with_files = [path for path in folders if _has_annotations(path)]
@@ -139,7 +139,7 @@ class _ImageFinder:
 
     def __call__(self, xml: Path, named: str) -> tuple[str, str]:
         """(name below ``folder``, '' or what is wrong with it)."""
-        found = self._paths.get(xml.stem.lower()) or self._paths.get(os.path.splitext(named)[0].lower()) or []
+        found = self._paths.get(xml.stem.lower()) or self._paths.get(PurePath(named).stem.lower()) or []
         for fits in (
             lambda path: path.parent == xml.parent,
             lambda path: _split_of(path.parent.relative_to(self.folder)) == _split_of_file(xml, self.folder),

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
@@ -104,7 +105,8 @@ def said(runner):
 def mixed_precision(monkeypatch):
     """MMEngine's ``AmpOptimWrapper`` on the CPU, where it refuses to run: bfloat16 with a scaled loss."""
     monkeypatch.setattr(amp, 'is_cuda_available', lambda: True)
-    return dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(device='cpu', init_scale=1024.0))
+    monkeypatch.setattr(amp, 'GradScaler', partial(torch.amp.GradScaler, device='cpu'))
+    return dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(init_scale=1024.0))
 
 
 WRAPPERS = {
@@ -166,12 +168,33 @@ def test_an_overflow_of_mixed_precision_lowers_the_scale(mixed_precision, tmp_pa
     assert all(torch.isfinite(p).all() for p in runner.model.parameters())
 
 
+def test_a_fixed_loss_scale_that_is_too_large(mixed_precision, tmp_path):
+    # A part of the training that never steps would otherwise be silent.
+    fixed = dict(mixed_precision, loss_scale=1e38)
+    runner = make_runner(tmp_path, samples(40), wrapper=fixed)
+    with pytest.raises(NonFiniteError, match='stopped after 10 steps in a row .* NaN or infinite gradients'):
+        runner.train()
+
+
 def test_accumulated_gradients(tmp_path):
     poisoned, clean, messages = run_both(tmp_path, 'input', WRAPPERS['clipping'], at=(2, 3), count=10, accumulate=3)
     # EMAHook averages after every iteration, also without a step.
     assert_equal(state(poisoned), state(clean), without=['/ema'])
     assert [line.partition(': ')[0] for line in messages] == ['iteration 7', 'iteration 10']
     assert messages[0].endswith('Images: 12.jpg, 13.jpg')  # not those of the other two iterations
+
+
+@pytest.mark.parametrize('poisoned_at', [0, 5])
+def test_accumulation_beyond_an_epoch(poisoned_at, tmp_path):
+    """Steps of 4 iterations, epochs of 6: the second step has iterations of both."""
+    data = samples(12, {2 * poisoned_at: 'input'})
+    runner = make_runner(tmp_path, data, epochs=2, wrapper=dict(accumulative_counts=4))
+    messages = said(runner)
+    runner.train()
+    skipped = [line.partition(':')[0] for line in messages if 'the step is skipped' in line]
+    assert skipped == (['iteration 1', 'iteration 7'] if poisoned_at == 0 else ['iteration 6', 'iteration 12'])
+    for name, value in runner.model.state_dict().items():
+        assert value.isfinite().all(), name
 
 
 def test_the_logged_losses_stay_finite(tmp_path):
