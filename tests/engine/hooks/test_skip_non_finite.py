@@ -168,10 +168,10 @@ def test_an_overflow_of_mixed_precision_lowers_the_scale(mixed_precision, tmp_pa
     assert all(torch.isfinite(p).all() for p in runner.model.parameters())
 
 
-def test_a_fixed_loss_scale_that_is_too_large(mixed_precision, tmp_path):
-    # A part of the training that never steps would otherwise be silent.
-    fixed = dict(mixed_precision, loss_scale=1e38)
-    runner = make_runner(tmp_path, samples(40), wrapper=fixed)
+def test_a_fixed_loss_scale(mixed_precision, tmp_path):
+    """It cannot be lowered, so every overflow counts."""
+    data = samples(40, {2 * step: 'gradient' for step in range(20)})
+    runner = make_runner(tmp_path, data, wrapper=dict(mixed_precision, loss_scale=1024.0))
     with pytest.raises(NonFiniteError, match='stopped after 10 steps in a row .* NaN or infinite gradients'):
         runner.train()
 
