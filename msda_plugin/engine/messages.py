@@ -37,3 +37,8 @@ def shown_path(path: str | os.PathLike) -> str:
     """The path, relative if it is below the current folder."""
     path = Path(path).absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """'1 image', '2 images'; ``plural`` is the noun with an s unless given."""
+    return f'{number} {noun if number == 1 else plural or noun + "s"}'
