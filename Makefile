@@ -74,7 +74,7 @@ wheel:  # dist/: the sdist, and the wheel built from it with the CPU library and
 	rm -rf build/wheel dist && mkdir -p build/wheel
 	test -x $(WHEEL_ENV)/bin/python || $(PYTHON) -m venv $(WHEEL_ENV)
 	$(WHEEL_ENV)/bin/python -m pip install -q --no-deps '$(TORCH)' -r requirements/wheel.txt
-	NVCC=$$($(WHEEL_ENV)/bin/python csrc/toolkits.py build/cuda) MSDA_BUILD_CUDA=1 \
+	NVCC="$${NVCC:-$$($(WHEEL_ENV)/bin/python csrc/toolkits.py build/cuda)}" MSDA_BUILD_CUDA=1 \
 	  $(WHEEL_ENV)/bin/python -m build --no-isolation --outdir build/wheel
 	PATH="$(abspath $(WHEEL_ENV)/bin):$$PATH" auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
