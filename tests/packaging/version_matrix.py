@@ -1,14 +1,14 @@
 """Installs the wheel in fresh environments without a compiler, one for each row of versions, and tests it there.
 
     make wheel
-    python tests/packaging/version_matrix.py [--rows NAME …] [--out table.md] [--dist DIR] [--work DIR]
+    python tests/packaging/version_matrix.py [--rows NAME …] [--checks NAME …] [--out table.md] [--dist DIR]
     python tests/packaging/version_matrix.py --list
 
-A row installs torch from PyPI, the wheel with its stack, and mmcv's operators from msda_plugin. It runs ``python -m
-msda_plugin env``, the operator's tests and a training, from a folder without the package's sources, with nothing but
-the environment on PATH. Then the sdist is installed with a compiler, against the row's torch, with CUDA if nvcc is
-found. A row needs 8 GB of disk, which it frees. The results are kept next to the table, so that rows can be run one by
-one.
+A row installs torch from PyPI and the wheel, loads the libraries, and runs the operator's tests; then it adds the stack
+and mmcv's operators from msda_plugin, runs ``python -m msda_plugin env``, and trains. All this happens in a folder
+without the package's sources, with nothing but the environment on PATH. At last the sdist is installed with a compiler,
+against the row's torch, with CUDA if nvcc is found. A row needs 8 GB of disk, which it frees. The results are kept next
+to the table, so that rows and checks can be run one by one.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ OPERATOR = [
     'tests/ops/test_operator_backends.py',
 ]
 TRAINING = ['tests/test_end_to_end.py', '-k', 'own_commands']
+CHECKS = ('operator', 'training', 'sources')
 COMPILERS = ('gcc', 'g++', 'cc', 'c++', 'clang', 'clang++', 'nvcc')
 
 
@@ -92,7 +94,7 @@ class Environment:
         if found:
             raise StepError(f'the environment has {", ".join(found)}')
 
-    def run(self, *command: str, path: str = '', ok: tuple[int, ...] = (0,), **environment: str) -> str:
+    def run(self, *command: str, path: str = '', **environment: str) -> str:
         """Run a command of the environment; PATH holds the environment and ``path``. Returns what it prints."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(('PYTHONPATH', 'MSDA_'))}
         kept['PATH'] = os.pathsep.join(filter(None, [str(self.folder / 'bin'), path]))
@@ -104,7 +106,7 @@ class Environment:
             timeout=3600,
             env={**kept, **environment},
         )
-        if done.returncode not in ok:
+        if done.returncode:
             raise StepError((done.stdout + done.stderr)[-3000:])
         return done.stdout
 
@@ -123,30 +125,38 @@ class Environment:
         constraints = self.folder / 'constraints.txt'
         pinned = dict(setuptools=row.setuptools, numpy=row.numpy, torch=f'=={row.torch}')
         constraints.write_text(''.join(f'{name}{versions}\n' for name, versions in pinned.items() if versions))
-        held = ['-c', str(constraints)]
+        self.held = ['-c', str(constraints)]
         self.pip(f'torch=={row.torch}')
         started = time.monotonic()
         self.run('python', '-m', 'pip', 'install', '-q', '--no-deps', str(wheel))
         seconds = time.monotonic() - started
-        self.pip(*held, f'{wheel}[{row.stack}]', 'setuptools', 'pytest', 'hypothesis', 'tensorboard')
-        self.run('python', '-m', 'msda_plugin', 'mmcv-ops', 'install')
+        self.pip(*self.held, str(wheel), 'setuptools', 'pytest', 'hypothesis')
         return dict(wheel=f'{seconds:.0f} s')
 
-    def check_env(self) -> dict[str, str]:
-        """Returns the versions and the libraries that ``python -m msda_plugin env`` reports."""
-        report = json.loads(self.run('python', '-m', 'msda_plugin', 'env', '--json', ok=(0, 1)))
-        if not report['healthy']:
-            raise StepError(f'env reports {report["problems"]}')
-        packages = {name: package['version'] for name, package in report['packages'].items()}
-        loaded = [Path(library['path']).name for library in report['libraries'].values() if library['usable']]
-        return dict(
-            python=report['python'],
-            torch=packages['torch'],
-            numpy=packages['numpy'],
-            setuptools=self.run('python', '-c', 'import setuptools; print(setuptools.__version__)').strip(),
-            libraries=' '.join(name.removeprefix('libmsda_').removesuffix('.so') for name in loaded),
-            reason=report['libraries']['cuda']['reason'] or '',
-        )
+    def check_libraries(self) -> dict[str, str]:
+        """Returns the versions and the libraries that are loaded and have registered their kernels."""
+        code = """
+import json, platform, numpy, setuptools, torch
+from msda_plugin.ops import backends
+loaded = [name for name in ('cpu', 'cuda') if not backends.unsupported_reason(name)]
+registered = [torch._C._dispatch_has_kernel_for_dispatch_key('msda::ms_deform_attn', name.upper()) for name in loaded]
+assert all(registered), registered
+print(json.dumps(dict(
+    python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__,
+    setuptools=setuptools.__version__, libraries=', '.join(backends.library_path(name).stem for name in loaded),
+)))"""
+        result = json.loads(self.run('python', '-W', 'ignore', '-c', code))
+        expected = 'libmsda_cpu' if '+cpu' in result['torch'] else 'libmsda_cpu, libmsda_cuda'
+        if not result['libraries'].startswith(expected):
+            raise StepError(f'only {result["libraries"]} is loaded')
+        return dict(result, libraries=result['libraries'].replace('libmsda_', ''))
+
+    def check_training(self, wheel: Path) -> str:
+        """Install the stack and mmcv's operators, as docs/install.md says; train and test."""
+        self.pip(*self.held, f'{wheel}[{self.row.stack}]', 'tensorboard')
+        self.run('python', '-m', 'msda_plugin', 'mmcv-ops', 'install')
+        self.run('python', '-m', 'msda_plugin', 'env')  # fails on any problem
+        return self.pytest(*TRAINING)
 
     def pytest(self, *arguments: str) -> str:
         """Test the installed package. Returns the last line of pytest's report."""
@@ -172,30 +182,30 @@ class Environment:
             '    if "cuda" not in path or torch.version.cuda: torch.ops.load_library(path)'
         )
         self.run('python', '-c', code, *map(str, paths), PYTHONPATH=str(out), MSDA_LIBRARY_DIR=str(empty))
-        return ' '.join(path.stem.removeprefix('libmsda_') for path in paths)
+        return ', '.join(path.stem.removeprefix('libmsda_') for path in paths)
 
 
-def run_row(row: Row, wheel: Path, sdist: Path, tree: Path, folder: Path) -> dict[str, str]:
+def run_row(row: Row, checks: Sequence[str], wheel: Path, sdist: Path, tree: Path, folder: Path) -> dict[str, str]:
     """Test a row. Returns its versions, and for each check the result or 'FAILED: …'."""
-    result, started = dict(python=row.python, torch=row.torch, stack=row.stack), time.monotonic()
+    result = dict(python=row.python, torch=row.torch, stack=row.stack)
     try:
         env = Environment(row, folder, tree)
         result |= env.install(wheel)
-        result |= env.check_env()
-        for name, check in (
-            ('operator', lambda: env.pytest('-m', 'not slow', *OPERATOR)),
-            ('training', lambda: env.pytest(*TRAINING)),
-            ('sources', lambda: env.check_sources(sdist)),
-        ):
+        result |= env.check_libraries()
+        functions = dict(
+            operator=lambda: env.pytest('-m', 'not slow', *OPERATOR),
+            training=lambda: env.check_training(wheel),
+            sources=lambda: env.check_sources(sdist),
+        )
+        for name in checks:
             try:
-                result[name] = check()
+                result[name] = functions[name]()
             except (StepError, subprocess.TimeoutExpired) as error:
                 result[name] = f'FAILED: {error}'
     except (StepError, subprocess.SubprocessError, FileNotFoundError) as error:
         result['wheel'] = f'FAILED: {error}'
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    result['minutes'] = f'{(time.monotonic() - started) / 60:.1f}'
     return result
 
 
@@ -254,6 +264,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [row.name for row in ROWS]
     parser.add_argument('--rows', nargs='+', choices=names, metavar='NAME', help='rows to run (default: all)')
+    parser.add_argument('--checks', nargs='+', choices=CHECKS, default=CHECKS, help='besides loading the libraries')
     parser.add_argument('--out', type=Path, default=Path('version_matrix.md'), help='default: %(default)s')
     parser.add_argument('--dist', type=Path, default=ROOT / 'dist', help='wheel and sdist (default: dist)')
     parser.add_argument('--work', type=Path, help='folder for the environments (default: a temporary one)')
@@ -271,7 +282,8 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=args.work, prefix='versions-') as work:
         copy_tests(Path(work) / 'tree')
         for row in chosen:
-            results[row.name] = run_row(row, *wheel, *sdist, Path(work) / 'tree', Path(work) / 'environment')
+            found = run_row(row, args.checks, *wheel, *sdist, Path(work) / 'tree', Path(work) / 'environment')
+            results[row.name] = results.get(row.name, {}) | found
             kept.write_text(json.dumps(results, indent=1))
             args.out.write_text(table(results))
             print(json.dumps({row.name: results[row.name]}, indent=1), flush=True)
