@@ -4,6 +4,7 @@ It also runs if packages are missing or broken, so what is imported outside of `
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -75,6 +76,7 @@ def collect() -> dict:
             devices = ('cpu', 'cuda')
             report['backends'] = [_backend(device, dtype) for device in devices for dtype in DTYPES]
             _check_cpu(report, found)
+            _check_driver(report['libraries']['cuda'], found)
             _check_gpu(report, found)
             _check_chosen(report, found)
     return dict(report, problems=list(problems), healthy=not problems)
@@ -193,14 +195,36 @@ def _is_old(torch: dict) -> bool:
 # ---- the operator ---------------------------------------------------------------------------------------------------
 def _library(backends, name: str) -> dict:
     """Describe a compiled library: its file, whether it is usable or why not, and the GPU code in a CUDA library."""
-    path = backends.LIBRARY_DIR / f'libmsda_{name}.so'
+    path = backends.library_path(name)
     reason = backends.unsupported_reason(name)
     library = dict(path=str(path), found=path.is_file(), usable=not reason, reason=reason or None)
     if name == 'cuda':
         codes = backends.cuda_architectures() if library['usable'] else []
         numbers = {kind: [int(code.removeprefix(kind)) for code in codes if code.startswith(kind)] for kind in CODES}
-        library.update(machine_code=numbers['sm_'], ptx=numbers['compute_'])
+        library.update(machine_code=numbers['sm_'], ptx=numbers['compute_'], driver=_driver())
     return library
+
+
+def _driver() -> str | None:
+    """The newest CUDA version that the NVIDIA driver runs, such as '13.0'; None if there is no driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL('libcuda.so.1').cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f'{version.value // 1000}.{version.value % 1000 // 10}'
+
+
+def _check_driver(library: dict, problems: Problems) -> None:
+    """Add a problem if the driver is too old for the CUDA library, which holds the runtime of its major version."""
+    major = Path(library['path']).stem.removeprefix('libmsda_cuda')
+    if library['usable'] and library['driver'] and int(library['driver'].partition('.')[0]) < int(major):
+        problems.add(
+            f'the NVIDIA driver runs CUDA {library["driver"]} at most, but torch and {Path(library["path"]).name} are '
+            f'for CUDA {major}',
+            f'update the driver, or install torch for CUDA {library["driver"].partition(".")[0]}',
+        )
 
 
 def has_code(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -> bool:
@@ -342,9 +366,11 @@ def page(report: dict) -> str:
     if report['libraries']:
         lines += ['', 'compiled libraries']
         for name, library in report['libraries'].items():
-            state = 'in use' if library['usable'] else library['reason']
+            state = f'{Path(library["path"]).name} in use' if library['usable'] else library['reason']
             code = f'; code for {_architectures(library)}' if library.get('machine_code') else ''
             lines.append(f'  {name:<12} {state}{code}')
+        driver = report['libraries']['cuda']['driver']
+        lines.append(f'  driver       {f"NVIDIA, CUDA {driver} or older" if driver else "no NVIDIA driver"}')
     lines += [''] + [
         f'GPU {index}: {gpu["name"]}, {gpu["arch"]}, {gpu["memory_gib"]} GiB; the CUDA library has '
         f'{"" if gpu["has_code"] else "NO "}code for it'

@@ -214,7 +214,9 @@ def test_mmcv_lite_belongs_to_the_upstream_stack(installed):
 class LoadedLibraries:
     """Stands for `msda_plugin.ops.backends` with a usable CUDA library."""
 
-    LIBRARY_DIR = Path('/nowhere')
+    @staticmethod
+    def library_path(name):
+        return Path(f'/nowhere/libmsda_{name}13.so')
 
     @staticmethod
     def unsupported_reason(name):
@@ -229,6 +231,47 @@ def test_architectures_come_from_the_library():
     library = env._library(LoadedLibraries, 'cuda')
     assert (library['machine_code'], library['ptx']) == ([75, 90], [90])
     assert env._architectures(library) == 'sm_75, sm_90, compute_90 (PTX)'
+
+
+class Driver:
+    """Stands for libcuda.so.1 of a driver for CUDA 12.4."""
+
+    def __init__(self, name):
+        assert name == 'libcuda.so.1'
+
+    @staticmethod
+    def cuDriverGetVersion(version):
+        version._obj.value = 12040
+        return 0
+
+
+def test_the_driver_is_for_the_cuda_version_of_the_library(monkeypatch):
+    monkeypatch.setattr(env.ctypes, 'CDLL', Driver)
+    library = env._library(LoadedLibraries, 'cuda')
+    assert library['driver'] == '12.4'
+    problems = env.Problems()
+    env._check_driver(library, problems)
+    assert 'runs CUDA 12.4 at most, but torch and libmsda_cuda13.so are for CUDA 13' in problems[0]['what']
+    assert 'install torch for CUDA 12' in problems[0]['remedy']
+    problems.clear()
+    env._check_driver(dict(library, path='/nowhere/libmsda_cuda12.so'), problems)
+    env._check_driver(dict(library, driver='13.1'), problems)
+    env._check_driver(dict(library, driver=None), problems)
+    env._check_driver(dict(library, usable=False), problems)
+    assert not problems
+
+
+def test_without_a_driver(monkeypatch):
+    def missing(name):
+        raise OSError(f'{name}: cannot open shared object file')
+
+    monkeypatch.setattr(env.ctypes, 'CDLL', missing)
+    assert env._driver() is None
+    monkeypatch.setattr(env, '_driver', lambda: None)
+    report = env.collect()
+    assert 'driver       no NVIDIA driver' in env.page(report)
+    report['libraries']['cuda']['driver'] = '12.4'
+    assert 'driver       NVIDIA, CUDA 12.4 or older' in env.page(report)
 
 
 @pytest.mark.parametrize(
