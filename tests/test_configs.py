@@ -22,7 +22,7 @@ PARAMETERS = {
     'deformable-detr-two-stage_shunted-nano_1xb1-36e_bccd': 3_765_148,
     'deformable-detr-two-stage_shunted-nano_1xb1-44e_bccd': 3_765_148,
     'mmdet-deformable-detr-two-stage_r18_1xb2-14e_bccd': 16_873_557,
-    'deformable-detr-two-stage_shunted-nano_1xb2-100k_scenes': 3_785_272,
+    'deformable-detr-two-stage_shunted-nano_1xb4-100k_scenes': 3_785_272,
     'deformable-detr-refine-twostage_dat-b_16xb2-50e_coco': 101_745_924,
     'deformable-detr-refine-twostage_dat-s_16xb2-50e_coco': 63_115_798,
     'deformable-detr-refine-twostage_dat-t_16xb2-50e_coco': 41_734_534,

@@ -23,6 +23,7 @@ CUSTOM_DATA = (
     'seed',
     'device',
     'load_from',
+    'from_scratch',
     'dry_run',
 )
 
@@ -118,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument('--classes', nargs='+', metavar='NAME', help='classes to use (default: all with boxes)')
     custom.add_argument('--skip-bad-images', action='store_true', help='skip missing or unreadable images')
     custom.add_argument('--model', metavar='NAME', help='name or path of a model config; "list" prints the names')
-    custom.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
+    weights = custom.add_mutually_exclusive_group()
+    weights.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
+    weights.add_argument(
+        '--from-scratch', action='store_true', help='start from random weights instead of starter weights'
+    )
     custom.add_argument('--epochs', type=int, metavar='N', help='default: 50')
     custom.add_argument('--batch-size', type=int, metavar='N', help='images per iteration (default: 4)')
     effective = custom.add_mutually_exclusive_group()

@@ -20,6 +20,7 @@ from msda_plugin.tools.custom_data.config import (
     model_files,
     save_config,
 )
+from msda_plugin.tools.custom_data.starter import choose_weights
 
 
 def prepare(args: argparse.Namespace) -> Config:
@@ -71,6 +72,7 @@ def prepare(args: argparse.Namespace) -> Config:
     train = splits[0]
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
     cfg, notes = build_config(model, Data(files, classes, len(train.content['images']), train.most_boxes), choices)
+    notes.append(choose_weights(cfg, args.model or DEFAULT_MODEL, args.from_scratch))
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     cfg = save_config(cfg, work_dir, f'{model.stem}_{data.absolute().stem}')

@@ -19,11 +19,11 @@ test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=1e-3, fused=True),
+    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=1e-3, fused=True),
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )
 param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=300)]
-auto_scale_lr = dict(enable=False, base_batch_size=2)
+auto_scale_lr = dict(enable=False, base_batch_size=4)
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=1000))
 log_processor = dict(by_epoch=False)
 custom_hooks = [
