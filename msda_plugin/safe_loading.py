@@ -135,6 +135,16 @@ def fetch(url: str, folder: str | os.PathLike | None = None, *, progress: bool =
     return path
 
 
+def verify_hash(path: Path, remedy: str) -> None:
+    """Compare a file with the hash in its name (``NAME-HASH.EXT``); a name without a hash is not verified.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the hash differs; ``remedy`` ends the message.
+    """
+    _check_hash(path, _hash_of(path.name), str(path), f'it was damaged or replaced; {remedy}')
+
+
 def _hash_of(name: str) -> str | None:
     match = re.search(r'-([0-9a-f]{8,64})\.', name)
     is_date = match and re.fullmatch(r'(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])', match[1])

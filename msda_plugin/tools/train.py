@@ -29,6 +29,7 @@ CUSTOM_DATA = (
     'seed',
     'device',
     'load_from',
+    'from_scratch',
     'dry_run',
 )
 
@@ -179,7 +180,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar='NAME',
         help='model of `python -m msda_plugin models`, trained from its published weights, or path of a model config',
     )
-    custom.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
+    weights = custom.add_mutually_exclusive_group()
+    weights.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
+    weights.add_argument(
+        '--from-scratch', action='store_true', help='start from random weights, not from published or starter weights'
+    )
     custom.add_argument('--epochs', type=int, metavar='N', help='default: 50')
     custom.add_argument('--batch-size', type=int, metavar='N', help='images per iteration (default: 4)')
     effective = custom.add_mutually_exclusive_group()

@@ -18,6 +18,7 @@ from msda_plugin.tools.common.launch import check_device, check_folder
 from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco, formats
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, save_config
+from msda_plugin.tools.custom_data.starter import choose_weights
 
 
 def prepare(args: argparse.Namespace) -> Config:
@@ -75,17 +76,20 @@ def prepare(args: argparse.Namespace) -> Config:
             check_classes(named, classes)
     train = splits[0]
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
-    if model.weights and choices.load_from is None and args.resume is None:
-        if args.dry_run and not model.converter:
-            weights = model.weights  # MMEngine downloads it when the config is trained
-        else:
-            weights = str(download_weights(model))
-        choices = replace(choices, load_from=weights)
+    published = model.weights is not None and choices.load_from is None and not args.from_scratch
+    if published:
+        loads = not args.dry_run and args.resume is None
+        # MMEngine downloads from a URL when the config is trained.
+        choices = replace(
+            choices, load_from=str(download_weights(model)) if loads or model.converter else model.weights
+        )
     found = Data(files, classes, len(train.content['images']), train.most_boxes)
     cfg, notes = build_config(model.config, found, choices)
-    if choices.load_from != args.load_from:  # published weights of the whole detector
+    if published:  # of the whole detector
         cfg.model = without_pretrained(cfg.model)
         notes.append(f'weights: {model.name}, published at {model.weights}')
+    else:
+        notes.append(choose_weights(cfg, model.name, args.from_scratch))
     apply_cfg_options(cfg, args.cfg_options)
     cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'

@@ -493,7 +493,7 @@ def test_dry_run_writes_complete_config(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     write(tmp_path / 'mine/labels.json', tmp_path / 'mine/pictures', coco([f'{i}.jpg' for i in range(10)]))
-    options = ['--effective-batch', '8', '--cfg-options', 'model.bbox_head.loss_cls.gamma=1.5']
+    options = ['--effective-batch', '8', '--from-scratch', '--cfg-options', 'model.bbox_head.loss_cls.gamma=1.5']
     assert main(['--data', 'mine', '--dry-run', *options]) == 0
     said = capsys.readouterr().out
     assert 'taken from the training data: 2 of 10 images, seed 0' in said and '2 classes: cat, dog' in said
