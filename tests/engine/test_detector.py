@@ -17,8 +17,8 @@ from PIL import Image
 from msda_plugin import Detector
 from msda_plugin.engine.detector import DetectionResult
 from msda_plugin.engine.inference import predict, read_image
+from msda_plugin.engine.model_zoo import find_model
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.custom_data.config import find_model
 from msda_plugin.tools.shape_images import CLASSES, draw_image
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def with_loader(text):
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    cfg = Config.fromfile(find_model('deformable-detr-two-stage_shunted-nano'))
+    cfg = Config.fromfile(find_model('deformable-detr-two-stage_shunted-nano').config)
     cfg.merge_from_dict(dict(model=dict(num_queries=20, test_cfg=dict(max_per_img=20))))
     return save(with_loader(cfg.pretty_text), tmp_path_factory.mktemp('run') / 'best_epoch_1.pth')
 
@@ -338,7 +338,7 @@ def test_camera_runs_frame_by_frame(detector, clip, monkeypatch):
 # ---- options --------------------------------------------------------------------------------------------------------
 def test_sources(detector, checkpoint, photo, tmp_path):
     expected = detector(photo[0], 0)
-    cfg = with_loader(Config.fromfile(find_model('deformable-detr-two-stage_shunted-nano')).pretty_text)
+    cfg = with_loader(Config.fromfile(find_model('deformable-detr-two-stage_shunted-nano').config).pretty_text)
     cfg.merge_from_dict(dict(model=dict(num_queries=10, test_cfg=dict(max_per_img=10))))
     cfg.dump(tmp_path / 'ten.py')
     assert same(Detector(checkpoint.parent, device='cpu')(photo[0], 0), expected)
