@@ -159,8 +159,10 @@ class Detector:
     """A detector that is ready for images.
 
     Args:
-        source: A checkpoint (path or URL), a Python config file, or the work dir of a training; with a config or work
-            dir, the best checkpoint of the training is taken. None: ``checkpoint``, or that of the last `make train`.
+        source: A checkpoint (path or URL), a Python config file, the work dir of a training, or the name of a model
+            with published weights, which are downloaded once (``python -m msda_plugin models`` lists the names). With a
+            config or work dir, the best checkpoint of the training is taken. None: ``checkpoint``, or that of the last
+            `make train`.
         config: Python config file. None: the config that the checkpoint contains, which is parsed, not executed; if
             it contains none, or one that needs other packages, the only Python file next to the checkpoint.
         checkpoint: Checkpoint for a config.

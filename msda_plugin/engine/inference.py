@@ -24,6 +24,7 @@ from torch import nn
 
 from msda_plugin import compat
 from msda_plugin.convert.conversion import unwrap
+from msda_plugin.engine.model_zoo import download_weights, find_model
 from msda_plugin.engine.recorded_config import NotSelfContainedError, RecordedConfig, recorded_config
 from msda_plugin.registry import MODELS
 
@@ -77,7 +78,8 @@ def find_source(
     """Find config and checkpoint for what a user names.
 
     Args:
-        source: A checkpoint (path or URL), a Python config file, or the work dir of a training.
+        source: A checkpoint (path or URL), a Python config file, the work dir of a training, or the name of a model
+            with published weights, which are downloaded once.
         config: Config for a checkpoint or work dir.
         checkpoint: Checkpoint for a config.
 
@@ -86,7 +88,9 @@ def find_source(
 
     Raises:
         FileNotFoundError: If there is no such file, or no checkpoint for it.
-        ValueError: If ``source`` and another argument are both a config or both a checkpoint.
+        OSError: If published weights cannot be downloaded.
+        ValueError: If ``source`` and another argument are both a config or both a checkpoint, or there is no model of
+            this name.
     """
     path = Path(source)
     if path.is_dir():
@@ -95,9 +99,15 @@ def find_source(
             raise FileNotFoundError(f'the folder {path} contains no checkpoint (*.pth); give a work dir')
         source = found
     elif not path.is_file() and '://' not in str(source):
-        raise FileNotFoundError(
-            f"'{source}' does not exist; give a checkpoint (.pth), a Python config file, or a work dir"
-        )
+        if path.suffix or len(path.parts) > 1:
+            raise FileNotFoundError(
+                f"'{source}' does not exist; give a checkpoint (.pth), a Python config file, a work dir, or the name "
+                'of a model'
+            )
+        if config is not None or checkpoint is not None:
+            raise ValueError(f"the model '{source}' has its own config and weights; name it alone")
+        model = find_model(str(source))
+        return str(model.config), str(download_weights(model))
     kind, other = ('config', config) if path.suffix == '.py' else ('checkpoint', checkpoint)
     if other is not None:
         raise ValueError(f"'{path}' is a {kind}, and {kind}= names another one, '{other}'; give one of them")

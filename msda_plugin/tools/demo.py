@@ -257,6 +257,11 @@ def main(argv: list[str]) -> int:
         '  python -m msda_plugin demo folder clip.mp4 --checkpoint work_dirs/mine/epoch_12.pth --out pictures',
     )
     parser.add_argument('inputs', nargs='+', metavar='IMAGE|FOLDER|VIDEO', help='files and folders to read')
+    parser.add_argument(
+        '--model',
+        metavar='NAME|PATH',
+        help='name of a model with published weights (python -m msda_plugin models), a checkpoint, or a work dir',
+    )
     parser.add_argument('--config', help='Python config file (default: the one that the checkpoint contains)')
     parser.add_argument(
         '--checkpoint', help='.pth file (default: the best one of `make train`, or in the work dir of --config)'
@@ -293,6 +298,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f'--batch-size must be at least 1, got {args.batch_size}')
         targets = find_sources(args.inputs, args.out)
         detector = Detector(
+            args.model,
             config=args.config,
             checkpoint=args.checkpoint,
             device=args.device,

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from PIL import Image
 
+from msda_plugin import Detector
 from msda_plugin.convert import convert
+from msda_plugin.engine import model_zoo
 from msda_plugin.engine.model_zoo import Model, download_weights, find_model, models
+from msda_plugin.registry import MODELS
+from msda_plugin.tools import demo
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL
 
 C = 16
@@ -120,3 +127,23 @@ def test_offline(tmp_path, monkeypatch):
 def test_without_weights():
     with pytest.raises(ValueError, match='no weights are published for deformable-detr-two-stage_shunted-nano'):
         download_weights(find_model(DEFAULT_MODEL))
+
+
+def test_detector_and_demo_take_a_name(server, tiny_stock_config, tmp_path, monkeypatch, capsys):
+    folder, url = server
+    cfg = Config.fromfile(tiny_stock_config)
+    init_default_scope('mmdet')
+    name = publish(folder, dict(state_dict=MODELS.build(cfg.model).state_dict()))
+    known = {'tiny_r18_coco': Model('tiny_r18_coco', tiny_stock_config, weights=f'{url}/{name}')}
+    monkeypatch.setattr(model_zoo, 'models', lambda: known)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    Image.new('RGB', (64, 48), 'gray').save(tmp_path / 'photo.png')
+    argv = [str(tmp_path / 'photo.png'), '--model', 'tiny_r18', '--out', str(tmp_path / 'out')]
+    assert demo.main(argv) == 0
+    assert (tmp_path / 'out' / 'photo.png').is_file() and Quiet.requests == 1
+    assert Detector('tiny_r18').config == str(tiny_stock_config)
+    with pytest.raises(SystemExit):
+        demo.main([*argv[:2], 'tinny_r18', *argv[3:]])
+    assert "unknown model 'tinny_r18'; did you mean tiny_r18_coco?" in capsys.readouterr().err
+    with pytest.raises(ValueError, match='has its own config and weights'):
+        Detector('tiny_r18', config=tiny_stock_config)

@@ -84,8 +84,7 @@ def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, lis
     cfg = Config({**cfg.to_dict(), **{key: source[key] for key in KEPT if source.get(key) is not None}})
     notes = _fit_model(cfg.model, model, data)
     choices, reduced = _fit_batch(data, choices)
-    notes += reduced
-    notes += _set_optimizer(cfg, source, choices)
+    notes = [*reduced, *_set_optimizer(cfg, source, choices), *notes]
     _set_data(cfg, data, choices, choices.image_size or _image_size(source))
     _set_schedule(cfg, data, choices)
     cfg.runner_type = 'msda_plugin.DetectionRunner'
