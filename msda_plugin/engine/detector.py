@@ -58,7 +58,7 @@ class DetectionResult:
 
     @property
     def image(self) -> np.ndarray:
-        """The image, (height, width, 3) uint8, RGB. That of a file is read again."""
+        """The image, (height, width, 3) uint8, RGB. That of a file is read again; others are kept."""
         from msda_plugin.engine.inference import read_image
 
         return read_image(self.path) if self._image is None else self._image
@@ -202,8 +202,9 @@ class Detector:
 
         _check_device(device)
         find = find_checkpoint if source is None else partial(find_source, source)
-        self.config, self.checkpoint = find(config, checkpoint)
-        cfg, loaded = read_checkpoint(self.config, self.checkpoint)
+        config, self.checkpoint = find(config, checkpoint)
+        cfg, loaded = read_checkpoint(config, self.checkpoint)
+        self.config = cfg.filename
         self._nms = _set_nms(cfg, nms)
         if image_size is not None:
             _set_image_size(cfg, image_size)
@@ -223,6 +224,7 @@ class Detector:
 
     @property
     def device(self) -> 'torch.device':
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     def __call__(
@@ -340,7 +342,7 @@ class Detector:
                 f'{type(self.model).__name__} predicts no objects with scores ({", ".join(sample.keys())}); choose a '
                 'detector or an instance segmentation model'
             )
-        found = found[found.scores >= score_threshold]
+        found = found[found.scores.float() >= score_threshold]
         found = found[found.scores.argsort(descending=True, stable=True)]
         if self._nms is not None and len(found):
             from mmcv.ops import batched_nms

@@ -184,7 +184,8 @@ def build_detector(
     """Build the detector from the results of :func:`read_checkpoint`; see :func:`load_detector`."""
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     compat.import_mmdet()
-    with compat.registered_types_only() if isinstance(cfg, RecordedConfig) else nullcontext():
+    restricted = compat.registered_types_only() if isinstance(cfg, RecordedConfig) else nullcontext()
+    with restricted, compat.load_checkpoints_strictly():  # some detectors load a teacher
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
         meta = loaded['meta'].get('dataset_meta') if 'state_dict' in loaded and 'meta' in loaded else None
         model.dataset_meta = {key.lower(): value for key, value in meta.items()} if meta else _dataset_meta(cfg)

@@ -8,14 +8,12 @@ parsed instead of executed, and what it names is restricted to registered classe
 import ast
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
-from msda_plugin.engine.config_walk import walk
-
-PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'msda_plugin')  # imported if a config needs them
+PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'msda_plugin')  # imported if a config needs them
 NMS = ('nms', 'soft_nms')
 USED = ('default_scope', 'model', 'test_dataloader')  # what inference reads of a config
 
@@ -66,7 +64,7 @@ def _literal(node: ast.expr) -> object:
             return [_literal(element) for element in elements]
         case ast.Tuple(elts=elements):
             return tuple(_literal(element) for element in elements)
-        case ast.Constant(value=value):
+        case ast.Constant(value=str() | int() | float() | None as value):
             return value
         case ast.Name(id='inf' | 'nan' as name):  # floats are dumped in this form
             return float(name)
@@ -99,43 +97,45 @@ def recorded_config(checkpoint: object) -> RecordedConfig | None:
     model, loader = fields.get('model'), fields.get('test_dataloader')
     if not isinstance(model, dict) or not isinstance(loader, dict) or not isinstance(loader.get('dataset'), dict):
         return None
-    dataset = loader['dataset']
-    _check(model, 'model')
-    _check(dataset, 'test_dataloader.dataset')
-    scopes = [fields.get('default_scope') or 'mmdet', *_scopes((model, dataset))]
+    # The weights of `init_cfg` are not read for inference, and nothing evaluates the names and paths of a dataset.
+    scopes = {
+        fields.get('default_scope') or 'mmdet',
+        *_check(model, 'model', skipped=('init_cfg',)),
+        *_check(loader['dataset'], 'dataset', skipped=('metainfo', 'data_root', 'ann_file', 'data_prefix')),
+    }
     _import(scopes, fields.get('custom_imports'))
     return RecordedConfig({name: fields[name] for name in USED if name in fields})
 
 
-def _check(node: object, where: str) -> None:
-    """Refuse values that a module could execute."""
-    for path, value in walk(node, where):
-        last = path.rsplit('.', 1)[-1]
-        if last == 'teacher_config':
+def _check(node: object, where: str, skipped: Sequence[str]) -> Iterator[str]:
+    """Yield the packages that types name, and refuse values that a module could execute."""
+    if isinstance(node, str) and '(' in node:  # an expression that calls nothing is harmless
+        raise ValueError(f'contains a config with code in {where} ({node[:60]!r}), which is not run')
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for key, value in children:
+        path = f'{where}.{key}'
+        if key in skipped:
+            continue
+        if key == 'teacher_config':
             raise NotSelfContainedError(f'was trained with a config that runs another one ({path})')
-        # Expressions that call nothing are harmless. Nothing evaluates `init_cfg`, and of a dataset only the pipeline.
-        used = '.pipeline.' in path if path.startswith('test_dataloader') else '.init_cfg' not in path
-        if used and isinstance(value, str) and '(' in value:
-            raise ValueError(f'contains a config with code in {path} ({value[:60]!r}), which is not run')
-        if last == 'nms' and isinstance(value, dict) and value.get('type', 'nms') not in NMS:
-            raise ValueError(f'contains a config with the unknown {path}.type {value["type"]!r}')
-
-
-def _scopes(node: object) -> Iterable[str]:
-    """The packages that the types in a config name."""
-    for path, value in walk(node):
-        if path.endswith('.type') and isinstance(value, str) and '.' in value:
-            scope, _, name = value.partition('.')
-            if not re.fullmatch(r'\w+', name):  # MMEngine would import this path
-                raise NotSelfContainedError(f'was trained with a config whose type {value[:80]!r} is not registered')
-            yield scope
+        yield from _check(value, path, skipped)
+        if key == 'nms' and isinstance(value, dict) and value.get('type', 'nms') not in NMS:
+            raise ValueError(f'contains a config with the unknown type {value["type"]!r} of {path}')
+        if key == 'type' and isinstance(value, str):
+            if not re.fullmatch(r'\w+(\.\w+)?', value):
+                raise NotSelfContainedError(
+                    f'was trained with a config whose {path}, {value[:80]!r}, is no registered name'
+                )
+            if '.' in value:
+                yield value.partition('.')[0]
 
 
 def _import(scopes: Iterable[str], custom_imports: object) -> None:
     """Import the modules that the config needs, if they are OpenMMLab's or ours; others must be imported already."""
     modules = custom_imports.get('imports', []) if isinstance(custom_imports, dict) else []
     modules = [modules] if isinstance(modules, str) else modules
-    unknown = [name for name in (*scopes, *modules) if name.split('.')[0] not in PACKAGES and name not in sys.modules]
+    names = [str(name) for name in (*scopes, *modules)]
+    unknown = [name for name in names if name.split('.')[0] not in PACKAGES and name not in sys.modules]
     if unknown:
         raise NotSelfContainedError(f'needs the module {unknown[0]}, which is not imported')
     import_modules_from_strings(list(modules), allow_failed_imports=True)
