@@ -49,7 +49,7 @@ NEEDS = {'tensorboard': 'tensorboard'}  # page -> optional package
 LANGUAGES = r'(?P<language>python|bash|sh)(?: title="(?P<file>[^"]+)")?$\n'
 FENCE = RawFencedCodeBlockLexer(re.compile(LANGUAGES, re.M))
 OWN = ('python', '-m', 'msda_plugin')
-OTHER_PROGRAMS = ('pip', 'tensorboard')  # not checked
+OTHER_PROGRAMS = ('pip', 'source', 'tensorboard')  # not checked
 
 SLOW = ('complexity', 'train', 'visualize')  # commands whose examples of --help take more than ten seconds
 # Beginning of an example of --help that is not executed -> reason.
@@ -74,7 +74,7 @@ class Parsed(Exception):
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    for line in block.replace('\\\n', ' ').splitlines():
+    for line in re.split(r'\n| && ', block.replace('\\\n', ' ')):
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r'\w+=\S*', words[0]):  # VARIABLE=value before a command
             del words[0]
