@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
 
 from msda_plugin.engine.data_check import check_coco
@@ -434,3 +436,20 @@ def test_like_supervision(tmp_path):
             mine = sorted((label, x, y, x + w, y + h) for label, (x, y, w, h), _ in ours[os.path.basename(path)])
             assert [box[0] for box in mine] == [box[0] for box in boxes]
             np.testing.assert_allclose([box[1:] for box in mine], [box[1:] for box in boxes], atol=0.01)
+
+
+@pytest.mark.slow
+def test_trains_until_it_diverges(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_yolo(tmp_path / 'mine')
+    options = ['--data', 'mine', '--image-size', '128', '--workers', '0', '--device', 'cpu', '--batch-size', '1']
+    DetLocalVisualizer._instance_dict.clear()  # one per process, with the folder of the last training
+    assert main([*options, '--epochs', '1', '--work-dir', 'good']) == 0
+    assert json.loads(Path('good/metrics.json').read_text())['finished']
+    DetLocalVisualizer._instance_dict.clear()
+    capsys.readouterr()
+    assert main([*options, '--epochs', '40', '--work-dir', 'bad', '--lr', '1e30']) == 1
+    said = capsys.readouterr().err
+    assert 'Traceback' not in said and said.count('msda_plugin train: stopped after 10 steps in a row') == 1
+    assert re.search(r'images .*/mine/images/train/[01].png\); .*/stopped_iter_\d+.pth; --resume continues from', said)
+    assert 'lower the learning rate' in said and len(list(Path('bad').glob('stopped_iter_*.pth'))) == 1
