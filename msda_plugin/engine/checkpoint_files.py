@@ -17,6 +17,11 @@ class DiskFullError(OSError):
     """The training stopped because the disk is full; the message names the last checkpoint and how to resume."""
 
 
+def no_file(path: str | os.PathLike) -> str:
+    """The verb of a sentence about a path that is not a file: 'is a folder', otherwise 'does not exist'."""
+    return 'is a folder' if Path(path).is_dir() else 'does not exist'
+
+
 def is_complete(path: str | os.PathLike) -> bool:
     """Whether a checkpoint file exists, has its full length and matches the checksums that torch wrote into it.
 

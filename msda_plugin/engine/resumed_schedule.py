@@ -37,8 +37,8 @@ def warn_of_the_rest(runner: Runner) -> None:
     says = (
         f'the schedule has ended, and the learning rate stays at {rate}'
         if over
-        else f'the schedule ends after {unit} {done + round(max(left) / iterations)}, and the learning rate, now {rate}, '
-        'stays as it is then'
+        else f'the schedule ends after {unit} {done + round(max(left) / iterations)}, from where the learning rate, '
+        f'now {rate}, stays the same'
     )
     runner.logger.warning(
         f'resuming after {unit} {done} of {length}: {says}; add --extend to start the schedule anew over the remaining '

@@ -115,7 +115,8 @@ class DetectionRunner(Runner):
         device = self.cfg.get('device')
         if device and not self.distributed:
             if device.startswith('cuda'):
-                torch.cuda.set_device(device)  # MMEngine moves the model to 'cuda', the current device
+                # MMEngine moves the model to 'cuda', the current device.
+                torch.cuda.set_device(torch.device(device).index or 0)
             else:
                 return model.to(device)
         return super().wrap_model(model_wrapper_cfg, model)
@@ -181,7 +182,7 @@ class DetectionRunner(Runner):
 
     @master_only
     def dump_config(self) -> None:
-        """Write the config to the work dir, once a training starts; before, as MMEngine calls it, nothing is written."""
+        """Write the config to the work dir if a training starts; MMEngine also calls this before tests."""
         if self._starts_training:
             name = Path(self.cfg.filename).name if self.cfg.filename else f'{self.timestamp}.py'
             with atomic_write(Path(self.work_dir, name)) as unfinished:
@@ -197,7 +198,7 @@ class DetectionRunner(Runner):
     def train(self) -> nn.Module:
         """Write the config to the work dir and train; DiskFullError if the disk is full."""
         self.check_data('train', 'val')
-        check_weights(Config(dict(model=self.cfg.get('model'), load_from=self._load_from)))
+        check_weights(dict(model=self.cfg.get('model'), load_from=self._load_from))
         self._starts_training = True
         try:
             self.dump_config()

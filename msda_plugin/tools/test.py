@@ -10,8 +10,15 @@ from msda_plugin.tools.common.errors import user_errors
 def main(argv: list[str] | None = None) -> int:
     from mmengine.dist import is_main_process
 
+    from msda_plugin.engine.checkpoint_files import no_file
     from msda_plugin.engine.nms import set_nms
-    from msda_plugin.tools.common.launch import add_arguments, build_runner, exit_if_loading_fails, load_config
+    from msda_plugin.tools.common.launch import (
+        add_arguments,
+        build_runner,
+        check_folder,
+        exit_if_loading_fails,
+        load_config,
+    )
 
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin test',
@@ -36,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.work_dir:
             cfg.work_dir = str(Path(cfg.work_dir, 'test'))
         if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
-            raise FileNotFoundError(f'the checkpoint {args.checkpoint} does not exist; give the path of a .pth file')
+            raise FileNotFoundError(
+                f'the checkpoint {args.checkpoint} {no_file(args.checkpoint)}; give the path of a .pth file'
+            )
         if not cfg.get('test_dataloader'):
             raise ValueError(f'{args.config} has no test data; add test_dataloader, test_evaluator and test_cfg')
         if args.verbose:
@@ -47,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             if not args.out.endswith(('.pkl', '.pickle')):
                 raise ValueError(f'--out must be a .pkl file, got {args.out}')
+            check_folder(Path(args.out).parent, '--out')
             if not cfg.get('test_evaluator'):
                 raise ValueError(f'--out requires a test_evaluator, but {args.config} has none')
             evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]

@@ -102,11 +102,13 @@ def _measure_training_ap(cfg: 'Config', num_images: int) -> None:
 
 
 def _check_resume(args: argparse.Namespace) -> None:
+    from msda_plugin.engine.checkpoint_files import no_file
+
     if args.extend and args.resume is None:
         raise ValueError('--extend requires --resume')
     named = None if args.resume in (None, 'auto') else args.resume
     if named and '://' not in named and not Path(named).is_file():
-        raise FileNotFoundError(f'the checkpoint {named} of --resume does not exist; give the path of a .pth file')
+        raise FileNotFoundError(f'the checkpoint {named} of --resume {no_file(named)}; give the path of a .pth file')
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -125,9 +125,12 @@ def _check(cfg: Config, key: str, value: object) -> None:
                 f"--cfg-options {key}: {path} is {_shown(node)}, which has no field '{part}'; set {path} as a whole"
             )
         node, path = child, f'{path}.{part}'
-    if not rest and isinstance(node, dict) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    # A dict deeper in the config may have a name instead, such as arch='tiny'.
+    single = isinstance(value, (int, float) if rest else (int, float, str)) and not isinstance(value, bool)
+    if isinstance(node, dict) and single:
         raise ValueError(
-            f'--cfg-options {key}={value}: {key} is a dict; set one of its fields, such as {key}.{next(iter(node), "type")}'
+            f'--cfg-options {key}={value}: {key} is a dict; set one of its fields, such as '
+            f'{key}.{next(iter(node), "type")}'
         )
     number = isinstance(node, (int, float)) and not isinstance(node, bool)
     if number and isinstance(value, str) and key.split('.')[-1] not in TEXT_OR_NUMBER:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
+from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import Runner
 
-from msda_plugin.engine.config_check import check_numbers, check_weights
+from msda_plugin.engine.config_check import check_fields, check_weights
 from msda_plugin.engine.runner import DetectionRunner
 from msda_plugin.tools.common.cfg_options import apply_cfg_options
 from msda_plugin.tools.common.errors import user_errors
@@ -36,25 +36,25 @@ def add_arguments(
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def check_device(name: str) -> None:
-    """Check that torch has this device: 'cpu', 'cuda' or 'cuda:N'.
+def check_device(name: str, option: str = '--device') -> None:
+    """Check that torch has the device of an option: 'cpu', 'cuda' or 'cuda:N'.
 
     Raises:
         ValueError: If the name has another form, or torch does not have the device.
     """
-    match = re.fullmatch(r'cpu|cuda(?::(\d+))?', name)
+    match = re.fullmatch(r'cpu|cuda(?::(\d+))?', str(name))
     if not match:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got '{name}'")
+        raise ValueError(f"{option} must be cpu, cuda or cuda:N, got '{name}'")
     count = torch.cuda.device_count()
     if name != 'cpu' and int(match[1] or 0) >= count:
         raise ValueError(
-            f'--device is {name}, but torch {torch.__version__} sees {count or "no"} GPU'
+            f'{option} is {name}, but torch {torch.__version__} sees {count or "no"} GPU'
             f'{"s" if count > 1 else ""}; choose another device, or run python -m msda_plugin env for details'
         )
 
 
-def check_work_dir(path: str | os.PathLike) -> None:
-    """Check that a work dir is a folder, or can become one.
+def check_folder(path: str | os.PathLike, option: str = '--work-dir') -> None:
+    """Check that the path of an option is a folder, or can become one.
 
     Raises:
         NotADirectoryError: If it, or a folder above it, is a file.
@@ -62,7 +62,7 @@ def check_work_dir(path: str | os.PathLike) -> None:
     for folder in (Path(path), *Path(path).parents):
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(
-                f'the work dir {path} cannot be a folder, because {folder} is a file; choose another --work-dir'
+                f'{option}: {path} cannot be a folder, because {folder} is a file; choose another one'
             )
 
 
@@ -79,10 +79,18 @@ def read_config(path: str) -> Config:
         raise FileNotFoundError(f'the config {path} does not exist; give the path of a Python config file')
     try:
         return Config.fromfile(path)
-    except (OSError, SyntaxError, UnicodeDecodeError, AttributeError) as error:
-        if Path(path).suffix == '.py':
-            raise
-        raise ValueError(_no_config(path)) from error
+    except Exception as error:  # text that is no config raises errors of many types
+        if Path(path).suffix != '.py':
+            raise ValueError(_no_config(path)) from error
+        if isinstance(error, FileNotFoundError) and error.filename:
+            raise FileNotFoundError(
+                f'{path} inherits from {error.filename}, which does not exist; correct _base_'
+            ) from error
+        if isinstance(error, SyntaxError):
+            raise ValueError(
+                f'{path}, or a file in its _base_, is not valid Python: {error.msg}, line {error.lineno}'
+            ) from error
+        raise
 
 
 def _no_config(path: str) -> str:
@@ -104,7 +112,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     apply_cfg_options(cfg, args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
-    check_work_dir(cfg.work_dir)
+    check_folder(cfg.work_dir)
     return cfg
 
 
@@ -115,13 +123,18 @@ def build_runner(cfg: Config, *splits: str) -> Runner:
     """
     cfg.setdefault('runner_type', 'msda_plugin.DetectionRunner')
     check_weights(cfg)
-    check_numbers(cfg)
+    check_fields(cfg)
+    if str(cfg.get('device')).startswith('cuda') and cfg.get('launcher', 'none') == 'none':
+        check_device(cfg.device, 'device')
     runner = RUNNERS.build(cfg)
     if isinstance(runner, DetectionRunner):
         runner.check_data(*splits)
     for split in splits:
         getattr(runner, f'{split}_loop')  # the property builds dataloader and evaluator
     if 'train' in splits:
+        kind = (cfg.optim_wrapper.get('optimizer') or {}).get('type')
+        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:
+            raise KeyError(f'{kind} is not in the optimizer registry')
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     return runner
 

@@ -1,15 +1,16 @@
 """``train --data`` before the training: check the data, print a summary, write the config."""
 
 import argparse
+import math
 import os
 import re
 from pathlib import Path
 
 from mmengine.config import Config
 
-from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint
+from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint, no_file
 from msda_plugin.tools.common.cfg_options import apply_cfg_options
-from msda_plugin.tools.common.launch import check_device, check_work_dir
+from msda_plugin.tools.common.launch import check_device, check_folder
 from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco
 from msda_plugin.tools.custom_data.config import (
@@ -44,7 +45,7 @@ def prepare(args: argparse.Namespace) -> Config:
     model = find_model(args.model or DEFAULT_MODEL)
     data = Path(args.data)
     work_dir = Path(args.work_dir or f'work_dirs/{data.absolute().stem}')
-    check_work_dir(work_dir)
+    check_folder(work_dir)
     if args.dry_run and last_checkpoint(work_dir) is not None:
         work_dir = work_dir / 'dry_run'  # the files of a training stay as they are
     elif args.resume is None and last_checkpoint(work_dir) is not None:
@@ -73,7 +74,7 @@ def prepare(args: argparse.Namespace) -> Config:
             '--skip-bad-images'
         )
     if args.resume is not None and not args.dry_run:  # before the training's files are replaced
-        named = latest_complete_checkpoint(work_dir, '*.pth')[0] if args.resume == 'auto' else args.resume
+        named = latest_complete_checkpoint(work_dir, 'epoch_*.pth')[0] if args.resume == 'auto' else args.resume
         if named and '://' not in named:
             check_classes(named, classes)
     train = splits[0]
@@ -124,14 +125,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     for name in ('epochs', 'batch_size', 'accumulate', 'effective_batch', 'lr'):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f'--{name.replace("_", "-")} must be positive, got {value}')
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise ValueError(f'--seed must be from 0 to {2**32 - 1}, got {args.seed}')
     if args.workers is not None and args.workers < 0:
         raise ValueError(f'--workers must not be negative, got {args.workers}')
     if args.device:
         check_device(args.device)
     if args.load_from and not Path(args.load_from).is_file() and '://' not in args.load_from:
-        raise FileNotFoundError(f'the checkpoint {args.load_from} does not exist; give the path of a .pth file')
+        raise FileNotFoundError(
+            f'the checkpoint {args.load_from} {no_file(args.load_from)}; give the path of a .pth file'
+        )
 
 
 def _accumulate(args: argparse.Namespace) -> int:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import PARAM_SCHEDULERS
 from PIL import Image
 
 from msda_plugin.engine.data_check import check_coco
@@ -268,6 +270,45 @@ def test_learning_rate_scales_with_batch():
     assert config(batch_size=64, lr=1e-3)[0].optim_wrapper.optimizer.lr == 1e-3
 
 
+def test_learning_rate_does_not_grow_without_a_limit():
+    cfg, notes = config(batch_size=64)
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(16e-4)
+    assert 'learning rate: 0.0016 = 0.0004 × 4, the maximum; the batch size alone gives 64 / 4; set another' in notes[1]
+
+
+def test_batch_is_not_larger_than_the_data_set():
+    cfg, notes = config(batch_size=100_000, num_images=10)
+    assert cfg.train_dataloader.batch_size == cfg.val_dataloader.batch_size == 10
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(1e-3)
+    assert notes[0] == 'batch size: 10 instead of 100000, because there are 10 training images'
+    cfg, notes = config(batch_size=4, accumulate=100, num_images=10)  # an epoch has 3 iterations
+    assert cfg.optim_wrapper.accumulative_counts == 3 and 'batch size: 12 instead of 400' in notes[0]
+    assert not [note for note in config(batch_size=10, num_images=10)[1] if 'instead of' in note]
+
+
+def rates(cfg, iterations):
+    """The learning rate of each iteration, with the schedulers of a config."""
+    wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0))
+    epoch_length = iterations // cfg.train_cfg.max_epochs
+    schedulers = [
+        PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=wrapper, epoch_length=epoch_length))
+        for scheduler in cfg.param_scheduler
+    ]
+    found = []
+    for _ in range(iterations):
+        found.append(wrapper.param_groups[0]['lr'])
+        for scheduler in schedulers:
+            scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize('epochs, images', [(1, 3), (1, 4), (2, 8), (4, 16), (19, 4), (5, 16), (10, 40)])
+def test_warm_up_ends_within_the_training(epochs, images):
+    cfg, _ = config(epochs=epochs, num_images=images)
+    found = rates(cfg, epochs * -(-images // 4))
+    assert max(found) > 0.9 and (found[0] == 1.0) == (len(found) < 20)
+
+
 def test_model_settings_from_data():
     cfg, _ = config()
     assert cfg.model.bbox_head.num_classes == 2 and cfg.model.num_queries == 60
@@ -324,6 +365,10 @@ def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     assert '--images nowhere does not exist' in sentence(['--data', '.', '--images', 'nowhere'], capsys)
     assert "unknown model 'yolo'" in sentence(['--data', '.', '--model', 'yolo'], capsys)
     assert 'use 8 or 12' in sentence(['--data', '.', '--effective-batch', 10], capsys)
+    assert '--lr must be positive, got inf' in sentence(['--data', '.', '--lr', 'inf'], capsys)
+    assert '--seed must be from 0 to 4294967295, got -1' in sentence(['--data', '.', '--seed', -1], capsys)
+    (tmp_path / 'file').touch()
+    assert '--work-dir: file cannot be a folder' in sentence(['--data', '.', '--work-dir', 'file'], capsys)
     assert '--batch-size must be positive, got 0' in sentence(['--data', '.', '--batch-size', 0], capsys)
     assert 'a side such as 320' in sentence(['--data', '.', '--image-size', 'big'], capsys)
     assert 'none.pth does not exist' in sentence(['--data', '.', '--load-from', 'none.pth'], capsys)
@@ -357,6 +402,46 @@ def test_dry_run_writes_complete_config(tmp_path, monkeypatch, capsys):
     assert train[0]['inputs'].shape == (3, 240, 320)
     METRICS.build(cfg.val_evaluator)
     assert cfg.optim_wrapper.accumulative_counts == 2 and cfg.load_from is None
+
+
+def test_a_dry_run_leaves_a_training_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / 'mine/labels.json', tmp_path / 'mine', coco([f'{i}.jpg' for i in range(10)]))
+    assert main(['--data', 'mine', '--dry-run', '--work-dir', 'w']) == 0
+    (tmp_path / 'w/last_checkpoint').write_text('w/epoch_1.pth')
+    before = {path: path.read_bytes() for path in (tmp_path / 'w').rglob('*') if path.is_file()}
+    assert main(['--data', 'mine', '--dry-run', '--work-dir', 'w', '--seed', '1', '--epochs', '3']) == 0
+    assert f'config: w/dry_run/{DEFAULT_MODEL}_mine.py' in capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in before.items())
+    cfg = Config.fromfile(f'w/dry_run/{DEFAULT_MODEL}_mine.py')
+    assert cfg.work_dir == 'w/dry_run' and '/dry_run/' in cfg.train_dataloader.dataset.ann_file
+
+
+def test_a_work_dir_has_one_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('mine', 'theirs'):
+        write(tmp_path / f'{name}/train.json', tmp_path / name)
+        write(tmp_path / f'{name}/val.json', tmp_path / name)
+    (tmp_path / 'w').mkdir()
+    (tmp_path / 'w/notes.py').write_text("work_dir = 'w'\n")  # not written by the command
+    assert main(['--data', 'mine', '--dry-run', '--work-dir', 'w']) == 0
+    assert main(['--data', 'theirs', '--dry-run', '--work-dir', str(tmp_path / 'w')]) == 0
+    assert sorted(path.name for path in (tmp_path / 'w').glob('*.py')) == [f'{DEFAULT_MODEL}_theirs.py', 'notes.py']
+
+
+def test_other_classes_are_not_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, classes in (('mine', CLASSES), ('theirs', ('cat', 'dog', 'bird'))):
+        for split in ('train', 'val'):
+            write(tmp_path / f'{name}/{split}.json', tmp_path / name, coco(classes=classes))
+    assert main(['--data', 'mine', '--dry-run', '--work-dir', 'w']) == 0
+    meta = dict(epoch=1, iter=1, dataset_meta=dict(classes=CLASSES))
+    torch.save(dict(meta=meta, state_dict={}), tmp_path / 'w/epoch_1.pth')
+    (tmp_path / 'w/last_checkpoint').write_text('w/epoch_1.pth')
+    message = sentence(['--data', 'theirs', '--work-dir', 'w', '--resume'], capsys)
+    assert 'cannot resume w/epoch_1.pth: it has other classes than the training data: 2 (cat, dog), ' in message
+    assert 'the data have 3 (cat, dog, bird); resume with its data, or start a new training' in message
+    assert [path.name for path in (tmp_path / 'w').glob('*.py')] == [f'{DEFAULT_MODEL}_mine.py']
 
 
 @pytest.fixture(scope='module')
