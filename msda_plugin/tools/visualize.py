@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         'Writes figures (PNG) and a self-contained page with selectors (HTML).',
         epilog='examples:\n'
         '  python -m msda_plugin visualize photo.jpg\n'
-        '  python -m msda_plugin visualize photo.jpg --detection 0 2 --query 64,32 --layer decoder.layers.1\n'
+        '  python -m msda_plugin visualize photo.jpg --detection 0 1 --layer decoder.layers.1\n'
+        '  python -m msda_plugin visualize photo.jpg --query 64,32 --layer backbone encoder\n'
         '  python -m msda_plugin visualize photo.jpg --checkpoint work_dirs/mine/epoch_12.pth --layer all',
     )
     parser.add_argument('image', help='image file')
@@ -120,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
 
     name = Path(args.image).stem
-    print(f'{checkpoint}: {len(queries)} queries, {len(recording.records)} attention layers')
+    number = f'{len(queries)} {"query" if len(queries) == 1 else "queries"}'
+    print(f'{checkpoint}: {number}, {len(recording.records)} attention layers')
     written = []
     for query in queries:
         figures = {'': draw_query(image, query, title=name)}

@@ -25,13 +25,16 @@ INK, PAPER, DETECTION = '#111111', '#ffffff', '#f0e442'
 LARGEST, SMALLEST = 80, 3  # areas of markers, square points
 ALL_MARKERS = 12000  # total marker area of a layer that attends to the whole image, square points
 PANEL = 3.5  # width of a panel, inches
+GAP = 0.1  # between panels, inches
 COLUMNS = (4, 5, 3)  # columns of panels, in order of preference
 TITLE, HEADING = 8, 11  # sizes of the fonts of panels and of the figure, points
 LETTER = 0.6  # mean width of a letter, in font sizes
 # Transparent to opaque, over the pale image.
-HEAT = LinearSegmentedColormap.from_list('heat', [(0.99, 0.85, 0.46, 0), (0.99, 0.55, 0.24, 0.6), (0.7, 0, 0.15, 0.9)])
+HEAT = LinearSegmentedColormap.from_list(
+    'heat', [(1, 0.95, 0.7, 0), (1, 0.88, 0.5, 0.5), (0.95, 0.45, 0.15, 0.75), (0.65, 0, 0.15, 0.9)]
+)
 FAINT = 1 / 4  # multiple of the uniform weight where the color scale starts; it ends at 4 or more
-NEARLY = 1.1  # a map whose largest weight is below this multiple of the uniform weight is marked
+NEARLY = 1.2  # a map whose largest weight is below this multiple of the uniform weight is marked
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ class Panel:
         """The samples ``keep``, (N,) bool, of a layer; None: all."""
         keep = np.ones(len(view.head), bool) if keep is None else keep
         shown, uniform = view.merged(keep), float(view.uniform[keep][0])
-        numbers = f'max weight {shown.weight.max():.2g}, uniform {uniform:.2g}'
+        title = (*title, f'max weight {shown.weight.max():.2g}, uniform {uniform:.2g}')
         if shown.weight.max() < NEARLY * uniform:
-            numbers += ': nearly uniform'
-        return cls(shown, window, uniform, (*title, numbers))
+            title += ('nearly uniform',)
+        return cls(shown, window, uniform, title)
 
 
 @dataclass(frozen=True)
@@ -127,18 +130,21 @@ def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.nd
                 for level in range(len(view.level_names))
             ]
     caption = 'query' if query.box is None else 'references by decoder layer, detection'
-    return _draw_panels(panels, image, _join(title, query.label), (caption, overview))
+    return _pixels(_figure(panels, image, _join(title, query.label), (caption, overview)))
 
 
 def draw_heads(image: np.ndarray, query: QueryView, view: LayerView, *, title: str = '') -> np.ndarray:
-    """Draw one layer: a panel of all heads, and one per head. Arguments and result as for :func:`draw_query`."""
+    """Draw one layer: a panel per head, and one of all heads if they attend to a few points.
+
+    Arguments and result as for :func:`draw_query`.
+    """
     window = layer_window(query, view, image.shape)
-    panels = [Panel.of(view, window, ('all heads',))] if view.cells is None else []
+    panels = [Panel.of(view, window, ('all heads',))] if view.is_local else []
     for head in np.unique(view.head):
         keep = view.head == head
         looks_at = '' if view.is_local else f', {view.level_names[view.level[keep][0]]}'
         panels.append(Panel.of(view, window, (f'head {head}{looks_at}',), keep))
-    return _draw_panels(panels, image, _join(title, f'{query.label} · {view.name}'))
+    return _pixels(_figure(panels, image, _join(title, f'{query.label} · {view.name}')))
 
 
 def _part_name(view: LayerView, level: int) -> str:
@@ -209,7 +215,8 @@ def _show(axis: Axes, image: np.ndarray, window: np.ndarray, pale: bool = False)
 
 def _draw_points(axis: Axes, view: LayerView, strength: np.ndarray) -> None:
     if view.origin is not None:
-        axis.add_collection(LineCollection(np.stack([view.origin, view.xy], 1), colors=INK, linewidths=0.5, alpha=0.5))
+        thin = 0.5 * min(1, (300 / len(view.xy)) ** 0.5)  # many lines would hide the points
+        axis.add_collection(LineCollection(np.stack([view.origin, view.xy], 1), colors=INK, linewidths=thin, alpha=0.5))
     for level in np.unique(view.level):
         of_level = np.flatnonzero(view.level == level)
         of_level = of_level[view.weight[of_level].argsort()]  # highest weight on top
@@ -244,7 +251,8 @@ def _opacity(strength: np.ndarray) -> np.ndarray:
 def _draw_cells(axis: Axes, view: LayerView, strength: np.ndarray) -> None:
     sizes = view.cells[view.level]
     patches = [Rectangle(corner, *size) for corner, size in zip(view.xy - sizes / 2, sizes, strict=True)]
-    axis.add_collection(PatchCollection(patches, facecolors=HEAT(strength), edgecolors=(1, 1, 1, 0.35), linewidths=0.4))
+    edges = dict(edgecolors=(1, 1, 1, 0.35), linewidths=min(0.4, 100 / len(patches)))  # a fine grid would hide colors
+    axis.add_collection(PatchCollection(patches, facecolors=HEAT(strength), **edges))
 
 
 def _draw_boxes(axis: Axes, query: QueryView) -> None:
@@ -277,42 +285,51 @@ def _draw_place(axis: Axes, at: np.ndarray) -> None:
     axis.plot(*at, marker='P', color=PAPER, markeredgecolor=INK, markeredgewidth=0.8, markersize=8, zorder=4)
 
 
-def _draw_panels(
+def _figure(
     panels: Sequence[Panel], image: np.ndarray, title: str, overview: tuple[str, Callable[[Axes], None]] | None = None
-) -> np.ndarray:
+) -> Figure:
     """A figure of panels, after an overview: its title, and a function that draws it."""
     scale = Scale.of(panels)
     draws = [((caption,), draw) for caption, draw in filter(None, [overview])]
     draws += [(panel.title, partial(_draw_panel, image=image, panel=panel, scale=scale)) for panel in panels]
     columns = min(min(COLUMNS, key=lambda columns: -len(draws) % columns), len(draws))
-    rows, width = -(-len(draws) // columns), PANEL * columns
-    titles = [_wrapped(lines, PANEL - 0.2, TITLE) for lines, _ in draws]
-    heading = _wrapped([title], width - 0.2, HEADING)
+    width = (PANEL + GAP) * columns + GAP
+    side = np.clip(PANEL * image.shape[0] / image.shape[1], 0.5, 3 * PANEL)  # height of the image in a panel
+    titles = [_wrapped(lines, PANEL, TITLE) for lines, _ in draws]
+    titles_height = _height(max(titles, key=len), TITLE) + GAP
+    heading = _wrapped([title], width, HEADING)
+    heading_height = _height(heading, HEADING) + GAP
     handles = _legend([panel.view for panel in panels], scale)
     entry = LETTER * TITLE / 72 * (6 + max(len(handle.get_label()) for handle in handles))  # width, inches
     legend_columns = min(max(1, int(width / entry)), len(handles))
-    height = (
-        rows * (PANEL * image.shape[0] / image.shape[1] + _height(max(titles, key=len), TITLE) + 0.1)
-        + _height(heading, HEADING)
-        + -(-len(handles) // legend_columns) * 0.2
-        + (0.7 if scale.multiple else 0.2)
-    )
-    figure = Figure(figsize=(width, height), dpi=110, layout='constrained')
-    canvas = FigureCanvasAgg(figure)
-    figure.suptitle('\n'.join(heading), fontsize=HEADING)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, lines, (_, draw) in zip(axes, titles, draws, strict=False):
+    legend_height = -(-len(handles) // legend_columns) * 1.8 * TITLE / 72 + 2 * GAP
+    scale_height = 0.8 if scale.multiple else 0
+    rows = -(-len(draws) // columns)
+    height = heading_height + rows * (titles_height + side) + legend_height + scale_height
+
+    # Explicit positions: matplotlib's layouts reserve too little for titles above images.
+    figure = Figure(figsize=(width, height), dpi=110)
+    FigureCanvasAgg(figure)
+    figure.text(0.5, 1 - GAP / 2 / height, '\n'.join(heading), fontsize=HEADING, ha='center', va='top')
+    for number, (lines, (_, draw)) in enumerate(zip(titles, draws, strict=True)):
+        row, column = divmod(number, columns)
+        left = GAP + column * (PANEL + GAP)
+        bottom = height - heading_height - (row + 1) * (titles_height + side)
+        axis = figure.add_axes((left / width, bottom / height, PANEL / width, side / height))
         draw(axis)
-        axis.set_title('\n'.join(lines), fontsize=TITLE)
-    for axis in axes[len(draws) :]:
-        axis.axis('off')
+        axis.set_title('\n'.join(lines), fontsize=TITLE, pad=3)
     figure.legend(
-        handles=handles, loc='outside lower center', ncols=legend_columns, fontsize=TITLE, frameon=False, labelcolor=INK
+        handles=handles, loc='lower center', ncols=legend_columns, fontsize=TITLE, frameon=False, labelcolor=INK
     )
     if scale.multiple:
-        _draw_color_scale(figure, axes, scale)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        bar = figure.add_axes((0.2, (legend_height + 0.4) / height, 0.6, 0.18 / height))
+        _draw_color_scale(figure, bar, scale)
+    return figure
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
 def _wrapped(lines: Sequence[str], width: float, size: float) -> list[str]:
@@ -326,18 +343,18 @@ def _height(lines: Sequence[str], size: float) -> float:
     return 1.25 * len(lines) * size / 72
 
 
-def _draw_color_scale(figure: Figure, axes: Sequence[Axes], scale: Scale) -> None:
-    bar = figure.colorbar(scale.colors, ax=list(axes), location='bottom', shrink=0.6, aspect=40, pad=0.02)
-    bar.ax.set_facecolor('#c8c8c8')  # as a pale image: the colors are transparent
+def _draw_color_scale(figure: Figure, axis: Axes, scale: Scale) -> None:
+    bar = figure.colorbar(scale.colors, cax=axis, orientation='horizontal')
+    axis.set_facecolor('#c8c8c8')  # as a pale image: the colors are transparent
     step = next((step for step in (2, 4, 16) if scale.multiple <= 4 * step**3), 64)
     ticks = [FAINT, 1.0]
     while ticks[-1] * step**1.5 < scale.multiple:
         ticks.append(ticks[-1] * step)
     ticks.append(scale.multiple)
     labels = [f'at most {FAINT:g}', '1: uniform', *(f'{tick:.3g}' for tick in ticks[2:])]
-    bar.set_ticks(ticks, labels=labels, minor=False)
-    bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=TITLE)
+    bar.set_ticks(ticks, labels=labels)
+    bar.minorticks_off()
+    axis.tick_params(labelsize=TITLE)
     bar.set_label('weight as a multiple of uniform attention', fontsize=TITLE)
 
 
