@@ -174,6 +174,21 @@ def accept_sides_of_one_pixel() -> Replaced:
     return replaced
 
 
+def registered_types_only() -> Replaced:
+    """Let MMEngine's registries find registered types only, until the handle is closed.
+
+    They import the dotted path of a type that is not registered, so a config from an untrusted file could call any
+    function: ``type='os.system'``. `msda_plugin.engine.inference.load_detector` uses it for configs from checkpoints.
+
+    Ends with: an mmengine that can be told not to; 0.10.7 and onedl-mmengine 0.10.12 cannot.
+    """
+    from mmengine.registry import registry
+
+    replaced = Replaced()
+    replaced.set(registry, 'get_object_from_string', lambda name: None)
+    return replaced
+
+
 def _imflip(img: np.ndarray, direction: str = 'horizontal') -> np.ndarray:
     from mmcv.image.geometric import imflip
 
