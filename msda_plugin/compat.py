@@ -36,7 +36,7 @@ _in_effect: list[Replaced] = []
 
 
 def restore() -> None:
-    """Restore everything that functions of this module replaced."""
+    """Restore everything that the functions of this module replaced."""
     for replaced in list(_in_effect):
         replaced.close()
 
@@ -187,6 +187,36 @@ def registered_types_only() -> Replaced:
     replaced = Replaced()
     replaced.set(registry, 'get_object_from_string', lambda name: None)
     return replaced
+
+
+def match_non_finite_predictions() -> Replaced:
+    """Let the Hungarian assigners match predictions that are NaN or infinite, to any object.
+
+    MMDetection's assigners end in SciPy's ``matrix contains invalid numeric entries``, and those of msda_plugin in a
+    ``FloatingPointError``. With arbitrary matches the loss is NaN instead, in one of several processes, too, and
+    `msda_plugin.engine.hooks.SkipNonFiniteHook` skips the step. The hook installs this during a training.
+
+    Returns:
+        The handle; an empty one if the replacement is already installed.
+
+    Ends with: an mmdet whose assigners accept such costs; 3.3.0 and onedl-mmdetection 3.5.1 do not.
+    """
+    from mmdet.models.task_modules.assigners import hungarian_assigner, topk_hungarian_assigner
+
+    from msda_plugin.heads.matching import HungarianMatcher
+
+    replaced = Replaced()
+    if hungarian_assigner.linear_sum_assignment is not _assign_finite:
+        for module in (hungarian_assigner, topk_hungarian_assigner):
+            replaced.set(module, 'linear_sum_assignment', _assign_finite)
+        replaced.set(HungarianMatcher, 'accepts_non_finite', True)
+    return replaced
+
+
+def _assign_finite(costs: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(np.nan_to_num(np.asarray(costs)))
 
 
 def _imflip(img: np.ndarray, direction: str = 'horizontal') -> np.ndarray:

@@ -17,6 +17,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from msda_plugin import compat
+from msda_plugin.engine.broken_image import broken_image_error
 from msda_plugin.engine.checkpoint_files import check_classes, checkpoint_to_resume, disk_full_error
 from msda_plugin.engine.config_check import check_schedule, check_weights
 from msda_plugin.engine.data_check import check_config_data
@@ -32,6 +33,7 @@ DEFAULT_HOOKS = dict(
     fine_tuning=dict(type='msda_plugin.FineTuningHook'),
     epoch_seed=dict(type='msda_plugin.EpochSeedHook'),
     missed_validation=dict(type='msda_plugin.MissedValidationHook'),
+    skip_non_finite=dict(type='msda_plugin.SkipNonFiniteHook'),
 )
 
 
@@ -56,8 +58,9 @@ class DetectionRunner(Runner):
       and in the checkpoints says how the training started: ``resume`` and ``load_from`` are those of the config file.
     - A resumed training that is longer than its schedule logs the learning rate it goes on with. With
       ``extends_schedule`` the schedule starts anew, without its warm-up, and covers the remaining epochs.
-    - Three hooks are added: `FineTuningHook`, `EpochSeedHook` and `MissedValidationHook`. ``default_hooks =
-      dict(epoch_seed=None)`` switches off the second one; ``fine_tuning`` and ``missed_validation`` likewise.
+    - Four hooks are added: `FineTuningHook`, `EpochSeedHook`, `MissedValidationHook` and `SkipNonFiniteHook`.
+      ``default_hooks = dict(epoch_seed=None)`` switches off the second one; ``fine_tuning``, ``missed_validation`` and
+      ``skip_non_finite`` likewise.
     - The console shows one line an epoch (`ConsoleHook`), warnings, and messages of other code; the log file has
       everything. ``verbose = True`` in the config prints what is in the log file.
     - Checkpoints are read without running code from them (`msda_plugin.compat.load_checkpoints_strictly`), and mmcv
@@ -196,17 +199,25 @@ class DetectionRunner(Runner):
 
     @quietly
     def train(self) -> nn.Module:
-        """Write the config to the work dir and train; DiskFullError if the disk is full."""
+        """Write the config to the work dir and train.
+
+        Raises:
+            TrainingStopped: If the disk is full (`DiskFullError`), an image cannot be read (`BrokenImageError`), or
+                losses or gradients stay NaN or infinite (`NonFiniteError`).
+        """
         self.check_data('train', 'val')
         check_weights(dict(model=self.cfg.get('model'), load_from=self._load_from))
         self._starts_training = True
         try:
             self.dump_config()
             return super().train()
-        except OSError as error:
-            if error.errno not in FULL:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise disk_full_error(self, error) from None
+            broken = broken_image_error(self, error)
+            if broken is None:
                 raise
-            raise disk_full_error(self, error) from None
+            raise broken from None
 
     @quietly
     def val(self) -> dict:

@@ -15,6 +15,7 @@ CUSTOM_DATA = (
     'val',
     'val_part',
     'images',
+    'format',
     'classes',
     'skip_bad_images',
     'model',
@@ -33,7 +34,7 @@ CUSTOM_DATA = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    from msda_plugin.engine.checkpoint_files import DiskFullError
+    from msda_plugin.engine.checkpoint_files import TrainingStopped
     from msda_plugin.engine.runner import DetectionRunner
     from msda_plugin.tools.common import interrupt
     from msda_plugin.tools.common.launch import build_runner, exit_if_loading_fails, load_config
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     exit_if_loading_fails(runner, 'train')
     try:
         return interrupt.train(runner)
-    except DiskFullError as error:
+    except TrainingStopped as error:
         print(f'msda_plugin train: {error}', file=sys.stderr)
         return 1
 
@@ -153,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     custom = parser.add_argument_group(
         'custom data', 'Checks the data, takes the classes from it, and writes the config to the work dir.'
     )
-    custom.add_argument('--data', metavar='DIR|FILE', help='folder with data in COCO format, or the annotation file')
+    custom.add_argument(
+        '--data', metavar='DIR|FILE', help='folder with COCO, YOLO or Pascal VOC data, or the annotation file'
+    )
     custom.add_argument(
         '--val', metavar='FILE', help='annotation file for validation (default: found next to --data, or split off)'
     )
@@ -164,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         help='fraction of the images to split off if there is no validation data (default: 0.2)',
     )
     custom.add_argument('--images', metavar='DIR', help='folder that file names are relative to (default: found)')
+    custom.add_argument('--format', choices=('coco', 'yolo', 'voc'), help='format of the data (default: recognized)')
     custom.add_argument('--classes', nargs='+', metavar='NAME', help='classes to use (default: all with boxes)')
     custom.add_argument('--skip-bad-images', action='store_true', help='skip missing or unreadable images')
     custom.add_argument('--model', metavar='NAME', help='name or path of a model config; "list" prints the names')

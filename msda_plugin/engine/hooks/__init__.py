@@ -8,6 +8,7 @@ from msda_plugin.engine.hooks.drawn_test import DrawnTestHook
 from msda_plugin.engine.hooks.fine_tuning import FineTuningHook
 from msda_plugin.engine.hooks.missed_validation import MissedValidationHook
 from msda_plugin.engine.hooks.seed import EpochSeedHook
+from msda_plugin.engine.hooks.skip_non_finite import NonFiniteError, SkipNonFiniteHook
 from msda_plugin.engine.hooks.training_report import TrainingReportHook
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     'EpochSeedHook',
     'FineTuningHook',
     'MissedValidationHook',
+    'NonFiniteError',
+    'SkipNonFiniteHook',
     'TrainingReportHook',
 ]

@@ -17,7 +17,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from msda_plugin import compat
-from msda_plugin.engine.messages import plain_metrics, short_metric, shown_path
+from msda_plugin.engine.messages import counted, plain_metrics, short_metric, shown_path
 from msda_plugin.registry import HOOKS
 
 LIBRARIES = ('mmengine', 'mmcv', 'mmdet')
@@ -116,7 +116,7 @@ class ConsoleHook(Hook):
         loop = runner.train_loop
         length = f'{loop.max_iters} iterations'
         if not _by_iter(loop):
-            length = f'{_count(loop.max_epochs, "epoch")} of {_count(len(loop.dataloader), "iteration")}'
+            length = f'{counted(loop.max_epochs, "epoch")} of {counted(len(loop.dataloader), "iteration")}'
         batch = loop.dataloader.batch_size
         parts = [length, _images(loop), f'batch size {batch}' if batch else '']
         _print(f'Training: {", ".join(filter(None, parts))}. Log: {_log_file(runner)}')
@@ -239,11 +239,7 @@ def _by_iter(loop: BaseLoop) -> bool:
 def _images(loop: BaseLoop) -> str:
     """'3 images'; '' if the dataset has no length."""
     dataset = loop.dataloader.dataset
-    return _count(len(dataset), 'image') if hasattr(dataset, '__len__') else ''
-
-
-def _count(number: int, noun: str) -> str:
-    return f'{number} {noun}{"" if number == 1 else "s"}'
+    return counted(len(dataset), 'image') if hasattr(dataset, '__len__') else ''
 
 
 def _duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from msda_plugin.tools.shapes import generate
 from msda_plugin.tools.train import main
 
 CLASSES = ('cat', 'dog')
+NAN = float('nan')
 
 
 def coco(names=('0.jpg', '1.jpg', '2.jpg'), classes=CLASSES):
@@ -163,7 +164,7 @@ def test_missing_fields_are_added(tmp_path):
     written = json.loads(path.read_text())
     assert [(i['width'], i['height']) for i in written['images']] == [(64, 48)] * 3
     assert [a['area'] for a in written['annotations']] == [200] * 4
-    assert split.notes == ['1 annotations of unlisted images left out', '1 annotations of unlisted categories left out']
+    assert split.notes == ['1 annotation of unlisted images left out', '1 annotation of unlisted categories left out']
 
 
 def test_categories_are_reordered_and_unused_ones_dropped(tmp_path):
@@ -203,11 +204,101 @@ def test_bad_images_and_wrong_sizes(tmp_path):
     (split.images / '1.jpg').unlink()
     Image.new('RGB', (48, 64)).save(split.images / '2.jpg')
     coco_files.clean(split, CLASSES)
-    assert split.bad_images == ['0.jpg', '1.jpg'] and len(split.content['images']) == 5
-    assert split.notes == ['1 images differ in size from the annotation file, so their boxes may be wrong: 2.jpg']
+    assert split.bad_images == {'0.jpg': 'unreadable', '1.jpg': 'missing'} and len(split.content['images']) == 5
+    assert split.notes == ['1 image differs in size from the annotation file, so its boxes may be wrong: 2.jpg']
     coco_files.clean(split, CLASSES, skip_bad_images=True)
     assert [image['id'] for image in split.content['images']] == [2, 3, 4]
     assert {a['image_id'] for a in split.content['annotations']} == {2, 3} and split.changed
+
+
+def test_every_finding_is_listed(tmp_path):
+    content = coco([f'{i}.jpg' for i in range(12)])
+    boxes = [[4, 4, 0, 9], [4, 4, 9, -2], [64, 4, 9, 9], [NAN, 4, 9, 9], [4, 4, 9, float('inf')], [4, 4, 0.5, 9]]
+    for annotation, box in zip(content['annotations'][-6:], boxes, strict=True):
+        annotation.update(bbox=box, area=box[2] * box[3])
+    content['images'][10]['width'] = content['images'][10]['height'] = 10
+    split = load(tmp_path, content)
+    for index in range(2):
+        (split.images / f'{index}.jpg').unlink()
+    (split.images / '2.jpg').write_bytes(b'')
+    (split.images / '3.jpg').write_text('no image')
+    complete = (split.images / '4.jpg').read_bytes()
+    (split.images / '4.jpg').write_bytes(complete[: len(complete) // 2])
+    coco_files.clean(split, CLASSES)
+    assert split.bad_images == {
+        '0.jpg': 'missing',
+        '1.jpg': 'missing',
+        '2.jpg': 'empty',
+        '3.jpg': 'unreadable',
+        '4.jpg': 'unreadable',
+    }
+    coco_files.write_report([split], tmp_path / 'new/data_report.txt')
+    assert (
+        (tmp_path / 'new/data_report.txt').read_text()
+        == f"""\
+training: {tmp_path}/train.json, images in {split.images}
+  2 missing images
+    0.jpg
+    1.jpg
+  1 empty image
+    2.jpg
+  2 unreadable images
+    3.jpg
+    4.jpg
+  1 image without a box
+    11.jpg
+  6 degenerate boxes
+    9.jpg annotation 19 [nan, 4, 9, 9] (not a number)
+    10.jpg annotation 20 [4, 4, 9, inf] (not a number)
+    8.jpg annotation 16 [4, 4, 0, 9] (no width or height)
+    8.jpg annotation 17 [4, 4, 9, -2] (no width or height)
+    9.jpg annotation 18 [64, 4, 9, 9] (outside the image)
+    10.jpg annotation 21 [4, 4, 0.5, 9] (under one pixel)
+"""
+    )
+    said = coco_files.describe([split], CLASSES, Path('work/data_report.txt')).splitlines()
+    assert '  2 missing images: 0.jpg, 1.jpg' in said and said[-1] == 'complete lists: work/data_report.txt'
+    assert [line for line in said if line.startswith('  6 degenerate boxes: 9.jpg ') and line.endswith(' and 3 more')]
+    assert '  note: 2 NaN or infinite boxes left out' in said
+    written = json.loads(coco_files.write(split, tmp_path / 'work').read_text())
+    assert [a['id'] for a in written['annotations']] == [id for id in range(22) if id not in (19, 20)]
+    # A part that becomes the validation data takes its findings along.
+    val = coco_files.split_off(split, 0.5, 0)
+    for one in (split, val):
+        names = {image['file_name'] for image in one.content['images']}
+        assert set(one.bad_images) <= names and {line.split()[0] for line in one.degenerate} <= names
+    assert len(split.bad_images) + len(val.bad_images) == 5 and len(split.degenerate) + len(val.degenerate) == 6
+
+
+def test_images_with_another_extension_or_case(tmp_path):
+    split = load(tmp_path, coco(['a.jpg', 'b.jpg', 'c.jpg', 'd.jpg', 'sub/e.jpg', 'f.jpg', 'g.jpg']))
+    for old, new in (('a.jpg', 'A.JPG'), ('b.jpg', 'b.png'), ('c.jpg', 'c.JPG'), ('d.jpg', 'd.png'), ('sub', 'Sub')):
+        (split.images / old).rename(split.images / new)
+    Image.new('RGB', (64, 48)).save(split.images / 'c.png')  # a mask, beside the image in other case
+    Image.new('RGB', (64, 48)).save(split.images / 'd.bmp')
+    (split.images / 'f.jpg').rename(split.images / 'f.txt')
+    (split.images / 'g.jpg').rename(split.images / 'g.png')
+    split.content['images'].append(dict(id=9, file_name='g.png', width=64, height=48))  # has a record of its own
+    coco_files.clean(split, CLASSES)
+    assert split.renamed == {'a.jpg': 'A.JPG', 'b.jpg': 'b.png', 'c.jpg': 'c.JPG', 'sub/e.jpg': 'Sub/e.jpg'}
+    assert split.bad_images == {'d.jpg': 'missing, but there are d.bmp, d.png', 'f.jpg': 'missing', 'g.jpg': 'missing'}
+    assert split.changed and split.notes[0] == (
+        '4 images found under another extension or case: A.JPG for a.jpg, b.png for b.jpg, c.JPG for c.jpg and 1 more'
+    )
+    assert '3 missing images: d.jpg (missing, but there are d.bmp, d.png), f.jpg' in coco_files.describe(
+        [split], CLASSES
+    )
+
+
+def test_a_folder_with_other_extensions_only(tmp_path):
+    write(tmp_path / 'train.json', tmp_path / 'pictures')
+    for path in (tmp_path / 'pictures').iterdir():
+        path.rename(path.with_suffix('.JPEG'))
+    split = coco_files.load_split('train', tmp_path / 'train.json', tmp_path)
+    assert split.images == tmp_path / 'pictures'
+    coco_files.clean(split, CLASSES)
+    assert [image['file_name'] for image in split.content['images']] == ['0.JPEG', '1.JPEG', '2.JPEG']
+    assert not split.bad_images
 
 
 def test_description(tmp_path):
@@ -376,8 +467,8 @@ def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     assert 'with --dry-run' in sentence(['--data', '.', '--launcher', 'pytorch'], capsys)
     assert not (tmp_path / 'work_dirs').exists()
     (tmp_path / 'images/1.jpg').write_text('no image')
-    assert '1 images are missing or unreadable, such as 1.jpg' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
-    (tmp_path / 'w').mkdir()
+    assert '1 image is missing or unreadable, such as 1.jpg' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
+    assert '1 unreadable image\n    1.jpg\n' in (tmp_path / 'w/data_report.txt').read_text()
     (tmp_path / 'w/last_checkpoint').touch()
     assert 'continue it with --resume' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
 
