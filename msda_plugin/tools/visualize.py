@@ -121,12 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
 
     name = Path(args.image).stem
-<<<<<<< HEAD
     number = f'{len(queries)} {"query" if len(queries) == 1 else "queries"}'
-    print(f'{checkpoint}: {number}, {len(recording.records)} attention layers')
-=======
-    print(f'{detector.checkpoint}: {len(queries)} queries, {len(recording.records)} attention layers')
->>>>>>> h-detector
+    print(f'{detector.checkpoint}: {number}, {len(recording.records)} attention layers')
     written = []
     for query in queries:
         figures = {'': draw_query(image, query, title=name)}

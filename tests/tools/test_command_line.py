@@ -1,16 +1,12 @@
 """User errors end with one sentence and status 2."""
 
 import logging
-<<<<<<< HEAD
 import os
-import subprocess
-import sys
-=======
 import re
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
->>>>>>> h-detector
 
 import pytest
 
