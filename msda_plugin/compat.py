@@ -36,7 +36,7 @@ _in_effect: list[Replaced] = []
 
 
 def restore() -> None:
-    """Restore everything that functions of this module replaced."""
+    """Restore everything that the functions of this module replaced."""
     for replaced in list(_in_effect):
         replaced.close()
 

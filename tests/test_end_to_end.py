@@ -89,6 +89,7 @@ def test_own_commands_train_and_test(data, tmp_path):
         *('--show-dir', 'pictures', '--out', tmp_path / 'predictions.pkl'),
     )
     assert 'AP50 ' in log and 'AP per class' in log and (tmp_path / 'predictions.pkl').is_file()
+    assert 'coco/bbox_mAP_50' in logged(tmp_path / 'test')
     # It stays as it was, so that a later training from it starts like the first one.
     assert config.read_text() == before and list(tmp_path.glob('*.py')) == [config]
     files = dict(re.findall(r'^(metrics|log|images|predictions): +(\S+)$', log, re.MULTILINE))

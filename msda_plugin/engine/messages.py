@@ -16,6 +16,11 @@ def listed(names: Iterable, limit: int = 20) -> str:
     return (', '.join(names[:limit]) or 'nothing') + more
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """'1 image', '2 images'; ``plural`` is the noun with an s unless given."""
+    return f'{number} {noun if number == 1 else plural or noun + "s"}'
+
+
 def plain_metrics(metrics: Mapping[str, object]) -> dict[str, float | None]:
     """The metrics that are numbers, without the dataset's prefix if names stay unique; None for NaN and infinity."""
     names = [name.rsplit('/', 1)[-1] for name in metrics]
@@ -37,8 +42,3 @@ def shown_path(path: str | os.PathLike) -> str:
     """The path, relative if it is below the current folder."""
     path = Path(path).absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """'1 image', '2 images'; ``plural`` is the noun with an s unless given."""
-    return f'{number} {noun if number == 1 else plural or noun + "s"}'

@@ -17,7 +17,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from msda_plugin import compat
-from msda_plugin.engine.messages import plain_metrics, short_metric, shown_path
+from msda_plugin.engine.messages import counted, plain_metrics, short_metric, shown_path
 from msda_plugin.registry import HOOKS
 
 LIBRARIES = ('mmengine', 'mmcv', 'mmdet')
@@ -116,13 +116,11 @@ class ConsoleHook(Hook):
         loop = runner.train_loop
         length = f'{loop.max_iters} iterations'
         if not _by_iter(loop):
-            length = f'{_count(loop.max_epochs, "epoch")} of {_count(len(loop.dataloader), "iteration")}'
+            length = f'{counted(loop.max_epochs, "epoch")} of {counted(len(loop.dataloader), "iteration")}'
         batch = loop.dataloader.batch_size
-        _print(
-            f'Training: {length}, {_count(_size(loop), "image")}'
-            + (f', batch size {batch}' if batch else '')
-            + f'. Log: {_log_file(runner)}'
-        )
+        parts = [length, _images(loop), f'batch size {batch}' if batch else '']
+        _print(f'Training: {", ".join(filter(None, parts))}. Log: {_log_file(runner)}')
+        self._start_iter = runner.iter
 
     def before_train_epoch(self, runner: Runner) -> None:
         loop = runner.train_loop
@@ -189,8 +187,8 @@ class ConsoleHook(Hook):
     def after_test_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
         self.close_bar()
         plain = plain_metrics(metrics or {})
-        images, seconds = _count(_size(runner.test_loop), 'image'), time.monotonic() - self._start
-        _print(f'Test on {images} in {_duration(seconds)}: {_summary(plain)}')
+        images, seconds = _images(runner.test_loop), time.monotonic() - self._start
+        _print(f'Test{" on " + images if images else ""} in {_duration(seconds)}: {_summary(plain)}')
         _print_classes(plain, validation=False)
 
     # ---- the progress bar -------------------------------------------------------------------------------------------
@@ -238,12 +236,10 @@ def _by_iter(loop: BaseLoop) -> bool:
     return isinstance(loop, IterBasedTrainLoop)
 
 
-def _size(loop: BaseLoop) -> int:
-    return len(loop.dataloader.dataset)
-
-
-def _count(number: int, noun: str) -> str:
-    return f'{number} {noun}{"" if number == 1 else "s"}'
+def _images(loop: BaseLoop) -> str:
+    """'3 images'; '' if the dataset has no length."""
+    dataset = loop.dataloader.dataset
+    return counted(len(dataset), 'image') if hasattr(dataset, '__len__') else ''
 
 
 def _duration(seconds: float) -> str:
