@@ -1,7 +1,13 @@
-"""``python -m msda_plugin COMMAND``: each command is a module of `msda_plugin.tools`, imported when it is called."""
+"""``python -m msda_plugin COMMAND``, and the executable ``msda-plugin``.
 
+Each command is a module of `msda_plugin.tools`, imported when it is called.
+"""
+
+import os
 import sys
 from importlib import import_module
+
+from msda_plugin.version import __version__
 
 COMMANDS = {
     'env': 'print installed versions, GPUs and backends, and check for problems',
@@ -15,6 +21,7 @@ COMMANDS = {
     'mmcv-ops': 'provide the operators that mmcv lacks when it was installed without compiling them',
     'benchmark': 'time operator, layers and models against the stock implementations',
 }
+BROKEN_PIPE = 141  # exit status after SIGPIPE, by the convention of shells
 
 
 def usage() -> str:
@@ -26,15 +33,30 @@ def usage() -> str:
             '',
             *lines,
             '',
-            'python -m msda_plugin COMMAND --help describes a command.',
+            'python -m msda_plugin COMMAND --help describes a command, --version prints the version; the executable',
+            'msda-plugin is a short name for python -m msda_plugin.',
         ]
     )
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught
+    except BrokenPipeError:  # as in `… --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return BROKEN_PIPE
+
+
+def _run(argv: list[str] | None) -> int:
     command, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if command in ('-h', '--help'):
         print(usage())
+        return 0
+    if command == '--version':
+        print(f'msda_plugin {__version__}')
         return 0
     if command not in COMMANDS:
         print(f'msda_plugin: unknown command {command!r}; choose one of {", ".join(COMMANDS)}', file=sys.stderr)

@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from msda_plugin.engine.detector import Detector
 from msda_plugin.tools.common.errors import user_errors
 
 DETECTIONS = 3  # number of detections shown without --query and --detection
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         help='layers to show, and to draw head by head: parts of their names, patterns with *, or all '
         '(default: the last block of each backbone stage and all other layers, not head by head)',
     )
-    parser.add_argument('--config', help='Python config file (default: the one next to the checkpoint)')
+    parser.add_argument('--config', help='Python config file (default: the one that the checkpoint contains)')
     parser.add_argument(
         '--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of --config)'
     )
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--device', help='cpu, cuda or cuda:N (default: cuda if available)')
     args = parser.parse_args(argv)
     with user_errors('visualize'):
-        from msda_plugin.engine.inference import find_checkpoint, load_detector, predict, read_image
+        from msda_plugin.engine.inference import predict, read_image
         from msda_plugin.tools.common.launch import check_device
         from msda_plugin.visualization import (
             draw_heads,
@@ -113,8 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.device:
             check_device(args.device)
         image = read_image(args.image)
-        config, checkpoint = find_checkpoint(args.config, args.checkpoint)
-        model = load_detector(config, checkpoint, args.device)
+        detector = Detector(config=args.config, checkpoint=args.checkpoint, device=args.device)
+        model = detector.model
         with record_attention(model) as recording:
             sample = predict(model, image)
         points, detections, reason = args.query, args.detection, ''
@@ -125,15 +126,14 @@ def main(argv: list[str] | None = None) -> int:
                 reason = 'the model has no decoder queries'
                 if recording.boxes is not None:
                     reason = score_caption(sample.pred_instances.scores.tolist(), args.score_thr)
-        classes = model.dataset_meta['classes']
-        queries = [recording.at_detection(number, sample, classes, args.layer) for number in detections]
+        queries = [recording.at_detection(number, sample, detector.class_names, args.layer) for number in detections]
         queries += [recording.at_point(at, sample, args.layer) for at in points]
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
 
     name = Path(args.image).stem
     number = f'{len(queries)} {"query" if len(queries) == 1 else "queries"}'
-    print(f'{checkpoint}: {number}, {len(recording.records)} attention layers')
+    print(f'{detector.checkpoint}: {number}, {len(recording.records)} attention layers')
     if reason:
         print(f'{reason}: the query is the center of the image')
     written = []

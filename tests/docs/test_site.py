@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = {  # page of docs/api -> package whose public names it documents
+    'detector': 'engine.detector',
     'ops': 'ops',
     'layers': 'layers',
     'backbones': 'backbones',
