@@ -9,6 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint, no_file
+from msda_plugin.engine.config_check import check_fields
 from msda_plugin.tools.common.cfg_options import apply_cfg_options
 from msda_plugin.tools.common.launch import check_device, check_folder
 from msda_plugin.tools.common.progress import progress
@@ -81,6 +82,7 @@ def prepare(args: argparse.Namespace) -> Config:
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
     cfg, notes = build_config(model, Data(files, classes, len(train.content['images']), train.most_boxes), choices)
     apply_cfg_options(cfg, args.cfg_options)
+    check_fields(cfg)
     cfg = save_config(cfg, work_dir, f'{model.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
     print('\n'.join([f'model: {model.stem}', *notes, saved, '']), flush=True)
