@@ -13,7 +13,11 @@ from torch.serialization import get_crc32_options
 from msda_plugin import compat
 
 
-class DiskFullError(OSError):
+class TrainingStopped(Exception):
+    """A training stopped for a reason that a user can fix; the message is one sentence with the remedy."""
+
+
+class DiskFullError(TrainingStopped, OSError):
     """The training stopped because the disk is full; the message names the last checkpoint and how to resume."""
 
 

@@ -17,19 +17,23 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from msda_plugin import compat
+from msda_plugin.engine.broken_image import broken_image_error
 from msda_plugin.engine.checkpoint_files import check_classes, checkpoint_to_resume, disk_full_error, last_checkpoint
 from msda_plugin.engine.config_check import check_schedule, check_weights
 from msda_plugin.engine.data_check import check_config_data
 from msda_plugin.engine.data_root import propagate_data_root
+from msda_plugin.engine.hooks.console import hush, quietly
 from msda_plugin.engine.resumed_schedule import extend_schedule, warn_of_the_rest
 from msda_plugin.files import FULL, atomic_write
 from msda_plugin.registry import RUNNERS
 
 STOCK_CHECKPOINT_HOOK = ('CheckpointHook', 'mmengine.CheckpointHook', mmengine.hooks.CheckpointHook)
 DEFAULT_HOOKS = dict(
+    console=dict(type='msda_plugin.ConsoleHook'),
     fine_tuning=dict(type='msda_plugin.FineTuningHook'),
     epoch_seed=dict(type='msda_plugin.EpochSeedHook'),
     missed_validation=dict(type='msda_plugin.MissedValidationHook'),
+    skip_non_finite=dict(type='msda_plugin.SkipNonFiniteHook'),
 )
 
 
@@ -54,22 +58,29 @@ class DetectionRunner(Runner):
       and in the checkpoints says how the training started: ``resume`` and ``load_from`` are those of the config file.
     - A resumed training that is longer than its schedule logs the learning rate it goes on with. With
       ``extends_schedule`` the schedule starts anew, without its warm-up, and covers the remaining epochs.
-    - Three hooks are added: `FineTuningHook`, `EpochSeedHook` and `MissedValidationHook`. ``default_hooks =
-      dict(epoch_seed=None)`` switches off the second one; ``fine_tuning`` and ``missed_validation`` likewise.
+    - Four hooks are added: `FineTuningHook`, `EpochSeedHook`, `MissedValidationHook` and `SkipNonFiniteHook`.
+      ``default_hooks = dict(epoch_seed=None)`` switches off the second one; ``fine_tuning``, ``missed_validation`` and
+      ``skip_non_finite`` likewise.
+    - The console shows one line an epoch (`ConsoleHook`), warnings, and messages of other code; the log file has
+      everything. ``verbose = True`` in the config prints what is in the log file.
     - Checkpoints are read without running code from them (`msda_plugin.compat.load_checkpoints_strictly`), and mmcv
       accepts images that are one pixel wide. `msda_plugin.compat.restore` undoes both.
     """
 
     as_written: Config | None = None  # the config as its file has it, without command-line options
+    verbose = False  # whether the console shows what is in the log file
     extends_schedule = False
     _starts_training = False
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'DetectionRunner':
+        compat.import_mmdet()
         as_written = Config.fromfile(cfg.filename) if cfg.filename and Path(cfg.filename).is_file() else None
         propagate_data_root(cfg, as_written)
         runner = super().from_cfg(cfg)
         runner.as_written = as_written
+        if runner.verbose:  # the choice of a command, not of the trainings and tests from its config
+            runner.cfg.verbose = (as_written or Config()).get('verbose', False)
         if cfg.get('resume'):
             start = as_written or Config()
             runner.cfg.resume, runner.cfg.load_from = start.get('resume', False), start.get('load_from')
@@ -88,9 +99,15 @@ class DetectionRunner(Runner):
         """Build the logger, whose file is closed with the runner, and install the replacements."""
         logger = super().build_logger(log_level, log_file, **kwargs)
         weakref.finalize(self, _close_files, logger)
+        self.verbose = bool(self.cfg.get('verbose'))
+        if not self.verbose:
+            hush(logger)
         compat.load_checkpoints_strictly()
         compat.accept_sides_of_one_pixel()
-        logger.info('MMEngine now loads checkpoints with msda_plugin.safe_loading, which refuses code in them.')
+        logger.info(
+            'MMEngine now loads checkpoints with msda_plugin.safe_loading, which refuses code in them.',
+            extra=dict(console=False),
+        )
         return logger
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
@@ -107,6 +124,7 @@ class DetectionRunner(Runner):
                 return model.to(device)
         return super().wrap_model(model_wrapper_cfg, model)
 
+    @quietly
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop and check that the schedule fits it (`check_schedule`)."""
         loop = super().build_train_loop(loop)
@@ -114,8 +132,16 @@ class DetectionRunner(Runner):
         check_schedule(self.cfg, loop, self.as_written, resumed=resumed)
         return loop
 
+    @quietly
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        return super().build_val_loop(loop)
+
+    @quietly
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        return super().build_test_loop(loop)
+
     def register_default_hooks(self, hooks: dict[str, Hook | dict | None] | None = None) -> None:
-        hooks = {**DEFAULT_HOOKS, **(hooks or {})}
+        hooks = {**DEFAULT_HOOKS, **(dict(console=None) if self.verbose else {}), **(hooks or {})}
         checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
         if isinstance(checkpoint, dict) and checkpoint.get('type') in STOCK_CHECKPOINT_HOOK:
             hooks['checkpoint'] = dict(checkpoint, type='msda_plugin.CheckpointHook')
@@ -172,23 +198,34 @@ class DetectionRunner(Runner):
         check_config_data(self.cfg, [split for split in splits if split not in checked])
         checked.update(splits)
 
+    @quietly
     def train(self) -> nn.Module:
-        """Write the config to the work dir and train; DiskFullError if the disk is full."""
+        """Write the config to the work dir and train.
+
+        Raises:
+            TrainingStopped: If the disk is full (`DiskFullError`), an image cannot be read (`BrokenImageError`), or
+                losses or gradients stay NaN or infinite (`NonFiniteError`).
+        """
         self.check_data('train', 'val')
         check_weights(dict(model=self.cfg.get('model'), load_from=self._load_from))
         self._starts_training = True
         try:
             self.dump_config()
             return super().train()
-        except OSError as error:
-            if error.errno not in FULL:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise disk_full_error(self, error) from None
+            broken = broken_image_error(self, error)
+            if broken is None:
                 raise
-            raise disk_full_error(self, error) from None
+            raise broken from None
 
+    @quietly
     def val(self) -> dict:
         self.check_data('val')
         return super().val()
 
+    @quietly
     def test(self) -> dict:
         self.check_data('test')
         return super().test()

@@ -41,7 +41,7 @@ class Annotation:
 
 
 # ---- outlines: lists of closed polygons, (num_points, 2) in any unit, even-odd rule --------------------------------
-def _regular(points: int, radius: float = 1.0) -> np.ndarray:
+def regular_polygon(points: int, radius: float = 1.0) -> np.ndarray:
     angle = np.arange(points) * (2 * np.pi / points)
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
@@ -50,17 +50,17 @@ def _outline(label: int) -> list[np.ndarray]:
     """Outline of a class around the origin, not rotated."""
     name = CLASSES[label]
     if name == 'circle':
-        return [_regular(64)]
+        return [regular_polygon(64)]
     if name == 'square':
         return [np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])]
     if name == 'triangle':
-        return [_regular(3)]
+        return [regular_polygon(3)]
     if name == 'star':
-        star = _regular(10)
+        star = regular_polygon(10)
         star[1::2] *= 0.42
         return [star]
     if name == 'ring':
-        return [_regular(64), _regular(64, 0.52)]
+        return [regular_polygon(64), regular_polygon(64, 0.52)]
     arm = 0.32
     quarter = np.array([[1, -arm], [1, arm], [arm, arm]])
     turn = np.array([[0, -1], [1, 0]])
@@ -141,18 +141,18 @@ PATTERNS: tuple[Callable[[np.random.Generator, int, int], np.ndarray], ...] = (
 PLAIN_PATTERNS = PATTERNS[:2]  # for objects of a dozen pixels
 
 
-def _mix(field: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def mix(field: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(h, w, 3 or 1) float32: ``first`` where the field is 0, ``second`` where it is 1."""
     return first + field[..., None] * (second - first)
 
 
-def _color(rng: np.random.Generator, saturation: tuple[float, float]) -> np.ndarray:
+def random_color(rng: np.random.Generator, saturation: tuple[float, float]) -> np.ndarray:
     """A random RGB color, 0-255 float32, of any brightness, with a saturation in this range (0-1)."""
     hsv = np.array([[[rng.uniform(0, 360), rng.uniform(*saturation), rng.uniform(0.12, 1)]]], np.float32)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0] * 255
 
 
-def _near(rng: np.random.Generator, color: np.ndarray, distance: float) -> np.ndarray:
+def near_color(rng: np.random.Generator, color: np.ndarray, distance: float) -> np.ndarray:
     """A random color that differs by at most ``distance`` in each channel."""
     return np.clip(color + rng.uniform(-distance, distance, 3), 0, 255).astype(np.float32)
 
@@ -160,20 +160,26 @@ def _near(rng: np.random.Generator, color: np.ndarray, distance: float) -> np.nd
 def _contrasting(rng: np.random.Generator, patch: np.ndarray) -> np.ndarray:
     """A random color that contrasts with ``patch`` (h, w, 3) by a random amount, more on a textured patch."""
     mean, deviation = (value[:, 0] for value in cv2.meanStdDev(patch))
-    wanted = rng.uniform(70, 150) + 0.5 * deviation.mean()
-    candidates = np.stack([_color(rng, (0.1, 1.0)) for _ in range(12)])
-    distance = np.linalg.norm(candidates - mean, axis=1)
+    return distant_color(rng, mean, rng.uniform(70, 150) + 0.5 * deviation.mean())
+
+
+def distant_color(
+    rng: np.random.Generator, color: np.ndarray, wanted: float, saturation: tuple[float, float] = (0.1, 1.0)
+) -> np.ndarray:
+    """A random color at least ``wanted`` from ``color`` (Euclidean), or the most distant one of a dozen."""
+    candidates = np.stack([random_color(rng, saturation) for _ in range(12)])
+    distance = np.linalg.norm(candidates - color, axis=1)
     enough = np.flatnonzero(distance >= wanted)
     return candidates[enough[0] if len(enough) else distance.argmax()]
 
 
 # ---- one image -----------------------------------------------------------------------------------------------------
 def _background(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
-    base = _color(rng, (0.0, 0.65))
+    base = random_color(rng, (0.0, 0.65))
     image = np.zeros((h, w, 3), np.float32)
     for distance, weight in ((rng.uniform(10, 70), 0.65), (rng.uniform(10, 70), 0.35)):
         pattern = PATTERNS[rng.integers(len(PATTERNS))]
-        image += weight * _mix(pattern(rng, h, w), base, _near(rng, base, distance))
+        image += weight * mix(pattern(rng, h, w), base, near_color(rng, base, distance))
     return image
 
 
@@ -199,9 +205,9 @@ def _paint(rng: np.random.Generator, image: np.ndarray, coverage: np.ndarray, ex
     margin = max(2, round(extent / 8))
     around = image[max(0, y - margin) : y + bh + margin, max(0, x - margin) : x + bw + margin]
     first = _contrasting(rng, around)
-    second = _near(rng, first, rng.uniform(10, 80))
+    second = near_color(rng, first, rng.uniform(10, 80))
     patterns = PATTERNS if extent >= 20 else PLAIN_PATTERNS
-    fill = _mix(patterns[rng.integers(len(patterns))](rng, bh, bw), first, second)
+    fill = mix(patterns[rng.integers(len(patterns))](rng, bh, bw), first, second)
     if extent >= 16 and rng.random() < 0.4:
         width = max(1, round(extent * rng.uniform(0.03, 0.07))) * SUPERSAMPLING
         padded = cv2.copyMakeBorder(coverage, 1, 1, 1, 1, cv2.BORDER_REPLICATE)  # no rim along the border of the image
@@ -252,7 +258,7 @@ def draw_image(seed: int | Sequence[int], size: tuple[int, int] = (128, 128)) ->
                 _paint(rng, image, coverage, extent)
                 break
 
-    image *= _mix(_gradient(rng, h, w), *rng.uniform((0.75, 1.0), (1.0, 1.2)).astype(np.float32))  # light from one side
+    image *= mix(_gradient(rng, h, w), *rng.uniform((0.75, 1.0), (1.0, 1.2)).astype(np.float32))  # light from one side
     if rng.random() < 0.35:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.8))
     image += rng.normal(0, rng.uniform(0, 7), image.shape)

@@ -11,6 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     from mmengine.dist import is_main_process
 
     from msda_plugin.engine.checkpoint_files import no_file
+    from msda_plugin.engine.nms import set_nms
     from msda_plugin.tools.common.launch import (
         add_arguments,
         build_runner,
@@ -28,6 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('config', help='path of a Python config file')
     parser.add_argument('checkpoint', help='path of a .pth file')
     add_arguments(parser, work_dir="folder for the results (default: test/ in the config's work dir)")
+    parser.add_argument(
+        '--nms',
+        action=argparse.BooleanOptionalAction,
+        help='remove duplicate boxes by non-maximum suppression within each class, which a DETR needs until a long '
+        'training has taught it to predict each object once (default: as in the config)',
+    )
     parser.add_argument('--out', help='pickle file for the predictions (.pkl)')
     parser.add_argument('--show-dir', help='folder, below the results, for images with true and predicted boxes')
     args = parser.parse_args(argv)
@@ -41,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
             )
         if not cfg.get('test_dataloader'):
             raise ValueError(f'{args.config} has no test data; add test_dataloader, test_evaluator and test_cfg')
+        if args.verbose:
+            cfg.verbose = True
+        if args.nms is not None:
+            set_nms(cfg.model, args.nms)
         cfg.load_from, cfg.resume = args.checkpoint, False
         if args.out:
             if not args.out.endswith(('.pkl', '.pickle')):
@@ -52,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             cfg.test_evaluator = [*evaluators, dict(type='mmdet.DumpDetResults', out_file_path=args.out)]
         if args.show_dir:
             cfg.setdefault('default_hooks', {})['visualization'] = dict(
-                type='mmdet.DetVisualizationHook', draw=True, test_out_dir=args.show_dir
+                type='msda_plugin.DrawnTestHook', test_out_dir=args.show_dir
             )
         runner = build_runner(cfg, 'test')
     exit_if_loading_fails(runner, 'test')

@@ -3,14 +3,19 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msda_plugin.tools.common.errors import user_errors
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 # Arguments that require --data.
 CUSTOM_DATA = (
     'val',
     'val_part',
     'images',
+    'format',
     'classes',
     'skip_bad_images',
     'model',
@@ -24,17 +29,22 @@ CUSTOM_DATA = (
     'seed',
     'device',
     'load_from',
+    'from_scratch',
     'dry_run',
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    from msda_plugin.engine.checkpoint_files import DiskFullError
+    from msda_plugin.engine.checkpoint_files import TrainingStopped
     from msda_plugin.engine.runner import DetectionRunner
     from msda_plugin.tools.common import interrupt
     from msda_plugin.tools.common.launch import build_runner, exit_if_loading_fails, load_config
 
     args = _parser().parse_args(argv)
+    if args.model == 'list':
+        from msda_plugin.tools import models
+
+        return models.main([])
     with user_errors('train'):
         _check_resume(args)
         if args.data is not None:
@@ -55,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
                     else 'give the path of a Python config file, or --data with a folder of data in COCO format'
                 )
             cfg = load_config(args)
+        if args.verbose:
+            cfg.verbose = True
+        if args.train_ap is not None:
+            _measure_training_ap(cfg, args.train_ap)
         if args.amp:
             cfg.optim_wrapper.type = 'AmpOptimWrapper'
             cfg.optim_wrapper.loss_scale = 'dynamic'
@@ -78,9 +92,19 @@ def main(argv: list[str] | None = None) -> int:
     exit_if_loading_fails(runner, 'train')
     try:
         return interrupt.train(runner)
-    except DiskFullError as error:
+    except TrainingStopped as error:
         print(f'msda_plugin train: {error}', file=sys.stderr)
         return 1
+
+
+def _measure_training_ap(cfg: 'Config', num_images: int) -> None:
+    hooks = list(cfg.get('custom_hooks') or [])
+    reports = [hook for hook in hooks if hook.get('type') == 'msda_plugin.TrainingReportHook']
+    if not reports:
+        reports = [dict(type='msda_plugin.TrainingReportHook')]
+        hooks += reports
+    reports[0]['num_train_images'] = num_images
+    cfg.custom_hooks = hooks
 
 
 def _check_resume(args: argparse.Namespace) -> None:
@@ -108,6 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('config', nargs='?', help='path of a Python config file; not with --data')
     add_arguments(parser)
+    parser.add_argument(
+        '--train-ap',
+        type=int,
+        metavar='N',
+        help='at each validation, also measure the AP on N training images, which shows overfitting (default: 0)',
+    )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
         '--auto-scale-lr',
@@ -129,7 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     custom = parser.add_argument_group(
         'custom data', 'Checks the data, takes the classes from it, and writes the config to the work dir.'
     )
-    custom.add_argument('--data', metavar='DIR|FILE', help='folder with data in COCO format, or the annotation file')
+    custom.add_argument(
+        '--data', metavar='DIR|FILE', help='folder with COCO, YOLO or Pascal VOC data, or the annotation file'
+    )
     custom.add_argument(
         '--val', metavar='FILE', help='annotation file for validation (default: found next to --data, or split off)'
     )
@@ -140,10 +172,19 @@ def _parser() -> argparse.ArgumentParser:
         help='fraction of the images to split off if there is no validation data (default: 0.2)',
     )
     custom.add_argument('--images', metavar='DIR', help='folder that file names are relative to (default: found)')
+    custom.add_argument('--format', choices=('coco', 'yolo', 'voc'), help='format of the data (default: recognized)')
     custom.add_argument('--classes', nargs='+', metavar='NAME', help='classes to use (default: all with boxes)')
     custom.add_argument('--skip-bad-images', action='store_true', help='skip missing or unreadable images')
-    custom.add_argument('--model', metavar='NAME', help='name or path of a model config; "list" prints the names')
-    custom.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
+    custom.add_argument(
+        '--model',
+        metavar='NAME',
+        help='model of `python -m msda_plugin models`, trained from its published weights, or path of a model config',
+    )
+    weights = custom.add_mutually_exclusive_group()
+    weights.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
+    weights.add_argument(
+        '--from-scratch', action='store_true', help='start from random weights, not from published or starter weights'
+    )
     custom.add_argument('--epochs', type=int, metavar='N', help='default: 50')
     custom.add_argument('--batch-size', type=int, metavar='N', help='images per iteration (default: 4)')
     effective = custom.add_mutually_exclusive_group()

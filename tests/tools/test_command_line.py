@@ -2,12 +2,18 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
+from msda_plugin import __version__
 from msda_plugin.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
 
 BASE = """
 runner_type = 'msda_plugin.DetectionRunner'
@@ -47,6 +53,20 @@ def test_usage_lists_every_command(argv, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS)
+
+
+def test_version(capsys):
+    assert main(['--version']) == 0
+    assert capsys.readouterr().out == f'msda_plugin {__version__}\n'
+
+
+def test_executable(capsys, monkeypatch):
+    """The entry point of pyproject.toml, called as its script does."""
+    scripts = re.search(r'^\[project.scripts\]\n(\S+) = "(\S+)"', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
+    assert scripts[1] == 'msda-plugin'
+    monkeypatch.setattr(sys, 'argv', ['msda-plugin', '--version'])
+    assert EntryPoint(scripts[1], scripts[2], 'console_scripts').load()() == 0
+    assert __version__ in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('command', COMMANDS)

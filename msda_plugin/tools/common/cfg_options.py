@@ -25,6 +25,7 @@ FURTHER_FIELDS = (
     'runner_type',
     'tta_model',
     'tta_pipeline',
+    'verbose',
 )
 TEXT_OR_NUMBER = ('arch', 'loss_scale', 'priority')  # fields that take both, such as loss_scale='dynamic'
 

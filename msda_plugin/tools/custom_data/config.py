@@ -7,9 +7,10 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-import msda_plugin
 from msda_plugin.engine.config_walk import walk
 from msda_plugin.engine.data_check import bbox_heads
+from msda_plugin.engine.model_zoo import config_folder
+from msda_plugin.engine.nms import set_nms, supports_nms
 from msda_plugin.files import atomic_write
 
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
@@ -63,41 +64,6 @@ class Data:
     most_boxes: int
 
 
-# ---- models by name -------------------------------------------------------------------------------------------------
-def config_folder() -> Path:
-    """The folder of msda_plugin's configs: in the installed package, or in the clone that it is installed from."""
-    package = Path(msda_plugin.__file__).parent
-    folders = [package / '.mim' / 'configs', package.parent / 'configs']
-    for folder in folders:
-        if (folder / '_base_').is_dir():
-            return folder
-    raise FileNotFoundError(
-        f'the configs of msda_plugin are neither in {folders[0]} nor in {folders[1]}; reinstall msda_plugin'
-    )
-
-
-def model_files() -> dict[str, Path]:
-    """Model name -> config file: those in ``_base_/models`` and the complete configs."""
-    folder = config_folder()
-    return {
-        path.stem: path for pattern in ('[!_]*/*.py', '_base_/models/*.py') for path in sorted(folder.glob(pattern))
-    }
-
-
-def find_model(name: str) -> Path:
-    """The config file of a model, by name or path.
-
-    Raises:
-        ValueError: If there is no such model; the message lists the known ones.
-    """
-    if name.endswith('.py') and Path(name).is_file():
-        return Path(name)
-    files = model_files()
-    if name not in files:
-        raise ValueError(f"unknown model '{name}'; give the path of a config file, or one of {', '.join(files)}")
-    return files[name]
-
-
 # ---- the config -----------------------------------------------------------------------------------------------------
 def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, list[str]]:
     """Build the complete config of a training.
@@ -118,8 +84,7 @@ def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, lis
     cfg = Config({**cfg.to_dict(), **{key: source[key] for key in KEPT if source.get(key) is not None}})
     notes = _fit_model(cfg.model, model, data)
     choices, reduced = _fit_batch(data, choices)
-    notes += reduced
-    notes += _set_optimizer(cfg, source, choices)
+    notes = [*reduced, *_set_optimizer(cfg, source, choices), *notes]
     _set_data(cfg, data, choices, choices.image_size or _image_size(source))
     _set_schedule(cfg, data, choices)
     cfg.runner_type = 'msda_plugin.DetectionRunner'
@@ -147,6 +112,12 @@ def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
     for _, head in heads:
         head.num_classes = num_classes
     notes = []
+    if supports_nms(model) and 'nms' not in (model.get('test_cfg') or {}):
+        set_nms(model, True)
+        notes.append(
+            'non-maximum suppression: on, because a DETR still predicts duplicates after a short training; test '
+            '--no-nms switches it off'
+        )
     if model.get('num_queries'):
         if model.num_queries < data.most_boxes:
             notes.append(
@@ -255,7 +226,7 @@ def _set_data(cfg: Config, data: Data, choices: Choices, size: tuple[int, int]) 
     for split, used in (('val', 'val'), ('test', 'test' if 'test' in data.files else 'val')):
         cfg[f'{split}_dataloader'] = loader(dataset(used, test_pipeline, test_mode=True), False)
         cfg[f'{split}_evaluator'] = dict(
-            type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', format_only=False
+            type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', classwise=True, format_only=False
         )
 
 

@@ -1,0 +1,32 @@
+# Pre-training of the default model of `train --data` on generated scenes. The learning rate is flat and the weights are
+# averaged, so the training can be stopped, used, resumed and extended at any time.
+_base_ = [
+    '../_base_/models/deformable-detr-two-stage_shunted-nano.py',
+    '../_base_/datasets/scenes_detection.py',
+    '../_base_/default_runtime.py',
+]
+runner_type = 'msda_plugin.DetectionRunner'
+
+model = dict(
+    bbox_head=dict(num_classes=42),
+    # Early in training a DETR still predicts duplicates, which would cost most of the AP.
+    test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7)),
+)
+
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=100_000, val_interval=10_000)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=1e-3, fused=True),
+    clip_grad=dict(max_norm=0.1, norm_type=2),
+)
+param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=300)]
+auto_scale_lr = dict(enable=False, base_batch_size=4)
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=1000))
+log_processor = dict(by_epoch=False)
+custom_hooks = [
+    dict(type='msda_plugin.TrainingReportHook'),
+    dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.001, gamma=1000, update_buffers=True),
+]

@@ -1,0 +1,119 @@
+"""Starter weights: what ``train --data`` begins with instead of random weights.
+
+A file ``msda_plugin/weights/MODEL-HASH.pth`` holds the starter weights of the model ``MODEL``: a state dict in float16,
+pre-trained on generated scenes (configs/scenes), with the first digits of the file's SHA-256 in its name. Another file
+replaces it without a change of the code. To store those of a training::
+
+    python -m msda_plugin.tools.custom_data.starter work_dirs/NAME/iter_100000.pth
+"""
+
+import argparse
+import re
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+
+import msda_plugin
+from msda_plugin.files import atomic_write
+from msda_plugin.safe_loading import load_checkpoint, verify_hash
+from msda_plugin.tools.common.errors import user_errors
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL
+
+FOLDER = Path(msda_plugin.__file__).parent / 'weights'
+DIGITS = 16  # of the SHA-256
+MAX_BYTES = 10_000_000
+
+
+def starter_weights(model: str) -> Path | None:
+    """The file with the starter weights of a model, compared with the hash in its name; None if there is none.
+
+    Raises:
+        ValueError: If the file does not match its hash, or there are several.
+    """
+    pattern = re.compile(rf'{re.escape(model)}-[0-9a-f]{{{DIGITS}}}\.pth')
+    files = sorted(path for path in FOLDER.glob('*.pth') if pattern.fullmatch(path.name))
+    if len(files) > 1:
+        raise ValueError(
+            f'{FOLDER} has several starter weights for {model}: {", ".join(p.name for p in files)}; keep one'
+        )
+    for path in files:
+        verify_hash(path, 'reinstall msda_plugin, or train without it with --from-scratch')
+        return path
+    return None
+
+
+def choose_weights(cfg: Config, model: str, from_scratch: bool = False) -> str:
+    """Let a training on custom data begin with starter weights, if nothing else is loaded.
+
+    Args:
+        cfg: The config of the training; its ``load_from`` is set.
+        model: Name of the model.
+        from_scratch: Keep random weights.
+
+    Returns:
+        A sentence on the weights.
+    """
+    if cfg.get('load_from'):
+        return f'weights: {cfg.load_from}'
+    path = None if from_scratch else starter_weights(model)
+    if path is None:
+        return 'weights: random'
+    cfg.load_from = str(path)
+    return f'weights: {path.name}, pre-trained on generated scenes (--from-scratch: random weights)'
+
+
+def store(checkpoint: Path, model: str = DEFAULT_MODEL) -> Path:
+    """Store the weights of a checkpoint, averaged if it has an ``EMAHook``, as starter weights; replaces earlier ones.
+
+    Args:
+        checkpoint: From a training of `msda_plugin.DetectionRunner`.
+        model: Name of its model.
+
+    Returns:
+        The file, in ``FOLDER``.
+
+    Raises:
+        OSError: If the checkpoint cannot be read, or the file cannot be written.
+        ValueError: If it is not a checkpoint, exceeds the range of float16, or needs more than 10 MB.
+    """
+    content = load_checkpoint(checkpoint, 'cpu')
+    weights = {
+        name: value.half() if value.is_floating_point() else value for name, value in content['state_dict'].items()
+    }
+    infinite = [name for name, value in weights.items() if not value.isfinite().all()]
+    if infinite:
+        raise ValueError(f'{infinite[0]} of {checkpoint} is not finite in float16; train with a lower learning rate')
+    meta = dict(
+        dataset_meta=dict(classes=tuple(content['meta']['dataset_meta']['classes'])), iterations=content['meta']['iter']
+    )
+    FOLDER.mkdir(exist_ok=True)
+    with atomic_write(FOLDER / f'{model}.pth') as part:
+        torch.save(dict(meta=meta, state_dict=weights), part)
+        data = part.read_bytes()
+        if len(data) > MAX_BYTES:
+            raise ValueError(f'the weights need {len(data)} bytes, at most {MAX_BYTES} are stored')
+        path = FOLDER / f'{model}-{sha256(data).hexdigest()[:DIGITS]}.pth'
+    for other in FOLDER.glob(f'{model}-*.pth'):
+        other.unlink()
+    return (FOLDER / f'{model}.pth').replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m msda_plugin.tools.custom_data.starter',
+        description='Store the weights of a checkpoint as starter weights.',
+    )
+    parser.add_argument('checkpoint', type=Path, help='checkpoint of a training on scenes')
+    parser.add_argument('--model', default=DEFAULT_MODEL, help='name of its model (default: %(default)s)')
+    args = parser.parse_args(argv)
+    with user_errors('starter'):
+        print(store(args.checkpoint, args.model))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Starter weights: stored in float16, verified, and used by ``train --data`` unless something else is asked for."""
+
+import hashlib
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from msda_plugin.engine.model_zoo import find_model
+from msda_plugin.tools import train
+from msda_plugin.tools.custom_data import starter
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL
+from msda_plugin.tools.shapes import generate
+
+CLASSES = ('a', 'b', 'c', 'd')  # the shapes have six
+CLASS_LAYER = 'bbox_head.cls_branches'
+
+
+@pytest.fixture(scope='module')
+def source():
+    """A checkpoint's content, as MMEngine saves it."""
+    init_default_scope('mmdet')
+    cfg = Config.fromfile(find_model(DEFAULT_MODEL).config).model
+    cfg.bbox_head.num_classes = len(CLASSES)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg)
+    return dict(state_dict=model.state_dict(), meta=dict(iter=7, dataset_meta=dict(classes=CLASSES)))
+
+
+@pytest.fixture
+def checkpoint(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(starter, 'FOLDER', tmp_path / 'weights')
+    torch.save(source, tmp_path / 'iter_7.pth')
+    return tmp_path / 'iter_7.pth'
+
+
+@pytest.fixture
+def stored(checkpoint):
+    return starter.store(checkpoint)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'mine'
+    generate(folder, train=12, val=2, size=(64, 64), seed=1)
+    return str(folder)
+
+
+def dry_run(data, tmp_path, *options):
+    assert train.main(['--data', data, '--work-dir', str(tmp_path / 'work'), '--dry-run', *options]) == 0
+    [config] = (tmp_path / 'work').glob('*.py')
+    return Config.fromfile(str(config))
+
+
+def test_stored_in_float16_with_hash_and_classes(stored, source):
+    digest = hashlib.sha256(stored.read_bytes()).hexdigest()
+    assert stored.name == f'{DEFAULT_MODEL}-{digest[:16]}.pth' and stored.stat().st_size <= 10_000_000
+    content = torch.load(stored, weights_only=True)
+    assert content['meta'] == dict(dataset_meta=dict(classes=CLASSES), iterations=7)
+    assert content['state_dict'].keys() == source['state_dict'].keys()
+    for name, value in content['state_dict'].items():
+        full = source['state_dict'][name]
+        assert torch.equal(value, full.half() if full.is_floating_point() else full)
+        assert value.dtype == (torch.float16 if full.is_floating_point() else full.dtype)
+    assert starter.starter_weights(DEFAULT_MODEL) == stored
+    assert starter.starter_weights('another') is None
+
+
+def test_other_weights_replace_them(stored, source, checkpoint):
+    torch.save({**source, 'meta': {**source['meta'], 'iter': 8}}, checkpoint)
+    assert starter.main([str(checkpoint)]) == 0
+    [file] = starter.FOLDER.iterdir()
+    assert file != stored and starter.starter_weights(DEFAULT_MODEL) == file
+
+
+def test_weights_outside_of_float16_are_not_stored(checkpoint, source):
+    weights = dict(source['state_dict'])
+    name = next(iter(weights))
+    weights[name] = torch.full_like(weights[name], 1e6)
+    torch.save({**source, 'state_dict': weights}, checkpoint)
+    with pytest.raises(ValueError, match=f'{name} of .* is not finite in float16'):
+        starter.store(checkpoint)
+    assert not starter.FOLDER.exists()
+
+
+def test_used_by_default(stored, data, tmp_path, capsys):
+    assert dry_run(data, tmp_path).load_from == str(stored)
+    assert f'weights: {stored.name}, pre-trained on generated scenes' in capsys.readouterr().out
+
+
+def test_not_used_from_scratch_with_other_weights_or_another_model(stored, checkpoint, data, tmp_path, capsys):
+    assert dry_run(data, tmp_path, '--from-scratch').load_from is None
+    assert 'weights: random' in capsys.readouterr().out
+    assert dry_run(data, tmp_path, '--load-from', str(checkpoint)).load_from == str(checkpoint)
+    assert f'weights: {checkpoint}' in capsys.readouterr().out
+    other = 'deformable-detr_shunted-nano_1xb4-8e_shapes'
+    assert dry_run(data, tmp_path / 'other', '--model', other).load_from is None
+    with pytest.raises(SystemExit):
+        dry_run(data, tmp_path, '--from-scratch', '--load-from', str(checkpoint))
+    assert 'not allowed with argument' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options', [[], ['--from-scratch']])
+def test_damaged_file(stored, data, tmp_path, capsys, options):
+    content = bytearray(stored.read_bytes())
+    content[len(content) // 2] ^= 1
+    stored.write_bytes(content)
+    if options:
+        assert dry_run(data, tmp_path, *options).load_from is None
+        return
+    with pytest.raises(SystemExit) as stopped:
+        dry_run(data, tmp_path)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f'{stored} has the SHA-256' in error and 'or train without it with --from-scratch' in error
+
+
+def test_two_files_are_an_error(stored):
+    stored.with_name(f'{DEFAULT_MODEL}-{"0" * 16}.pth').write_bytes(b'')
+    with pytest.raises(ValueError, match='has several starter weights'):
+        starter.starter_weights(DEFAULT_MODEL)
+
+
+@pytest.mark.slow
+def test_training_starts_from_them_in_float32(stored, source, data, tmp_path):
+    DetLocalVisualizer._instance_dict.clear()
+    options = ['--epochs', '1', '--lr', '1e-12', '--image-size', '64', '--workers', '0', '--device', 'cpu']
+    assert train.main(['--data', data, '--work-dir', str(tmp_path / 'work'), *options]) == 0
+    trained = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)['state_dict']
+    assert trained.keys() == source['state_dict'].keys()
+    for name, value in trained.items():
+        full = source['state_dict'][name]
+        assert value.dtype == full.dtype
+        if name.startswith(CLASS_LAYER):
+            assert len(value) == 6
+        elif '.norm.running_' not in name and full.is_floating_point():  # statistics follow the images
+            torch.testing.assert_close(value, full.half().float(), rtol=0, atol=1e-6)
+    [log] = (tmp_path / 'work').glob('*/*.log')
+    assert 'bbox_head.cls_branches.0 (4 outputs, now 6)' in log.read_text()
