@@ -46,9 +46,13 @@ def main(argv: list[str] | None = None) -> int:
             return _run(argv)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught
-    except BrokenPipeError:  # as in `… --help | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return BROKEN_PIPE
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # it is standard output that is closed, as in `… --help | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+            return BROKEN_PIPE
+        raise
 
 
 def _run(argv: list[str] | None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint, no_file
+from msda_plugin.engine.config_check import check_fields
 from msda_plugin.engine.config_walk import without_pretrained
 from msda_plugin.engine.messages import counted
 from msda_plugin.engine.model_zoo import download_weights, find_model
@@ -91,6 +92,7 @@ def prepare(args: argparse.Namespace) -> Config:
     else:
         notes.append(choose_weights(cfg, model.name, args.from_scratch))
     apply_cfg_options(cfg, args.cfg_options)
+    check_fields(cfg)
     cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
     print('\n'.join([f'model: {model.config.stem}', *notes, saved, '']), flush=True)
