@@ -1,4 +1,4 @@
-# make setup | train | test | test-long | bench | lint | format | docs   STACK=forks (default) or upstream: see docs/install.md
+# make setup | train | test | test-long | bench | wheel | lint | format | docs   STACK=forks (default) or upstream: see docs/install.md
 STACK  ?= forks
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -27,7 +27,7 @@ endif
 # Trainings that the tests start share the cores with the other tests: one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: setup train test test-long bench lint format lint-tools docs clean
+.PHONY: setup train test test-long bench wheel lint format lint-tools docs clean
 setup: $(PLUGIN_OK) $(OPS_OK)
 
 # torch comes first and alone, and nothing that needs it is built in isolation: pip would fetch another torch for the build.
@@ -52,7 +52,7 @@ $(PLUGIN_OK): $(STACK_OK) setup.py pyproject.toml $(shell find csrc -type f -not
 $(OPS_OK): $(STACK_OK) | $(PLUGIN_OK)
 	$(BIN)/python -m msda_plugin mmcv-ops remove
 	$(BIN)/python -m pip uninstall -q -y mmcv-lite
-	$(BIN)/python -m pip install --no-build-isolation --force-reinstall --no-deps $(subst mmcv-lite,mmcv,$(MMCV))
+	$(BIN)/python -m pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir $(subst mmcv-lite,mmcv,$(MMCV))
 	@touch $@
 
 train: setup  # always the shapes; another config: python -m msda_plugin train CONFIG
@@ -68,6 +68,16 @@ test-long: setup  # what `make test` leaves out: full builds, launchers, long tr
 
 bench: setup
 	$(BIN)/python -m msda_plugin benchmark op
+
+WHEEL_ENV := build/wheel-env
+wheel:  # dist/: the sdist, and the wheel built from it with the CPU library and CUDA libraries for CUDA 12 and 13
+	rm -rf build/wheel dist && mkdir -p build/wheel
+	test -x $(WHEEL_ENV)/bin/python || $(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python -m pip install -q --no-deps '$(TORCH)' -r requirements/wheel.txt
+	NVCC="$${NVCC:-$$($(WHEEL_ENV)/bin/python csrc/toolkits.py build/cuda)}" MSDA_BUILD_CUDA=1 \
+	  $(WHEEL_ENV)/bin/python -m build --no-isolation --outdir build/wheel
+	PATH="$(abspath $(WHEEL_ENV)/bin):$$PATH" auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
 
 # Not docs/api: mkdocstrings reads indented options, which mdformat would join to a paragraph.
 MARKDOWN  = $(BIN)/mdformat --wrap 120 --compact-tables $$(git ls-files '*.md' ':!docs/api')

@@ -39,9 +39,18 @@ inline void check_sizes(const Tensor& tensor, const char* name, const std::vecto
   STD_TORCH_CHECK(equal, name, " has sizes that do not fit the other arguments");
 }
 
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& value) {
+  STD_TORCH_CHECK(tensor.is_cpu() == value.is_cpu() && tensor.get_device_index() == value.get_device_index(), name,
+                  " must be on the device of value");
+}
+
 // `reference_points` is null for the plain operator.
 inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
                                 const Tensor* reference_points, const Tensor& coordinates, const Tensor& weights) {
+  check_device(spatial_shapes, "spatial_shapes", value);
+  check_device(level_start_index, "level_start_index", value);
+  check_device(coordinates, "coordinates", value);
+  check_device(weights, "weights", value);
   STD_TORCH_CHECK(value.dim() == 4, "value must be (bs, num_keys, num_heads, head_dim)");
   STD_TORCH_CHECK(coordinates.dim() == 6,
                   "coordinates must be (bs, num_queries, num_heads, num_levels, num_points, 2)");
@@ -80,12 +89,15 @@ inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shape
               contiguous(weights),
               p};
   if (reference_points != nullptr) {
+    check_device(*reference_points, "reference_points", value);
     a.problem.reference_size = static_cast<int>(reference_points->size(-1));
     check_sizes(*reference_points, "reference_points", {p.batch, p.queries, p.levels, a.problem.reference_size});
     STD_TORCH_CHECK(a.problem.reference_size == 2 || a.problem.reference_size == 4,
                     "reference_points must have 2 or 4 coordinates");
-    STD_TORCH_CHECK(dtype_of(*reference_points, "reference_points") == p.coordinate_dtype,
-                    "reference_points must have the dtype of the offsets");
+    const DType dtype = dtype_of(*reference_points, "reference_points");
+    STD_TORCH_CHECK(dtype == p.coordinate_dtype || dtype == accumulation,
+                    "reference_points must have the dtype of the offsets or float32 (float64 for a float64 value)");
+    a.problem.wide_reference = dtype != p.coordinate_dtype;
     a.reference_points = contiguous(*reference_points);
     a.problem.reference_points = a.reference_points.const_data_ptr();
   }
@@ -106,6 +118,7 @@ struct GradientTensors {
         reference_points(a.problem.reference_size != 0 ? torch::stable::empty_like(a.reference_points) : value),
         coordinates(torch::stable::empty_like(a.coordinates)), weights(torch::stable::empty_like(a.weights)) {
     const Problem& p = a.problem;
+    check_device(grad_output, "grad_output", a.value);
     check_sizes(grad_output, "grad_output", {p.batch, p.queries, p.heads * p.channels});
     STD_TORCH_CHECK(grad_output.scalar_type() == a.value.scalar_type(), "grad_output must have value's dtype");
   }

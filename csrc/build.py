@@ -1,10 +1,11 @@
-"""Builds the compiled operator: ``libmsda_cpu.so``, and ``libmsda_cuda.so`` if torch has CUDA and there is nvcc.
+"""Builds the compiled operator: ``libmsda_cpu.so``, and ``libmsda_cuda13.so`` if torch has CUDA and nvcc is of CUDA 13.
 
     python csrc/build.py [--out DIR] [--cuda auto|on|off] [--sanitize address,undefined] [--verbose]
 
 The libraries use LibTorch's stable ABI, so one build works with every torch >= 2.10 and every Python. The build needs
 torch's headers and links to its libraries, but does not import torch. Environment variables: ``CXX`` and ``NVCC`` name
-the compilers, ``MSDA_CUDA_ARCHS`` the GPU architectures, such as "80;90;120" (machine code for each, PTX for the last).
+the compilers (``NVCC`` several, separated like PATH: one CUDA library for each), ``MSDA_CUDA_ARCHS`` the GPU
+architectures, such as "80;90;120" (machine code for each, PTX for the last).
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def build(
     """Build the libraries into ``out_dir``. Existing libraries are replaced only after everything is built.
 
     Args:
-        out_dir: Directory of ``libmsda_cpu.so`` and ``libmsda_cuda.so``.
+        out_dir: Directory of ``libmsda_cpu.so`` and ``libmsda_cuda13.so``, named after the major version of nvcc. A
+            torch loads the one for its own major version of CUDA.
         cuda: Whether to build the CUDA library: 'on', 'off', or 'auto' if nvcc is found and torch has
             CUDA. A CPU-only torch is enough for 'on'.
         sanitize: Sanitizers for the CPU library, as in ``-fsanitize=``.
@@ -94,14 +96,16 @@ def build(
     torch_dir = find_torch()
     compiler = find_compiler()
     wanted = cuda == 'on' or (cuda == 'auto' and _library(torch_dir, 'torch_cuda').exists())
-    nvcc = find_nvcc() if wanted else None
-    if cuda == 'on' and nvcc is None:
+    listed = os.environ.get('NVCC', '').split(os.pathsep)
+    found = [shutil.which(path) for path in listed] if len(listed) > 1 else [find_nvcc()]
+    nvccs = [nvcc for nvcc in found if wanted and nvcc]
+    if cuda == 'on' and nvccs != found:
         raise CompilerNotFound('no nvcc was found: install the CUDA toolkit, put nvcc on PATH or set NVCC')
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir, prefix='.build-') as work:
-        builder = _Builder(Path(work), torch_dir, compiler, nvcc, sanitize, verbose)
+        builder = _Builder(Path(work), torch_dir, compiler, nvccs, sanitize, verbose)
         results = [Path(os.path.abspath(out_dir / built.name)) for built in builder.run()]
         for target in results:
             os.replace(Path(work) / target.name, target)
@@ -144,12 +148,12 @@ def find_compiler() -> list[str]:
 
 class _Builder:
     def __init__(
-        self, work: Path, torch_dir: Path, compiler: list[str], nvcc: str | None, sanitize: str, verbose: bool
+        self, work: Path, torch_dir: Path, compiler: list[str], nvccs: list[str], sanitize: str, verbose: bool
     ) -> None:
         self.work = work
         self.torch_dir = torch_dir
         self.compiler = compiler
-        self.nvcc = nvcc
+        self.nvccs = nvccs
         self.sanitize = [f'-fsanitize={sanitize}', '-fno-sanitize-recover=all', '-g'] if sanitize else []
         self.verbose = verbose
 
@@ -164,33 +168,32 @@ class _Builder:
             self.compile(f'cpu/ms_deform_attn_{isa}.cpp', KERNEL_FLAGS + flags + self.sanitize)
             for isa, flags in isas.items()
         ]
-        cuda = []
-        if self.nvcc:
-            codes = self.cuda_codes()
+        cuda = {}
+        for nvcc in self.nvccs:
+            codes = self.cuda_codes(nvcc)
             gencodes = [f'-gencode=arch={code.replace("sm", "compute")},code={code}' for code in codes]
             named = f'-DMSDA_CUDA_ARCHITECTURES={"+".join(codes)}'
-            cuda = [
-                self.compile_cuda('cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *gencodes]),
-                self.compile_cuda('cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', named, *binding]),
+            cuda[nvcc] = [
+                self.compile_cuda(nvcc, 'cuda/ms_deform_attn.cu', ['-std=c++17', '--threads=2', *gencodes]),
+                self.compile_cuda(nvcc, 'cuda/binding.cpp', ['-std=c++20', '-DUSE_CUDA', named, *binding]),
             ]
         # The longest commands first, so that parallel jobs end together.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            list(pool.map(self.execute, [command for command, _ in cuda + cpu]))
+            list(pool.map(self.execute, [command for command, _ in [*sum(cuda.values(), []), *cpu]]))
         results = [self.link('libmsda_cpu.so', [target for _, target in cpu], self.sanitize)]
-        if self.nvcc:
-            results.append(self.link_cuda('libmsda_cuda.so', [target for _, target in cuda]))
+        results += [self.link_cuda(nvcc, [target for _, target in objects]) for nvcc, objects in cuda.items()]
         return results
 
     def compile(self, source: str, flags: list[str]) -> tuple[list[str], Path]:
         target = self.work / (source.replace('/', '_') + '.o')
         return [*self.compiler, *COMMON_FLAGS, *flags, '-c', str(SOURCE_DIR / source), '-o', str(target)], target
 
-    def compile_cuda(self, source: str, flags: list[str]) -> tuple[list[str], Path]:
-        target = self.work / (source.replace('/', '_') + '.o')
+    def compile_cuda(self, nvcc: str, source: str, flags: list[str]) -> tuple[list[str], Path]:
+        target = self.work / f'{source.replace("/", "_")}.{self.nvccs.index(nvcc)}.o'
         host = ['-ccbin', self.compiler[0], '-Xcompiler=-fPIC,-fvisibility=hidden']
         # --resource-usage: --verbose shows the registers and spills of every kernel.
         return [
-            self.nvcc,
+            nvcc,
             '-O3',
             '--resource-usage',
             *host,
@@ -201,13 +204,13 @@ class _Builder:
             str(target),
         ], target
 
-    def cuda_codes(self) -> list[str]:
+    def cuda_codes(self, nvcc: str) -> list[str]:
         """Machine code for each architecture (``sm_90``), and PTX for the last (``compute_120``)."""
         if os.environ.get('MSDA_CUDA_ARCHS'):
             listed = re.split(r'[;, ]+', os.environ['MSDA_CUDA_ARCHS'].strip('; ,'))
             archs = sorted(int(arch.replace('.', '')) for arch in listed)
         else:
-            supported = set(re.findall(r'compute_(\d+)', self.execute([self.nvcc, '--list-gpu-arch'])))
+            supported = set(re.findall(r'compute_(\d+)', self.execute([nvcc, '--list-gpu-arch'])))
             archs = [arch for arch in CUDA_ARCHS if str(arch) in supported]
         return [*(f'sm_{arch}' for arch in archs), f'compute_{archs[-1]}']
 
@@ -229,7 +232,7 @@ class _Builder:
         )
         return target
 
-    def link_cuda(self, name: str, objects: list[Path]) -> Path:
+    def link_cuda(self, nvcc: str, objects: list[Path]) -> Path:
         places = [self.torch_dir / 'lib']
         if not _library(self.torch_dir, 'torch_cuda').exists():
             # A CPU-only torch lacks this library: link to an empty one of the same name.
@@ -247,10 +250,11 @@ class _Builder:
                 ]
             )
             places.append(self.work)
-        target = self.work / name
+        major = re.search(r'release (\d+)', self.execute([nvcc, '--version']))[1]
+        target = self.work / f'libmsda_cuda{major}.so'
         self.execute(
             [
-                self.nvcc,
+                nvcc,
                 '-shared',
                 '-cudart=static',
                 '-ccbin',

@@ -21,10 +21,11 @@ struct Problem {
   int64_t batch, keys, heads, channels, levels, queries, points;
   int reference_size;  // 0: plain operator; fused: 2 for reference points (x, y), 4 for boxes (cx, cy, w, h)
   DType dtype, coordinate_dtype;
-  const void* value;                 // (batch, keys, heads, channels), dtype
-  const int64_t* spatial_shapes;     // (levels, 2): height, width
+  bool wide_reference;            // whether the reference points have the accumulation type instead of coordinate_dtype
+  const void* value;              // (batch, keys, heads, channels), dtype
+  const int64_t* spatial_shapes;  // (levels, 2): height, width
   const int64_t* level_start_index;  // (levels)
-  const void* reference_points;      // fused: (batch, queries, levels, reference_size), coordinate_dtype
+  const void* reference_points;      // fused: (batch, queries, levels, reference_size)
   const void* coordinates;           // locations, fused: offsets, (batch, queries, heads, levels, points, 2)
   const void* weights;               // weights, fused: logits, (batch, queries, heads, levels, points)
 

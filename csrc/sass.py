@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-LIBRARY = Path(__file__).resolve().parent.parent / 'msda_plugin' / 'ops' / 'lib' / 'libmsda_cuda.so'
+LIBRARY = Path(__file__).resolve().parent.parent / 'msda_plugin' / 'ops' / 'lib' / 'libmsda_cuda13.so'
 WIDE_LOAD = 'LDG.E.128'
 
 

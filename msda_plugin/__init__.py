@@ -2,11 +2,15 @@
 
 from msda_plugin.version import __version__
 
-__all__ = ['__version__', 'accelerate', 'restore']
+__all__ = ['Detector', '__version__', 'accelerate', 'restore']
 
 
 def __getattr__(name: str) -> object:
-    # mmcv takes seconds to import: not before it is needed.
+    # torch and mmcv take seconds to import: not before they are needed.
+    if name == 'Detector':
+        from msda_plugin.engine.detector import Detector
+
+        return Detector
     if name in ('accelerate', 'restore'):
         from msda_plugin import acceleration
 

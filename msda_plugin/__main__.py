@@ -1,7 +1,13 @@
-"""``python -m msda_plugin COMMAND``: each command is a module of `msda_plugin.tools`, imported when it is called."""
+"""``python -m msda_plugin COMMAND``, and the executable ``msda-plugin``.
 
+Each command is a module of `msda_plugin.tools`, imported when it is called.
+"""
+
+import os
 import sys
 from importlib import import_module
+
+from msda_plugin.version import __version__
 
 COMMANDS = {
     'env': 'print installed versions, GPUs and backends, and check for problems',
@@ -10,11 +16,13 @@ COMMANDS = {
     'test': 'evaluate a checkpoint',
     'demo': 'draw detected boxes on images, folders and videos',
     'visualize': 'visualize the attention of a detector as images and an HTML page',
+    'models': 'list the models and published weights that --model takes',
     'convert': 'convert a published checkpoint, with a report on every key',
     'complexity': 'compute the cost of attention by formula or for a config, or measure it',
     'mmcv-ops': 'provide the operators that mmcv lacks when it was installed without compiling them',
     'benchmark': 'time operator, layers and models against the stock implementations',
 }
+BROKEN_PIPE = 141  # exit status after SIGPIPE, by the convention of shells
 
 
 def usage() -> str:
@@ -26,21 +34,41 @@ def usage() -> str:
             '',
             *lines,
             '',
-            'python -m msda_plugin COMMAND --help describes a command.',
+            'python -m msda_plugin COMMAND --help describes a command, --version prints the version; the executable',
+            'msda-plugin is a short name for python -m msda_plugin.',
         ]
     )
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught
+    except BrokenPipeError:  # as in `… --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return BROKEN_PIPE
+
+
+def _run(argv: list[str] | None) -> int:
     command, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if command in ('-h', '--help'):
         print(usage())
+        return 0
+    if command == '--version':
+        print(f'msda_plugin {__version__}')
         return 0
     if command not in COMMANDS:
         print(f'msda_plugin: unknown command {command!r}; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     try:
         return import_module(f'msda_plugin.tools.{command.replace("-", "_")}').main(rest)
+    except ModuleNotFoundError as error:
+        if (error.name or '').partition('.')[0] not in ('torch', 'mmengine', 'mmcv', 'mmdet'):
+            raise
+        print(f'msda_plugin {command}: {error}; "python -m msda_plugin env" says how to mend it', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f'\nmsda_plugin {command}: stopped by Ctrl-C', file=sys.stderr)
         return 130

@@ -5,8 +5,11 @@ original. `restore` does so for all replacements. Importing msda_plugin calls on
 """
 
 import pickle
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,10 @@ class Replaced(ExitStack):
         if self not in _in_effect:
             _in_effect.append(self)
             self.callback(_in_effect.remove, self)
-        self.callback(setattr, owner, name, getattr(owner, name))
+        if hasattr(owner, name):
+            self.callback(setattr, owner, name, getattr(owner, name))
+        else:
+            self.callback(delattr, owner, name)
         setattr(owner, name, value)
 
 
@@ -30,7 +36,7 @@ _in_effect: list[Replaced] = []
 
 
 def restore() -> None:
-    """Restore everything that `load_checkpoints_strictly` and `accept_sides_of_one_pixel` replaced."""
+    """Restore everything that the functions of this module replaced."""
     for replaced in list(_in_effect):
         replaced.close()
 
@@ -168,6 +174,51 @@ def accept_sides_of_one_pixel() -> Replaced:
     return replaced
 
 
+def registered_types_only() -> Replaced:
+    """Let MMEngine's registries find registered types only, until the handle is closed.
+
+    They import the dotted path of a type that is not registered, so a config from an untrusted file could call any
+    function: ``type='os.system'``. `msda_plugin.engine.inference.load_detector` uses it for configs from checkpoints.
+
+    Ends with: an mmengine that can be told not to; 0.10.7 and onedl-mmengine 0.10.12 cannot.
+    """
+    from mmengine.registry import registry
+
+    replaced = Replaced()
+    replaced.set(registry, 'get_object_from_string', lambda name: None)
+    return replaced
+
+
+def match_non_finite_predictions() -> Replaced:
+    """Let the Hungarian assigners match predictions that are NaN or infinite, to any object.
+
+    MMDetection's assigners end in SciPy's ``matrix contains invalid numeric entries``, and those of msda_plugin in a
+    ``FloatingPointError``. With arbitrary matches the loss is NaN instead, in one of several processes, too, and
+    `msda_plugin.engine.hooks.SkipNonFiniteHook` skips the step. The hook installs this during a training.
+
+    Returns:
+        The handle; an empty one if the replacement is already installed.
+
+    Ends with: an mmdet whose assigners accept such costs; 3.3.0 and onedl-mmdetection 3.5.1 do not.
+    """
+    from mmdet.models.task_modules.assigners import hungarian_assigner, topk_hungarian_assigner
+
+    from msda_plugin.heads.matching import HungarianMatcher
+
+    replaced = Replaced()
+    if hungarian_assigner.linear_sum_assignment is not _assign_finite:
+        for module in (hungarian_assigner, topk_hungarian_assigner):
+            replaced.set(module, 'linear_sum_assignment', _assign_finite)
+        replaced.set(HungarianMatcher, 'accepts_non_finite', True)
+    return replaced
+
+
+def _assign_finite(costs: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(np.nan_to_num(np.asarray(costs)))
+
+
 def _imflip(img: np.ndarray, direction: str = 'horizontal') -> np.ndarray:
     from mmcv.image.geometric import imflip
 
@@ -179,3 +230,35 @@ def _scale_size(size: tuple[int, int], scale: float | tuple[float, float]) -> tu
     factors = scale if isinstance(scale, tuple) else (scale, scale)
     width, height = (max(1, int(side * float(factor) + 0.5)) for side, factor in zip(size, factors, strict=True))
     return width, height
+
+
+def import_mmdet() -> None:
+    """Import MMDetection's datasets and metrics without their notices about optional packages.
+
+    onedl-mmdetection prints 'Could not import OneDL. Skipping OneDL datasets.' twice, for a package that is not public,
+    and warns that faster_coco_eval is missing, even if no config uses it.
+
+    Ends with: an mmdet that imports them silently; onedl-mmdetection 3.5.1 does not, mmdet 3.3.0 does.
+    """
+    from mmengine.logging import logger
+
+    with Replaced() as replaced, warnings.catch_warnings():
+        # Shadows the built-in function in the module of `print_log`.
+        replaced.set(logger, 'print', lambda text: None if 'OneDL' in text else print(text))
+        warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
+        for name in ('mmdet.datasets', 'mmdet.evaluation'):
+            import_module(name)
+
+
+def redirect_pycocotools(write: Callable[[str], object]) -> Replaced:
+    """Pass what pycocotools prints to ``write``, until the handle is closed.
+
+    pycocotools prints its progress and its table of results, and has no option to log them or to leave them out.
+
+    Ends with: a pycocotools that logs; 2.0.11 prints.
+    """
+    replaced = Replaced()
+    for name in ('pycocotools.coco', 'pycocotools.cocoeval', 'mmdet.datasets.api_wrappers.cocoeval_mp'):
+        if name in sys.modules:  # shadows the built-in function
+            replaced.set(sys.modules[name], 'print', lambda *values, **_: write(' '.join(map(str, values))))
+    return replaced

@@ -12,9 +12,11 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import BinaryIO
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
@@ -123,7 +125,12 @@ def fetch(url: str, folder: str | os.PathLike | None = None, *, progress: bool =
         _check_hash(path, expected, str(path), 'it was damaged or replaced; delete it to download it again')
         return path
     with atomic_write(path) as part:
-        torch.hub.download_url_to_file(url, str(part), progress=progress)
+        try:
+            torch.hub.download_url_to_file(url, str(part), progress=progress)
+        except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+            raise OSError(
+                f'{url} cannot be downloaded ({error}); without a network, copy the file to {path}'
+            ) from error
         _check_hash(part, expected, f'the download from {url}', 'it was damaged or replaced, and is not kept')
     return path
 

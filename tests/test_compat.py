@@ -117,6 +117,41 @@ def test_replacements_can_be_undone(replace, untouched):
     assert state() == untouched
 
 
+@pytest.fixture
+def pycocotools_prints():
+    from pycocotools.coco import COCO
+
+    return lambda: COCO().createIndex()
+
+
+def test_prints_of_pycocotools_can_be_redirected(pycocotools_prints, capsys):
+    outer, inner = [], []
+    with compat.redirect_pycocotools(outer.append):
+        with compat.redirect_pycocotools(inner.append):
+            pycocotools_prints()
+        pycocotools_prints()
+    assert outer == inner == ['creating index...', 'index created!'] and capsys.readouterr().out == ''
+    pycocotools_prints()
+    assert capsys.readouterr().out == 'creating index...\nindex created!\n'
+    compat.redirect_pycocotools(outer.append)
+    compat.restore()
+    pycocotools_prints()
+    assert len(outer) == 2 and 'index created!' in capsys.readouterr().out
+
+
+def test_mmdet_is_imported_without_notices():
+    program = """
+        from mmengine.logging import logger, print_log
+        from msda_plugin import compat
+        compat.import_mmdet()
+        import mmdet.datasets, mmdet.evaluation
+        assert not hasattr(logger, 'print')
+        print_log('OneDL')
+    """
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == 'OneDL\n' and 'faster_coco_eval' not in done.stderr, done
+
+
 def test_loading_a_detector_changes_nothing(untouched, tmp_path):
     from msda_plugin.engine.inference import load_detector
 

@@ -14,59 +14,11 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from msda_plugin import accelerate
+from msda_plugin.engine.model_zoo import models
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('[!_]*/*.py'))
-# Trainable parameters, as built.
-PARAMETERS = {
-    'deformable-detr-two-stage_shunted-nano_1xb1-36e_bccd': 3_765_148,
-    'deformable-detr-two-stage_shunted-nano_1xb1-44e_bccd': 3_765_148,
-    'mmdet-deformable-detr-two-stage_r18_1xb2-14e_bccd': 16_873_557,
-    'deformable-detr-two-stage_shunted-nano_1xb4-100k_scenes': 3_785_272,
-    'deformable-detr-refine-twostage_dat-b_16xb2-50e_coco': 101_745_924,
-    'deformable-detr-refine-twostage_dat-s_16xb2-50e_coco': 63_115_798,
-    'deformable-detr-refine-twostage_dat-t_16xb2-50e_coco': 41_734_534,
-    'mask-rcnn_dat-b_fpn_1x_coco': 107_255_208,
-    'mask-rcnn_dat-s_fpn_1x_coco': 69_206_650,
-    'mask-rcnn_dat-t_fpn_1x_coco': 47_825_386,
-    'retinanet_dat-b_fpn_1x_coco': 98_500_780,
-    'retinanet_dat-s_fpn_1x_coco': 59_870_654,
-    'retinanet_dat-t_fpn_1x_coco': 38_489_390,
-    'deformable-detr-enhancer_r50_16xb2-50e_coco': 42_995_286,
-    'deformable-detr-refine-twostage_r50_16xb2-50e_coco': 40_938_316,
-    'deformable-detr-refine_r50_16xb2-50e_coco': 40_609_274,
-    'deformable-detr-single-scale-dc5_r50_16xb2-50e_coco': 33_841_110,
-    'deformable-detr-single-scale_r50_16xb2-50e_coco': 33_841_110,
-    'deformable-detr_r50-mdconv-c4-c5_16xb2-50e_coco': 40_590_153,
-    'deformable-detr_r50_16xb2-50e_coco': 39_843_414,
-    'detr_pvtv2-b2_8xb2-150e_coco': 42_523_669,
-    'detr_r50_8xb2-150e_coco': 41_299_541,
-    'dino-4scale_r50_8xb2-12e_coco': 47_557_964,
-    'dino-4scale_shunted-s_8xb2-12e_coco': 41_986_636,
-    'mfds-detr_r50_8xb2-100e_leukocytes': 67_165_707,
-    'deformable-detr_pvt-s-pvt-neck_16xb2-50e_coco': 40_088_278,
-    'deformable-detr_pvtv2-b2-pvt-neck_16xb2-50e_coco': 40_965_398,
-    'deformable-detr-refine_shunted-nano_1xb4-8e_shapes': 3_410_198,
-    'deformable-detr-single-scale_shunted-nano_1xb4-8e_shapes': 1_791_500,
-    'deformable-detr-two-stage_shunted-nano-hs-fpn_1xb4-8e_shapes': 4_767_518,
-    'deformable-detr-two-stage_shunted-nano-pvt-neck_1xb4-8e_shapes': 4_457_246,
-    'deformable-detr-two-stage_shunted-nano-swin-neck_1xb4-8e_shapes': 4_717_134,
-    'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes': 3_517_086,
-    'deformable-detr_shunted-nano_1xb4-8e_shapes': 3_375_884,
-    'mmdet-deformable-detr-two-stage_r18_1xb4-4e_shapes': 16_875_870,
-    'deformable-detr-refine-twostage_shunted-b_16xb2-50e_coco': 52_580_108,
-    'deformable-detr-refine-twostage_shunted-s_16xb2-50e_coco': 35_366_988,
-    'deformable-detr-refine-twostage_shunted-t_16xb2-50e_coco': 24_519_308,
-    'mask-rcnn_shunted-b_fpn_1x_coco': 59_252_400,
-    'mask-rcnn_shunted-s_fpn_1x_coco': 42_039_280,
-    'mask-rcnn_shunted-t_fpn_1x_coco': 31_191_600,
-    'retinanet_shunted-b_fpn_1x_coco': 49_334_964,
-    'retinanet_shunted-s_fpn_1x_coco': 32_121_844,
-    'retinanet_shunted-t_fpn_1x_coco': 21_274_164,
-    'deformable-detr_swin-t-swin-neck_16xb2-50e_coco': 45_360_128,
-    'deformable-detr_vit-b_16xb2-50e_coco': 103_300_310,
-    'mask-rcnn_vit-b_8xb8-lsj-100e_coco': 112_577_456,
-}
+MODELS_BY_NAME = models()
 
 
 # MMDetection's DINO: the forks' has a layer more than the original one's.
@@ -117,7 +69,7 @@ def test_builds_trains_and_predicts(path):
     classes = dataset.get('dataset', dataset).get('metainfo', dict(classes=classes))['classes']
     assert head.num_classes == len(classes)
     fewer = FEWER_ON_THE_ORIGINALS.get(path.parent.name, 0) if mmdet.__version__ < '3.4' else 0
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == PARAMETERS[path.stem] - fewer
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == MODELS_BY_NAME[path.stem].parameters - fewer
     if any(hook['type'] == 'msda_plugin.AccelerateHook' for hook in cfg.get('custom_hooks') or ()):
         assert accelerate(model) > 0
 
@@ -151,3 +103,11 @@ def test_every_config_is_listed_in_its_metafile():
     for path in CONFIGS:
         assert f'Config: {path.relative_to(ROOT)}\n' in (path.parent / 'metafile.yml').read_text()
         assert path.name in (path.parent / 'README.md').read_text()
+
+
+def test_the_model_zoo_states_the_parameters_of_the_metafiles():
+    rows = re.findall(
+        r'^\| \[(\S+?)\]\(.*?\) \| ([\d.]+) \|', (ROOT / 'docs' / 'model_zoo.md').read_text(), re.MULTILINE
+    )
+    assert len(rows) > 30
+    assert [(name, f'{MODELS_BY_NAME[name].parameters / 1e6:.1f}') for name, _ in rows] == rows

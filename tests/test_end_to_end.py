@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,11 @@ def run(*command):
     return done.stdout + done.stderr
 
 
+def logged(work_dir):
+    """The last log file of a work dir."""
+    return max(work_dir.glob('*/*.log')).read_text()
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
@@ -68,23 +74,25 @@ def test_mim_trains_resumes_and_tests(data, tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
 
     log = run(mim, 'test', package, CONFIG, '--checkpoint', tmp_path / 'epoch_2.pth', *options)
-    assert 'coco/bbox_mAP_50' in log
+    assert 'AP50 ' in log and 'coco/bbox_mAP_50' in logged(tmp_path)
 
 
 def test_own_commands_train_and_test(data, tmp_path):
     options = ['--work-dir', tmp_path, '--cfg-options', f'data_root={data}', *SMALL]
     run(sys.executable, '-m', 'msda_plugin', 'train', CONFIG, *options, 'train_cfg.max_epochs=1')
+    config = tmp_path / CONFIG.name
+    before = config.read_text()
     # The config that a training leaves behind is complete: it tests by itself, with the data where it was.
     log = run(
         sys.executable,
-        '-m',
-        'msda_plugin',
-        'test',
-        tmp_path / CONFIG.name,
-        tmp_path / 'epoch_1.pth',
-        '--work-dir',
-        tmp_path / 'test',
-        '--out',
-        tmp_path / 'predictions.pkl',
+        *('-m', 'msda_plugin', 'test', config, tmp_path / 'epoch_1.pth'),
+        *('--show-dir', 'pictures', '--out', tmp_path / 'predictions.pkl'),
     )
-    assert 'coco/bbox_mAP_50' in log and (tmp_path / 'predictions.pkl').is_file()
+    assert 'AP50 ' in log and 'AP per class' in log and (tmp_path / 'predictions.pkl').is_file()
+    assert 'coco/bbox_mAP_50' in logged(tmp_path / 'test')
+    # It stays as it was, so that a later training from it starts like the first one.
+    assert config.read_text() == before and list(tmp_path.glob('*.py')) == [config]
+    files = dict(re.findall(r'^(metrics|log|images|predictions): +(\S+)$', log, re.MULTILINE))
+    assert 'coco/bbox_mAP_50' in json.loads(Path(files['metrics']).read_text())
+    assert len(list(Path(files['images']).iterdir())) == 4 and Path(files['log']).is_file()
+    assert all(Path(files[name]).is_relative_to(tmp_path / 'test') for name in ('metrics', 'log', 'images'))

@@ -14,6 +14,7 @@ vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 log_level = 'INFO'
+verbose = False  # True prints what the log file gets
 load_from = None
 resume = False
 randomness = dict(seed=0)

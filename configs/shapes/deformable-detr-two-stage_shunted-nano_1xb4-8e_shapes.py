@@ -7,4 +7,9 @@ _base_ = [
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 
-model = dict(num_queries=40, decoder=dict(num_layers=2))  # at most seven objects per image
+model = dict(
+    num_queries=40,  # at most seven objects per image
+    decoder=dict(num_layers=2),
+    # After so short a training a DETR still predicts duplicates.
+    test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7)),
+)

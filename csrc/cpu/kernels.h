@@ -323,8 +323,11 @@ struct Kernels {
           const A* part = parts + ((image * p.heads + head) * queries + query) * features;
           for (int64_t f = 0; f < features; ++f) sum[f] += part[f];
         }
-        narrow(sum, static_cast<C*>(g.reference_points) + (image * p.queries + query_begin + query) * features,
-               features);
+        const int64_t first = (image * p.queries + query_begin + query) * features;
+        if (p.wide_reference)
+          narrow(sum, static_cast<A*>(g.reference_points) + first, features);
+        else
+          narrow(sum, static_cast<C*>(g.reference_points) + first, features);
       }
     });
   }

@@ -94,12 +94,15 @@ class Tile {
     }
     const int64_t level_begin = first_ / p_.points, levels = samples / p_.points;
     for (int64_t i = 0, s = 0; i < count; ++i) {
-      const C* references =
-          static_cast<const C*>(p_.reference_points) + ((row + i) * p_.levels + level_begin) * features;
+      const int64_t reference_begin = ((row + i) * p_.levels + level_begin) * features;
       for (int64_t l = 0; l < levels; ++l) {
         for (int64_t f = 0; f < features; ++f) {
           A reference;
-          widen(references + l * features + f, &reference, 1);
+          const int64_t index = reference_begin + l * features + f;
+          if (p_.wide_reference)
+            reference = static_cast<const A*>(p_.reference_points)[index];
+          else
+            widen(static_cast<const C*>(p_.reference_points) + index, &reference, 1);
           A* target = origin + f * size + s;
           if (p_.points == 4) {  // a constant, for the compiler
             for (int k = 0; k < 4; ++k) target[k] = reference;
@@ -131,8 +134,9 @@ class Tile {
     for (int64_t s = 0; s < total; s += kLanes<A>) {
       const I h = load_integers<A>(height + s), w = load_integers<A>(width + s);
       const I start = load_integers<A>(start_ + s), pitch = load_integers<A>(pitch_ + s);
-      const Vector<A> attention = load(weight + s);
       auto cell = locate(load(x_ + s), load(y_ + s), h, w);
+      // Excluded samples weigh 0, because an infinite weight times 0 would be NaN.
+      const Vector<A> attention = convert<Vector<A>>(cell.row) >= A(-1) ? load(weight + s) : Vector<A>{};
       store<A>(down + s, cell.down);
       store<A>(right + s, cell.right);
       store_integers<A>(inside + s, cell.row >= -1);

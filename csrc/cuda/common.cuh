@@ -13,6 +13,7 @@
 #ifndef MSDA_EMULATED
 #define MSDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#define MSDA_CHECK_ALIGNED(pointer, bytes)  // a GPU faults by itself
 #endif
 
 namespace msda::cuda {
@@ -89,6 +90,7 @@ __device__ __forceinline__ float float_of(uint32_t bits) {
 // A bfloat16 is the upper half of a float: one instruction widens either half of a word.
 template <int N, std::enable_if_t<N % 2 == 0, int> = 0>
 __device__ __forceinline__ void load(const __nv_bfloat16* source, float (&target)[N]) {
+  MSDA_CHECK_ALIGNED(source, sizeof(Pack<uint32_t, N / 2>));
   const auto pack = *reinterpret_cast<const Pack<uint32_t, N / 2>*>(source);
 #pragma unroll
   for (int i = 0; i < N; ++i) target[i] = float_of(i % 2 ? pack.x[i / 2] & 0xffff0000u : pack.x[i / 2] << 16);
@@ -96,6 +98,7 @@ __device__ __forceinline__ void load(const __nv_bfloat16* source, float (&target
 
 template <class A, class T, int N>
 __device__ __forceinline__ void load(const T* source, A (&target)[N]) {
+  MSDA_CHECK_ALIGNED(source, sizeof(Pack<T, N>));
   const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(source);
 #pragma unroll
   for (int i = 0; i < N; ++i) target[i] = widen<A>(pack.x[i]);
@@ -103,6 +106,7 @@ __device__ __forceinline__ void load(const T* source, A (&target)[N]) {
 
 template <class T, class A, int N>
 __device__ __forceinline__ void store(T* target, const A (&source)[N]) {
+  MSDA_CHECK_ALIGNED(target, sizeof(Pack<T, N>));
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.x[i] = narrow<T>(source[i]);
@@ -111,6 +115,7 @@ __device__ __forceinline__ void store(T* target, const A (&source)[N]) {
 
 template <int N, class A>
 __device__ __forceinline__ void atomic_add(A* target, const A (&x)[N]) {
+  MSDA_CHECK_ALIGNED(target, sizeof(A) == sizeof(float) && N % 4 == 0 ? 16 : sizeof(A));
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (sizeof(A) == sizeof(float) && N % 4 == 0) {
 #pragma unroll
@@ -146,16 +151,25 @@ struct Level {
   int32_t height, width, start;
 };
 
+// A level that is not inside the value is empty: the host cannot check the sizes without waiting for the device, and
+// wrong ones must not lead outside of the value's memory.
 __device__ __forceinline__ Level level_of(const Problem& p, int level) {
-  return {static_cast<int32_t>(p.spatial_shapes[2 * level]), static_cast<int32_t>(p.spatial_shapes[2 * level + 1]),
-          static_cast<int32_t>(p.level_start_index[level])};
+  const Level shape = {static_cast<int32_t>(p.spatial_shapes[2 * level]),
+                       static_cast<int32_t>(p.spatial_shapes[2 * level + 1]),
+                       static_cast<int32_t>(p.level_start_index[level])};
+  const bool inside = shape.height > 0 && shape.width > 0 && shape.start >= 0 &&
+                      shape.start + int64_t{shape.height} * shape.width <= p.keys;
+  return inside ? shape : Level{0, 0, 0};
 }
 
 // The reference point of a query on a level: (x, y, w, h), with 0 for absent values. `row` counts (image, query).
 template <class A, class C>
 __device__ __forceinline__ void load_reference(const Problem& p, int64_t row, int level, A (&reference)[4]) {
-  const C* source = static_cast<const C*>(p.reference_points) + (row * p.levels + level) * p.reference_size;
-  for (int i = 0; i < 4; ++i) reference[i] = i < p.reference_size ? widen<A>(source[i]) : A(0);
+  const int64_t first = (row * p.levels + level) * p.reference_size;
+  const A* wide = static_cast<const A*>(p.reference_points) + first;
+  const C* source = static_cast<const C*>(p.reference_points) + first;
+  for (int i = 0; i < 4; ++i)
+    reference[i] = i >= p.reference_size ? A(0) : p.wide_reference ? wide[i] : widen<A>(source[i]);
 }
 
 // The cell of one sample; `index` counts (image, query, head, sample).

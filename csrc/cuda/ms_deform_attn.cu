@@ -154,7 +154,9 @@ MSDA_INLINE int dots_per_unit(const Problem& p) {
 }
 
 // Plans samples [first, first + count) of the group's unit.
-template <class A, class C>
+// With `kWeighsAll`, samples without a corner keep their weight, which the gradient of a softmax needs. Without it they
+// weigh 0, because an infinite weight times 0 would be NaN.
+template <bool kWeighsAll, class A, class C>
 __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const Attention<A, C>& attention, int first,
                                      int count, Sample<A>* samples) {
   const unsigned points = static_cast<unsigned>(p.points);
@@ -167,6 +169,7 @@ __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const A
       const A weight = attention(s);  // first, so that its load overlaps with those of the cell
       const Level shape = level_of(p, level);
       sample = sample_of(cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, shape), shape, weight);
+      if (!kWeighsAll && sample.key < 0) sample.weight = 0;
     }
     samples[i] = sample;
   }
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
     for (int first = 0; first < all; first += kChunk) {
       const int count = all - first < kChunk ? all - first : kChunk;
       __syncwarp();
-      plan(p, unit, attention, first, count, samples);
+      plan<false>(p, unit, attention, first, count, samples);
       __syncwarp();
       for_each_sample<N <= 4 ? 2 : 1>(p, first, count, [&](int i, int32_t width) {
         const Corners<A> corners(samples[i], width);
@@ -387,7 +390,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int first = 0; first < all; first += kChunk) {
       const Chunk<A> chunk = {samples, dots, first, all - first < kChunk ? all - first : kChunk};
       __syncwarp();
-      plan(p, unit, attention, first, chunk.count, samples);
+      plan<true>(p, unit, attention, first, chunk.count, samples);
       __syncwarp();
       corner_dots<kAtomic>(p, chunk, grad, rows, grad_value + base, pass == 1);
       __syncwarp();
@@ -410,15 +413,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <class A, class C>
-__global__ void __launch_bounds__(kThreads) sum_over_heads_kernel(const Problem p, const A* parts, C* grad_reference) {
+template <class A, class R>
+__global__ void __launch_bounds__(kThreads) sum_over_heads_kernel(const Problem p, const A* parts, R* grad_reference) {
   const int64_t features = p.levels * p.reference_size;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= p.batch * p.queries * features) return;
   const int64_t image = i / (p.queries * features), rest = i % (p.queries * features);
   A sum = 0;
   for (int64_t head = 0; head < p.heads; ++head) sum += parts[(image * p.heads + head) * p.queries * features + rest];
-  grad_reference[i] = narrow<C>(sum);
+  grad_reference[i] = narrow<R>(sum);
 }
 
 struct Shape {
@@ -427,23 +430,36 @@ struct Shape {
   size_t shared_bytes;
 };
 
-// Groups of up to `vectors` lanes. Blocks are as large as the shared memory allows, or smaller if they are few.
+// Groups of up to `vectors` lanes, or more if the shared memory of one warp does not hold as many units. Blocks are as
+// large as the shared memory allows, or smaller if they are few.
 Shape shape_for(const Problem& p, int64_t vectors, unsigned threads, size_t bytes_per_unit) {
   unsigned lanes = 1;
   while (lanes < 32 && lanes < vectors) lanes *= 2;
   unsigned units = threads / lanes;
   const auto tiles = [&] { return (p.queries + units - 1) / units; };
-  while (units * lanes > 64 && (units * bytes_per_unit > kSharedBytes || p.batch * p.heads * tiles() < kManyBlocks))
-    units /= 2;
+  while (units * lanes > 64 && p.batch * p.heads * tiles() < kManyBlocks) units /= 2;
+  for (; units * bytes_per_unit > kSharedBytes; units /= 2)
+    if (units * lanes == 32) lanes *= 2;
   return {dim3(static_cast<unsigned>(p.batch * p.heads * tiles())), dim3(lanes, units), static_cast<unsigned>(tiles()),
           units * bytes_per_unit};
 }
 
+template <class T, int N>
+Shape forward_shape(const Problem& p) {
+  using A = typename AccumulatorOf<T>::type;
+  return shape_for(p, (p.channels + N - 1) / N, kForwardThreads<T>, samples_per_unit<A>(p) * sizeof(Sample<A>));
+}
+
+template <class T, int N>
+Shape backward_shape(const Problem& p) {
+  using A = typename AccumulatorOf<T>::type;
+  return shape_for(p, (p.channels + N - 1) / N, kThreads,
+                   samples_per_unit<A>(p) * sizeof(Sample<A>) + dots_per_unit<A>(p) * sizeof(A));
+}
+
 template <class T, class C, int N>
 cudaError_t forward_as(const Problem& p, void* output, cudaStream_t stream) {
-  using A = typename AccumulatorOf<T>::type;
-  const Shape shape =
-      shape_for(p, (p.channels + N - 1) / N, kForwardThreads<T>, samples_per_unit<A>(p) * sizeof(Sample<A>));
+  const Shape shape = forward_shape<T, N>(p);
   if (shape.grid.x == 0) return cudaSuccess;
   MSDA_LAUNCH((forward_kernel<T, C, N>), shape.grid, shape.block, shape.shared_bytes, stream, p, shape.tiles,
               static_cast<T*>(output));
@@ -457,13 +473,12 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
   A* const grad_value = static_cast<A*>(scratch.value != nullptr ? scratch.value : g.value);
   A* const parts = static_cast<A*>(scratch.reference_points);
   A* const attention = static_cast<A*>(scratch.attention);
-  if (!deterministic) {
-    const cudaError_t error =
-        cudaMemsetAsync(grad_value, 0, p.batch * p.keys * p.heads * p.channels * sizeof(A), stream);
+  const int64_t elements = p.batch * p.keys * p.heads * p.channels;
+  if (!deterministic && elements != 0) {  // without elements, the pointer is null
+    const cudaError_t error = cudaMemsetAsync(grad_value, 0, elements * sizeof(A), stream);
     if (error != cudaSuccess) return error;
   }
-  const Shape shape = shape_for(p, (p.channels + N - 1) / N, kThreads,
-                                samples_per_unit<A>(p) * sizeof(Sample<A>) + dots_per_unit<A>(p) * sizeof(A));
+  const Shape shape = backward_shape<T, N>(p);
   if (shape.grid.x != 0) {
     const auto kernel = deterministic ? backward_kernel<T, C, N, false> : backward_kernel<T, C, N, true>;
     MSDA_LAUNCH(kernel, shape.grid, shape.block, shape.shared_bytes, stream, p, g, shape.tiles, grad_value, parts,
@@ -473,8 +488,12 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
     if (p.reference_size != 0) {
       const int64_t count = p.batch * p.queries * p.levels * p.reference_size;
       const dim3 grid(static_cast<unsigned>((count + kThreads - 1) / kThreads));
-      MSDA_LAUNCH((sum_over_heads_kernel<A, C>), grid, dim3(kThreads), 0, stream, p, parts,
-                  static_cast<C*>(g.reference_points));
+      if (p.wide_reference)
+        MSDA_LAUNCH((sum_over_heads_kernel<A, A>), grid, dim3(kThreads), 0, stream, p, parts,
+                    static_cast<A*>(g.reference_points));
+      else
+        MSDA_LAUNCH((sum_over_heads_kernel<A, C>), grid, dim3(kThreads), 0, stream, p, parts,
+                    static_cast<C*>(g.reference_points));
       error = cudaGetLastError();
       if (error != cudaSuccess) return error;
     }

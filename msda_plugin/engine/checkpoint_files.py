@@ -1,16 +1,29 @@
 """Checkpoint files of a training: which are complete, and which one to resume from."""
 
 import os
+import textwrap
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.runner import Runner
 from torch.serialization import get_crc32_options
 
+from msda_plugin import compat
 
-class DiskFullError(OSError):
+
+class TrainingStopped(Exception):
+    """A training stopped for a reason that a user can fix; the message is one sentence with the remedy."""
+
+
+class DiskFullError(TrainingStopped, OSError):
     """The training stopped because the disk is full; the message names the last checkpoint and how to resume."""
+
+
+def no_file(path: str | os.PathLike) -> str:
+    """The verb of a sentence about a path that is not a file: 'is a folder', otherwise 'does not exist'."""
+    return 'is a folder' if Path(path).is_dir() else 'does not exist'
 
 
 def is_complete(path: str | os.PathLike) -> bool:
@@ -85,6 +98,34 @@ def checkpoint_to_resume(runner: Runner, pattern: str) -> str | None:
     if Path(named).is_file() and not is_complete(named):
         raise ValueError(f'the checkpoint {named} is incomplete or damaged; resume from another one')
     return named
+
+
+def check_classes(path: str | os.PathLike, classes: Sequence[str] | None) -> None:
+    """Check that a checkpoint to resume was trained on these classes; it passes if either is unknown.
+
+    Raises:
+        ValueError: If it has other classes, or the file is not a checkpoint of a training.
+    """
+    compat.allow_checkpoint_types()
+    loaded = compat.load_from_local(str(path), 'cpu')
+    meta = loaded.get('meta') if isinstance(loaded, dict) else None
+    if not isinstance(meta, dict) or 'epoch' not in meta:
+        raise ValueError(
+            f'{path} is not the checkpoint of a training, so that it cannot be resumed; to start from its weights, use '
+            '--load-from with --data, or --cfg-options load_from=FILE with a config'
+        )
+    before = (meta.get('dataset_meta') or {}).get('classes')
+    if before is None or classes is None or tuple(before) == tuple(classes):
+        return
+    was, now = (
+        f'{len(names)} ({textwrap.shorten(", ".join(map(str, names)), 200, placeholder=" …")})'
+        for names in (before, classes)
+    )
+    raise ValueError(
+        f'cannot resume {path}: it has other classes than the training data: {was}, and the data have {now}; resume '
+        'with its data, or start a new training from its weights in another --work-dir, with --load-from (--data) or '
+        '--cfg-options load_from=FILE (a config)'
+    )
 
 
 def disk_full_error(runner: Runner, error: OSError) -> DiskFullError:

@@ -1,10 +1,11 @@
-"""Checks initial weights and schedule of a config before training starts. Every error says how to fix it.
+"""Checks initial weights, fields and schedule of a config before training starts. Every error says how to fix it.
 
 Without these checks, MMEngine reports a missing checkpoint only after everything is set up, and follows a schedule that
 is longer than the training as far as it gets, without a warning.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,30 @@ from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
+from msda_plugin.engine.checkpoint_files import no_file
 from msda_plugin.engine.config_walk import walk
+
+SPLITS = ('train', 'val', 'test')
+GROUPS = (
+    ('train_dataloader', 'train_cfg', 'optim_wrapper'),
+    *((f'{split}_dataloader', f'{split}_cfg', f'{split}_evaluator') for split in ('val', 'test')),
+)
+# Field -> smallest value, largest value, type.
+NUMBERS = {
+    **{f'train_cfg.{name}': (1, math.inf, int) for name in ('max_epochs', 'max_iters', 'val_interval')},
+    'train_cfg.val_begin': (0, math.inf, int),
+    **{f'{split}_dataloader.batch_size': (1, math.inf, int) for split in SPLITS},
+    **{f'{split}_dataloader.num_workers': (0, math.inf, int) for split in SPLITS},
+    'optim_wrapper.optimizer.lr': (0, math.inf, float),
+    'optim_wrapper.optimizer.weight_decay': (0, math.inf, float),
+    'optim_wrapper.accumulative_counts': (1, math.inf, int),
+    **{f'default_hooks.{hook}.interval': (-1, math.inf, int) for hook in ('checkpoint', 'logger')},
+    'randomness.seed': (0, 2**32 - 1, int),
+}
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
-def check_weights(cfg: Config) -> None:
+def check_weights(cfg: Config | dict) -> None:
     """Check that the checkpoints in ``load_from`` and in every ``init_cfg`` of the model exist.
 
     URLs and other remote checkpoints (``torchvision://…``) are skipped.
@@ -34,8 +54,49 @@ def check_weights(cfg: Config) -> None:
     for where, path in [('load_from', cfg.get('load_from')), *pretrained]:
         if isinstance(path, str) and path and '://' not in path and not Path(path).is_file():
             raise FileNotFoundError(
-                f'the checkpoint {path} of {where} does not exist; put it there, or name its file '
+                f'the checkpoint {path} of {where} {no_file(path)}; put it there, or name its file '
                 f'with --cfg-options {where}=FILE'
+            )
+
+
+# ---- fields ---------------------------------------------------------------------------------------------------------
+def check_fields(cfg: Config) -> None:
+    """Check the fields of a config that people change most, from the epochs to the seed.
+
+    Raises:
+        ValueError: If a number is of another type, too small or too large; if the log level is unknown; or if only
+            some of the fields of training, validation or test are set.
+    """
+    for group in GROUPS:
+        missing = [name for name in group if cfg.get(name) is None]
+        if 0 < len(missing) < len(group):
+            present = ', '.join(name for name in group if name not in missing)
+            raise ValueError(
+                f'the config has {present}, but {", ".join(missing)} is missing; set all of {", ".join(group)}, or '
+                'none of them'
+            )
+    level = cfg.get('log_level', 'INFO')
+    if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):
+        raise ValueError(f"log_level must be DEBUG, INFO, WARNING or ERROR, got '{level}'")
+    for field, (minimum, maximum, kind) in NUMBERS.items():
+        *path, last = field.split('.')
+        node = cfg
+        for part in path:
+            node = node.get(part) if hasattr(node, 'get') else None
+        value = node.get(last) if hasattr(node, 'get') else None
+        if value is None:
+            continue
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not number or not minimum <= value <= maximum or value == math.inf:
+            what = 'a whole number' if kind is int else 'a number'
+            limits = f'of {minimum} or more' if maximum == math.inf else f'from {minimum} to {maximum}'
+            raise ValueError(
+                f'{field} must be {what} {limits}, got {value!r}; set it with --cfg-options {field}=NUMBER'
+            )
+        if last == 'num_workers' and value == 0 and node.get('persistent_workers'):
+            where = '.'.join(path)
+            raise ValueError(
+                f'{field} is 0, but persistent_workers is True; set {where}.persistent_workers=False as well'
             )
 
 
@@ -121,6 +182,15 @@ def _problems(cfg: Config, loop: BaseLoop, field: str, unit: str, length: int) -
                 f'{begin // per_unit + 1} or more, or {place}.begin={total - 1} or less'
             )
             continue
+        if _is_warm_up(kind) and scheduler.get('end') and scheduler.get('start_factor', scheduler.get('factor', 0)) < 1:
+            span = scheduler['end'] - begin
+            if span * (iterations if scheduler.get('convert_to_iter_based') else 1) == 1:
+                yield (
+                    f'{place} ({kind}) is one {its_unit} long, from begin={begin} to end={scheduler["end"]}: the '
+                    f'learning rate stays at its first value; set {place}.end={begin + 2} or more, or remove it '
+                    'from param_scheduler'
+                )
+                continue
         for key, value, start in _ends(kind, scheduler):
             if start + value > total:
                 after = f', counted from {its_unit} {start}' if start else ''
@@ -159,5 +229,9 @@ def _ends(kind: str, scheduler: dict) -> Iterator[tuple[str, int, int]]:
         yield 'milestones', max(scheduler['milestones']), begin
     if scheduler.get('T_max'):
         yield 'T_max', scheduler['T_max'], begin
-    if scheduler.get('end') and kind.rpartition('.')[2].startswith(('Linear', 'Constant')):  # warm-ups
+    if scheduler.get('end') and _is_warm_up(kind):
         yield 'end', scheduler['end'], 0
+
+
+def _is_warm_up(kind: str) -> bool:
+    return kind.rpartition('.')[2].startswith(('Linear', 'Constant'))

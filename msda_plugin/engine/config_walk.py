@@ -23,3 +23,13 @@ def rebuild(node: object, change: Callable[[object, object], object]) -> object:
     if isinstance(node, (list, tuple)):
         return type(node)(rebuild(change(index, value), change) for index, value in enumerate(node))
     return node
+
+
+def without_pretrained(node: object) -> object:
+    """A copy of ``node`` in which no module names pretrained weights."""
+
+    def change(key: object, value: object) -> object:
+        pretrained = isinstance(value, dict) and value.get('type') == 'Pretrained'
+        return None if pretrained or key == 'pretrained' else value
+
+    return rebuild(node, change)

@@ -18,7 +18,7 @@ from mmengine.fileio import join_path
 from mmengine.logging import print_log
 
 from msda_plugin.engine.config_walk import walk
-from msda_plugin.engine.messages import listed
+from msda_plugin.engine.messages import counted, listed
 from msda_plugin.safe_loading import load_json
 
 REQUIRED = dict(  # fields of each record that MMDetection's CocoDataset reads
@@ -80,8 +80,8 @@ class DataReport:
 
     def __str__(self) -> str:
         return (
-            f'{self.ann_file}: {self.num_images} images ({self.num_empty_images} of them empty), {self.num_boxes} '
-            f'boxes of {len(self.classes)} classes'
+            f'{self.ann_file}: {counted(self.num_images, "image")} ({self.num_empty_images} of them empty), '
+            f'{counted(self.num_boxes, "box", "boxes")} of {counted(len(self.classes), "class", "classes")}'
         )
 
 
@@ -125,7 +125,7 @@ def check_coco(
     strays = sum(a['image_id'] not in sizes for a in annotations)
     annotations = [a for a in annotations if a['image_id'] in sizes]
     check_boxes(ann_file, content['annotations'])  # MMDetection reads those of other classes as well
-    degenerate = count_degenerate(annotations, sizes)
+    degenerate = find_degenerate(annotations, sizes)
     _check_images(ann_file, img_root, content['images'])
 
     warnings = []
@@ -140,25 +140,29 @@ def check_coco(
     if annotated and not annotations:
         warnings.append(f"'{ann_file}' holds no box of the classes {listed(classes)}")
     if degenerate:
+        names = {image['id']: image['file_name'] for image in content['images']}
         warnings.append(
-            f"{degenerate} of the {len(annotations)} boxes in '{ann_file}' are under a pixel wide or high, "
-            'without area or outside their image, and are left out'
+            f"{len(degenerate)} of the {counted(len(annotations), 'box', 'boxes')} in '{ann_file}' "
+            f'{"is" if len(degenerate) == 1 else "are"} under a pixel wide or high, without area or outside the image, '
+            f'and left out: {listed((described_box(a, names, reason) for a, reason in degenerate), limit=3)}'
         )
     if unknown:
         ids = listed(sorted(set(unknown), key=str), limit=5)
         warnings.append(
-            f"{len(unknown)} of the {len(content['annotations'])} annotations in '{ann_file}' have a "
-            f'category that it does not list (id {ids}), and are left out'
+            f"{len(unknown)} of the {counted(len(content['annotations']), 'annotation')} in '{ann_file}' "
+            f'{"has" if len(unknown) == 1 else "have"} a category that it does not list (id {ids}), and '
+            f'{"is" if len(unknown) == 1 else "are"} left out'
         )
     if strays:
-        warnings.append(f"{strays} annotations in '{ann_file}' belong to images that it does not list")
+        belong = 'belongs to an image' if strays == 1 else 'belong to images'
+        warnings.append(f"{counted(strays, 'annotation')} in '{ann_file}' {belong} that it does not list")
     return DataReport(
         ann_file,
         classes,
         len(sizes),
         len(annotations),
         len(sizes) - len({a['image_id'] for a in annotations}),
-        degenerate,
+        len(degenerate),
         tuple(warnings),
     )
 
@@ -283,15 +287,35 @@ def check_boxes(ann_file: str | os.PathLike, annotations: list[dict]) -> None:
             )
 
 
-def count_degenerate(annotations: list[dict], sizes: dict[object, tuple[float, float]]) -> int:
-    """Number of boxes that MMDetection drops; ``sizes``: (width, height) in pixels by image id."""
+def find_degenerate(annotations: list[dict], sizes: dict[object, tuple[float, float]]) -> list[tuple[dict, str]]:
+    """The annotations whose boxes MMDetection drops, each with the reason; NaN boxes included.
+
+    Args:
+        annotations: With ``bbox`` and ``area``.
+        sizes: (width, height) in pixels by image id.
+    """
     if not annotations:
-        return 0
+        return []
     x, y, w, h = np.array([a['bbox'] for a in annotations], float).T
     width, height = np.array([sizes[a['image_id']] for a in annotations], float).T
-    outside = (np.minimum(x + w, width) <= np.maximum(x, 0)) | (np.minimum(y + h, height) <= np.maximum(y, 0))
     area = np.array([a['area'] for a in annotations], float)
-    return int((outside | (w < 1) | (h < 1) | (area <= 0)).sum())
+    reasons = {  # the first one that applies is given
+        'not a number': np.isnan(x + y + w + h),
+        'no width or height': (w <= 0) | (h <= 0),
+        'under one pixel': (w < 1) | (h < 1),
+        'outside the image': (np.minimum(x + w, width) <= np.maximum(x, 0))
+        | (np.minimum(y + h, height) <= np.maximum(y, 0)),
+        'no area': ~(area > 0),
+    }
+    found = np.stack(list(reasons.values()))
+    names = list(reasons)
+    return [(annotations[index], names[found[:, index].argmax()]) for index in np.flatnonzero(found.any(axis=0))]
+
+
+def described_box(annotation: dict, names: dict[object, str], reason: str) -> str:
+    """'0.jpg annotation 5 [4, 4, 0, 9] (no width or height)'; ``names``: file names by image id."""
+    box = ', '.join(f'{float(value):g}' for value in annotation['bbox'])
+    return f'{names[annotation["image_id"]]} annotation {annotation.get("id")} [{box}] ({reason})'
 
 
 def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
@@ -310,7 +334,8 @@ def _check_images(ann_file: str, img_root: str, images: list[dict]) -> None:
             missing.append(image['file_name'])
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(images)} images of '{ann_file}' are not in '{img_root}': "
+            f"{len(missing)} of the {counted(len(images), 'image')} of '{ann_file}' "
+            f"{'is' if len(missing) == 1 else 'are'} not in '{img_root}': "
             f'{listed(missing, limit=5)}; set data_prefix=dict(img=…) to the folder of the images'
         )
 

@@ -76,7 +76,10 @@ class HungarianMatcher:
 
     Attributes:
         uses_softmax: whether a class's cost depends on the logits of the other classes.
+        accepts_non_finite: whether NaN predictions get any match, so that the loss is NaN, instead of an error.
     """
+
+    accepts_non_finite = False  # set by compat.match_non_finite_predictions
 
     def __init__(self, match_costs: Sequence[Cost], num_classes: int) -> None:
         self.match_costs = match_costs
@@ -105,13 +108,14 @@ class HungarianMatcher:
 
         Raises:
             ValueError: If a label is not a class index, or a ground-truth box is NaN or infinite.
-            FloatingPointError: If predictions are NaN or infinite.
+            FloatingPointError: If predictions are NaN or infinite, and not ``accepts_non_finite``.
         """
         costs = [self.costs(*group) for group in groups]
         # The only transfer to the host.
         on_host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
         if not np.isfinite(on_host).all():
             self._raise_not_finite(groups)
+            on_host = np.nan_to_num(on_host)
         splits = np.split(on_host, np.cumsum([cost.numel() for cost in costs])[:-1])
         return [
             assign(split.reshape(cost.shape), targets.counts, cost.device)
@@ -142,7 +146,7 @@ class HungarianMatcher:
         return total.masked_fill(unknown[..., None], float('nan'))
 
     def _raise_not_finite(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> None:
-        """Raise the error that explains why costs are not finite."""
+        """Raise the error that explains why costs are not finite, unless the predictions are and this is accepted."""
         for _, _, targets in groups:
             if targets.labels.min() < 0 or targets.labels.max() >= self.num_classes:
                 raise ValueError(
@@ -155,9 +159,11 @@ class HungarianMatcher:
                     'the ground truth has boxes that are NaN or infinite, or an img_shape of 0: check the '
                     'annotations and the pipeline'
                 )
-        raise FloatingPointError(
-            'the predictions are NaN or infinite: training has diverged; lower the learning rate or clip the gradients'
-        )
+        if not self.accepts_non_finite:
+            raise FloatingPointError(
+                'the predictions are NaN or infinite: training has diverged; lower the learning rate or clip the '
+                'gradients'
+            )
 
 
 def assign(costs: np.ndarray, counts: Sequence[int], device: torch.device) -> Matches:

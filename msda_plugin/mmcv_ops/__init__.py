@@ -4,6 +4,6 @@
 :func:`status` tells what runs for each operator.
 """
 
-from msda_plugin.mmcv_ops.installation import Installation, Row, find, install, remove, status
+from msda_plugin.mmcv_ops.installation import DISTRIBUTIONS, INSTALL, Installation, Row, find, install, remove, status
 
-__all__ = ['Installation', 'Row', 'find', 'install', 'remove', 'status']
+__all__ = ['DISTRIBUTIONS', 'INSTALL', 'Installation', 'Row', 'find', 'install', 'remove', 'status']

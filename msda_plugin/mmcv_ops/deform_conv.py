@@ -282,21 +282,7 @@ def _columns(image: Tensor, offset: Tensor, mask: Tensor | None, geometry: _Geom
     out_height, out_width = offset.shape[1:]
     deform_groups, kernel_size = geometry.deform_groups, geometry.kernel[0] * geometry.kernel[1]
     accumulation = torch.float64 if image.dtype == torch.float64 else torch.float32
-    offset = offset.to(accumulation).reshape(deform_groups, kernel_size, 2, out_height, out_width)
-    kernel_y, kernel_x = (
-        torch.arange(size, device=image.device) * dilation
-        for size, dilation in zip(geometry.kernel, geometry.dilation, strict=True)
-    )
-    out_y, out_x = (
-        torch.arange(size, device=image.device) * stride - padding
-        for size, stride, padding in zip((out_height, out_width), geometry.stride, geometry.padding, strict=True)
-    )
-    kernel_y, kernel_x = kernel_y.repeat_interleave(len(kernel_x)), kernel_x.repeat(len(kernel_y))
-    y = (kernel_y[:, None, None] + out_y[:, None]) + offset[
-        :, :, 0
-    ]  # (deform_groups, kernel size, out_height, out_width)
-    x = (kernel_x[:, None, None] + out_x) + offset[:, :, 1]
-    inside = (y > -1) & (y < height) & (x > -1) & (x < width)
+    y, x, inside = _coordinates(offset.to(accumulation), geometry, height, width)
     if mask is not None:
         inside = inside * mask.to(accumulation).reshape(inside.shape)
     rows, row_weights = _neighbors(y, height)
@@ -310,6 +296,30 @@ def _columns(image: Tensor, offset: Tensor, mask: Tensor | None, geometry: _Geom
     )
     samples = samples.view(deform_groups, kernel_size, out_height * out_width, -1).permute(0, 3, 1, 2)
     return samples.reshape(geometry.groups, channels // geometry.groups * kernel_size, -1).to(image.dtype)
+
+
+def _coordinates(offset: Tensor, geometry: _Geometry, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinates of the samples, in pixels, and whether they lie on the image.
+
+    Args:
+        offset: (..., deform_groups * kernel size * 2, out_height, out_width).
+
+    Returns:
+        y, x and a bool, each (..., deform_groups, kernel size, out_height, out_width).
+    """
+    kernel_y, kernel_x = (
+        torch.arange(size, device=offset.device) * dilation
+        for size, dilation in zip(geometry.kernel, geometry.dilation, strict=True)
+    )
+    out_y, out_x = (
+        torch.arange(size, device=offset.device) * stride - padding
+        for size, stride, padding in zip(offset.shape[-2:], geometry.stride, geometry.padding, strict=True)
+    )
+    kernel_y, kernel_x = kernel_y.repeat_interleave(len(kernel_x)), kernel_x.repeat(len(kernel_y))
+    offset = offset.unflatten(-3, (geometry.deform_groups, -1, 2))
+    y = (kernel_y[:, None, None] + out_y[:, None]) + offset[..., 0, :, :]
+    x = (kernel_x[:, None, None] + out_x) + offset[..., 1, :, :]
+    return y, x, (y > -1) & (y < height) & (x > -1) & (x < width)
 
 
 def _neighbors(coordinate: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -338,4 +348,8 @@ def _check(
 def _torchvision(
     ops, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, geometry: _Geometry
 ) -> Tensor:
+    # Off the image, mmcv's samples are 0 without a gradient. torchvision has a gradient at a coordinate of exactly -1,
+    # as in the padding before the first step of training, and crashes at NaN: such samples are moved far away.
+    inside = _coordinates(offset, geometry, *input.shape[2:])[2].unsqueeze(3)
+    offset = torch.where(inside, offset.unflatten(1, (geometry.deform_groups, -1, 2)), -1e6).flatten(1, 3)
     return ops.deform_conv2d(input, offset, weight, bias, geometry.stride, geometry.padding, geometry.dilation, mask)

@@ -5,8 +5,10 @@ operators always win. Nothing here imports mmcv.
 """
 
 import ast
+import ctypes
 import importlib.util
 import re
+from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,20 +21,24 @@ SUBSTITUTE = f'''{MARKER}
 
 try:
     from msda_plugin.mmcv_ops import extension
-except ModuleNotFoundError as error:
-    if not (error.name or '').startswith('msda_plugin'):
-        raise
+except ImportError as error:
     raise ImportError(
-        'mmcv was installed without compiled operators and msda_plugin, which provided them, cannot be imported: '
-        f'install msda_plugin again, or delete {{__file__}} and compile mmcv'
+        'mmcv was installed without compiled operators and msda_plugin, which provided them, cannot be imported '
+        f'({{error}}): install msda_plugin again, or delete {{__file__}} and compile mmcv'
     ) from None
 
 
 def __getattr__(name):
     return getattr(extension, name)
 '''
-REINSTALL = 'pip install --force-reinstall --no-deps onedl-mmcv (or mmcv-lite)'
-COMPILE = 'make setup MMCV_OPS=1, or pip install --no-build-isolation --force-reinstall --no-deps onedl-mmcv (or mmcv)'
+DISTRIBUTIONS = ('onedl-mmcv', 'mmcv', 'mmcv-lite')
+REINSTALL = 'pip install --force-reinstall --no-deps --no-cache-dir onedl-mmcv (or mmcv-lite)'
+INSTALL = 'python -m msda_plugin mmcv-ops install'
+CHECK = '"python -m msda_plugin env" says how to mend it'
+COMPILE = (
+    'make setup MMCV_OPS=1, or '
+    'pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir onedl-mmcv (or mmcv)'
+)
 
 
 class Installation(NamedTuple):
@@ -66,6 +72,9 @@ def find() -> Installation:
     spec = importlib.util.find_spec('mmcv')
     locations = list(spec.submodule_search_locations or ()) if spec is not None else []
     if not locations:
+        for name in DISTRIBUTIONS:
+            if list(metadata.distributions(name=name)):
+                raise RuntimeError(f'{name} is installed, but its files are missing: {REINSTALL}')
         raise RuntimeError('mmcv is not installed: run "make setup", or install it with "pip install onedl-mmcv"')
     folder = Path(locations[0])
     compiled = [folder / f'_ext{suffix}' for suffix in EXTENSION_SUFFIXES if (folder / f'_ext{suffix}').exists()]
@@ -76,6 +85,19 @@ def find() -> Installation:
         return Installation('none', _complete(folder), None)
     kind = 'substitute' if source.read_text(errors='replace').startswith(MARKER) else 'foreign'
     return Installation(kind, folder, source)
+
+
+def load_failure(library: Path) -> str:
+    """Why a compiled extension of mmcv cannot be loaded, with the remedy; empty if it can. Imports torch."""
+    try:
+        import torch  # noqa: F401  (the extension needs its symbols)
+    except (ImportError, OSError) as error:
+        return f'torch cannot be imported ({_line(error)}): {CHECK}'
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return f'mmcv was compiled for another torch ({_line(error)}): {REINSTALL}, then {INSTALL}'
+    return ''
 
 
 def _complete(folder: Path) -> Path:
@@ -89,10 +111,13 @@ def install() -> str:
     """Write ``mmcv/_ext.py`` unless mmcv has compiled operators; returns what was done in one sentence.
 
     Raises:
-        RuntimeError: If mmcv is missing or incomplete, has another ``_ext.py``, or its folder is not writable.
+        RuntimeError: If mmcv is missing or incomplete, has another ``_ext.py`` or compiled operators that do not load,
+            or its folder is not writable.
     """
     found = find()
     if found.kind == 'compiled':
+        if failure := load_failure(found.file):
+            raise RuntimeError(failure)
         return f'mmcv has compiled operators, and they run: {found.file}. Nothing was installed.'
     _check_ours(found)
     _complete(found.folder)
@@ -133,6 +158,10 @@ def _check_ours(found: Installation) -> None:
         raise RuntimeError(f'{found.file} was not written by msda_plugin and stays as it is; delete it if it is stale')
 
 
+def _line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:300]
+
+
 def _not_writable(folder: Path, error: OSError) -> str:
     return (
         f'{folder} is not writable ({error.strerror or error}): run the command as the owner of the environment, or '
@@ -148,18 +177,24 @@ def status() -> list[Row]:
     """
     found = find()
     asked = _asked_for(_complete(found.folder))
+    reason = ''
     if found.kind == 'compiled':
-        return [Row(name, 'all', 'compiled mmcv', str(found.file)) for name in asked]
-    if found.kind == 'none':
-        return [Row(name, 'all', 'not available', 'run "python -m msda_plugin mmcv-ops install"') for name in asked]
-    if found.kind == 'foreign':
-        return [Row(name, 'all', 'not available', f'{found.file} was not written by msda_plugin') for name in asked]
-    try:
-        import torch
+        reason = load_failure(found.file)
+        if not reason:
+            return [Row(name, 'all', 'compiled mmcv', str(found.file)) for name in asked]
+    elif found.kind == 'none':
+        reason = f'run "{INSTALL}"'
+    elif found.kind == 'foreign':
+        reason = f'{found.file} was not written by msda_plugin'
+    else:
+        try:
+            import torch
 
-        from msda_plugin.mmcv_ops import extension
-    except Exception as error:
-        return [Row(name, 'all', 'not available', f'{type(error).__name__}: {error}') for name in asked]
+            from msda_plugin.mmcv_ops import extension
+        except Exception as error:
+            reason = f'{type(error).__name__}: {_line(error)}; {CHECK}'
+    if reason:
+        return [Row(name, 'all', 'not available', reason) for name in asked]
     devices = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
     provided = {_operator(name) for name in extension.__all__}
     rows = [Row(name, device, *_provider(name, device)) for name in asked if name in provided for device in devices]
@@ -185,7 +220,7 @@ def _provider(operator: str, device: str) -> tuple[str, str]:
 
 TORCHVISION_OPERATORS = {
     'nms': 'float32 and float64; PyTorch for others and offset=1',
-    'roi_align': "float32 and float64; PyTorch for others and pool_mode='max'",
+    'roi_align': "float32; PyTorch for others and pool_mode='max'",
     'deform_conv': 'float32 and float64; PyTorch for others',
     'modulated_deform_conv': 'float32 and float64; PyTorch for others',
 }

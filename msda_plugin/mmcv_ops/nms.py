@@ -24,10 +24,12 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     if boxes.numel() == 0:
         return boxes.new_empty(0, dtype=torch.long)
     iou_threshold = float(np.float32(iou_threshold))  # mmcv passes it as a C++ float
-    if offset == 0 and (torchvision := torchvision_for(boxes)) is not None:
-        return torchvision.nms(boxes, scores.to(boxes.dtype), iou_threshold)
     order = torch.sort(scores, dim=0, descending=True).indices
     boxes = boxes[order]
+    if offset == 0 and (torchvision := torchvision_for(boxes)) is not None:
+        # Its own sort puts boxes with equal scores in another order, so it gets their ranks as scores.
+        ranks = torch.arange(len(boxes), 0, -1, device=boxes.device, dtype=boxes.dtype)
+        return order[torchvision.nms(boxes, ranks, iou_threshold)]
     if boxes.dtype not in (torch.float32, torch.float64):
         boxes = boxes.float()
     block = 128 if boxes.device.type == 'cpu' else 1024  # compared at once with all others: cache, number of launches

@@ -9,6 +9,7 @@ that bound the memory. float16 and bfloat16 are computed in float32.
 
 from collections.abc import Iterator
 from ctypes import c_float
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,9 @@ def roi_align_forward(
         RuntimeError: If an RoI has a negative size, with `aligned`, on the CPU.
     """
     size = (aligned_height, aligned_width)
-    if pool_mode == 1 and (torchvision := torchvision_for(input)) is not None:
+    if aligned and rois.device.type == 'cpu' and bool((rois[:, 3:] < rois[:, 1:3]).any()):
+        raise RuntimeError('RoIAlign with aligned=True needs RoIs with x2 >= x1 and y2 >= y1')
+    if (torchvision := _torchvision_for(input, pool_mode)) is not None:
         output.copy_(torchvision.roi_align(input, rois.to(input), size, spatial_scale, sampling_ratio, aligned))
         return
     table = _table(input)
@@ -81,7 +84,7 @@ def roi_align_backward(
 ) -> None:
     """Add the gradient of `input` to `grad_input`; the arguments are those of :func:`roi_align_forward`."""
     size = (aligned_height, aligned_width)
-    if pool_mode == 1 and (torchvision := torchvision_for(grad_input)) is not None:
+    if (torchvision := _torchvision_for(grad_input, pool_mode)) is not None:
         with torch.enable_grad():
             zeros = torch.zeros_like(grad_input).requires_grad_()
             pooled = torchvision.roi_align(zeros, rois.to(zeros), size, spatial_scale, sampling_ratio, aligned)
@@ -105,6 +108,11 @@ def roi_align_backward(
         grad_table.view(-1).index_add_(0, (pixels * channels + channel[:, None]).flatten(), weights.flatten())
     bs, channels, height, width = grad_input.shape
     grad_input.add_(grad_table.view(bs, height, width, channels).permute(0, 3, 1, 2))
+
+
+def _torchvision_for(input: Tensor, pool_mode: int) -> ModuleType | None:
+    """In float64 torchvision rounds numbers of samples up in float64, and mmcv in float32: they differ at integers."""
+    return torchvision_for(input) if pool_mode == 1 and input.dtype == torch.float32 else None
 
 
 class _Samples(NamedTuple):
@@ -151,8 +159,6 @@ def _chunks(
     starts, sizes = corners[:, [1, 0]], corners[:, [3, 2]] - corners[:, [1, 0]]  # (n, 2), y and x
     if not aligned:
         sizes = sizes.clamp(min=1)
-    elif rois.device.type == 'cpu' and bool((sizes < 0).any()):
-        raise RuntimeError('RoIAlign with aligned=True needs RoIs with x2 >= x1 and y2 >= y1')
     bin_sizes = sizes / sizes.new_tensor(size)
     if sampling_ratio > 0:
         grids = torch.full_like(sizes, sampling_ratio, dtype=torch.long)

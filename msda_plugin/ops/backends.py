@@ -29,13 +29,26 @@ class Backend(NamedTuple):
     reason: str
 
 
+def library_path(name: str) -> Path:
+    """The compiled library of a device type; for CUDA, the one for the major version of CUDA of this torch."""
+    major = (torch.version.cuda or '').partition('.')[0] if name == 'cuda' else ''
+    return LIBRARY_DIR / f'libmsda_{name}{major}.so'
+
+
 def _load(name: str) -> str:
     """Load the compiled library of a device type. Returns the reason why it cannot be used, or an empty string."""
-    path = LIBRARY_DIR / f'libmsda_{name}.so'
-    if not path.exists():
-        return f'{path.name} was not built: run "python csrc/build.py", or reinstall where a compiler is found'
     if name == 'cuda' and torch.version.cuda is None:
         return f'torch {torch.__version__} is built without CUDA'
+    path = library_path(name)
+    if not path.exists():
+        others = sorted(other.name for other in LIBRARY_DIR.glob('libmsda_cuda*.so')) if name == 'cuda' else []
+        if others:
+            return (
+                f'torch {torch.__version__} is built for CUDA {torch.version.cuda} and needs {path.name}, but there is '
+                f'only {" and ".join(others)}: install a torch for the CUDA version of such a library, or run '
+                f'"NVCC=PATH python csrc/build.py" with the nvcc of torch\'s CUDA version'
+            )
+        return f'{path.name} was not built: run "python csrc/build.py", or reinstall where a compiler is found'
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -45,7 +58,7 @@ def _load(name: str) -> str:
 
 def _call(name: str, function: str) -> str:
     """Call a function of a loaded library that returns a string."""
-    exported = ctypes.CDLL(str(LIBRARY_DIR / f'libmsda_{name}.so'))[function]
+    exported = ctypes.CDLL(str(library_path(name)))[function]
     exported.restype = ctypes.c_char_p
     return exported().decode()
 

@@ -88,6 +88,9 @@ def ms_deform_attn_fused(
         attention_logits: (bs, num_queries, num_heads, num_levels, num_points); their softmax over all levels
             and points is the attention weight.
 
+    The reference points may have another float dtype than offsets and logits, as under autocast, where layers return 16
+    bits: nothing is converted then if the reference points are float32.
+
     Returns:
         (bs, num_queries, num_heads * head_dim) in the value's dtype. Only the inputs are saved for the backward pass.
 
@@ -100,9 +103,9 @@ def ms_deform_attn_fused(
         return attend_fused(
             value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
         )
-    reference_points, sampling_offsets, attention_logits = _unify(
-        value, reference_points, sampling_offsets, attention_logits
-    )
+    sampling_offsets, attention_logits = _unify(value, sampling_offsets, attention_logits)
+    if reference_points.dtype != sampling_offsets.dtype:
+        reference_points = reference_points.to(accumulation_dtype(value))
     return torch.ops.msda.ms_deform_attn_fused(
         value,
         spatial_shapes,

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from msda_plugin.engine.detector import IMAGES, VIDEOS, DetectionResult, Detector, find_files
 from msda_plugin.tools.common.errors import user_errors
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
-VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
 KNOWN = IMAGES + VIDEOS
-READABLE = 640  # smaller images are enlarged to this longer side, pixels, so that labels are readable
 
 
 def find_sources(inputs: Sequence[str | os.PathLike], out: str | os.PathLike) -> dict[Path, Path]:
@@ -45,14 +44,7 @@ def find_sources(inputs: Sequence[str | os.PathLike], out: str | os.PathLike) ->
     targets: dict[Path, Path] = {}
     for given in map(Path, inputs):
         if given.is_dir():
-            files = sorted(
-                path
-                for path in given.rglob('*')
-                if path.is_file()
-                and path.suffix.lower() in KNOWN
-                and not any(part.startswith('.') for part in path.relative_to(given).parts)
-                and not path.resolve().is_relative_to(out.resolve())
-            )
+            files = [path for path in find_files(given, KNOWN) if not path.resolve().is_relative_to(out.resolve())]
             if not files:
                 raise FileNotFoundError(f'the folder {given} contains no image and no video ({", ".join(KNOWN)})')
         elif given.is_file():
@@ -89,47 +81,52 @@ class Demo:
     """Draws detections and collects them in COCO's results format.
 
     Args:
-        model: From `msda_plugin.engine.inference.load_detector`.
+        detector: The detector.
         out: Output folder.
         score_thr: Minimum score of a box, 0-1.
+        batch_size: Maximum number of images, or frames of a video, that run through the model together.
     """
 
-    def __init__(self, model, out: str | os.PathLike, score_thr: float) -> None:
-        self.model, self.out, self.score_thr = model, Path(out), score_thr
-        self.classes = tuple(model.dataset_meta['classes'])
+    def __init__(self, detector: Detector, out: str | os.PathLike, score_thr: float, batch_size: int = 4) -> None:
+        self.detector, self.out = detector, Path(out)
+        self.options = dict(score_threshold=score_thr, batch_size=batch_size)
         self.results: list[dict] = []  # detections in images, not in videos
         self.images: list[dict] = []
         self.videos: list[dict] = []
         self.counts: Counter = Counter()  # number of boxes by class name
 
-    def run_image(self, path: Path, target: Path) -> None:
-        """Detect objects in an image file and write it with boxes.
+    def run_images(self, files: dict[Path, Path]) -> list[str]:
+        """Detect objects in image files and write them with boxes.
 
-        Raises:
-            OSError, ValueError: If the image cannot be read.
+        Returns:
+            One message for each file that cannot be read or written.
         """
-        from PIL import Image
-
         from msda_plugin.engine.inference import read_image
-        from msda_plugin.visualization import write_png
 
-        image = read_image(path)
-        drawn, found = self.detect(image, len(self.images) + 1)
-        self.images.append(
-            dict(
-                id=len(self.images) + 1,
-                file_name=str(path),
-                width=image.shape[1],
-                height=image.shape[0],
-                picture=str(target.relative_to(self.out)),
+        images, skipped = {}, []
+        for path in files:
+            try:
+                images[path] = read_image(path)
+            except (OSError, ValueError) as error:
+                skipped.append(str(error))
+        for path, result in zip(images, self.detector(list(images.values()), **self.options), strict=True):
+            try:
+                result.save(files[path])
+            except OSError as error:
+                skipped.append(str(error))
+                continue
+            height, width = images[path].shape[:2]
+            self.images.append(
+                dict(
+                    id=len(self.images) + 1,
+                    file_name=str(path),
+                    width=width,
+                    height=height,
+                    picture=str(files[path].relative_to(self.out)),
+                )
             )
-        )
-        self.results += found
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix.lower() == '.png':
-            write_png(target, drawn)
-        else:
-            Image.fromarray(drawn).save(target, quality=92)
+            self.results += self._count(result).to_coco(len(self.images))
+        return skipped
 
     def run_video(self, path: Path, target: Path) -> Iterator[None]:
         """Detect objects in each frame of a video and write the video and its results; yields after each frame.
@@ -139,18 +136,13 @@ class Demo:
         """
         import cv2
 
-        reader, writer, results, number = cv2.VideoCapture(str(path)), None, [], 0
-        rate = reader.get(cv2.CAP_PROP_FPS)
-        rate = rate if math.isfinite(rate) and rate > 0 else 25.0
+        writer, results, number, rate = None, [], 0, _frames(path)[1]
         try:
-            while True:
-                read, frame = reader.read()
-                if not read:
-                    break
-                drawn, found = self.detect(np.ascontiguousarray(frame[..., ::-1]), number)
+            for result in self.detector(path, **self.options):
+                drawn = result.draw()
                 drawn = drawn[: drawn.shape[0] // 2 * 2, : drawn.shape[1] // 2 * 2]  # the codec needs even sides
                 if writer is None:
-                    height, width = frame.shape[:2]
+                    height, width = result.image.shape[:2]
                     target.parent.mkdir(parents=True, exist_ok=True)
                     writer = cv2.VideoWriter(
                         str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate, (drawn.shape[1], drawn.shape[0])
@@ -160,11 +152,10 @@ class Demo:
                             f'OpenCV cannot write the video {target}; install opencv-python from its wheel'
                         )
                 writer.write(np.ascontiguousarray(drawn[..., ::-1]))
-                results += found
+                results += self._count(result).to_coco(number)
                 number += 1
                 yield
         finally:  # also after Ctrl-C: the frames so far are a playable video
-            reader.release()
             if writer is not None:
                 writer.release()
                 _write_json(target.with_name(f'{target.name}.json'), results)
@@ -178,33 +169,10 @@ class Demo:
                         video=str(target.relative_to(self.out)),
                     )
                 )
-        if not number:
-            raise ValueError(f'the video {path} cannot be read; convert it to MP4 (H.264)')
 
-    def detect(self, image: np.ndarray, image_id: int) -> tuple[np.ndarray, list[dict]]:
-        """Detect objects in an image, (H, W, 3) uint8 RGB.
-
-        Returns:
-            The image with boxes, (H', W', 3) uint8 RGB, and the detections in COCO's results format.
-        """
-        from msda_plugin.engine.inference import predict
-        from msda_plugin.visualization import draw_boxes
-
-        found = predict(self.model, image).pred_instances.cpu().numpy()
-        kept = found.scores >= self.score_thr
-        boxes, labels, scores = found.bboxes[kept], found.labels[kept], found.scores[kept]
-        self.counts.update(self.classes[label] for label in labels)
-        small = max(image.shape[:2]) < READABLE
-        drawn = draw_boxes(image, boxes, labels, self.classes, scores, longer_side=READABLE if small else None)
-        return drawn, [
-            dict(
-                image_id=image_id,
-                category_id=int(label) + 1,
-                score=round(float(score), 4),
-                bbox=[round(float(value), 2) for value in (x1, y1, x2 - x1, y2 - y1)],
-            )
-            for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores, strict=True)
-        ]
+    def _count(self, result: DetectionResult) -> DetectionResult:
+        self.counts.update(result.names.tolist())
+        return result
 
     def write(self) -> None:
         """Write ``results.json`` and ``images.json``."""
@@ -215,7 +183,7 @@ class Demo:
             dict(
                 images=self.images,
                 videos=self.videos,
-                categories=[dict(id=index, name=name) for index, name in enumerate(self.classes, 1)],
+                categories=[dict(id=index, name=name) for index, name in enumerate(self.detector.class_names, 1)],
             ),
         )
 
@@ -228,29 +196,38 @@ def _plural(count: int, noun: str) -> str:
     return f'{count} {noun}{"" if count == 1 else "s"}'
 
 
-def _frames(path: Path) -> int:
-    """Number of frames by the header of a video; 0 if it has none."""
+def _frames(path: Path) -> tuple[int, float]:
+    """Number of frames and frames per second by the header of a video; 0 and 25 if it has none."""
     import cv2
 
     reader = cv2.VideoCapture(str(path))
-    number = reader.get(cv2.CAP_PROP_FRAME_COUNT)
+    number, rate = reader.get(cv2.CAP_PROP_FRAME_COUNT), reader.get(cv2.CAP_PROP_FPS)
     reader.release()
-    return int(number) if math.isfinite(number) and number > 0 else 0
+    return int(number) if math.isfinite(number) and number > 0 else 0, rate if 0 < rate < math.inf else 25.0
 
 
 def _run(demo: Demo, targets: dict[Path, Path]) -> list[str]:
     """Process all files, with a progress bar on a terminal; returns one message for each file that cannot be read."""
     from mmengine.utils import ProgressBar
 
-    total = sum(_frames(path) if is_video(path) else 1 for path in targets)
+    total = sum(_frames(path)[0] if is_video(path) else 1 for path in targets)
     bar = ProgressBar(total, file=sys.stderr) if total > 1 and sys.stderr.isatty() else None
-    skipped = []
+
+    def tick(number: int = 1) -> None:
+        if bar:
+            bar.update(min(number, total - bar.completed))
+
+    images = [path for path in targets if not is_video(path)]
+    size, skipped = demo.options['batch_size'], []
     try:
-        for path, target in targets.items():
+        for start in range(0, len(images), size):
+            batch = {path: targets[path] for path in images[start : start + size]}
+            skipped += demo.run_images(batch)
+            tick(len(batch))
+        for path in filter(is_video, targets):
             try:
-                for _ in demo.run_video(path, target) if is_video(path) else [demo.run_image(path, target)]:
-                    if bar and bar.completed < total:
-                        bar.update()
+                for _ in demo.run_video(path, targets[path]):
+                    tick()
             except (OSError, ValueError) as error:
                 skipped.append(str(error))
     finally:
@@ -258,6 +235,14 @@ def _run(demo: Demo, targets: dict[Path, Path]) -> list[str]:
             print(file=sys.stderr)
         demo.write()
     return skipped
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """'320' → (320, 320), '320x240' → (320, 240)"""
+    found = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
+    if not found:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a size; expected a side such as 320, or 320x240, in pixels')
+    return int(found[1]), int(found[2] or found[1])
 
 
 def main(argv: list[str]) -> int:
@@ -272,7 +257,12 @@ def main(argv: list[str]) -> int:
         '  python -m msda_plugin demo folder clip.mp4 --checkpoint work_dirs/mine/epoch_12.pth --out pictures',
     )
     parser.add_argument('inputs', nargs='+', metavar='IMAGE|FOLDER|VIDEO', help='files and folders to read')
-    parser.add_argument('--config', help='Python config file (default: the one next to the checkpoint)')
+    parser.add_argument(
+        '--model',
+        metavar='NAME|PATH',
+        help='name of a model with published weights (python -m msda_plugin models), a checkpoint, or a work dir',
+    )
+    parser.add_argument('--config', help='Python config file (default: the one that the checkpoint contains)')
     parser.add_argument(
         '--checkpoint', help='.pth file (default: the best one of `make train`, or in the work dir of --config)'
     )
@@ -281,25 +271,50 @@ def main(argv: list[str]) -> int:
         '--score-thr', type=float, default=0.3, metavar='P', help='minimum score of a box, 0-1 (default: %(default)s)'
     )
     parser.add_argument('--device', help='cpu, cuda or cuda:N (default: cuda if available)')
+    parser.add_argument(
+        '--nms',
+        action=argparse.BooleanOptionalAction,
+        help='keep one of several boxes of a class that overlap (default: as in the config)',
+    )
+    parser.add_argument(
+        '--image-size',
+        type=image_size,
+        metavar='S|WxH',
+        help='size in pixels that images are fitted into (default: as in the config)',
+    )
+    parser.add_argument(
+        '--batch-size', type=int, default=4, metavar='N', help='images that run together (default: %(default)s)'
+    )
+    parser.add_argument('--half', action='store_true', help='mixed precision: float16 on GPUs, bfloat16 on CPUs')
     args = parser.parse_args(argv)
     with user_errors('demo'):
-        from msda_plugin.engine.inference import find_checkpoint, load_detector
         from msda_plugin.tools.common.launch import check_device
 
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr must be from 0 to 1, got {args.score_thr}')
         if args.device:
             check_device(args.device)
+        if args.batch_size < 1:
+            raise ValueError(f'--batch-size must be at least 1, got {args.batch_size}')
         targets = find_sources(args.inputs, args.out)
-        config, checkpoint = find_checkpoint(args.config, args.checkpoint)
-        demo = Demo(load_detector(config, checkpoint, args.device), args.out, args.score_thr)
+        detector = Detector(
+            args.model,
+            config=args.config,
+            checkpoint=args.checkpoint,
+            device=args.device,
+            half=args.half,
+            nms=args.nms,
+            image_size=args.image_size,
+        )
+        demo = Demo(detector, args.out, args.score_thr, args.batch_size)
         Path(args.out).mkdir(parents=True, exist_ok=True)
     print(
-        f'{checkpoint}: {len(demo.classes)} classes, {", ".join(demo.classes[:20])}'
-        f'{", …" if len(demo.classes) > 20 else ""}',
+        f'{detector.checkpoint}: {len(detector.class_names)} classes, {", ".join(detector.class_names[:20])}'
+        f'{", …" if len(detector.class_names) > 20 else ""}',
         flush=True,
     )
-    skipped = _run(demo, targets)
+    with user_errors('demo'):
+        skipped = _run(demo, targets)
 
     frames = sum(video['num_frames'] for video in demo.videos)
     done = [_plural(len(demo.images), 'image')] if demo.images else []

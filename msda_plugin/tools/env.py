@@ -1,12 +1,14 @@
 """``python -m msda_plugin env``: report installed packages, the operator's backends, and problems with their fixes.
 
-It also runs if packages are missing or broken, so only the standard library is imported outside of ``try``.
+It also runs if packages are missing or broken, so what is imported outside of ``try`` needs only the standard library.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import textwrap
@@ -15,24 +17,23 @@ from contextlib import redirect_stdout
 from importlib import import_module, metadata
 from pathlib import Path
 
+from msda_plugin import mmcv_ops
 from msda_plugin.version import __version__
 
 PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'pycocotools', 'scipy', 'matplotlib')
-STACKS = dict(
-    forks=dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv', mmdet='onedl-mmdetection'),
-    upstream=dict(mmengine='mmengine', mmcv='mmcv', mmdet='mmdet'),
+DISTRIBUTIONS = dict(
+    mmengine=('onedl-mmengine', 'mmengine'), mmcv=mmcv_ops.DISTRIBUTIONS, mmdet=('onedl-mmdetection', 'mmdet')
 )
-LITE = 'mmcv-lite'  # the upstream mmcv without compiled operators
 COMPILED = dict(mmcv='mmcv.ops')  # compiled submodules, which the package itself does not import
 DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 TORCH_MINIMUM = (2, 10)
 INSTALL_TORCH = 'install torch >= 2.10 for this machine, see https://pytorch.org'
-INSTALL_STACK = 'in a clone: pip install -r requirements/forks.txt'
-INSTALL_OPERATORS = 'python -m msda_plugin mmcv-ops install'
+INSTALL_STACK = 'in a clone: pip install -r requirements/'
 REINSTALL = 'pip install --no-build-isolation --force-reinstall --no-deps .'
 INDENT = dict(initial_indent='  ', subsequent_indent='    ', break_on_hyphens=False)
 CODES = ('sm_', 'compute_')  # prefixes of architectures: machine code, PTX
 REBUILD = f'in a clone: python csrc/build.py; or reinstall: {REINSTALL}'
+INSTALL_LIBRARIES = f'install a wheel of msda_plugin, or a C++20 compiler (gcc >= 11) and then {REBUILD}'
 
 
 class Problems(list):
@@ -61,10 +62,11 @@ def collect() -> dict:
         mmcv_operators=_mmcv_operators(),
     )
     if _check_torch(packages['torch'], problems):
+        found = Problems() if _is_old(packages['torch']) else problems  # an old torch explains all that follows
         try:
             from msda_plugin.ops import backends
         except Exception as error:
-            problems.add(
+            found.add(
                 f'msda_plugin.ops cannot be imported: {_summary(error)}',
                 'correct the environment variable' if 'MSDA_' in str(error) else REBUILD,
             )
@@ -73,9 +75,10 @@ def collect() -> dict:
             report['gpus'] = _gpus(report['libraries']['cuda'])
             devices = ('cpu', 'cuda')
             report['backends'] = [_backend(device, dtype) for device in devices for dtype in DTYPES]
-            _check_cpu(report, problems)
-            _check_gpu(report, problems)
-            _check_chosen(report, problems)
+            _check_cpu(report, found)
+            _check_driver(report['libraries']['cuda'], found)
+            _check_gpu(report, found)
+            _check_chosen(report, found)
     return dict(report, problems=list(problems), healthy=not problems)
 
 
@@ -95,63 +98,77 @@ def _package(name: str) -> dict:
     return dict(version=getattr(module, '__version__', None) or _installed_version(name), error=None)
 
 
-def _installed_version(name: str) -> str | None:
-    for distribution in (name, *(names[name] for names in STACKS.values() if name in names)):
+def _installed(name: str) -> list[str]:
+    """The installed distributions of a package, as ``'NAME VERSION'``."""
+    found = []
+    for distribution in DISTRIBUTIONS.get(name, (name,)):
         try:
-            return metadata.version(distribution)
+            found.append(f'{distribution} {metadata.version(distribution)}')
         except metadata.PackageNotFoundError:
             continue
-    return None
+    return found
+
+
+def _installed_version(name: str) -> str | None:
+    found = _installed(name)
+    return found[0].partition(' ')[2] if found else None
 
 
 def _stack(packages: dict, problems: Problems) -> dict:
     """Find the distributions of mmengine, mmcv and mmdet; add problems for missing, broken and mixed packages."""
-    installed = {}
-    for name, names in STACKS.items():
-        installed[name] = {}
-        for package, distribution in names.items():
-            for candidate in (distribution, LITE) if distribution == 'mmcv' else (distribution,):
-                try:
-                    installed[name][package] = f'{candidate} {metadata.version(candidate)}'
-                except metadata.PackageNotFoundError:
-                    continue
-    present = [name for name, found in installed.items() if found]
-    kind = 'none' if not present else present[0] if len(present) == 1 else 'mixed'
+    installed = [label for name in DISTRIBUTIONS for label in _installed(name)]
+    forks = [label for label in installed if label.startswith('onedl-')]
+    upstream = [label for label in installed if label not in forks]
+    kind = 'mixed' if forks and upstream else 'forks' if forks else 'upstream' if upstream else 'none'
     if kind == 'mixed':
-        found = [label for name in present for label in installed[name].values()]
         problems.add(
-            f'two stacks that overwrite each other are installed: {", ".join(found)}',
+            f'two stacks that overwrite each other are installed: {", ".join(forks + upstream)}',
             'pip uninstall all of these, then install one set: requirements/forks.txt or requirements/upstream.txt',
         )
+    elif len(both := _installed('mmcv')) > 1:
+        problems.add(
+            f'{" and ".join(both)} are installed and overwrite each other',
+            f'pip uninstall mmcv mmcv-lite; pip install --no-deps {both[-1].replace(" ", "==")}; {mmcv_ops.INSTALL}',
+        )
+    install = f'{INSTALL_STACK}{"upstream" if kind == "upstream" else "forks"}.txt'
     for name, package in packages.items():
+        found = _installed(name)
         if package['error']:
-            problems.add(
-                f'{name} cannot be imported: {package["error"]}',
-                INSTALL_TORCH
-                if name == 'torch'
-                else INSTALL_OPERATORS
-                if "No module named 'mmcv._ext'" in package['error']
-                else f'{INSTALL_STACK} --force-reinstall --no-deps --no-cache-dir; then {INSTALL_OPERATORS}'
-                if name in STACKS['forks']
-                else f'pip install --force-reinstall {name}',
-            )
+            what = f'{name} cannot be imported: {package["error"]}'
         elif package['version'] is None:
-            problems.add(
-                f'{name} is not installed',
-                INSTALL_TORCH
-                if name == 'torch'
-                else INSTALL_STACK
-                if name in STACKS['forks']
-                else f'pip install {name}',
-            )
-    return dict(kind=kind, distributions=[label for name in present for label in installed[name].values()])
+            what = f'{found[0]} is installed, but its files are missing' if found else f'{name} is not installed'
+        else:
+            continue
+        problems.add(what, _remedy(name, package['error'] or '', found, install))
+    return dict(kind=kind, distributions=forks + upstream)
+
+
+def _remedy(name: str, error: str, distributions: list[str], install_stack: str) -> str:
+    """How to install a package, or to mend it if distributions of it are installed."""
+    missing = re.search(r"No module named '(\w+)", error)
+    if 'torch' in (name, missing and missing[1]):
+        return INSTALL_TORCH
+    if "No module named 'mmcv._ext'" in error:
+        return mmcv_ops.INSTALL + _unless_writable(mmcv_ops.find().folder)
+    if name not in DISTRIBUTIONS:
+        return f'pip install {"--force-reinstall " if distributions else ""}{name}'
+    if not distributions or missing and missing[1] != name:
+        return install_stack
+    reinstall = '--force-reinstall --no-deps --no-cache-dir'
+    if name == 'mmcv':
+        return f'pip install {reinstall} {distributions[0].replace(" ", "==")}; then {mmcv_ops.INSTALL}'
+    return f'{install_stack} {reinstall}; then {mmcv_ops.INSTALL}'
+
+
+def _unless_writable(folder: Path) -> str:
+    if os.access(folder, os.W_OK):
+        return ''
+    return f', as the owner of the environment, since {folder} is not writable; or use a virtual environment'
 
 
 def _mmcv_operators() -> dict:
     """What runs for mmcv's operators: ``{'PyTorch': ['nms', 'nms (cuda)', …], …}``; empty if mmcv has none."""
     try:
-        from msda_plugin import mmcv_ops
-
         found = mmcv_ops.find()
         rows = mmcv_ops.status() if found.kind in ('compiled', 'substitute') else []
     except Exception:  # mmcv or torch is missing or broken, which `_stack` reports
@@ -166,23 +183,48 @@ def _check_torch(package: dict, problems: Problems) -> bool:
     """Whether torch can be imported. Adds a problem if it is too old."""
     if package['error'] or package['version'] is None:
         return False
-    numbers = tuple(int(part) for part in package['version'].split('.')[:2])
-    if numbers < TORCH_MINIMUM:
+    if _is_old(package):
         problems.add(f'torch is {package["version"]}, but torch >= 2.10 is needed for its stable ABI', INSTALL_TORCH)
     return True
+
+
+def _is_old(torch: dict) -> bool:
+    return tuple(int(part) for part in torch['version'].split('.')[:2]) < TORCH_MINIMUM
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------------
 def _library(backends, name: str) -> dict:
     """Describe a compiled library: its file, whether it is usable or why not, and the GPU code in a CUDA library."""
-    path = backends.LIBRARY_DIR / f'libmsda_{name}.so'
+    path = backends.library_path(name)
     reason = backends.unsupported_reason(name)
     library = dict(path=str(path), found=path.is_file(), usable=not reason, reason=reason or None)
     if name == 'cuda':
         codes = backends.cuda_architectures() if library['usable'] else []
         numbers = {kind: [int(code.removeprefix(kind)) for code in codes if code.startswith(kind)] for kind in CODES}
-        library.update(machine_code=numbers['sm_'], ptx=numbers['compute_'])
+        library.update(machine_code=numbers['sm_'], ptx=numbers['compute_'], driver=_driver())
     return library
+
+
+def _driver() -> str | None:
+    """The newest CUDA version that the NVIDIA driver runs, such as '13.0'; None if there is no driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL('libcuda.so.1').cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f'{version.value // 1000}.{version.value % 1000 // 10}'
+
+
+def _check_driver(library: dict, problems: Problems) -> None:
+    """Add a problem if the driver is too old for the CUDA library, which holds the runtime of its major version."""
+    major = Path(library['path']).stem.removeprefix('libmsda_cuda')
+    if library['usable'] and library['driver'] and int(library['driver'].partition('.')[0]) < int(major):
+        problems.add(
+            f'the NVIDIA driver runs CUDA {library["driver"]} at most, but torch and {Path(library["path"]).name} are '
+            f'for CUDA {major}',
+            f'update the driver, or install torch for CUDA {library["driver"].partition(".")[0]}',
+        )
 
 
 def has_code(capability: int, machine_code: Sequence[int], ptx: Sequence[int]) -> bool:
@@ -251,7 +293,7 @@ def _check_cpu(report: dict, problems: Problems) -> None:
     if not library['usable']:
         problems.add(
             f'the operator runs in plain PyTorch on the CPU: {library["reason"]}',
-            'install a C++20 compiler (gcc >= 11), then ' + REBUILD if not library['found'] else REBUILD,
+            INSTALL_LIBRARIES if not library['found'] else REBUILD,
         )
     elif report['environment'].get('MSDA_BACKEND', '') in ('', 'cpu'):
         failure = _try('cpu')
@@ -324,9 +366,11 @@ def page(report: dict) -> str:
     if report['libraries']:
         lines += ['', 'compiled libraries']
         for name, library in report['libraries'].items():
-            state = 'in use' if library['usable'] else library['reason']
+            state = f'{Path(library["path"]).name} in use' if library['usable'] else library['reason']
             code = f'; code for {_architectures(library)}' if library.get('machine_code') else ''
             lines.append(f'  {name:<12} {state}{code}')
+        driver = report['libraries']['cuda']['driver']
+        lines.append(f'  driver       {f"NVIDIA, CUDA {driver} or older" if driver else "no NVIDIA driver"}')
     lines += [''] + [
         f'GPU {index}: {gpu["name"]}, {gpu["arch"]}, {gpu["memory_gib"]} GiB; the CUDA library has '
         f'{"" if gpu["has_code"] else "NO "}code for it'

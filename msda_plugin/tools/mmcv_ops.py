@@ -13,19 +13,19 @@ def _status() -> int:
         compiled='compiled mmcv',
         substitute='msda_plugin',
         foreign='unknown; not written by msda_plugin',
-        none='none; "python -m msda_plugin mmcv-ops install" provides them',
+        none=f'none; "{mmcv_ops.INSTALL}" provides them',
     )[found.kind]
     print(f'mmcv       {found.folder}\noperators  {origin}' + (f' ({found.file})' if found.file else ''))
     rows = mmcv_ops.status()
-    shown = [row for row in rows if row.runs != 'not available'] if found.kind == 'substitute' else []
-    if shown:
-        print()
-    for row in shown:
-        print(f'  {row.operator:<22} {row.device:<5} {row.runs:<20} {row.reason}'.rstrip())
     missing = [row for row in rows if row.runs == 'not available']
-    if missing and found.kind == 'substitute':
-        names = ', '.join(row.operator for row in missing)
+    if found.kind == 'substitute' and len(missing) < len(rows):
+        print()
+        for row in rows:
+            if row.runs != 'not available':
+                print(f'  {row.operator:<22} {row.device:<5} {row.runs:<20} {row.reason}'.rstrip())
+    if missing and found.kind in ('substitute', 'compiled'):
         print(f'\nnot available: {missing[0].reason}')
+        names = ', '.join(row.operator for row in missing) if len(missing) < len(rows) else 'all operators'
         print(textwrap.fill(names, 100, initial_indent='  ', subsequent_indent='  '))
     return 1 if len(missing) == len(rows) else 0
 

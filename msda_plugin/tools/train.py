@@ -2,14 +2,20 @@
 
 import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msda_plugin.tools.common.errors import user_errors
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 # Arguments that require --data.
 CUSTOM_DATA = (
     'val',
     'val_part',
     'images',
+    'format',
     'classes',
     'skip_bad_images',
     'model',
@@ -29,13 +35,18 @@ CUSTOM_DATA = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    from msda_plugin.engine.checkpoint_files import DiskFullError
+    from msda_plugin.engine.checkpoint_files import TrainingStopped
     from msda_plugin.engine.runner import DetectionRunner
     from msda_plugin.tools.common import interrupt
-    from msda_plugin.tools.common.launch import build_runner, load_config
+    from msda_plugin.tools.common.launch import build_runner, exit_if_loading_fails, load_config
 
     args = _parser().parse_args(argv)
+    if args.model == 'list':
+        from msda_plugin.tools import models
+
+        return models.main([])
     with user_errors('train'):
+        _check_resume(args)
         if args.data is not None:
             from msda_plugin.tools.custom_data.training import prepare
 
@@ -54,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
                     else 'give the path of a Python config file, or --data with a folder of data in COCO format'
                 )
             cfg = load_config(args)
+        if args.verbose:
+            cfg.verbose = True
+        if args.train_ap is not None:
+            _measure_training_ap(cfg, args.train_ap)
         if args.amp:
             cfg.optim_wrapper.type = 'AmpOptimWrapper'
             cfg.optim_wrapper.loss_scale = 'dynamic'
@@ -61,18 +76,45 @@ def main(argv: list[str] | None = None) -> int:
             if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
                 raise ValueError('--auto-scale-lr requires auto_scale_lr = dict(base_batch_size=…) in the config')
             cfg.auto_scale_lr.enable = True
+        start = cfg.get('load_from')
         if args.resume is not None:
             cfg.resume = True
             # None: the latest checkpoint of the work dir, and not the config's pretrained one.
             cfg.load_from = None if args.resume == 'auto' else args.resume
         runner = build_runner(cfg, 'train', 'val')
         if isinstance(runner, DetectionRunner):
-            runner.find_resumed()
+            runner.cfg.load_from = start  # the config says how the training started, not how it was resumed
+            runner.extends_schedule = args.extend
+            if runner.find_resumed() is None and args.extend:
+                raise ValueError(f'--extend continues a training, but there is no checkpoint in {cfg.work_dir}')
+        elif args.extend:
+            raise ValueError(f"--extend needs runner_type = 'msda_plugin.DetectionRunner', got {cfg.runner_type}")
+    exit_if_loading_fails(runner, 'train')
     try:
         return interrupt.train(runner)
-    except DiskFullError as error:
+    except TrainingStopped as error:
         print(f'msda_plugin train: {error}', file=sys.stderr)
         return 1
+
+
+def _measure_training_ap(cfg: 'Config', num_images: int) -> None:
+    hooks = list(cfg.get('custom_hooks') or [])
+    reports = [hook for hook in hooks if hook.get('type') == 'msda_plugin.TrainingReportHook']
+    if not reports:
+        reports = [dict(type='msda_plugin.TrainingReportHook')]
+        hooks += reports
+    reports[0]['num_train_images'] = num_images
+    cfg.custom_hooks = hooks
+
+
+def _check_resume(args: argparse.Namespace) -> None:
+    from msda_plugin.engine.checkpoint_files import no_file
+
+    if args.extend and args.resume is None:
+        raise ValueError('--extend requires --resume')
+    named = None if args.resume in (None, 'auto') else args.resume
+    if named and '://' not in named and not Path(named).is_file():
+        raise FileNotFoundError(f'the checkpoint {named} of --resume {no_file(named)}; give the path of a .pth file')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,10 +127,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog='examples:\n'
         '  python -m msda_plugin train configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py\n'
         '  python -m msda_plugin train --data data/mine --epochs 30 --batch-size 4\n'
-        '  python -m msda_plugin train --data data/mine --resume',
+        '  python -m msda_plugin train --data data/mine --resume\n'
+        '  python -m msda_plugin train --data data/mine --epochs 60 --batch-size 4 --resume --extend',
     )
     parser.add_argument('config', nargs='?', help='path of a Python config file; not with --data')
     add_arguments(parser)
+    parser.add_argument(
+        '--train-ap',
+        type=int,
+        metavar='N',
+        help='at each validation, also measure the AP on N training images, which shows overfitting (default: 0)',
+    )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
         '--auto-scale-lr',
@@ -101,11 +150,18 @@ def _parser() -> argparse.ArgumentParser:
         const='auto',
         help='resume from a checkpoint (default: the last complete one in the work dir)',
     )
+    parser.add_argument(
+        '--extend',
+        action='store_true',
+        help='with --resume and more epochs: start the learning rate schedule anew over the remaining ones',
+    )
 
     custom = parser.add_argument_group(
         'custom data', 'Checks the data, takes the classes from it, and writes the config to the work dir.'
     )
-    custom.add_argument('--data', metavar='DIR|FILE', help='folder with data in COCO format, or the annotation file')
+    custom.add_argument(
+        '--data', metavar='DIR|FILE', help='folder with COCO, YOLO or Pascal VOC data, or the annotation file'
+    )
     custom.add_argument(
         '--val', metavar='FILE', help='annotation file for validation (default: found next to --data, or split off)'
     )
@@ -116,13 +172,18 @@ def _parser() -> argparse.ArgumentParser:
         help='fraction of the images to split off if there is no validation data (default: 0.2)',
     )
     custom.add_argument('--images', metavar='DIR', help='folder that file names are relative to (default: found)')
+    custom.add_argument('--format', choices=('coco', 'yolo', 'voc'), help='format of the data (default: recognized)')
     custom.add_argument('--classes', nargs='+', metavar='NAME', help='classes to use (default: all with boxes)')
     custom.add_argument('--skip-bad-images', action='store_true', help='skip missing or unreadable images')
-    custom.add_argument('--model', metavar='NAME', help='name or path of a model config; "list" prints the names')
+    custom.add_argument(
+        '--model',
+        metavar='NAME',
+        help='model of `python -m msda_plugin models`, trained from its published weights, or path of a model config',
+    )
     weights = custom.add_mutually_exclusive_group()
     weights.add_argument('--load-from', metavar='FILE', help='checkpoint with the weights to start from')
     weights.add_argument(
-        '--from-scratch', action='store_true', help='start from random weights instead of starter weights'
+        '--from-scratch', action='store_true', help='start from random weights, not from published or starter weights'
     )
     custom.add_argument('--epochs', type=int, metavar='N', help='default: 50')
     custom.add_argument('--batch-size', type=int, metavar='N', help='images per iteration (default: 4)')
@@ -142,7 +203,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     custom.add_argument('--seed', type=int, help='seed of the split and the training (default: 0)')
     custom.add_argument('--device', help='cpu, cuda or cuda:N (default: the GPU if there is one)')
-    custom.add_argument('--dry-run', action='store_true', help='check the data, write the config, and stop')
+    custom.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='check the data, write the config, and stop (work dir with a training: the config goes to its dry_run/)',
+    )
     return parser
 
 

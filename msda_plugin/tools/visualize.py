@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from msda_plugin.engine.detector import Detector
 from msda_plugin.tools.common.errors import user_errors
 
 DETECTIONS = 3  # number of detections shown without --query and --detection
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         'Writes figures (PNG) and a self-contained page with selectors (HTML).',
         epilog='examples:\n'
         '  python -m msda_plugin visualize photo.jpg\n'
-        '  python -m msda_plugin visualize photo.jpg --detection 0 2 --query 64,32 --layer decoder.layers.1\n'
+        '  python -m msda_plugin visualize photo.jpg --detection 0 1 --layer decoder.layers.1\n'
+        '  python -m msda_plugin visualize photo.jpg --query 64,32 --layer backbone encoder\n'
         '  python -m msda_plugin visualize photo.jpg --checkpoint work_dirs/mine/epoch_12.pth --layer all',
     )
     parser.add_argument('image', help='image file')
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         help='layers to show, and to draw head by head: parts of their names, patterns with *, or all '
         '(default: the last block of each backbone stage and all other layers, not head by head)',
     )
-    parser.add_argument('--config', help='Python config file (default: the one next to the checkpoint)')
+    parser.add_argument('--config', help='Python config file (default: the one that the checkpoint contains)')
     parser.add_argument(
         '--checkpoint', help='.pth file (default: the best one of `make train`, or of the work dir of --config)'
     )
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--device', help='cpu, cuda or cuda:N (default: cuda if available)')
     args = parser.parse_args(argv)
     with user_errors('visualize'):
-        from msda_plugin.engine.inference import find_checkpoint, load_detector, predict, read_image
+        from msda_plugin.engine.inference import predict, read_image
         from msda_plugin.tools.common.launch import check_device
         from msda_plugin.visualization import draw_heads, draw_query, record_attention, write_attention_page, write_png
 
@@ -105,22 +107,22 @@ def main(argv: list[str] | None = None) -> int:
         if args.device:
             check_device(args.device)
         image = read_image(args.image)
-        config, checkpoint = find_checkpoint(args.config, args.checkpoint)
-        model = load_detector(config, checkpoint, args.device)
+        detector = Detector(config=args.config, checkpoint=args.checkpoint, device=args.device)
+        model = detector.model
         with record_attention(model) as recording:
             sample = predict(model, image)
         points, detections = args.query, args.detection
         if not points and not detections:
             detections = choose_detections(recording, sample, args.score_thr)
             points = [] if detections else [(image.shape[1] / 2, image.shape[0] / 2)]
-        classes = model.dataset_meta['classes']
-        queries = [recording.at_detection(number, sample, classes, args.layer) for number in detections]
+        queries = [recording.at_detection(number, sample, detector.class_names, args.layer) for number in detections]
         queries += [recording.at_point(at, sample, args.layer) for at in points]
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
 
     name = Path(args.image).stem
-    print(f'{checkpoint}: {len(queries)} queries, {len(recording.records)} attention layers')
+    number = f'{len(queries)} {"query" if len(queries) == 1 else "queries"}'
+    print(f'{detector.checkpoint}: {number}, {len(recording.records)} attention layers')
     written = []
     for query in queries:
         figures = {'': draw_query(image, query, title=name)}

@@ -4,7 +4,7 @@ from msda_plugin.visualization.attention import Recording, record_attention
 from msda_plugin.visualization.attention_figure import draw_heads, draw_query
 from msda_plugin.visualization.attention_page import attention_page, write_attention_page
 from msda_plugin.visualization.curves import draw_curves
-from msda_plugin.visualization.detection import class_colors, draw_boxes, draw_sheet, write_png
+from msda_plugin.visualization.detection import class_colors, draw_boxes, draw_sheet, score_caption, write_png
 
 __all__ = [
     'Recording',
@@ -16,6 +16,7 @@ __all__ = [
     'draw_query',
     'draw_sheet',
     'record_attention',
+    'score_caption',
     'write_attention_page',
     'write_png',
 ]

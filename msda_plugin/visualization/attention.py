@@ -116,6 +116,11 @@ class LayerView:
         """Whether the layer attends to a few points near its reference instead of the whole image."""
         return self.kind in ('encoder', 'decoder')
 
+    @property
+    def uniform(self) -> np.ndarray:
+        """(N,), the weight that each sample would have if its head attended to all of its samples equally."""
+        return 1 / np.bincount(self.head)[self.head]
+
     def merged(self, keep: np.ndarray | None = None) -> 'LayerView':
         """Merge samples of different heads at the same location into one sample with their mean weight.
 

@@ -1,14 +1,19 @@
 """Draws what a query attends to over the image: all layers, or one layer head by head."""
 
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from msda_plugin.visualization.attention import LayerView, QueryView
@@ -19,17 +24,86 @@ LEVEL_SHAPES = 'os^Dv<>'
 INK, PAPER, DETECTION = '#111111', '#ffffff', '#f0e442'
 LARGEST, SMALLEST = 80, 3  # areas of markers, square points
 ALL_MARKERS = 12000  # total marker area of a layer that attends to the whole image, square points
-PANEL = 3.3  # width of a panel, inches
+PANEL = 3.5  # width of a panel, inches
+GAP = 0.1  # between panels, inches
 COLUMNS = (4, 5, 3)  # columns of panels, in order of preference
+TITLE, HEADING = 8, 11  # sizes of the fonts of panels and of the figure, points
+LETTER = 0.6  # mean width of a letter, in font sizes
+# Transparent to opaque, over the pale image.
+HEAT = LinearSegmentedColormap.from_list(
+    'heat', [(1, 0.95, 0.7, 0), (1, 0.88, 0.5, 0.5), (0.95, 0.45, 0.15, 0.75), (0.65, 0, 0.15, 0.9)]
+)
+FAINT = 1 / 4  # multiple of the uniform weight where the color scale starts; it ends at 4 or more
+NEARLY = 1.2  # a map whose largest weight is below this multiple of the uniform weight is marked
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The samples of a layer, or of a part of it, to draw as one panel.
+
+    Attributes:
+        view: the samples, merged where heads share them.
+        window: (left, top, right, bottom), the part of the image to show, in pixels.
+        uniform: the weight of each sample if its head attended to all of its samples equally.
+        title: the lines of the title.
+    """
+
+    view: LayerView
+    window: np.ndarray
+    uniform: float
+    title: tuple[str, ...]
+
+    @classmethod
+    def of(cls, view: LayerView, window: np.ndarray, title: Sequence[str], keep: np.ndarray | None = None) -> 'Panel':
+        """The samples ``keep``, (N,) bool, of a layer; None: all."""
+        keep = np.ones(len(view.head), bool) if keep is None else keep
+        shown, uniform = view.merged(keep), float(view.uniform[keep][0])
+        title = (*title, f'max weight {shown.weight.max():.2g}, uniform {uniform:.2g}')
+        if shown.weight.max() < NEARLY * uniform:
+            title += ('nearly uniform',)
+        return cls(shown, window, uniform, title)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What size and color mean in all panels of a figure.
+
+    Attributes:
+        largest: the weight of the largest points of multi-scale deformable attention; 0: there is no such layer.
+        multiple: the multiple of the uniform weight that has the strongest color, in layers that attend to the whole
+            image; 0: there is no such layer.
+    """
+
+    largest: float
+    multiple: float
+
+    @classmethod
+    def of(cls, panels: Sequence[Panel]) -> 'Scale':
+        local = [panel.view.weight.max() for panel in panels if panel.view.is_local]
+        multiples = [panel.view.weight.max() / panel.uniform for panel in panels if not panel.view.is_local]
+        return cls(max(local, default=0.0), max([1 / FAINT, *multiples]) if multiples else 0.0)
+
+    @property
+    def colors(self) -> ScalarMappable:
+        """Colors of multiples of the uniform weight."""
+        return ScalarMappable(LogNorm(FAINT, self.multiple, clip=True), HEAT)
+
+    def strength(self, panel: Panel) -> np.ndarray:
+        """(N,), 0-1: the share of the largest size, or the position on the color scale."""
+        if panel.view.is_local:
+            return (panel.view.weight / self.largest).clip(0, 1)
+        multiples = (panel.view.weight / panel.uniform).clip(FAINT, self.multiple)
+        return np.log(multiples / FAINT) / np.log(self.multiple / FAINT)
 
 
 def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.ndarray:
     """Draw a panel of the image with the query and the refinement of its box, and one or more panels per layer.
 
-    Size and opacity of a point show its weight. Panels of multi-scale deformable attention share one weight scale and
-    show the part of the image that encoder or decoder attend to. The other layers show the whole image, each panel with
-    its own weight scale; heads with the same samples are averaged. Shunted attention has a panel per scale, DAT a panel
-    per group, with lines from the original to the moved points.
+    Every panel names its largest weight, and the weight of attention that is uniform. Panels of multi-scale deformable
+    attention show the part of the image that encoder or decoder attend to; the size of a point shows its weight, its
+    color the level. The other layers show the whole image; the color shows the weight as a multiple of uniform
+    attention, and heads with the same samples are averaged. Shunted attention has a panel per scale, DAT a panel per
+    group, with lines from the original to the moved points. All panels share both scales.
 
     Args:
         image: (H, W, 3) uint8, RGB: the original image.
@@ -39,36 +113,43 @@ def draw_query(image: np.ndarray, query: QueryView, *, title: str = '') -> np.nd
     Returns:
         The figure, (H', W', 3) uint8, RGB.
     """
-    largest = _largest(query.layers)
 
     def overview(axis: Axes) -> None:
         _show(axis, image, whole(image.shape))
         _draw_boxes(axis, query)
         _draw_place(axis, query.at)
-        axis.set_title('query' if query.box is None else 'references by decoder layer, detection')
 
-    panels = [overview]
+    panels = []
     for view in query.layers:
-        window, name = layer_window(query, view, image.shape), f'{view.name}\n'
+        window = layer_window(query, view, image.shape)
         if view.is_local:
-            panels.append(_panel(image, view, window, largest, name + view.query))
+            panels.append(Panel.of(view, window, (view.name, view.query)))
         else:
             panels += [
-                _panel(image, view, window, largest, name + view.level_names[level], view.level == level)
+                Panel.of(view, window, (view.name, _part_name(view, level)), view.level == level)
                 for level in range(len(view.level_names))
             ]
-    return _draw_panels(panels, image, _join(title, query.label), query.layers, largest)
+    caption = 'query' if query.box is None else 'references by decoder layer, detection'
+    return _pixels(_figure(panels, image, _join(title, query.label), (caption, overview)))
 
 
 def draw_heads(image: np.ndarray, query: QueryView, view: LayerView, *, title: str = '') -> np.ndarray:
-    """Draw one layer: a panel of all heads, and one per head. Arguments and result as for :func:`draw_query`."""
-    window, largest = layer_window(query, view, image.shape), _largest([view])
-    panels = [_panel(image, view, window, largest, 'all heads')] if view.cells is None else []
+    """Draw one layer: a panel per head, and one of all heads if they attend to a few points.
+
+    Arguments and result as for :func:`draw_query`.
+    """
+    window = layer_window(query, view, image.shape)
+    panels = [Panel.of(view, window, ('all heads',))] if view.is_local else []
     for head in np.unique(view.head):
         keep = view.head == head
         looks_at = '' if view.is_local else f', {view.level_names[view.level[keep][0]]}'
-        panels.append(_panel(image, view, window, largest, f'head {head}{looks_at}', keep))
-    return _draw_panels(panels, image, _join(title, f'{query.label} · {view.name}'), [view], largest)
+        panels.append(Panel.of(view, window, (f'head {head}{looks_at}',), keep))
+    return _pixels(_figure(panels, image, _join(title, f'{query.label} · {view.name}')))
+
+
+def _part_name(view: LayerView, level: int) -> str:
+    heads = len(np.unique(view.head[view.level == level]))
+    return view.level_names[level] + (f', mean of {heads} heads' if heads > 1 else '')
 
 
 def whole(shape: Sequence[int]) -> np.ndarray:
@@ -107,32 +188,21 @@ def _weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float)
     return values[order][min(np.searchsorted(share, quantile), len(values) - 1)]
 
 
-def _largest(views: Sequence[LayerView]) -> float:
-    """The largest weight of multi-scale deformable attention; 0 if there is no such layer."""
-    return max((float(view.weight.max()) for view in views if view.is_local), default=0.0)
-
-
 def _join(*parts: str) -> str:
     return ': '.join(part for part in parts if part)
 
 
-def _panel(
-    image: np.ndarray, view: LayerView, window: np.ndarray, largest: float, title: str, keep: np.ndarray | None = None
-) -> Callable[[Axes], None]:
-    """A function that draws a layer, or only the samples in `keep` (N,), into axes."""
-    keep = np.ones(len(view.head), bool) if keep is None else keep
-
-    def draw(axis: Axes) -> None:
-        shown = view.merged(keep)
-        _show(axis, image, window if view.is_local else whole(image.shape), pale=not view.is_local)
-        scale = largest if view.is_local else shown.weight.max()
-        (_draw_cells if view.cells is not None else _draw_points)(axis, shown, scale)
-        if view.box is not None:
-            _draw_box(axis, view.box, PAPER, '--')
-        _draw_place(axis, view.at)
-        axis.set_title(title if view.is_local else f'{title}, at most {scale:.2g}')
-
-    return draw
+def _draw_panel(axis: Axes, image: np.ndarray, panel: Panel, scale: Scale) -> None:
+    view = panel.view
+    _show(axis, image, panel.window, pale=not view.is_local)
+    strength = scale.strength(panel)
+    if view.cells is None:
+        _draw_points(axis, view, strength)
+    else:
+        _draw_cells(axis, view, strength)
+    if view.box is not None:
+        _draw_box(axis, view.box, PAPER, '--')
+    _draw_place(axis, view.at)
 
 
 def _show(axis: Axes, image: np.ndarray, window: np.ndarray, pale: bool = False) -> None:
@@ -143,25 +213,25 @@ def _show(axis: Axes, image: np.ndarray, window: np.ndarray, pale: bool = False)
     axis.set(xlim=window[::2], ylim=window[[3, 1]], xticks=[], yticks=[], facecolor='#888888')
 
 
-def _draw_points(axis: Axes, view: LayerView, largest: float) -> None:
+def _draw_points(axis: Axes, view: LayerView, strength: np.ndarray) -> None:
     if view.origin is not None:
-        axis.add_collection(LineCollection(np.stack([view.origin, view.xy], 1), colors=INK, linewidths=0.5, alpha=0.5))
+        thin = 0.5 * min(1, (300 / len(view.xy)) ** 0.5)  # many lines would hide the points
+        axis.add_collection(LineCollection(np.stack([view.origin, view.xy], 1), colors=INK, linewidths=thin, alpha=0.5))
     for level in np.unique(view.level):
         of_level = np.flatnonzero(view.level == level)
         of_level = of_level[view.weight[of_level].argsort()]  # highest weight on top
-        strength = (view.weight[of_level] / largest).clip(0, 1)
-        marker = dict(s=_area(strength, marker_area(view)), marker=LEVEL_SHAPES[level % len(LEVEL_SHAPES)], zorder=3)
+        x, y = view.xy[of_level].T
+        marker = dict(
+            s=_area(strength[of_level], marker_area(view)), marker=LEVEL_SHAPES[level % len(LEVEL_SHAPES)], zorder=3
+        )
         # A light outline, visible on dark images.
         rim = 1 if view.is_local else 0.3
-        axis.scatter(*view.xy[of_level].T, c=PAPER, alpha=0.4, edgecolors=PAPER, linewidths=1.4 * rim, **marker)
-        axis.scatter(
-            *view.xy[of_level].T,
-            c=LEVEL_COLORS[level % len(LEVEL_COLORS)],
-            alpha=_opacity(strength),
-            edgecolors=INK,
-            linewidths=0.6 * rim,
-            **marker,
-        )
+        axis.scatter(x, y, c=PAPER, alpha=0.4, edgecolors=PAPER, linewidths=1.4 * rim, **marker)
+        if view.is_local:
+            marker |= dict(c=LEVEL_COLORS[level % len(LEVEL_COLORS)], alpha=_opacity(strength[of_level]))
+        else:
+            marker |= dict(c=HEAT(strength[of_level]))
+        axis.scatter(x, y, edgecolors=INK, linewidths=0.6 * rim, **marker)
 
 
 def marker_area(view: LayerView) -> float:
@@ -178,22 +248,11 @@ def _opacity(strength: np.ndarray) -> np.ndarray:
     return 0.3 + 0.6 * strength
 
 
-def _draw_cells(axis: Axes, view: LayerView, largest: float) -> None:
-    for level in np.unique(view.level):
-        of_level = view.level == level
-        size = view.cells[level]
-        patches = [Rectangle(corner, *size) for corner in view.xy[of_level] - size / 2]
-        colors = np.array(
-            [
-                _rgba(LEVEL_COLORS[level % len(LEVEL_COLORS)], 0.7 * strength)
-                for strength in view.weight[of_level] / largest
-            ]
-        )
-        axis.add_collection(PatchCollection(patches, facecolors=colors, edgecolors=(1, 1, 1, 0.35), linewidths=0.4))
-
-
-def _rgba(color: str, alpha: float) -> tuple[float, float, float, float]:
-    return *(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), alpha
+def _draw_cells(axis: Axes, view: LayerView, strength: np.ndarray) -> None:
+    sizes = view.cells[view.level]
+    patches = [Rectangle(corner, *size) for corner, size in zip(view.xy - sizes / 2, sizes, strict=True)]
+    edges = dict(edgecolors=(1, 1, 1, 0.35), linewidths=min(0.4, 100 / len(patches)))  # a fine grid would hide colors
+    axis.add_collection(PatchCollection(patches, facecolors=HEAT(strength), **edges))
 
 
 def _draw_boxes(axis: Axes, query: QueryView) -> None:
@@ -226,33 +285,80 @@ def _draw_place(axis: Axes, at: np.ndarray) -> None:
     axis.plot(*at, marker='P', color=PAPER, markeredgecolor=INK, markeredgewidth=0.8, markersize=8, zorder=4)
 
 
-def _draw_panels(
-    panels: Sequence[Callable[[Axes], None]], image: np.ndarray, title: str, views: Sequence[LayerView], largest: float
-) -> np.ndarray:
-    columns = min(min(COLUMNS, key=lambda columns: -len(panels) % columns), len(panels))
-    rows = -(-len(panels) // columns)
-    height = PANEL * image.shape[0] / image.shape[1]
-    handles = _legend(views, largest)
-    legend_lines = -(-len(handles) // (2 * columns))
-    figure = Figure(
-        figsize=(PANEL * columns, (height + 0.4) * rows + 0.4 + 0.25 * legend_lines), dpi=110, layout='constrained'
-    )
-    canvas = FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, draw in zip(axes, panels, strict=False):
+def _figure(
+    panels: Sequence[Panel], image: np.ndarray, title: str, overview: tuple[str, Callable[[Axes], None]] | None = None
+) -> Figure:
+    """A figure of panels, after an overview: its title, and a function that draws it."""
+    scale = Scale.of(panels)
+    draws = [((caption,), draw) for caption, draw in filter(None, [overview])]
+    draws += [(panel.title, partial(_draw_panel, image=image, panel=panel, scale=scale)) for panel in panels]
+    columns = min(min(COLUMNS, key=lambda columns: -len(draws) % columns), len(draws))
+    width = (PANEL + GAP) * columns + GAP
+    side = np.clip(PANEL * image.shape[0] / image.shape[1], 0.5, 3 * PANEL)  # height of the image in a panel
+    titles = [_wrapped(lines, PANEL, TITLE) for lines, _ in draws]
+    titles_height = _height(max(titles, key=len), TITLE) + GAP
+    heading = _wrapped([title], width, HEADING)
+    heading_height = _height(heading, HEADING) + GAP
+    handles = _legend([panel.view for panel in panels], scale)
+    entry = LETTER * TITLE / 72 * (6 + max(len(handle.get_label()) for handle in handles))  # width, inches
+    legend_columns = min(max(1, int(width / entry)), len(handles))
+    legend_height = -(-len(handles) // legend_columns) * 1.8 * TITLE / 72 + 2 * GAP
+    scale_height = 0.8 if scale.multiple else 0
+    rows = -(-len(draws) // columns)
+    height = heading_height + rows * (titles_height + side) + legend_height + scale_height
+
+    # Explicit positions: matplotlib's layouts reserve too little for titles above images.
+    figure = Figure(figsize=(width, height), dpi=110)
+    FigureCanvasAgg(figure)
+    figure.text(0.5, 1 - GAP / 2 / height, '\n'.join(heading), fontsize=HEADING, ha='center', va='top')
+    for number, (lines, (_, draw)) in enumerate(zip(titles, draws, strict=True)):
+        row, column = divmod(number, columns)
+        left = GAP + column * (PANEL + GAP)
+        bottom = height - heading_height - (row + 1) * (titles_height + side)
+        axis = figure.add_axes((left / width, bottom / height, PANEL / width, side / height))
         draw(axis)
-        axis.set_title(axis.get_title(), fontsize=7.5)
-    for axis in axes[len(panels) :]:
-        axis.axis('off')
+        axis.set_title('\n'.join(lines), fontsize=TITLE, pad=3)
     figure.legend(
-        handles=handles, loc='outside lower center', ncols=2 * columns, fontsize=7.5, frameon=False, labelcolor=INK
+        handles=handles, loc='lower center', ncols=legend_columns, fontsize=TITLE, frameon=False, labelcolor=INK
     )
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    if scale.multiple:
+        bar = figure.add_axes((0.2, (legend_height + 0.4) / height, 0.6, 0.18 / height))
+        _draw_color_scale(figure, bar, scale)
+    return figure
 
 
-def _legend(views: Sequence[LayerView], largest: float) -> list:
+def _pixels(figure: Figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _wrapped(lines: Sequence[str], width: float, size: float) -> list[str]:
+    """Break lines of text in a font of `size` points, so that they are at most `width` inches wide."""
+    letters = max(8, int(width * 72 / (LETTER * size)))
+    return [part for line in lines for part in textwrap.wrap(line, letters)]
+
+
+def _height(lines: Sequence[str], size: float) -> float:
+    """Inches of lines of text in a font of `size` points."""
+    return 1.25 * len(lines) * size / 72
+
+
+def _draw_color_scale(figure: Figure, axis: Axes, scale: Scale) -> None:
+    bar = figure.colorbar(scale.colors, cax=axis, orientation='horizontal')
+    axis.set_facecolor('#c8c8c8')  # as a pale image: the colors are transparent
+    step = next((step for step in (2, 4, 16) if scale.multiple <= 4 * step**3), 64)
+    ticks = [FAINT, 1.0]
+    while ticks[-1] * step**1.5 < scale.multiple:
+        ticks.append(ticks[-1] * step)
+    ticks.append(scale.multiple)
+    labels = [f'at most {FAINT:g}', '1: uniform', *(f'{tick:.3g}' for tick in ticks[2:])]
+    bar.set_ticks(ticks, labels=labels)
+    bar.minorticks_off()
+    axis.tick_params(labelsize=TITLE)
+    bar.set_label('weight as a multiple of uniform attention', fontsize=TITLE)
+
+
+def _legend(views: Sequence[LayerView], scale: Scale) -> list[Line2D]:
     marker = dict(color='none', markeredgecolor=INK, markeredgewidth=0.6)
     handles = [
         Line2D(
@@ -261,10 +367,8 @@ def _legend(views: Sequence[LayerView], largest: float) -> list:
     ]
     if any(view.box is not None for view in views):
         handles.append(Line2D([], [], color='#777777', linestyle='--', label='reference box'))
-    points = [view for view in views if view.cells is None]
-    # If levels use the colors, DAT's groups are named by panel titles only.
-    of_colors = [view for view in points if view.is_local] or points
-    for level, name in enumerate(max((view.level_names for view in of_colors), key=len, default=())):
+    local = [view.level_names for view in views if view.is_local]
+    for level, name in enumerate(max(local, key=len, default=())):
         handles.append(
             Line2D(
                 [],
@@ -276,7 +380,7 @@ def _legend(views: Sequence[LayerView], largest: float) -> list:
                 **marker,
             )
         )
-    for share in (1, 0.3, 0.05) if largest else ():
+    for share in (1, 0.3, 0.05) if local else ():
         handles.append(
             Line2D(
                 [],
@@ -285,12 +389,10 @@ def _legend(views: Sequence[LayerView], largest: float) -> list:
                 markersize=_area(share) ** 0.5,
                 markerfacecolor='#777777',
                 alpha=_opacity(share),
-                label=f'weight {share * largest:.2g}',
+                label=f'weight {share * scale.largest:.2g}',
                 **marker,
             )
         )
     if any(view.origin is not None for view in views):
         handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.7, label='displacement of a point'))
-    if len(points) < len(views):
-        handles.append(Patch(facecolor=LEVEL_COLORS[0], edgecolor='#777777', label='cells: opacity shows the weight'))
     return handles

@@ -22,6 +22,7 @@ from msda_plugin.visualization.attention_figure import (
     INK,
     LARGEST,
     LEVEL_COLORS,
+    NEARLY,
     PAPER,
     SMALLEST,
     layer_window,
@@ -56,6 +57,7 @@ def attention_page(image: np.ndarray, queries: Sequence[QueryView], *, title: st
             largest=LARGEST,
             smallest=SMALLEST,
             all=ALL_MARKERS,
+            nearly=NEARLY,
         ),
         queries=[
             dict(
@@ -141,7 +143,8 @@ PAGE = r"""<!DOCTYPE html>
   #status { margin: 0 0 8px; }
   .small { image-rendering: pixelated; }
   .pale { filter: grayscale(1) opacity(.6); }
-  .other { cursor: pointer; }
+  label:has(:disabled) { color: #999; }
+  #figure.selectable { cursor: pointer; }
 </style>
 </head>
 <body>
@@ -165,7 +168,7 @@ PAGE = r"""<!DOCTYPE html>
   <div id="side">
     <p id="status" aria-live="polite"></p>
     <ul id="legend"></ul>
-    <p id="hint">Hover over a point to see its weight; click another query to select it.</p>
+    <p id="hint">Hover over a point to see its weight; click another query or its box to select it.</p>
   </div>
 </main>
 <noscript>This page needs JavaScript.</noscript>
@@ -194,26 +197,44 @@ function fill(select, options, wanted) {  // options: [value, text]
   select.value = options.some(([value]) => String(value) === String(wanted)) ? wanted : options[0][0];
 }
 
+// What the user chose last. A layer without this head or level shows another one, without changing the choice.
+const choice = {};
+
 const unique = values => [...new Set(values)].sort((a, b) => a - b);
 const currentQuery = () => data.queries[element('query').value];
 const currentLayer = () => currentQuery().layers.find(layer => layer.name === element('layer').value);
 
-function fillLayer(wanted) {
+function fillLayer() {
   const layers = currentQuery().layers;
-  fill(element('layer'), layers.map(layer => [layer.name, layer.name]), wanted || layers[layers.length - 1].name);
+  const wanted = layers.some(layer => layer.name === choice.layer) ? choice.layer : layers[layers.length - 1].name;
+  fill(element('layer'), layers.map(layer => [layer.name, layer.name]), wanted);
 }
 
-function fillHeads(head, level) {
-  const layer = currentLayer();
-  fill(element('head'), [['all', 'all'], ...unique(layer.head).map(i => [i, `head ${i}`])], head);
-  fillLevels(level);
+function fillHeads() {
+  fill(element('head'), [['all', 'all'], ...unique(currentLayer().head).map(i => [i, `head ${i}`])], choice.head);
 }
 
-function fillLevels(wanted) {  // levels of the selected head
+function fillLevels() {  // levels of the selected head
   const layer = currentLayer(), head = element('head').value;
   const levels = unique(layer.level.filter((_, i) => head === 'all' || layer.head[i] === Number(head)));
   const all = layer.cells && levels.length > 1 ? [] : [['all', 'all']];  // cells of two sizes would overlap
-  fill(element('level'), [...all, ...levels.map(i => [i, layer.levels[i]])], wanted);
+  fill(element('level'), [...all, ...levels.map(i => [i, layer.levels[i]])], choice.level);
+}
+
+function fillAll() {
+  fillLayer();
+  fillHeads();
+  fillLevels();
+}
+
+function disableUseless(query, layer, samples) {  // controls that would change nothing
+  for (const id of ['query', 'layer', 'head', 'level']) element(id).disabled = element(id).length < 2;
+  const several = key => new Set(samples.map(sample => sample[key])).size > 1;
+  element('color').disabled = !layer.local || !(several('head') || several('level'));
+  const whole = [0, 0, data.width, data.height];
+  element('zoom').disabled = !layer.local || layer.window.every((value, i) => value === whole[i]);
+  element('boxes').disabled = !query.box && !query.layers.some(other => other.box && other !== layer);
+  element('others').disabled = data.queries.length < 2;
 }
 
 function chosenSamples(layer) {
@@ -251,7 +272,7 @@ const shapes = [
   r => `M0 ${1.2 * r}L${1.1 * r} ${-r}H${-1.1 * r}Z`];
 
 function colorOf(sample) {
-  const index = sample[element('color').value];
+  const index = sample[currentLayer().local ? element('color').value : 'level'];  // others: means over heads
   return index < style.colors.length ? style.colors[index] : `hsl(${index * 137.5 % 360} 75% 50%)`;
 }
 
@@ -323,8 +344,8 @@ function draw() {
     const mark = other.box ? rectangle(other.box, '#fff', 1.2 * unit, 'none', {'pointer-events': 'all'}, other.label)
                            : cross(other.at, 6 * unit, '#ccc');
     mark.setAttribute('class', 'other');
+    mark.setAttribute('data-query', i);
     mark.setAttribute('stroke-opacity', 0.55);
-    mark.addEventListener('click', () => { element('query').value = i; changed('query'); });
     nodes.splice(1, 0, mark);
   });
   const references = element('boxes').checked ? query.layers.filter(other => other.box) : layer.box ? [layer] : [];
@@ -343,10 +364,15 @@ function draw() {
   figure.replaceChildren(...nodes);
 
   const outside = samples.filter(s => s.x < 0 || s.y < 0 || s.x > data.width || s.y > data.height).length;
+  const maximum = samples[samples.length - 1].weight;
+  const uniform = 1 / layer.head.filter(head => head === samples[0].head).length;  // all samples of a head alike
   element('status').textContent = `${query.label} · ${layer.name} · ${layer.query} · ${samples.length} ` +
-    `${layer.cells ? 'cells' : 'points'}` + (outside ? `, ${outside} of them outside the image` : '');
+    `${layer.cells ? 'cells' : 'points'}` + (outside ? `, ${outside} of them outside the image` : '') +
+    ` · max weight ${maximum.toPrecision(2)}, uniform ${uniform.toPrecision(2)}` +
+    (maximum < style.nearly * uniform ? ' (nearly uniform)' : '');
   drawLegend(layer, samples, largest, query);
-  const state = new URLSearchParams(controls.map(id => [id, element(id).value]));
+  disableUseless(query, layer, samples);
+  const state = new URLSearchParams(controls.map(id => [id, choice[id] ?? element(id).value]));
   for (const id of switches) state.set(id, element(id).checked ? 1 : 0);
   history.replaceState(null, '', '#' + state);
 }
@@ -365,7 +391,7 @@ function drawLegend(layer, samples, largest, query) {
   if (query.box) item(rectangle([-10, -7, 10, 7], style.detection, 2.5, 'none', {}), 'detection');
   if (layer.origin) item(svg('path', {d: 'M-11 5L11 -5', stroke: style.ink}), 'displacement of a point');
   const total = samples.reduce((sum, sample) => sum + sample.weight * sample.heads, 0) || 1;
-  const byHead = element('color').value === 'head';
+  const byHead = layer.local && element('color').value === 'head';
   for (const index of unique(samples.map(sample => byHead ? sample.head : sample.level))) {
     const of = samples.filter(sample => (byHead ? sample.head : sample.level) === index);
     const share = of.reduce((sum, sample) => sum + sample.weight * sample.heads, 0) / total;
@@ -381,10 +407,26 @@ function drawLegend(layer, samples, largest, query) {
   element('legend').replaceChildren(...items);
 }
 
+function place(event) {  // of a mouse event, in pixels of the image
+  return new DOMPoint(event.clientX, event.clientY).matrixTransform(figure.getScreenCTM().inverse());
+}
+
+function queryAt(event) {  // the query whose box or cross is under the pointer; null: none
+  if (!element('others').checked) return null;
+  const {x, y} = place(event), near = 12 / figure.getScreenCTM().a;  // 12 screen pixels
+  const areas = data.queries.map(({box, at}) => box
+    ? (x >= box[0] && y >= box[1] && x <= box[2] && y <= box[3] ? (box[2] - box[0]) * (box[3] - box[1]) : Infinity)
+    : (Math.hypot(x - at[0], y - at[1]) <= near ? 0 : Infinity));
+  const under = [...areas.keys()].filter(i => areas[i] < Infinity).sort((i, j) => areas[i] - areas[j]);
+  if (!under.length) return null;
+  return under[(under.indexOf(Number(element('query').value)) + 1) % under.length];  // repeated clicks: next larger box
+}
+
 function changed(id) {
-  if (id === 'query') { fillLayer(element('layer').value); fillHeads(element('head').value, element('level').value); }
-  if (id === 'layer') fillHeads(element('head').value, element('level').value);
-  if (id === 'head') fillLevels(element('level').value);
+  if (id in choice) choice[id] = element(id).value;
+  if (id === 'query') fillAll();
+  if (id === 'layer') { fillHeads(); fillLevels(); }
+  if (id === 'head') fillLevels();
   if (id === 'query' || id === 'layer') element('pale').checked = !currentLayer().local;
   draw();
 }
@@ -392,8 +434,9 @@ function changed(id) {
 function restore() {  // the URL fragment holds the state, so that a view can be shared as a link
   const state = new URLSearchParams(location.hash.slice(1));
   fill(element('query'), data.queries.map((query, i) => [i, query.label]), state.get('query'));
-  fillLayer(state.get('layer'));
-  fillHeads(state.get('head') ?? 'all', state.get('level') ?? 'all');
+  Object.assign(choice, {layer: state.get('layer'), head: state.get('head') ?? 'all',
+                         level: state.get('level') ?? 'all'});
+  fillAll();
   if (['level', 'head'].includes(state.get('color'))) element('color').value = state.get('color');
   element('pale').checked = !currentLayer().local;
   for (const id of switches) if (state.has(id)) element(id).checked = state.get(id) === '1';
@@ -401,6 +444,16 @@ function restore() {  // the URL fragment holds the state, so that a view can be
 }
 
 for (const id of [...controls, ...switches]) element(id).addEventListener('change', () => changed(id));
+figure.addEventListener('click', event => {
+  const found = queryAt(event);
+  if (found === null || String(found) === element('query').value) return;
+  element('query').value = found;
+  changed('query');
+});
+figure.addEventListener('mousemove', event => {
+  const found = queryAt(event);
+  figure.classList.toggle('selectable', found !== null && String(found) !== element('query').value);
+});
 window.addEventListener('resize', draw);
 window.addEventListener('hashchange', restore);
 restore();

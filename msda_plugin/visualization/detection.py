@@ -50,6 +50,7 @@ def draw_boxes(
     scores: np.ndarray | None = None,
     *,
     longer_side: int | None = None,
+    caption: str = '',
 ) -> np.ndarray:
     """Draw boxes, each with a tag of its class and score.
 
@@ -64,6 +65,7 @@ def draw_boxes(
         scores: (N,), 0-1; None: tags without scores.
         longer_side: Resize the image to this longer side (pixels) before drawing, so that lines and text are sharp on
             small images; None: do not resize.
+        caption: Text in a white band below the image, such as :func:`score_caption`; '' for no band.
 
     Returns:
         The image with boxes, (H', W', 3) uint8, RGB.
@@ -97,7 +99,20 @@ def draw_boxes(
         if place is not None:
             taken.append(place)
             _tag(draw, place, text, font, colors[labels[index]])
-    return np.array(canvas)
+    return np.array(_with_caption(canvas, caption, font) if caption else canvas)
+
+
+def score_caption(scores: np.ndarray, score_thr: float) -> str:
+    """What the drawn boxes are: ``'score ≥ 0.3'``; if none is, ``'no score ≥ 0.3, highest 0.12'``.
+
+    Args:
+        scores: (N,), 0-1, of all detections, before the threshold.
+        score_thr: Minimum score of the drawn boxes, 0-1.
+    """
+    highest = max(map(float, scores), default=None)
+    if highest is None:
+        return 'no detections'
+    return f'score ≥ {score_thr:g}' if highest >= score_thr else f'no score ≥ {score_thr:g}, highest {highest:.3g}'
 
 
 def draw_sheet(
@@ -108,6 +123,7 @@ def draw_sheet(
     *,
     tile: int = 384,
     columns: int = 2,
+    score_thr: float | None = None,
 ) -> np.ndarray:
     """Draw a sheet of pairs: each image with its ground truth, and next to it with the predictions.
 
@@ -118,6 +134,8 @@ def draw_sheet(
         class_names: Name of each label; the legend shows the labels on the sheet.
         tile: Longer side of an image on the sheet, pixels.
         columns: Pairs per row.
+        score_thr: Minimum score of the drawn predictions, 0-1. The sheet states it, and the highest score below images
+            where none reaches it. None: all predictions are drawn.
 
     Returns:
         The sheet, (H', W', 3) uint8, RGB.
@@ -130,17 +148,28 @@ def draw_sheet(
             'expected at least one image, with ground truth and predictions for each; got '
             f'{len(images)} images, {len(truths)} ground truths, {len(predictions)} predictions'
         )
+    captions = [''] * len(images)
+    if score_thr is not None:
+        kept = [np.asarray(scores) >= score_thr for *_, scores in predictions]
+        captions = [
+            '' if keep.any() else score_caption(scores, score_thr)
+            for keep, (*_, scores) in zip(kept, predictions, strict=True)
+        ]
+        predictions = [
+            tuple(np.asarray(array)[keep] for array in prediction)
+            for keep, prediction in zip(kept, predictions, strict=True)
+        ]
     pairs = [
         (
             draw_boxes(image, *truth, class_names, longer_side=tile),
-            draw_boxes(image, *prediction[:2], class_names, prediction[2], longer_side=tile),
+            draw_boxes(image, *prediction[:2], class_names, prediction[2], longer_side=tile, caption=caption),
         )
-        for image, truth, prediction in zip(images, truths, predictions, strict=True)
+        for image, truth, prediction, caption in zip(images, truths, predictions, captions, strict=True)
     ]
     columns = min(columns, len(pairs))
     cell_w = max(left.shape[1] for left, _ in pairs)
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    heights = [max(left.shape[0] for left, _ in row) for row in rows]
+    heights = [max(right.shape[0] for _, right in row) for row in rows]  # with captions
     font = _font(max(12, round(tile / 22)))
     line = round(font.size * 1.7)
     pair_w = 2 * cell_w + GAP // 3
@@ -154,10 +183,11 @@ def draw_sheet(
     sheet = Image.new('RGB', (sheet_w, sum(heights) + (len(rows) + 1) * GAP + line + legend.height), PAPER)
     draw = ImageDraw.Draw(sheet)
     y = GAP
+    predicted = 'predicted' if score_thr is None else f'predicted, score ≥ {score_thr:g}'
     for column in range(columns):
-        for side, caption in enumerate(('true', 'predicted')):
+        for side, header in enumerate(('true', predicted)):
             x = GAP + column * (pair_w + GAP) + side * (cell_w + GAP // 3)
-            draw.text((x + cell_w // 2, y), caption, INK, font, anchor='ma')
+            draw.text((x + cell_w // 2, y), header, INK, font, anchor='ma')
     y += line
     for row, height in zip(rows, heights, strict=True):
         for column, pair in enumerate(row):
@@ -232,6 +262,24 @@ def _free_place(
         if free and top >= 0 and top + h <= size[1]:
             return place
     return None
+
+
+def _with_caption(image: Image.Image, caption: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """The image above a white band with the caption, in as many lines as its width needs."""
+    lines = ['']
+    for word in caption.split():
+        longer = f'{lines[-1]} {word}'.strip()
+        if lines[-1] and font.getlength(longer) > image.width - 6:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    line = round(font.size * 1.4)
+    canvas = Image.new('RGB', (image.width, image.height + line * len(lines)), PAPER)
+    canvas.paste(image)
+    draw = ImageDraw.Draw(canvas)
+    for number, text in enumerate(lines):
+        draw.text((3, image.height + line * (number + 0.5)), text, INK, font, anchor='lm')
+    return canvas
 
 
 def _tag(

@@ -12,7 +12,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from msda_plugin.engine import config_check
-from msda_plugin.engine.config_check import check_schedule, check_weights
+from msda_plugin.engine.config_check import check_fields, check_schedule, check_weights
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / 'configs').glob('[!_]*/*.py'))
 WARM_UP = dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20)
@@ -81,6 +81,65 @@ def test_existing_and_remote_checkpoints(tmp_path):
     check_weights(Config(dict(load_from=None)))
 
 
+# ---- fields ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        (dict(train_cfg=dict(max_epochs=-1)), 'train_cfg.max_epochs must be a whole number of 1 or more, got -1'),
+        (dict(train_cfg=dict(max_epochs=1.5)), 'train_cfg.max_epochs must be a whole number of 1 or more, got 1.5'),
+        (dict(train_cfg=dict(val_interval=0)), 'set it with --cfg-options train_cfg.val_interval=NUMBER'),
+        (
+            dict(val_dataloader=dict(batch_size='4')),
+            "val_dataloader.batch_size must be a whole number of 1 or more, got '4'",
+        ),
+        (dict(test_dataloader=dict(num_workers=-1)), 'test_dataloader.num_workers must be a whole number of 0 or more'),
+        (
+            dict(optim_wrapper=dict(optimizer=dict(lr='abc'))),
+            "optim_wrapper.optimizer.lr must be a number of 0 or more, got 'abc'",
+        ),
+        (
+            dict(optim_wrapper=dict(optimizer=dict(lr=float('inf')))),
+            'optimizer.lr must be a number of 0 or more, got inf',
+        ),
+        (
+            dict(optim_wrapper=dict(optimizer=dict(lr=float('nan')))),
+            'optimizer.lr must be a number of 0 or more, got nan',
+        ),
+        (dict(randomness=dict(seed=-1)), 'randomness.seed must be a whole number from 0 to 4294967295, got -1'),
+        (dict(log_level='LOUD'), "log_level must be DEBUG, INFO, WARNING or ERROR, got 'LOUD'"),
+    ],
+)
+def test_fields_of_the_wrong_type_or_size(fields, message):
+    complete = {}
+    for name in fields:
+        for group in config_check.GROUPS:
+            if name in group:
+                complete |= {other: dict() for other in group}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_fields(Config({**complete, **fields}))
+
+
+def test_no_workers_that_persist():
+    loaders = dict(
+        train_cfg=dict(), optim_wrapper=dict(), train_dataloader=dict(num_workers=0, persistent_workers=True)
+    )
+    with pytest.raises(ValueError, match='set train_dataloader.persistent_workers=False as well'):
+        check_fields(Config(loaders))
+
+
+def test_fields_that_belong_together():
+    with pytest.raises(
+        ValueError, match='the config has val_cfg, val_evaluator, but val_dataloader is missing; set all'
+    ):
+        check_fields(Config(dict(val_cfg=dict(), val_evaluator=dict(), val_dataloader=None)))
+
+
+def test_usual_fields():
+    check_fields(Config(dict(randomness=dict(seed=None), log_level='INFO', optim_wrapper=None, test_cfg=None)))
+    for path in CONFIGS[::5]:
+        check_fields(Config.fromfile(str(path)))
+
+
 # ---- schedule -------------------------------------------------------------------------------------------------------
 def test_a_schedule_that_fits():
     cfg = config(
@@ -128,6 +187,20 @@ def test_a_schedule_that_is_longer_than_the_training(scheduler, message):
 def test_a_warm_up_longer_than_an_iteration_based_training():
     with pytest.raises(ValueError, match='iteration 19: .* set train_cfg.max_iters=20 or more, or param_.*=19 or less'):
         check_schedule(config(WARM_UP), iterations(19, loader(4)))
+
+
+@pytest.mark.parametrize(
+    'warm_up', [dict(WARM_UP, end=1), dict(type='ConstantLR', factor=0.1, by_epoch=True, begin=2, end=3)]
+)
+def test_a_warm_up_of_one_step_never_ends(warm_up):
+    with pytest.raises(
+        ValueError, match=r'is one (iteration|epoch) long, .* stays at its first value; set .*\.end=[24] or'
+    ):
+        check_schedule(config(warm_up), epochs(4))
+    check_schedule(config(dict(warm_up, end=warm_up['end'] + 1)), epochs(4))
+    # One epoch that is converted has several iterations.
+    check_schedule(config(dict(type='LinearLR', begin=0, end=1, convert_to_iter_based=True)), epochs(4))
+    check_schedule(config(dict(type='LinearLR', start_factor=1.0, by_epoch=False, begin=0, end=1)), epochs(4))
 
 
 def test_no_validation():

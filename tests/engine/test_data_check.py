@@ -118,7 +118,7 @@ def test_warnings(tmp_path):
     content['annotations'][0]['image_id'] = 99
     warnings = ' '.join(check_coco(*write(tmp_path, content), classes=('dog', 'cat')).warnings)
     assert 'the order cat, dog, the config in the order dog, cat' in warnings
-    assert '1 annotations' in warnings and 'images that it does not list' in warnings
+    assert '1 annotation in' in warnings and 'belongs to an image that it does not list' in warnings
     content['annotations'] = []
     assert 'holds no box of the classes cat, dog' in check_coco(*write(tmp_path, content)).warnings[0]
 

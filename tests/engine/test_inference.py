@@ -10,7 +10,7 @@ from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 from PIL import Image
 
-from msda_plugin.engine.inference import find_checkpoint, load_detector, predict, read_image
+from msda_plugin.engine.inference import find_checkpoint, find_source, load_detector, predict, predict_batch, read_image
 
 CONFIG = Path(__file__).parents[2] / 'configs' / 'shapes' / 'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py'
 
@@ -47,8 +47,8 @@ def test_the_best_checkpoint_of_the_newest_main_job(tmp_path):
     best = touch(tmp_path / 'shapes' / 'best_coco_bbox_mAP_epoch_8.pth', 20)
     touch(tmp_path / 'shapes' / 'epoch_9.pth', 30)
     touch(tmp_path / 'other' / 'epoch_9.pth', 40)
-    config = touch(tmp_path / 'shapes' / 'config.py', 5)
-    assert find_checkpoint(work_dirs=tmp_path) == (config, best)
+    touch(tmp_path / 'shapes' / 'config.py', 5)
+    assert find_checkpoint(work_dirs=tmp_path) == (None, best)
 
 
 def test_the_last_checkpoint_without_a_best_one(tmp_path):
@@ -58,19 +58,40 @@ def test_the_last_checkpoint_without_a_best_one(tmp_path):
     assert find_checkpoint(config, work_dirs=tmp_path) == (config, last)
 
 
-def test_the_config_next_to_a_checkpoint(tmp_path):
-    checkpoint, config = touch(tmp_path / 'a' / 'epoch_3.pth', 1), touch(tmp_path / 'a' / 'mine.py', 1)
-    assert find_checkpoint(checkpoint=checkpoint) == (config, checkpoint)
-    touch(tmp_path / 'a' / 'other.py', 1)
-    with pytest.raises(ValueError, match='2 Python files next to .*choose it with --config'):
-        find_checkpoint(checkpoint=checkpoint)
-    other = touch(tmp_path / 'b' / 'other.py', 1)
-    assert find_checkpoint(other, checkpoint) == (other, checkpoint)
+def test_the_checkpoint_next_to_a_config(tmp_path):
+    config = touch(tmp_path / 'run' / 'mine.py', 1)
+    beside = touch(tmp_path / 'run' / 'epoch_2.pth', 1)
+    assert find_checkpoint(config, work_dirs=tmp_path / 'work_dirs') == (config, beside)
+    in_work_dir = touch(tmp_path / 'work_dirs' / 'mine' / 'epoch_1.pth', 1)
+    assert find_checkpoint(config, work_dirs=tmp_path / 'work_dirs') == (config, in_work_dir)
+    assert find_checkpoint(config, beside) == (config, beside)
+
+
+def test_sources(tmp_path):
+    config, last = touch(tmp_path / 'run' / 'mine.py', 1), touch(tmp_path / 'run' / 'epoch_2.pth', 2)
+    other = touch(tmp_path / 'other.py', 1)
+    assert find_source(last) == (None, last)
+    assert find_source(tmp_path / 'run') == (None, last)
+    assert find_source(config) == (config, last)
+    assert find_source(last, config=other) == find_source(other, checkpoint=last) == (other, last)
+    assert find_source(tmp_path / 'run', config=other) == (other, last)
+    assert find_source('https://host/a.pth') == (None, 'https://host/a.pth')
+    with pytest.raises(ValueError, match="other.py' is a config, and config= names another one, '.*mine.py'"):
+        find_source(other, config=config)
+    with pytest.raises(ValueError, match="epoch_2.pth' is a checkpoint, and checkpoint= names another one"):
+        find_source(last, checkpoint=last)
+    with pytest.raises(FileNotFoundError, match="'rtdetr' does not exist; give a checkpoint"):
+        find_source('rtdetr')
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='empty contains no checkpoint'):
+        find_source(tmp_path / 'empty')
 
 
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match='none in .*shapes.*run `make train` first'):
         find_checkpoint(work_dirs=tmp_path)
+    with pytest.raises(FileNotFoundError, match='no checkpoint is given, and there is none in .*mine; choose one'):
+        find_checkpoint(touch(tmp_path / 'configs' / 'mine.py', 1), work_dirs=tmp_path)
     with pytest.raises(FileNotFoundError, match='the config .*none.py does not exist'):
         find_checkpoint(tmp_path / 'none.py')
     with pytest.raises(FileNotFoundError, match='the checkpoint .*none.pth does not exist'):
@@ -114,6 +135,30 @@ def test_predicts_what_mmdetection_predicts(checkpoint, tmp_path, size):
     assert torch.equal(sample.pred_instances.bboxes, theirs.pred_instances.bboxes)
     assert torch.equal(sample.pred_instances.scores, theirs.pred_instances.scores)
     assert sample.ori_shape == (size[1], size[0])
+
+
+def test_a_batch_predicts_what_single_images_predict(checkpoint):
+    """Whatever the sizes: images are not padded to the size of others."""
+    model = load_detector(CONFIG, checkpoint, 'cpu')
+    sizes = [(96, 128), (128, 96), (96, 128), (60, 200), (96, 128)]
+    images = [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i, size in enumerate(sizes)]
+    batches, forward = [], model.forward
+    model.forward = lambda inputs, *args, **kwargs: batches.append(len(inputs)) or forward(inputs, *args, **kwargs)
+    samples = predict_batch(model, images)
+    assert batches == [3, 1, 1]
+    for image, size, sample in zip(images, sizes, samples, strict=True):
+        alone = predict(model, image).pred_instances
+        assert sample.ori_shape == size
+        torch.testing.assert_close(sample.pred_instances.scores, alone.scores, rtol=1e-4, atol=1e-6)
+        assert torch.equal(sample.pred_instances.labels[:5], alone.labels[:5])
+        torch.testing.assert_close(sample.pred_instances.bboxes[:5], alone.bboxes[:5], rtol=1e-4, atol=1e-3)
+
+
+def test_a_config_without_test_data_cannot_predict(checkpoint):
+    cfg = Config.fromfile(CONFIG)
+    cfg.pop('test_dataloader')
+    with pytest.raises(ValueError, match='has no test_dataloader'):
+        predict(load_detector(cfg, checkpoint, 'cpu'), np.zeros((64, 64, 3), np.uint8))
 
 
 def test_images_that_cannot_be_read(tmp_path):

@@ -1,5 +1,9 @@
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, METRICS, MODELS
 
 from msda_plugin import compat
 from msda_plugin.engine.data_root import propagate_data_root
@@ -124,3 +128,123 @@ def test_the_device_of_the_config_is_used(runner, monkeypatch):
     assert runner.wrap_model(None, model) == 'where MMEngine puts it'
     runner.cfg.device = 'cpu'
     assert runner.wrap_model(None, model) is model
+
+
+def test_an_unnumbered_gpu_is_the_first_one(runner, monkeypatch):
+    from mmengine.runner import Runner
+
+    chosen = []
+    monkeypatch.setattr(Runner, 'wrap_model', lambda self, wrapper, model: model)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    for device in ('cuda', 'cuda:1'):
+        runner.cfg.device = device
+        runner.wrap_model(None, runner.model)
+    assert chosen == [0, 1]
+
+
+# ---- the config in the work dir -------------------------------------------------------------------------------------
+@MODELS.register_module(force=True)
+class RunnerToy(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, inputs, mode='tensor', **kwargs):
+        return dict(loss=self.number**2) if mode == 'loss' else [inputs]
+
+
+@DATASETS.register_module(force=True)
+class RunnerToyImages(torch.utils.data.Dataset):
+    def __init__(self, classes):
+        self.metainfo = dict(classes=tuple(classes))
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.zeros(1))
+
+
+@METRICS.register_module(force=True)
+class RunnerToyMetric(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results.append(1)
+
+    def compute_metrics(self, results):
+        return dict(images=len(results))
+
+
+TOY = """
+runner_type = 'msda_plugin.DetectionRunner'
+model = dict(type='RunnerToy')
+train_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='RunnerToyImages', classes=['cat', 'dog']))
+test_dataloader = train_dataloader
+train_cfg = dict(by_epoch=True, max_epochs=1)
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
+test_cfg = dict()
+test_evaluator = dict(type='RunnerToyMetric')
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+load_from = 'pretrained.pth'
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A function that builds a runner of the config toy.py, with the work dir ``work``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'toy.py').write_text(TOY)
+    torch.save(RunnerToy().state_dict(), 'pretrained.pth')
+    names = (f'{tmp_path.name}_{number}' for number in range(99))
+
+    def build(path='toy.py', **fields):
+        cfg = Config.fromfile(path)
+        cfg.merge_from_dict(dict(fields, work_dir='work', experiment_name=next(names)))
+        return DetectionRunner.from_cfg(cfg)
+
+    return build
+
+
+def test_only_a_training_writes_the_config(toy, tmp_path):
+    saved = tmp_path / 'work/toy.py'
+    toy(load_from='pretrained.pth').test()
+    assert not saved.exists()
+    toy().train()
+    before = saved.read_text()
+    toy('work/toy.py', load_from='work/epoch_1.pth').test()  # as `mim test` builds it
+    assert saved.read_text() == before
+    assert [path.name for path in (tmp_path / 'work').glob('*.py')] == ['toy.py']
+
+
+def test_after_a_resume_the_config_says_how_the_training_started(toy, tmp_path):
+    toy().train()
+    started = torch.load('work/epoch_1.pth', weights_only=False)['meta']['cfg']
+    (tmp_path / 'pretrained.pth').unlink()  # not needed to resume
+    runner = toy(**{'resume': True, 'load_from': None, 'train_cfg.max_epochs': 2})
+    assert runner._resume and runner._load_from is None
+    runner.train()
+    resumed = torch.load('work/epoch_2.pth', weights_only=False)['meta']['cfg']
+    saved = Config.fromfile('work/toy.py')
+    for text in (started, resumed):
+        cfg = Config.fromstring(text, '.py')
+        assert (cfg.load_from, cfg.get('resume', False)) == ('pretrained.pth', False)
+        assert cfg.model == saved.model and cfg.train_dataloader == saved.train_dataloader
+    assert (saved.load_from, saved.resume, saved.train_cfg.max_epochs) == ('pretrained.pth', False, 2)
+
+
+@pytest.mark.parametrize('classes', [['cat', 'dog', 'bird'], ['cat', 'mouse'], ['dog', 'cat']])
+def test_other_classes_are_not_resumed(toy, classes):
+    toy().train()
+    fields = {'resume': True, 'load_from': None, 'train_cfg.max_epochs': 2}
+    with pytest.raises(
+        ValueError, match=rf'other classes .*: 2 \(cat, dog\), .* have {len(classes)} \({", ".join(classes)}'
+    ):
+        toy(**fields, **{'train_dataloader.dataset.classes': classes}).train()
+    toy(**fields).train()
+
+
+def test_weights_alone_are_not_resumed(toy):
+    with pytest.raises(
+        ValueError, match='pretrained.pth is not the checkpoint of a training, .* --cfg-options load_from='
+    ):
+        toy(resume=True).train()

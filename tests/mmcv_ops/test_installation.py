@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+import torch
 
 from msda_plugin.mmcv_ops import installation
 from msda_plugin.tools import mmcv_ops as tool
@@ -71,13 +73,31 @@ def test_install_replaces_an_older_substitute(mmcv, capsys):
 
 def test_compiled_operators_win(mmcv, capsys):
     run('install', capsys)
-    (mmcv / f'_ext{EXTENSION_SUFFIXES[0]}').touch()
+    shutil.copy(torch._C.__file__, mmcv / f'_ext{EXTENSION_SUFFIXES[0]}')  # a library that loads
     code, said = run('install', capsys)
     assert code == 0 and said.startswith('mmcv has compiled operators') and said.endswith('Nothing was installed.\n')
     assert {row.runs for row in installation.status()} == {'compiled mmcv'}
     assert run('status', capsys)[0] == 0
     assert run('remove', capsys)[0] == 0  # the substitute from before
     assert [path.name for path in mmcv.glob('_ext*')] == [f'_ext{EXTENSION_SUFFIXES[0]}']
+
+
+def test_compiled_operators_that_do_not_load(mmcv, capsys):
+    """As after a change of torch."""
+    library = mmcv / f'_ext{EXTENSION_SUFFIXES[0]}'
+    library.write_bytes(b'no library')
+    code, said = run('install', capsys)
+    assert code == 2 and said.startswith(f'msda_plugin mmcv-ops: mmcv was compiled for another torch ({library}: ')
+    assert said.endswith(f'{installation.REINSTALL}, then {installation.INSTALL}\n') and said.count('\n') == 1
+    code, said = run('status', capsys)
+    assert code == 1 and 'not available: mmcv was compiled for another torch' in said and 'all operators' in said
+
+
+def test_compiled_operators_without_torch(mmcv, capsys, monkeypatch):
+    (mmcv / f'_ext{EXTENSION_SUFFIXES[0]}').touch()
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    code, said = run('install', capsys)
+    assert code == 2 and 'torch cannot be imported' in said and said.count('\n') == 1
 
 
 def test_operators_compiled_for_another_python_do_not_count(mmcv, capsys):
@@ -106,8 +126,17 @@ def test_status_without_torch(mmcv, capsys, monkeypatch):
 @pytest.mark.parametrize('command', ('install', 'remove', 'status'))
 def test_no_mmcv(monkeypatch, capsys, command):
     find_as_installed(monkeypatch, None)
+    monkeypatch.setattr(metadata, 'distributions', lambda name: [])
     code, said = run(command, capsys)
     assert code == 2 and said.startswith('msda_plugin mmcv-ops: mmcv is not installed') and said.count('\n') == 1
+
+
+def test_mmcv_without_its_files(monkeypatch, capsys):
+    find_as_installed(monkeypatch, None)
+    distributions = metadata.distributions
+    monkeypatch.setattr(metadata, 'distributions', lambda name: distributions(name='pip') if 'lite' in name else [])
+    code, said = run('install', capsys)
+    assert code == 2 and 'mmcv-lite is installed, but its files are missing: pip install --force-reinstall' in said
 
 
 def test_incomplete_mmcv(mmcv, capsys):
@@ -145,6 +174,30 @@ def test_read_only_folder(mmcv, capsys, monkeypatch):
     monkeypatch.setattr(Path, 'write_text', refuse)
     code, said = run('install', capsys)
     assert code == 2 and f'{mmcv} is not writable (Permission denied)' in said and said.count('\n') == 1
+
+
+def test_remove_from_a_read_only_folder(mmcv, capsys, monkeypatch):
+    installation.install()
+
+    def refuse(*args, **kwargs):
+        raise OSError(30, 'Read-only file system')
+
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    code, said = run('remove', capsys)
+    assert code == 2 and f'{mmcv} is not writable (Read-only file system)' in said and said.count('\n') == 1
+
+
+@pytest.mark.parametrize('half', (False, True), ids=('uninstalled', 'half-installed'))
+def test_import_after_msda_plugin_was_uninstalled(mmcv, half):
+    installation.install()
+    if half:
+        (mmcv.parent / 'msda_plugin').mkdir()
+    program = f'import sys; sys.path.insert(0, {str(mmcv.parent)!r}); import mmcv._ext'
+    done = subprocess.run([sys.executable, '-I', '-S', '-c', program], capture_output=True, text=True)
+    *_, said = done.stderr.splitlines()
+    assert said.startswith('ImportError: mmcv was installed without compiled operators and msda_plugin, which provided')
+    assert said.endswith(f'install msda_plugin again, or delete {mmcv}/_ext.py and compile mmcv')
+    assert done.stderr.count('Error') == 2  # the name and the cause in brackets: no chain of exceptions
 
 
 def test_failed_write_leaves_nothing(mmcv, capsys, monkeypatch):

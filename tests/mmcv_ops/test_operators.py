@@ -1,7 +1,9 @@
 """The operators against compiled mmcv (golden file, and directly where it is installed) and against definitions."""
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -134,6 +136,35 @@ def test_random_convolutions_equal_compiled(compiled, name, dtype):
         plain, modulated = (cases.convolution(seed, dtype, modulated, **options) for modulated in (False, True))
         for run, case in ((cases.run_deform_conv, plain), (cases.run_modulated_deform_conv, modulated)):
             assert_equal(run(extension, case), run(compiled, case), 2e-5 if dtype == torch.float32 else 1e-11)
+
+
+def test_tensors_that_are_not_contiguous_equal_compiled(compiled):
+    """channels_last, transposed and strided tensors. mmcv's kernels read flat memory, so they get contiguous ones."""
+    last = dict(memory_format=torch.channels_last)
+    input = cases.feature((2, 6, 10, 12), 1, torch.float32)
+    rois = cases.regions(5, 1, torch.float32)
+    for pool_mode in (0, 1):
+        found = cases.run_roi_align(extension, input.to(**last), rois.T.contiguous().T, pool_mode=pool_mode)
+        assert_equal(found, cases.run_roi_align(compiled, input, rois, pool_mode=pool_mode), 1e-5)
+    boxes, scores = cases.boxes_and_scores(50, 1)
+    found = cases.run_nms(extension, boxes.T.contiguous().T, scores[:, None].repeat(1, 2)[:, 1])
+    assert_equal(found, cases.run_nms(compiled, boxes, scores), 0)
+    for modulated, run in ((False, cases.run_deform_conv), (True, cases.run_modulated_deform_conv)):
+        case = cases.convolution(1, torch.float64, modulated, deform_groups=2)
+        expected = run(compiled, case)
+        for name, value in vars(case).items():
+            if isinstance(value, torch.Tensor) and value.ndim == 4:
+                setattr(case, name, value.to(**last))
+        assert_equal(run(extension, case), expected, 1e-11)
+
+
+def test_one_region_and_one_image_equal_compiled(compiled):
+    input, rois = cases.feature((1, 3, 10, 12), 1, torch.float64), cases.regions(1, 1, torch.float64, images=1)
+    found, expected = (cases.run_roi_align(ext, input, rois) for ext in (extension, compiled))
+    assert_equal(found, expected, 1e-11)
+    case = cases.convolution(1, torch.float64, True, batch=1, image=(1, 1))
+    found, expected = (cases.run_modulated_deform_conv(ext, case) for ext in (extension, compiled))
+    assert_equal(found, expected, 1e-11)
 
 
 def _larger_offsets():
@@ -391,6 +422,44 @@ def test_masked_convolution_equals_convolution_where_the_mask_is(monkeypatch):
 
 
 # ---- operators that are not there -----------------------------------------------------------------------------------
+def _names_and_calls():
+    """The names that the installed mmcv's Python files take from the extension, and their calls as (name, call)."""
+    names, calls = set(), []
+    for path in Path(importlib.util.find_spec('mmcv').submodule_search_locations[0]).rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'load_ext':
+                names |= set(ast.literal_eval(node.args[1]))
+            if isinstance(node, ast.Attribute) and getattr(node.value, 'id', '') == 'ext_module':
+                names.add(node.attr)
+            if isinstance(node, ast.Call) and getattr(getattr(node.func, 'value', None), 'id', '') == 'ext_module':
+                calls.append((node.func.attr, node))
+    return names, calls
+
+
+def test_every_name_of_mmcv_runs_or_raises_one_sentence():
+    names, _ = _names_and_calls()
+    assert {'nms', 'roi_align_forward', 'knn_forward', 'sync_bn_forward_mean'} <= names and len(names) > 100
+    assert set(extension.__all__) <= names
+    for name in names - set(extension.__all__):
+        with pytest.raises(NotImplementedError) as caught:
+            getattr(extension, name)(torch.zeros(1), anything=1)
+        said = str(caught.value)
+        assert said.startswith(f'The operator {name} is not available') and 'Compile mmcv: ' in said
+        assert '\n' not in said
+
+
+def test_mmcv_calls_fit_the_signatures():
+    checked = set()
+    for name, call in _names_and_calls()[1]:
+        if name in extension.__all__:
+            keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+            signature = inspect.signature(getattr(extension, name))
+            unpacks = len(keywords) < len(call.keywords)  # **options
+            (signature.bind_partial if unpacks else signature.bind)(*call.args, **keywords)
+            checked.add(name)
+    assert checked == set(extension.__all__)
+
+
 def test_other_operators_exist_and_raise_when_called():
     assert hasattr(extension, 'border_align_forward')
     with pytest.raises(NotImplementedError, match='border_align_forward is not available, .*: make setup MMCV_OPS=1'):
@@ -443,8 +512,58 @@ def test_torchvision_is_accepted_when_it_agrees(fake_torchvision):
 def test_torchvision_runs_where_it_can(monkeypatch, fake_torchvision, name):
     monkeypatch.setattr(torchvision_ops, 'find', lambda device_type: (fake_torchvision, ''))
     test_equals_golden(name)
-    uses_it = not name.startswith(('softnms', 'nms_match')) and '_max_' not in name and 'offset1' not in name
-    assert bool(fake_torchvision.calls) == (uses_it and not name.startswith('nms/0_'))
+    uses_it = 'conv' in name or name.startswith('nms/') and 'offset1' not in name and not name.startswith('nms/0_')
+    assert bool(fake_torchvision.calls) == uses_it
+
+
+@pytest.mark.parametrize('aligned', (True, False))
+def test_torchvision_pools_float32_regions(monkeypatch, fake_torchvision, aligned):
+    input, rois = cases.feature((2, 3, 10, 12), 1, torch.float32), cases.regions(9, 1, torch.float32)
+    expected = cases.run_roi_align(extension, input, rois, aligned=aligned)
+    monkeypatch.setattr(torchvision_ops, 'find', lambda device_type: (fake_torchvision, ''))
+    assert_equal(cases.run_roi_align(extension, input, rois, aligned=aligned), expected, 1e-5)
+    assert fake_torchvision.calls == ['roi_align', 'roi_align']
+    test_aligned_regions_of_negative_size_raise()
+
+
+def test_torchvision_gets_no_equal_scores(monkeypatch):
+    """It sorts them in another order than mmcv."""
+    boxes, _ = cases.boxes_and_scores(40, 1)
+    seen = []
+
+    def run(boxes, scores, iou_threshold):
+        seen.append(scores)
+        return torch.arange(len(boxes))
+
+    monkeypatch.setattr(torchvision_ops, 'find', lambda device_type: (SimpleNamespace(nms=run), ''))
+    scores = torch.arange(40).remainder(5) / 5
+    assert torch.equal(nms(boxes, scores, 0.5, 0), torch.sort(scores, descending=True).indices)
+    assert bool((seen[0].diff() < 0).all())
+
+
+@pytest.mark.parametrize('padding', ((1, 1), (3, 2)))
+def test_torchvision_gets_no_samples_off_the_image(monkeypatch, fake_torchvision, padding):
+    """It has a gradient at a coordinate of exactly -1, and crashes at NaN."""
+    case = cases.convolution(5, torch.float64, True, spread=0.0, padding=padding)
+    case.offset[0, 3, 2, 2], case.offset[1, 4, 1, 1] = math.nan, math.inf
+    expected = cases.run_modulated_deform_conv(extension, case)
+    seen = []
+    run = fake_torchvision.deform_conv2d
+    fake_torchvision.deform_conv2d = lambda input, offset, *args: (seen.append(offset), run(input, offset, *args))[1]
+    monkeypatch.setattr(torchvision_ops, 'find', lambda device_type: (fake_torchvision, ''))
+    assert_equal(cases.run_modulated_deform_conv(extension, case), expected, 1e-11)
+    for offset in seen:
+        assert bool(((offset == 0) | (offset == -1e6)).all())
+        assert bool((offset[0, :, 0, 0] == -1e6).any()) and bool((offset[0, :, 3, 3] == 0).any())
+
+
+@pytest.mark.parametrize('name', cases.CASES)
+def test_installed_torchvision_equals_pytorch(monkeypatch, name):
+    expected = cases.CASES[name](extension)
+    monkeypatch.undo()
+    if torchvision_ops.find('cpu')[0] is None:
+        pytest.skip('no torchvision that runs')
+    assert_equal(cases.CASES[name](extension), expected, 1e-11)
 
 
 def test_torchvision_is_refused_with_a_reason(monkeypatch):

@@ -25,6 +25,15 @@ AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*,
   *message = error == 0 ? nullptr : strdup(("CUDA error " + std::to_string(error)).c_str());
   return AOTI_TORCH_SUCCESS;
 }
+static const void* elsewhere = nullptr;
+// Lets the tensor with this data be on another device.
+__attribute__((visibility("default"))) void emulate_elsewhere(const void* data) { elsewhere = data; }
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* index) {
+  void* data = nullptr;
+  aoti_torch_get_data_ptr(tensor, &data);
+  *index = data != nullptr && data == elsewhere ? 1 : 0;
+  return AOTI_TORCH_SUCCESS;
+}
 void torch_c10_cuda_free_error_msg(char* message) { free(message); }
 const char* msda_cpu_instruction_set() { return "CUDA, emulated"; }
 }

@@ -1,5 +1,5 @@
 // Runs the CUDA kernels on the host, to test them without a GPU: the threads of a block are fibers on one thread, and
-// every barrier or warp-wide operation switches between them.
+// every barrier or warp-wide operation switches between them, in random order.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -10,6 +10,9 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
+#include <utility>
 #include <vector>
 
 namespace emulator {
@@ -35,6 +38,8 @@ uint3 block_index;
 dim3 block_size;
 Barrier block_barrier;
 std::function<void()> body;
+std::mt19937 order_generator;  // the same for each kernel, so that runs repeat
+cudaError_t launch_error = cudaSuccess;
 
 void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -75,9 +80,13 @@ void run_block() {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, run_fiber, 0);
   }
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0);
   for (bool busy = true; busy;) {
     busy = false;
-    for (Fiber& fiber : fibers) {
+    for (unsigned i = count; i > 1; --i) std::swap(order[i - 1], order[order_generator() % i]);
+    for (const unsigned i : order) {
+      Fiber& fiber = fibers[i];
       if (fiber.done) continue;
       busy = true;
       current = &fiber;
@@ -93,7 +102,12 @@ unsigned char* shared();  // memory of kSharedBytes
 void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
   body = std::move(kernel);
   block_size = block;
-  if (shared_bytes > 48 * 1024 || block.x * block.y > 1024) std::abort();  // no device would run it
+  order_generator.seed(1);
+  // No device runs it without opting in to more shared memory, and a warp-wide operation needs whole warps.
+  if (shared_bytes > 48 * 1024 || block.x * block.y > 1024 || block.x * block.y % 32 != 0) {
+    launch_error = cudaErrorInvalidConfiguration;
+    return;
+  }
   unsigned char* const guard = shared() + shared_bytes;
   for (unsigned i = 0; i < grid.x; ++i) {
     block_index = {i, 0, 0};
@@ -150,9 +164,11 @@ extern "C" {
 __attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
 // As on a device, the error of a launch is returned once.
 cudaError_t cudaGetLastError() {
-  return launches_until_failure >= 0 && launches_until_failure-- == 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
+  if (launches_until_failure >= 0 && launches_until_failure-- == 0) return cudaErrorInvalidConfiguration;
+  return std::exchange(emulator::launch_error, cudaSuccess);
 }
 cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) {
+  if (target == nullptr) return cudaErrorInvalidValue;
   std::memset(target, byte, count);
   return cudaSuccess;
 }
@@ -161,6 +177,8 @@ cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #define MSDA_EMULATED
+#define MSDA_CHECK_ALIGNED(pointer, bytes) \
+  if (reinterpret_cast<uintptr_t>(pointer) % (bytes) != 0) std::abort()
 #define MSDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   emulator::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
 #include "../../csrc/cuda/ms_deform_attn.cu"
@@ -172,8 +190,8 @@ alignas(16) unsigned char shared_memory[emulator::kSharedBytes];
 }  // namespace msda::cuda
 unsigned char* emulator::shared() { return msda::cuda::shared_memory; }
 
-// sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype;
-// inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
+// sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype,
+// wide_reference; inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
 static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
   return {sizes[0],
           sizes[1],
@@ -185,6 +203,7 @@ static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
           static_cast<int>(sizes[7]),
           static_cast<msda::DType>(sizes[8]),
           static_cast<msda::DType>(sizes[9]),
+          sizes[10] != 0,
           inputs[0],
           static_cast<const int64_t*>(inputs[1]),
           static_cast<const int64_t*>(inputs[2]),
@@ -196,6 +215,22 @@ static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
 extern "C" __attribute__((visibility("default"))) int64_t emulate_sort_elements(const int64_t* sizes) {
   void* const inputs[6] = {};
   return msda::cuda::sort_elements(problem_of(sizes, inputs));
+}
+
+// Writes lanes, units and bytes of shared memory of a block: forward, then backward.
+extern "C" __attribute__((visibility("default"))) int emulate_blocks(const int64_t* sizes, int aligned, int64_t* out) {
+  void* const inputs[6] = {};
+  const msda::Problem p = problem_of(sizes, inputs);
+  return msda::cuda::dispatch(p, aligned ? 0 : 1, [&](auto t, auto, auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    for (const auto& shape :
+         {msda::cuda::forward_shape<decltype(t), kWidth>(p), msda::cuda::backward_shape<decltype(t), kWidth>(p)}) {
+      *out++ = shape.block.x;
+      *out++ = shape.block.y;
+      *out++ = static_cast<int64_t>(shape.shared_bytes);
+    }
+    return cudaSuccess;
+  });
 }
 
 extern "C" __attribute__((visibility("default"))) int emulate_forward(const int64_t* sizes, void* const* inputs,

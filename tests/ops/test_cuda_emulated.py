@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -55,7 +56,9 @@ def emulator_object(build, tmp_path_factory):
 @pytest.fixture(scope='module')
 def emulator(build, emulator_object):
     path = emulator_object.with_name('libemulator.so')
-    subprocess.run([*build.find_compiler(), '-shared', str(emulator_object), '-o', str(path)], check=True)
+    # Bound to its own stubs, although a CUDA build of torch has loaded functions of the same names.
+    linked = ['-shared', '-Wl,-Bsymbolic', str(emulator_object), '-o', str(path)]
+    subprocess.run([*build.find_compiler(), *linked], check=True)
     library = ctypes.CDLL(str(path))
     library.emulate_sort_elements.restype = ctypes.c_int64
     return library
@@ -107,7 +110,7 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
     areas = levels.prod(1)
     starts = areas.cumsum(0) - areas
     reference_size = 0 if reference_points is None else reference_points.shape[-1]
-    sizes = (ctypes.c_int64 * 10)(
+    sizes = (ctypes.c_int64 * 11)(
         batch,
         keys,
         heads,
@@ -118,6 +121,7 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
         reference_size,
         DTYPES[value.dtype],
         DTYPES[coordinates.dtype],
+        reference_points is not None and reference_points.dtype != coordinates.dtype,
     )
     inputs = pointers(value, levels, starts, reference_points, coordinates, weights)
     output = value.new_full((batch, queries, heads * channels), float('nan'))
@@ -173,20 +177,23 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
     ids=str,
 )
 @pytest.mark.parametrize(
-    'dtypes',
+    'dtypes',  # of value, coordinates and weights, reference points
     [
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16),
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16, torch.float16),
     ],
     ids=str,
 )
 def test_against_grid_sample(emulator, deterministic, reference_size, sizes, dtypes):
-    dtype, coordinate_dtype = dtypes
+    dtype, coordinate_dtype, reference_dtype = dtypes
     case = make_case(reference_size=reference_size or 2, spread=0.5, **sizes)
     arguments = case.fused() if reference_size else case.plain()
     arguments = [arguments[0].to(dtype), *(t.to(coordinate_dtype) for t in arguments[1:])]
+    if reference_size:
+        arguments[1] = case.reference_points.to(reference_dtype)
     batch, queries = case.locations.shape[:2]
     width = case.value[0, 0].numel()
     grad = torch.linspace(-1, 1, batch * queries * width).view(batch, queries, width).to(dtype)
@@ -229,11 +236,70 @@ def test_more_than_2_to_the_31_elements(emulator):
     location = torch.tensor([(keys - 0.5) / keys, 0.5]).expand(1, 1, 128, 1, 1, 2).contiguous()
     weights = torch.ones(1, 1, 128, 1, 1)
     output = value.new_full((1, 1, 128 * 128), float('nan'))
-    sizes = (ctypes.c_int64 * 10)(1, keys, 128, 128, 1, 1, 1, 0, DTYPES[value.dtype], DTYPES[location.dtype])
+    sizes = (ctypes.c_int64 * 11)(1, keys, 128, 128, 1, 1, 1, 0, DTYPES[value.dtype], DTYPES[location.dtype])
     inputs = pointers(value, levels, starts, None, location, weights)
     assert emulator.emulate_forward(sizes, inputs, ctypes.c_void_p(output.data_ptr())) == 0
     assert value.numel() > 2**31
     assert abs(output[0, 0, -1].item() - 3) < 0.1 and output.abs().sum() < 3.1
+
+
+def test_no_launch_exceeds_a_block(emulator):
+    """Each block has whole warps, and shared memory that every device grants without opting in."""
+    found = (ctypes.c_int64 * 6)()
+    for dtype, head_dim, samples, aligned in itertools.product(
+        DTYPES.values(), range(1, 257), (*range(1, 41), *range(48, 161, 8)), (0, 1)
+    ):
+        for reference_size in (0, 4):
+            sizes = (ctypes.c_int64 * 11)(2, 20000, 8, head_dim, 1, 20000, samples, reference_size, dtype, dtype)
+            assert emulator.emulate_blocks(sizes, aligned, found) == 0
+            for lanes, units, shared_bytes in (found[:3], found[3:]):
+                assert shared_bytes <= 48 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)
+                assert lanes * units % 32 == 0 and lanes * units <= 1024, (dtype, head_dim, samples, aligned)
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_levels_outside_the_value_are_empty(emulator, deterministic):
+    """Sizes in device memory cannot be checked on the host: wrong ones must not read or write outside."""
+    case = make_case(shapes=[(6, 7), (3, 4)], head_dim=8, reference_size=2)
+    grad = torch.ones(*case.locations.shape[:2], case.value[0, 0].numel(), dtype=torch.float64)
+    expected = emulate(emulator, case.shapes, case.value, None, *case.plain()[-2:], grad, deterministic)
+    for wrong in (
+        [(6, 7), (30, 40)],
+        [(6, 7), (-3, -4)],
+        [(6, 7), (3, 2**31 + 4)],
+        [(60, 70), (3, 4)],
+        [(0, 7), (9, 6)],
+    ):
+        output, *grads = emulate(emulator, wrong, case.value, None, *case.plain()[-2:], grad, deterministic)
+        assert all(tensor.isfinite().all() for tensor in (output, *grads)), wrong
+    # The level that fits is not affected by the other one.
+    weights = case.plain()[-1].clone()
+    weights[..., 1, :] = 0
+    coordinates = case.plain()[-2]
+    with_one = emulate(emulator, case.shapes, case.value, None, coordinates, weights, grad, deterministic)[0]
+    output = emulate(emulator, [(6, 7), (30, 40)], case.value, None, coordinates, weights, grad, deterministic)[0]
+    torch.testing.assert_close(output, with_one)
+    assert not torch.equal(expected[0], with_one)
+
+
+def test_infinite_weight_of_excluded_sample(emulator):
+    case = make_case(reference_size=2)
+    locations, weights = (tensor.clone() for tensor in case.plain()[-2:])
+    locations[0, 0, 0, 0, 0], weights[0, 0, 0, 0, 0] = 5.0, float('inf')
+    grad = torch.ones(*locations.shape[:2], case.value[0, 0].numel(), dtype=torch.float64)
+    for deterministic in (False, True):
+        output, *grads = emulate(emulator, case.shapes, case.value, None, locations, weights, grad, deterministic)
+        assert output.isfinite().all() and all(tensor.isfinite().all() for tensor in grads)
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize('sizes', [{'batch': 0}, {'queries': 0}], ids=str)
+def test_empty(emulator, deterministic, sizes):
+    case = make_case(reference_size=2, **sizes)
+    arguments = case.plain()
+    grad = torch.ones(*arguments[1].shape[:2], case.value[:, :1].flatten(1).shape[1] or 12, dtype=torch.float64)
+    output, *grads = emulate(emulator, case.shapes, arguments[0], None, *arguments[-2:], grad, deterministic)
+    assert output.numel() == 0 and not any(tensor.any() for tensor in grads)
 
 
 def run_with(binding, *arguments):
@@ -269,6 +335,41 @@ for function, inputs in (ms_deform_attn, case.plain()), (ms_deform_attn_fused, c
                 assert 'CUDA error 9' in str(error), error
             launches += 1
         print(function.__name__, deterministic, launches)
+"""
+
+
+def test_operands_on_another_device_are_refused(binding):
+    done = run_with(binding, '-c', ELSEWHERE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+ELSEWHERE = f"""
+import ctypes, sys
+sys.path.insert(0, {str(HERE)!r})
+import pytest, torch
+from operator_cases import make_case
+from msda_plugin.ops import backends
+library = ctypes.CDLL(str(backends.LIBRARY_DIR / 'libmsda_cpu.so'))
+case = make_case(dtype=torch.float32)
+names = ['value', 'spatial_shapes', 'level_start_index', 'coordinates', 'weights']
+levels = torch.tensor(case.shapes)
+starts = levels.prod(1).cumsum(0) - levels.prod(1)
+plain = [case.plain()[0], levels, starts, *case.plain()[1:]]
+fused = [case.fused()[0], levels, starts, *case.fused()[1:]]
+grad = torch.ones(*case.locations.shape[:2], case.value[0, 0].numel())
+for operator, operands, names in (
+    (torch.ops.msda.ms_deform_attn, plain, names),
+    (torch.ops.msda.ms_deform_attn_fused, fused, [*names[:3], 'reference_points', *names[3:]]),
+    (torch.ops.msda.ms_deform_attn_backward, [grad, *plain], ['grad_output', *names]),
+):
+    for operand, name in zip(operands, names, strict=True):
+        if name == 'value':
+            continue
+        library.emulate_elsewhere(ctypes.c_void_p(operand.data_ptr()))
+        with pytest.raises(RuntimeError, match=f'{{name}} must be on the device of value'):
+            operator(*operands, False)
+    library.emulate_elsewhere(None)
+    operator(*operands, False)
 """
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = ROOT / 'msda_plugin' / 'ops' / 'lib' / 'libmsda_cuda.so'
+LIBRARY = ROOT / 'msda_plugin' / 'ops' / 'lib' / 'libmsda_cuda13.so'
 SASS = """
 \t\tFunction : _ZN4msda12_GLOBAL__N__114forward_kernelIffLi4EEvNS_7ProblemEPT_
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -54,7 +54,7 @@ def test_missing_cuobjdump(sass, monkeypatch):
 @pytest.fixture(scope='module')
 def library(sass):
     if not LIBRARY.exists():
-        pytest.skip('libmsda_cuda.so is not built')
+        pytest.skip('libmsda_cuda13.so is not built')
     try:
         sass.find_cuobjdump()
     except FileNotFoundError as error:

@@ -99,8 +99,8 @@ def test_cuda_library_is_built_for_a_torch_with_cuda_or_on_request(
     compilers = []
 
     class Builder:
-        def __init__(self, work, torch_dir, compiler, nvcc, *options):
-            compilers.append(nvcc)
+        def __init__(self, work, torch_dir, compiler, nvccs, *options):
+            compilers.extend(nvccs)
 
         def run(self):
             return []
@@ -110,7 +110,7 @@ def test_cuda_library_is_built_for_a_torch_with_cuda_or_on_request(
     monkeypatch.setattr(build, 'find_compiler', lambda: 'g++')
     monkeypatch.setattr(build, 'find_nvcc', lambda: 'nvcc')
     build.build(tmp_path / 'out', cuda)
-    assert compilers == (['nvcc'] if built else [None])
+    assert compilers == ['nvcc'] * built
 
 
 def test_nvcc_is_found(build, monkeypatch, tmp_path):
@@ -127,19 +127,57 @@ def test_nvcc_is_found(build, monkeypatch, tmp_path):
     assert build.find_nvcc() == str(other)
 
 
+def test_one_cuda_library_for_each_nvcc(build, monkeypatch, tmp_path):
+    """NVCC names several: each compiles for its own architectures, and its major version names the library."""
+    names, commands = [], []
+    for major, archs in (12, (75, 90)), (13, (90, 120)):
+        path = tmp_path / f'nvcc-{major}'
+        listed = '; '.join(f'echo compute_{arch}' for arch in archs)
+        path.write_text(f'#!/bin/sh\ncase $1 in --version) echo release {major}.1, V{major}.1.2;; *) {listed};; esac\n')
+        path.chmod(0o755)
+        names.append(str(path))
+    monkeypatch.setenv('NVCC', os.pathsep.join(names))
+    monkeypatch.delenv('MSDA_CUDA_ARCHS', raising=False)
+    execute = build._Builder.execute
+
+    def record(self, command):
+        commands.append(command)
+        if '-o' in command:
+            Path(command[command.index('-o') + 1]).touch()
+            return ''
+        return execute(self, command)
+
+    monkeypatch.setattr(build._Builder, 'execute', record)
+    paths = build.build(tmp_path / 'out', 'on')
+    source = str(ROOT / 'csrc/cuda/ms_deform_attn.cu')
+    assert [path.name for path in paths] == ['libmsda_cpu.so', 'libmsda_cuda12.so', 'libmsda_cuda13.so']
+    for name, codes in zip(names, (('sm_75', 'sm_90', 'compute_90'), ('sm_90', 'sm_120', 'compute_120')), strict=True):
+        [kernels] = [command for command in commands if command[0] == name and source in command]
+        assert [part.rpartition('=')[2] for part in kernels if part.startswith('-gencode')] == list(codes)
+    outputs = [command[command.index('-o') + 1] for command in commands if '-c' in command]
+    assert len(outputs) == len(set(outputs))
+
+    monkeypatch.setenv('NVCC', os.pathsep.join([names[0], 'no-such-nvcc']))
+    with pytest.raises(build.CompilerNotFound, match='no nvcc was found'):
+        build.build(tmp_path / 'out', 'on')
+
+
 @pytest.mark.slow
 def test_cuda_library_builds(build, monkeypatch, tmp_path, capfd):
     if build.find_nvcc() is None:
         pytest.skip('there is no nvcc')
     monkeypatch.setenv('MSDA_CUDA_ARCHS', '90')
+    version = subprocess.run([build.find_nvcc(), '--version'], capture_output=True, text=True).stdout
+    [major] = re.findall(r'release (\d+)', version)
+    names = ['libmsda_cpu.so', f'libmsda_cuda{major}.so']
     paths = build.build(tmp_path, 'on', verbose=True)
     kernels = ptxas_report(capfd.readouterr().out)
     assert len(kernels) > 40 and {'forward', 'backward', 'gather', 'scatter'} <= {name for name, _ in kernels}
     assert not [kernel for kernel in kernels if kernel[1] != (0, 0, 0)]
-    assert [path.name for path in paths] == ['libmsda_cpu.so', 'libmsda_cuda.so']
+    assert [path.name for path in paths] == names
     check_stable_abi(paths[1])
     assert b'sm_90+compute_90\0' in paths[1].read_bytes()  # read by msda_plugin.ops.backends.cuda_architectures
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['libmsda_cpu.so', 'libmsda_cuda.so']
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 @pytest.mark.slow

@@ -86,9 +86,9 @@ def test_points(backend, points):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('coordinate_dtype', [torch.float32, None], ids=['float32', 'same'])
+@pytest.mark.parametrize('wide', ['coordinates', 'reference points', 'nothing'])
 @pytest.mark.parametrize('reference_size', [2, 4])
-def test_dtypes(backend, dtype, coordinate_dtype, reference_size):
+def test_dtypes(backend, dtype, wide, reference_size):
     """A 16-bit result is at most twice as far from float64 as plain PyTorch in that dtype; float32 is exact to 1e-5."""
     case = make_case(shapes=[(9, 11), (4, 5)], queries=30, head_dim=32, points=4, reference_size=reference_size)
     for arguments, native, plain in (
@@ -104,7 +104,9 @@ def test_dtypes(backend, dtype, coordinate_dtype, reference_size):
         ),
     ):
         value, *rest = arguments
-        low = [value.to(dtype), *(t.to(coordinate_dtype or dtype) for t in rest)]
+        low = [value.to(dtype), *(t.to(torch.float32 if wide == 'coordinates' else dtype) for t in rest)]
+        if wide == 'reference points' and len(rest) == 3:
+            low[1] = rest[0].float()
         exact = value_and_grads(plain, [t.double() for t in low])
         actual = value_and_grads(native, low)
         assert [t.dtype for t in actual[1:]] == [t.dtype for t in low]
@@ -143,6 +145,15 @@ def test_excluded_samples(backend, bad, reference_size):
     assert all(t.isfinite().all() for t in results)
     assert (results[3][0, 3, 1, 0, 1] == 0).all() and (results[3][1, 5, :, 2] == 0).all()
     assert (results[2][1, 5, 2] == 0).all()
+
+
+def test_infinite_weight_of_an_excluded_sample(backend):
+    case, clean = make_case(), make_case()
+    for each, weight in ((case, float('inf')), (clean, 0)):
+        each.locations[0, 0, 0, 0, 0], each.weights[0, 0, 0, 0, 0] = 5.0, weight
+    actual = value_and_grads(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), case.plain())
+    expected = value_and_grads(lambda v, p, w: grid_sample_attention(v, case.shapes, p, w), clean.plain())
+    assert_all_close(actual, expected)
 
 
 def test_value_outside_a_level_is_never_read(backend):

@@ -62,6 +62,28 @@ def test_missing_and_broken_libraries_have_reasons(monkeypatch, tmp_path):
     assert 'could not be loaded' in backends._load('cpu')
 
 
+def test_the_cuda_library_is_the_one_for_the_cuda_version_of_torch(monkeypatch, tmp_path):
+    loaded = []
+    monkeypatch.setattr(backends, 'LIBRARY_DIR', tmp_path)
+    monkeypatch.setattr(backends.torch.ops, 'load_library', lambda path: loaded.append(path.name))
+    for version in ('12.8', '13.0', '13.2'):
+        monkeypatch.setattr(torch.version, 'cuda', version)
+        assert f'libmsda_cuda{version[:2]}.so was not built' in backends._load('cuda')
+    for major in (12, 13):
+        (tmp_path / f'libmsda_cuda{major}.so').touch()
+    for version in ('12.8', '13.0', '13.2'):
+        monkeypatch.setattr(torch.version, 'cuda', version)
+        assert backends._load('cuda') == ''
+    assert loaded == ['libmsda_cuda12.so', 'libmsda_cuda13.so', 'libmsda_cuda13.so']
+    for version in ('11.8', '14.0'):
+        monkeypatch.setattr(torch.version, 'cuda', version)
+        reason = backends._load('cuda')
+        assert f'built for CUDA {version} and needs libmsda_cuda{version[:2]}.so' in reason
+        assert 'only libmsda_cuda12.so and libmsda_cuda13.so' in reason and 'nvcc' in reason
+    monkeypatch.setattr(torch.version, 'cuda', None)
+    assert 'built without CUDA' in backends._load('cuda') and len(loaded) == 3
+
+
 def test_architectures_are_those_the_cuda_library_reports(monkeypatch):
     monkeypatch.setattr(backends, '_call', lambda *names: {'msda_cuda_architectures': 'sm_80+compute_80'}[names[1]])
     assert backends.cuda_architectures() == ['sm_80', 'compute_80']

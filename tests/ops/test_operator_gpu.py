@@ -130,3 +130,41 @@ def test_more_than_2_to_the_31_elements():
     location = torch.tensor([(2**17 + 0.5) / (2**17 + 1), 0.5], device='cuda').expand(1, 1, 128, 1, 1, 2)
     output = ms_deform_attn(value, [(1, 2**17 + 1)], None, location, torch.ones(1, 1, 128, 1, 1, device='cuda'))
     assert abs(output[0, 0, -1].item() - 3) < 0.1 and output.abs().sum() < 3.1
+
+
+def test_reference_points_of_another_dtype():
+    """As under autocast: 16-bit offsets and logits, float32 reference points, and nothing is converted."""
+    case = make_case(shapes=[(9, 11), (4, 5)], queries=60, head_dim=32, points=4).to('cuda')
+    value, points, *rest = case.fused()
+    low = [value.bfloat16(), points.float(), *(tensor.bfloat16() for tensor in rest)]
+    actual = value_and_grads(lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest), low)
+    expected = value_and_grads(
+        lambda v, *rest: grid_sample_attention(v, case.shapes, *locations_and_weights(case.shapes, *rest)),
+        [tensor.double() for tensor in low],
+    )
+    assert [tensor.dtype for tensor in actual[1:]] == [tensor.dtype for tensor in low]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=4e-2 * e.abs().max().item())
+
+
+def test_operands_on_the_host_are_refused():
+    case = make_case(dtype=torch.float32).to('cuda')
+    levels = torch.tensor(case.shapes)
+    starts = levels.prod(1).cumsum(0) - levels.prod(1)
+    with pytest.raises(RuntimeError, match='spatial_shapes must be on the device of value'):
+        torch.ops.msda.ms_deform_attn(case.value, levels, starts, *case.plain()[1:], False)
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_levels_outside_the_value_are_empty(deterministic):
+    case = make_case(shapes=[(6, 7), (3, 4)], head_dim=8, dtype=torch.float32).to('cuda').requires_grad()
+    for wrong in ([(6, 7), (30, 40)], [(6, 7), (-3, -4)], [(60, 70), (3, 4)], [(1 << 20, 1 << 20), (3, 4)]):
+        output = ms_deform_attn(case.value, wrong, None, *case.plain()[1:], deterministic=deterministic)
+        grads = torch.autograd.grad(output.sum(), case.plain())
+        assert all(tensor.isfinite().all() for tensor in (output, *grads)), wrong
+
+
+def test_infinite_weight_of_an_excluded_sample():
+    case = make_case(dtype=torch.float32).to('cuda')
+    case.locations[0, 0, 0, 0, 0], case.weights[0, 0, 0, 0, 0] = 5.0, float('inf')
+    assert ms_deform_attn(case.value, case.shapes, None, *case.plain()[1:]).isfinite().all()

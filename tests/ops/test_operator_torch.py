@@ -155,6 +155,19 @@ def test_autocast(backend, dtype):
 
 
 @needs_cpu
+def test_float32_reference_points_cost_no_conversion():
+    """Under autocast, offsets and logits come in 16 bits from their layers; they are not copied to float32."""
+    case = make_case(dtype=torch.bfloat16)
+    value, points, *rest = case.fused()
+    with torch.profiler.profile() as profile, torch.no_grad():
+        ms_deform_attn_fused(value, case.shapes, None, points.float(), *rest)
+        assert points.float().dtype == torch.float32
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts['msda::ms_deform_attn_fused'] == 1
+    assert counts['aten::_to_copy'] == 2  # those of this test
+
+
+@needs_cpu
 def test_fake_tensors_need_no_data():
     arguments = op_arguments('ms_deform_attn_fused', requires_grad=False)
     meta = [t.to('meta') if isinstance(t, torch.Tensor) else t for t in arguments]

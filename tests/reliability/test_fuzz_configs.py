@@ -14,9 +14,9 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from msda_plugin.engine.data_check import check_config_data
+from msda_plugin.engine.model_zoo import find_model
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.common.errors import user_errors
-from msda_plugin.tools.custom_data.config import find_model
 from msda_plugin.tools.shapes import generate
 
 ODD = (
@@ -53,7 +53,7 @@ def paths(node, path=()):
 def config(tmp_path_factory):
     data = tmp_path_factory.mktemp('data') / 'shapes'
     generate(str(data), train=1, val=1, size=(32, 32))
-    cfg = Config.fromfile(str(find_model('deformable-detr-two-stage_shunted-nano')))
+    cfg = Config.fromfile(find_model('deformable-detr-two-stage_shunted-nano').config)
     cfg.merge_from_dict(
         dict(
             model=dict(

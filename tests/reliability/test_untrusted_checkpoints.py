@@ -21,7 +21,7 @@ from mmengine.runner import CheckpointLoader, load_checkpoint
 from PIL import Image
 from torch import nn
 
-from msda_plugin import compat
+from msda_plugin import Detector, compat
 from msda_plugin.__main__ import main
 from msda_plugin.backbones.vision_transformer import VisionTransformer
 from msda_plugin.convert import FAMILIES, load_checkpoint_file
@@ -241,6 +241,7 @@ ENTRANCES = {
     },
     'load_checkpoint_file': lambda path, data, tmp_path: load_checkpoint_file(path),
     'load_detector': lambda path, data, tmp_path: load_detector(CONFIG, path),
+    'Detector': lambda path, data, tmp_path: Detector(path),
     "mmengine's load_checkpoint": lambda path, data, tmp_path: load_checkpoint(nn.Linear(1, 1), str(path)),
     "mmengine's loader": lambda path, data, tmp_path: CheckpointLoader.load_checkpoint(str(path)),
     'init_cfg of our backbone': lambda path, data, tmp_path: VisionTransformer(

@@ -12,8 +12,9 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 from pycocotools.coco import COCO
 
+from msda_plugin.engine.detector import Detector
+from msda_plugin.engine.model_zoo import find_model
 from msda_plugin.registry import MODELS
-from msda_plugin.tools.custom_data.config import find_model
 from msda_plugin.tools.demo import find_sources, main
 from msda_plugin.tools.shapes import CLASSES, draw_image
 
@@ -32,7 +33,7 @@ def checkpoint(tmp_path_factory):
     """An untrained detector, in a work dir like that of `make train`."""
     folder = tmp_path_factory.mktemp('run') / 'work_dirs' / 'shapes'
     folder.mkdir(parents=True)
-    cfg = Config.fromfile(str(find_model('deformable-detr-two-stage_shunted-nano')))
+    cfg = Config.fromfile(find_model('deformable-detr-two-stage_shunted-nano').config)
     cfg.merge_from_dict(dict(model=dict(num_queries=10, test_cfg=dict(max_per_img=10))))
     (folder / 'config.py').write_text(cfg.pretty_text + DATA)
     init_default_scope('mmdet')
@@ -179,6 +180,8 @@ def test_invalid_arguments(checkpoint, images, tmp_path, capsys):
         [images / 'a.jpg', '--checkpoint', checkpoint, '--out', images], capsys
     )
     assert '--score-thr must be from 0 to 1, got 30.0' in sentence([images, *named, '--score-thr', '30'], capsys)
+    assert '--batch-size must be at least 1, got 0' in sentence([images, *named, '--batch-size', '0'], capsys)
+    assert "'big' is not a size; expected a side" in sentence([images, *named, '--image-size', 'big'], capsys)
     assert '--device must be cpu, cuda or cuda:N' in sentence([images, *named, '--device', 'gpu'], capsys)
     assert 'cuda:99, but torch' in sentence([images, *named, '--device', 'cuda:99'], capsys)
     cut = checkpoint.with_name('cut.pth')
@@ -186,6 +189,28 @@ def test_invalid_arguments(checkpoint, images, tmp_path, capsys):
     message = sentence([images, '--checkpoint', cut, '--config', checkpoint.with_name('config.py')], capsys)
     cut.unlink()
     assert 'cut.pth' in message
+
+
+def test_options_reach_the_detector(checkpoint, images, tmp_path, monkeypatch):
+    made = []
+
+    class Recorded(Detector):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(kwargs)
+
+        def __call__(self, *args, **kwargs):
+            made.append(kwargs)
+            return super().__call__(*args, **kwargs)
+
+    monkeypatch.setattr('msda_plugin.tools.demo.Detector', Recorded)
+    options = ['--no-nms', '--image-size', '64x96', '--half', '--batch-size', '2', '--device', 'cpu']
+    assert run(checkpoint, images / 'a.jpg', images / 'a.png', images / 'a.bmp', '--out', tmp_path, *options) == 0
+    assert made == [
+        dict(config=None, checkpoint=str(checkpoint), device='cpu', half=True, nms=False, image_size=(64, 96)),
+        dict(score_threshold=0.0, batch_size=2),
+        dict(score_threshold=0.0, batch_size=2),
+    ]
 
 
 # ---- videos ---------------------------------------------------------------------------------------------------------
@@ -224,19 +249,18 @@ def test_unreadable_video(checkpoint, images, tmp_path, capsys):
 
 def test_ctrl_c_keeps_results_so_far(checkpoint, clip, images, tmp_path, monkeypatch, capsys):
     from msda_plugin import __main__
-    from msda_plugin.tools import demo
 
-    real, calls = demo.Demo.detect, []
+    real, calls = Detector._detect, []
 
-    def detect(self, image, image_id):
-        calls.append(image_id)
+    def detect(self, images, *args, **kwargs):
+        calls.append(len(images))
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return real(self, image, image_id)
+        return real(self, images, *args, **kwargs)
 
-    monkeypatch.setattr(demo.Demo, 'detect', detect)
+    monkeypatch.setattr(Detector, '_detect', detect)
     out = tmp_path / 'out'
-    argv = [images / 'a.jpg', clip, '--checkpoint', checkpoint, '--score-thr', '0', '--out', out]
+    argv = [images / 'a.jpg', clip, '--checkpoint', checkpoint, '--score-thr', '0', '--out', out, '--batch-size', '1']
     assert __main__.main(['demo', *map(str, argv)]) == 130
     assert 'stopped by Ctrl-C' in capsys.readouterr().err
     assert len(json.loads((out / 'results.json').read_text())) == 10

@@ -14,6 +14,8 @@ from msda_plugin import mmcv_ops
 from msda_plugin.ops import backend_for, use_backend
 from msda_plugin.tools import env
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def broken(monkeypatch):
@@ -30,6 +32,22 @@ def broken(monkeypatch):
         monkeypatch.setattr(env, 'import_module', import_module)
 
     return break_packages
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Replaces the installed distributions by these versions."""
+
+    def install(**versions):
+        def version(name):
+            try:
+                return versions[name.replace('-', '_')]
+            except KeyError:
+                raise metadata.PackageNotFoundError(name) from None
+
+        monkeypatch.setattr(env.metadata, 'version', version)
+
+    return install
 
 
 def test_json_and_page_agree(capsys):
@@ -62,7 +80,8 @@ def test_chosen_backend_is_in_the_table():
     assert all(entry['backend'] is None and 'cannot run' in entry['reason'] for entry in entries)
 
 
-def test_missing_and_broken_packages_are_reported(broken, capsys):
+def test_missing_and_broken_packages_are_reported(broken, installed, capsys):
+    installed(onedl_mmdetection='3.5.1', pycocotools='2.0.10')
     broken(
         mmcv=ModuleNotFoundError("No module named 'mmcv'", name='mmcv'),
         mmdet=AssertionError('MMCV==2.3.6 is used but incompatible. Please install mmcv>=2.0.0rc4, <2.2.0.'),
@@ -94,7 +113,8 @@ def test_what_runs_for_mmcvs_operators(monkeypatch):
     assert env.collect()['mmcv_operators'] == {}
 
 
-def test_without_torch_the_rest_is_reported(broken):
+def test_without_torch_the_rest_is_reported(broken, installed):
+    installed()
     broken(torch=ModuleNotFoundError("No module named 'torch'", name='torch'))
     report = env.collect()
     assert report['libraries'] == {} and report['backends'] == []
@@ -110,20 +130,23 @@ def test_an_old_torch_is_too_old():
     assert env._check_torch(dict(version='2.13.0+cu130', error=None), problems) and not problems
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    """Replaces the installed distributions by these versions."""
+def test_an_old_torch_is_the_only_problem(monkeypatch):
+    monkeypatch.setattr(env, 'TORCH_MINIMUM', (99, 0))
+    monkeypatch.setattr(env, '_try', lambda device: 'symbol lookup error')
+    (problem,) = env.collect()['problems']
+    assert problem['what'].startswith(f'torch is {torch.__version__}, but torch >=')
+    assert problem['remedy'] == env.INSTALL_TORCH
 
-    def install(**versions):
-        def version(name):
-            try:
-                return versions[name.replace('-', '_')]
-            except KeyError:
-                raise metadata.PackageNotFoundError(name) from None
 
-        monkeypatch.setattr(env.metadata, 'version', version)
+def test_libraries_that_were_not_built(monkeypatch, tmp_path):
+    """As after an installation without a compiler."""
+    from msda_plugin.ops import backends
 
-    return install
+    monkeypatch.setattr(backends, 'LIBRARY_DIR', tmp_path)
+    monkeypatch.setattr(backends, '_unsupported', {name: backends._load(name) for name in ('cpu', 'cuda')})
+    (problem,) = env.collect()['problems']
+    assert 'runs in plain PyTorch on the CPU: libmsda_cpu.so was not built' in problem['what']
+    assert problem['remedy'].startswith('install a wheel of msda_plugin, or a C++20 compiler')
 
 
 def test_two_stacks_at_once(installed):
@@ -132,6 +155,53 @@ def test_two_stacks_at_once(installed):
     stack = env._stack({}, problems)
     assert stack['kind'] == 'mixed' and 'onedl-mmcv 2.3.6, mmcv 2.1.0' in problems[0]['what']
     assert 'uninstall' in problems[0]['remedy']
+
+
+def test_mmcv_and_mmcv_lite_at_once(installed):
+    installed(mmcv='2.1.0', mmcv_lite='2.1.0', mmdet='3.3.0')
+    problems = env.Problems()
+    assert env._stack({}, problems)['kind'] == 'upstream'
+    assert [problem['what'] for problem in problems] == [
+        'mmcv 2.1.0 and mmcv-lite 2.1.0 are installed and overwrite each other'
+    ]
+    assert problems[0]['remedy'].startswith('pip uninstall mmcv mmcv-lite; pip install --no-deps mmcv-lite==2.1.0; ')
+
+
+@pytest.mark.parametrize(
+    'name, error, remedy',
+    [
+        ('mmcv', None, 'pip install --force-reinstall --no-deps --no-cache-dir onedl-mmcv==2.3.6; then python -m'),
+        (
+            'mmcv',
+            'ImportError: mmcv/_ext.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZNK3c10',
+            'pip install --force-reinstall --no-deps --no-cache-dir onedl-mmcv==2.3.6; then python -m',
+        ),
+        ('mmcv', "ModuleNotFoundError: No module named 'mmcv.ops'", 'pip install --force-reinstall --no-deps'),
+        ('mmcv', "ModuleNotFoundError: No module named 'addict'", 'in a clone: pip install -r requirements/forks.txt'),
+        ('mmcv', "ModuleNotFoundError: No module named 'torch'", 'install torch >= 2.10'),
+        ('mmdet', None, 'in a clone: pip install -r requirements/forks.txt'),
+        ('scipy', None, 'pip install scipy'),
+    ],
+)
+def test_half_installed_packages(installed, name, error, remedy):
+    installed(onedl_mmcv='2.3.6', onedl_mmengine='0.10.12')
+    problems = env.Problems()
+    env._stack({name: dict(version=None, error=error)}, problems)
+    assert problems[0]['remedy'].startswith(remedy)
+    if error is None:
+        expected = 'onedl-mmcv 2.3.6 is installed, but its files are missing' if name == 'mmcv' else 'is not installed'
+        assert problems[0]['what'].endswith(expected)
+
+
+def test_operators_for_a_folder_that_is_not_writable(broken, monkeypatch, tmp_path):
+    broken(**{'mmcv.ops': ModuleNotFoundError("No module named 'mmcv._ext'", name='mmcv._ext')})
+    monkeypatch.setattr(mmcv_ops, 'find', lambda: mmcv_ops.Installation('none', tmp_path, None))
+    monkeypatch.setattr(env.os, 'access', lambda path, mode: path != tmp_path)
+    (problem,) = env.collect()['problems']
+    assert problem['remedy'] == (
+        f'python -m msda_plugin mmcv-ops install, as the owner of the environment, since {tmp_path} is not writable; '
+        'or use a virtual environment'
+    )
 
 
 def test_mmcv_lite_belongs_to_the_upstream_stack(installed):
@@ -144,7 +214,9 @@ def test_mmcv_lite_belongs_to_the_upstream_stack(installed):
 class LoadedLibraries:
     """Stands for `msda_plugin.ops.backends` with a usable CUDA library."""
 
-    LIBRARY_DIR = Path('/nowhere')
+    @staticmethod
+    def library_path(name):
+        return Path(f'/nowhere/libmsda_{name}13.so')
 
     @staticmethod
     def unsupported_reason(name):
@@ -159,6 +231,47 @@ def test_architectures_come_from_the_library():
     library = env._library(LoadedLibraries, 'cuda')
     assert (library['machine_code'], library['ptx']) == ([75, 90], [90])
     assert env._architectures(library) == 'sm_75, sm_90, compute_90 (PTX)'
+
+
+class Driver:
+    """Stands for libcuda.so.1 of a driver for CUDA 12.4."""
+
+    def __init__(self, name):
+        assert name == 'libcuda.so.1'
+
+    @staticmethod
+    def cuDriverGetVersion(version):
+        version._obj.value = 12040
+        return 0
+
+
+def test_the_driver_is_for_the_cuda_version_of_the_library(monkeypatch):
+    monkeypatch.setattr(env.ctypes, 'CDLL', Driver)
+    library = env._library(LoadedLibraries, 'cuda')
+    assert library['driver'] == '12.4'
+    problems = env.Problems()
+    env._check_driver(library, problems)
+    assert 'runs CUDA 12.4 at most, but torch and libmsda_cuda13.so are for CUDA 13' in problems[0]['what']
+    assert 'install torch for CUDA 12' in problems[0]['remedy']
+    problems.clear()
+    env._check_driver(dict(library, path='/nowhere/libmsda_cuda12.so'), problems)
+    env._check_driver(dict(library, driver='13.1'), problems)
+    env._check_driver(dict(library, driver=None), problems)
+    env._check_driver(dict(library, usable=False), problems)
+    assert not problems
+
+
+def test_without_a_driver(monkeypatch):
+    def missing(name):
+        raise OSError(f'{name}: cannot open shared object file')
+
+    monkeypatch.setattr(env.ctypes, 'CDLL', missing)
+    assert env._driver() is None
+    monkeypatch.setattr(env, '_driver', lambda: None)
+    report = env.collect()
+    assert 'driver       no NVIDIA driver' in env.page(report)
+    report['libraries']['cuda']['driver'] = '12.4'
+    assert 'driver       NVIDIA, CUDA 12.4 or older' in env.page(report)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +336,24 @@ def test_as_a_process_with_a_broken_mmcv_and_a_wrong_choice(tmp_path):
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert 'mmcv cannot be imported: ImportError: libcudart.so.12' in done.stdout
     assert "msda_plugin.ops cannot be imported: ValueError: MSDA_BACKEND is 'gpu'" in done.stdout
+
+
+def test_commands_without_torch(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise ModuleNotFoundError("No module named \'torch\'", name="torch")\n')
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join((str(tmp_path), str(ROOT)))}
+
+    def run(*command):
+        command = [sys.executable, '-m', 'msda_plugin', *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+        assert 'Traceback' not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    code, page = run('env')
+    problem = (
+        f'PROBLEM: torch {torch.__version__} is installed, but its files are missing\n  fix: install torch >= 2.10'
+    )
+    assert code == 1 and problem in page
+    sentence = 'msda_plugin train: No module named \'torch\'; "python -m msda_plugin env" says how to mend it\n'
+    assert run('train', '--data', 'folder') == (2, sentence)
+    code, said = run('mmcv-ops', 'status')
+    assert code == 1 and 'not available: ' in said and "No module named 'torch'" in said

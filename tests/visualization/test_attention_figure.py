@@ -7,7 +7,15 @@ from matplotlib.figure import Figure
 
 from msda_plugin.visualization import draw_heads, draw_query
 from msda_plugin.visualization.attention import LayerView, QueryView
-from msda_plugin.visualization.attention_figure import LEVEL_COLORS, _panel, layer_window, whole
+from msda_plugin.visualization.attention_figure import (
+    LEVEL_COLORS,
+    Panel,
+    Scale,
+    _draw_panel,
+    _figure,
+    layer_window,
+    whole,
+)
 
 
 def rgb(color):
@@ -58,7 +66,8 @@ def render(view, size=(100, 80), scale=4):
     figure = Figure(figsize=(size[0] * scale / 100, size[1] * scale / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
-    _panel(image, view, whole(image.shape), view.weight.max(), '')(axis)
+    panel = Panel.of(view, whole(image.shape), ())
+    _draw_panel(axis, image, panel, Scale.of([panel]))
     axis.axis('off')
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
@@ -130,3 +139,79 @@ def test_figures_of_all_layers_and_of_all_heads(size):
         assert result.dtype == np.uint8 and result.ndim == 3 and result.shape[2] == 3
         assert 300 < result.shape[1] < 2000 and result.shape[0] < 3000
     assert like(figure, LEVEL_COLORS[0], 120).any() and like(heads, LEVEL_COLORS[0], 120).any()
+
+
+def even_view(columns, rows, weight=None, name='backbone.0'):
+    """One head on a grid of cells, with equal weights by default."""
+    count = columns * rows
+    x, y = np.meshgrid((np.arange(columns) + 0.5) * 100 / columns, (np.arange(rows) + 0.5) * 80 / rows)
+    return LayerView(
+        name=name,
+        kind='shunted',
+        query='token 3',
+        at=np.array([50.0, 40.0]),
+        box=None,
+        head=np.zeros(count, int),
+        level=np.zeros(count, int),
+        xy=np.column_stack([x.ravel(), y.ravel()]),
+        weight=np.full(count, 1 / count) if weight is None else np.array(weight),
+        level_names=(f'{rows}×{columns}',),
+        cells=np.array([[100 / columns, 80 / rows]]),
+    )
+
+
+def test_the_uniform_weight_depends_on_the_samples_of_a_head():
+    view = points_view([(1, 1), (2, 2), (3, 3)], [0.5, 1, 0.5])  # heads 0, 1, 0
+    np.testing.assert_array_equal(view.uniform, [0.5, 1, 0.5])
+
+
+@pytest.mark.parametrize(
+    'weight, lines',
+    [
+        (None, ('max weight 0.25, uniform 0.25', 'nearly uniform')),
+        ([0.25, 0.28, 0.25, 0.22], ('max weight 0.28, uniform 0.25', 'nearly uniform')),
+        ([0.7, 0.1, 0.1, 0.1], ('max weight 0.7, uniform 0.25',)),
+    ],
+)
+def test_titles_name_the_largest_and_the_uniform_weight(weight, lines):
+    assert Panel.of(even_view(2, 2, weight), whole((80, 100, 3)), ('a', 'b')).title == ('a', 'b', *lines)
+
+
+def test_panels_share_one_color_scale():
+    even, fine, peaked = (
+        Panel.of(view, whole((80, 100, 3)), ())
+        for view in (even_view(2, 2), even_view(10, 8), even_view(2, 4, [0.9, 0.1, 0, 0, 0, 0, 0, 0]))
+    )
+    scale = Scale.of([even, fine, peaked])
+    assert scale.multiple == pytest.approx(0.9 * 8)
+    np.testing.assert_allclose(scale.strength(even), scale.strength(fine)[:4])  # both are uniform
+    *rest, second, first = sorted(scale.strength(peaked))
+    assert first == 1 and rest == [0] * 6 and 0 < second < scale.strength(even)[0]
+    figure = _figure([even, fine, peaked], np.zeros((80, 100, 3), np.uint8), 'title')
+    (bar,) = [axis for axis in figure.axes if axis.get_xlabel()]
+    assert [label.get_text() for label in bar.get_xticklabels()] == ['at most 0.25', '1: uniform', '2', '4', '7.2']
+    assert Scale.of([even]).multiple == 4  # a uniform map alone does not get the strongest color
+
+
+@pytest.mark.parametrize('size', [(128, 128), (1333, 300), (300, 1000)])
+@pytest.mark.parametrize('panels', [1, 3, 13])
+def test_no_text_overlaps_or_is_cut_off(size, panels):
+    width, height = size
+    name = 'panoptic_head.pixel_decoder.encoder.layers.5.self_attn.with_a_long_name'
+    views = [even_view(3, 2, name=name), points_view([(50, 40), (60, 50)], [1, 1], name=name)] * panels
+    image = np.zeros((height, width, 3), np.uint8)
+    drawn = [Panel.of(view, whole(image.shape), (view.name, 'not merged, 100×134, mean of 16 heads')) for view in views]
+    figure = _figure(drawn[:panels], image, 'a_photo_with_a_long_name: detection 0: traffic light 0.50 · ' + name)
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    titles = [axis.title.get_window_extent(renderer) for axis in figure.axes if axis.get_title()]
+    boxes = titles + [text.get_window_extent(renderer) for text in figure.texts]
+    boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
+    boxes += [axis.get_window_extent(renderer) for axis in figure.axes]
+    boxes += [axis.xaxis.get_tightbbox(renderer) for axis in figure.axes if axis.get_xlabel()]
+    assert len(titles) == panels
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        for other in boxes[:i]:
+            overlap = min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert min(overlap) < 1

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,3 +175,133 @@ def test_selectors_and_mean_cells_over_heads(tmp_path):
     assert '2 cells' in document
     options = re.search(r'<select id="level">(.*?)</select>', document)[1]
     assert re.findall(r'>(\w+)<', options) == ['coarse', 'fine']
+
+
+def values_after(tmp_path, steps, state=''):
+    """What a script of `steps` logs with `log(value)` in the browser, as strings."""
+    script = f"""
+        const log = value => {{
+            const line = document.createElement('li');
+            line.className = 'logged';
+            line.textContent = value;
+            document.body.append(line);
+        }};
+        const choose = (id, value) => {{
+            const control = document.getElementById(id);
+            if (control.type === 'checkbox') control.checked = value; else control.value = value;
+            control.dispatchEvent(new Event('change'));
+        }};
+        const value = id => document.getElementById(id).value;
+        const click = (x, y) => {{  // pixels of the image
+            const at = new DOMPoint(x, y).matrixTransform(document.getElementById('figure').getScreenCTM());
+            document.elementFromPoint(at.x, at.y).dispatchEvent(
+                new MouseEvent('click', {{bubbles: true, clientX: at.x, clientY: at.y}}));
+        }};
+        {steps}"""
+    return re.findall(r'<li class="logged">(.*?)</li>', browse(tmp_path, state, script))
+
+
+@needs_browser
+def test_a_layer_without_the_chosen_level_or_head_does_not_change_the_choice(tmp_path):
+    logged = values_after(
+        tmp_path,
+        """
+        choose('layer', 'backbone.attn');
+        log(value('level') + ' ' + value('head'));
+        choose('layer', 'decoder.0');
+        log(value('level') + ' ' + value('head'));
+        choose('head', '1');
+        choose('layer', 'backbone.attn');
+        choose('head', '2');
+        choose('layer', 'decoder.0');
+        log(value('level') + ' ' + value('head'));
+        choose('head', '1');
+        choose('query', '1');
+        log(value('layer') + ' ' + value('head'));
+        choose('query', '0');
+        log(value('layer') + ' ' + value('head'));
+        """,
+    )
+    assert logged == ['0 all', 'all all', 'all all', 'encoder.0 1', 'decoder.0 1']
+
+
+@needs_browser
+def test_the_url_keeps_a_choice_that_the_layer_lacks(tmp_path):
+    logged = values_after(tmp_path, "log(location.hash); choose('layer', 'decoder.0'); log(value('level'));",
+                          'layer=backbone.attn&level=all')  # fmt: skip
+    assert 'level=all' in logged[0] and logged[1] == 'all'
+
+
+@needs_browser
+def test_controls_that_change_nothing_are_disabled(tmp_path, monkeypatch):
+    near = sampled('decoder.0', 'decoder')
+    near = replace(near, xy=45 + near.xy / 10, box=np.array([45.0, 35, 55, 45]))
+    layers = (cells(), sampled('encoder.0', 'encoder'), near)
+    queries = [
+        QueryView('detection 0', near.at, near.box, layers),
+        QueryView('point (3, 4)', np.array([3.0, 4]), None, layers[:2]),
+    ]
+    monkeypatch.setitem(globals(), 'make_queries', lambda: queries)
+    logged = values_after(
+        tmp_path,
+        """
+        const disabled = () => log(Array.from(document.querySelectorAll('header [id]:disabled'), n => n.id).join(' '));
+        disabled();
+        choose('layer', 'backbone.attn');
+        disabled();
+        choose('layer', 'decoder.0');
+        choose('head', '1');
+        choose('level', '0');
+        disabled();
+        choose('head', 'all');
+        choose('level', 'all');
+        choose('query', '1');
+        disabled();
+        """,
+    )
+    # The backbone attends to the whole image, with merged heads; one head and one level have one color; a point has no
+    # boxes.
+    assert logged == ['', 'color zoom', 'color', 'boxes']
+    one = [QueryView('point', np.array([3.0, 4]), None, layers[:1])]
+    monkeypatch.setitem(globals(), 'make_queries', lambda: one)
+    document = browse(tmp_path)
+    disabled = re.findall(r'id="(\w+)"[^>]* disabled=""', document)
+    assert disabled == ['query', 'layer', 'color', 'zoom', 'boxes', 'others']
+
+
+@needs_browser
+def test_clicking_a_box_selects_its_query(tmp_path, monkeypatch):
+    layers = (cells(), sampled('decoder.0', 'decoder', seed=1))
+    boxes = {'left': (2, 2, 30, 60), 'inside left': (5, 5, 15, 25), 'right': (60, 5, 98, 70)}
+    queries = [
+        QueryView(name, np.array([0.5, 0.5]) * (box[0] + box[2], box[1] + box[3]), np.array(box, float), layers)
+        for name, box in boxes.items()
+    ]
+    queries.append(QueryView('point', np.array([45.0, 75]), None, layers[:1]))
+    monkeypatch.setitem(globals(), 'make_queries', lambda: queries)
+    logged = values_after(
+        tmp_path,
+        """
+        choose('zoom', false);
+        const at = (x, y) => { click(x, y); log(value('query')); };
+        at(80, 65);   // right
+        at(50, 30);   // no box
+        choose('layer', 'backbone.attn');  // its cells cover the image
+        at(25, 55);   // left
+        at(10, 10);   // inside left, the smaller of two
+        at(10, 10);   // the larger one
+        at(46, 74);   // the point
+        choose('others', false);
+        at(80, 65);   // hidden
+        """,
+        'query=0',
+    )
+    assert logged == ['2', '2', '0', '1', '0', '3', '3']
+
+
+@needs_browser
+def test_the_status_names_the_largest_and_the_uniform_weight(tmp_path):
+    document = browse(tmp_path, 'query=0&layer=backbone.attn&level=1&head=2')
+    assert '4 cells · max weight 0.40, uniform 0.25<' in document
+    document = browse(tmp_path, 'query=0&layer=backbone.attn&level=0&head=1')
+    assert '2 cells · max weight 0.50, uniform 0.50 (nearly uniform)<' in document

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msda_plugin.visualization import class_colors, draw_boxes, draw_sheet, write_png
+from msda_plugin.visualization import class_colors, draw_boxes, draw_sheet, score_caption, write_png
 
 GRAY = np.full((40, 60, 3), 128, np.uint8)
 NAMES = ('cat', 'dog')
@@ -97,6 +97,46 @@ def test_sheet_shows_every_image_twice_and_names_the_classes():
     changed = np.where((sheet != with_box).any(axis=2))
     assert changed[1].min() < 132 and not (sheet != with_box)[:150, 140:].any()  # the true side of the first pair
     assert (with_box[-20:] == class_colors(2)[1]).all(axis=2).any()  # the legend
+
+
+def test_the_caption_lies_below_the_image():
+    plain = draw_boxes(GRAY, np.array([[15, 10, 30, 20]]), np.array([0]), NAMES, longer_side=240)
+    drawn = draw_boxes(GRAY, np.array([[15, 10, 30, 20]]), np.array([0]), NAMES, longer_side=240, caption='score ≥ 0.3')
+    np.testing.assert_array_equal(drawn[:160], plain)
+    band = drawn[160:]
+    assert len(band) == round(11 * 1.4) and (band < 100).any() and (band[:, 0] == 255).all()
+    two_lines = draw_boxes(GRAY, np.zeros((0, 4)), [], NAMES, caption='score ≥ 0.3')  # the image is 60 pixels wide
+    assert len(two_lines) == len(GRAY) + 2 * len(band)
+
+
+@pytest.mark.parametrize(
+    'scores, caption',
+    [
+        ([0.3, 0.1], 'score ≥ 0.3'),
+        ([0.123, 0.29], 'no score ≥ 0.3, highest 0.29'),
+        ([0.0123], 'no score ≥ 0.3, highest 0.0123'),
+        ([], 'no detections'),
+    ],
+)
+def test_the_caption_states_the_threshold_or_the_highest_score(scores, caption):
+    assert score_caption(np.array(scores), 0.3) == caption
+
+
+def test_a_sheet_applies_and_states_its_threshold():
+    box, nothing = (np.array([[2, 2, 28, 28]]), np.array([1])), (np.zeros((0, 4)), np.zeros(0, int))
+    image = np.full((30, 30, 3), 10, np.uint8)
+
+    def sheet(score, **options):
+        return draw_sheet([image], [nothing], [(*box, np.array([score]))], NAMES, tile=120, **options)
+
+    stated = sheet(0.5, score_thr=0.4)
+    assert stated.shape == sheet(0.5).shape  # nothing below the image, only the header differs
+    assert (stated[40:] == sheet(0.5)[40:]).all() and (stated[:40] != sheet(0.5)[:40]).any()
+    below = sheet(0.3, score_thr=0.4)
+    assert not (below == class_colors(2)[1]).all(axis=2).any()  # neither the box nor its legend
+    assert len(below) > len(sheet(0.3, score_thr=0.2))  # the highest score
+    empty = draw_sheet([image], [nothing], [(*nothing, np.zeros(0))], NAMES, tile=120)
+    assert len(empty) < len(below)
 
 
 def test_sheet_of_nothing():

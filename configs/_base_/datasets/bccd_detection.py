@@ -52,5 +52,7 @@ val_dataloader = dict(
 )
 test_dataloader = dict(val_dataloader, dataset=dict(val_dataloader['dataset'], ann_file='test.json'))
 
-val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'val.json', metric='bbox', format_only=False)
-test_evaluator = dict(type='CocoMetric', ann_file=data_root + 'test.json', metric='bbox', format_only=False)
+val_evaluator = dict(
+    type='CocoMetric', ann_file=data_root + 'val.json', metric='bbox', classwise=True, format_only=False
+)
+test_evaluator = dict(val_evaluator, ann_file=data_root + 'test.json')

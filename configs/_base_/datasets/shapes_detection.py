@@ -50,5 +50,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/val.json', metric='bbox', format_only=False)
+val_evaluator = dict(
+    type='CocoMetric', ann_file=data_root + 'annotations/val.json', metric='bbox', classwise=True, format_only=False
+)
 test_evaluator = val_evaluator

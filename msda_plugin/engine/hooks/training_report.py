@@ -1,11 +1,11 @@
 """Report of a training: metrics, curves, images and next steps."""
 
+import copy
 import json
 import math
-import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,10 +13,13 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.dist import is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
+from torch.utils.data import DataLoader, Dataset
 
 from msda_plugin.engine.hooks.missed_validation import forget_validation
+from msda_plugin.engine.messages import plain_metrics, short_metric, shown_path
 from msda_plugin.files import FULL, atomic_write
 from msda_plugin.registry import HOOKS
 from msda_plugin.visualization import draw_curves, draw_sheet, write_png
@@ -35,8 +38,12 @@ class TrainingReportHook(Hook):
 
     - ``metrics.json``: final and best accuracy; each validation with its epoch, iteration and seconds since the start;
       number of parameters; duration. It is updated after each validation, and continued by a resumed training.
-    - ``curves.png``: losses by iteration, accuracy by epoch and by minutes. It is updated with ``metrics.json``.
+    - ``curves.png``: losses by iteration, accuracy by epoch and minutes. It is updated with ``metrics.json``.
     - ``predictions.png``: the first validation images with true and predicted boxes, drawn at the end.
+
+    With ``num_train_images`` each validation also measures the AP on training images, as ``train_bbox_mAP``,
+    ``train_bbox_mAP_50`` and ``train_bbox_mAP_75``: where it rises and the AP of the validation falls, the detector
+    overfits. The images are a fixed random sample, and go through the validation's pipeline.
 
     At the end, the logger prints the accuracy, the files and the next steps. The hook does nothing between validations.
     Its errors are logged and do not stop the training.
@@ -46,11 +53,13 @@ class TrainingReportHook(Hook):
         score_thr: Minimum score of its predicted boxes.
         monitor: The metric that selects the best validation, higher is better; without the prefix of the dataset
             (``coco/``). The curves show it, and ``{monitor}_50`` and ``{monitor}_75`` if they exist.
+        num_train_images: Number of training images whose AP is measured at each validation; 0 measures none.
         next_steps: Lines of the closing message, with the placeholders ``{config}``, ``{checkpoint}`` (the best one,
             otherwise the last) and ``{work_dir}``.
 
     Raises:
-        ValueError: If a line of ``next_steps`` has another placeholder, or ``num_images`` is negative.
+        ValueError: If a line of ``next_steps`` has another placeholder, or ``num_images`` or ``num_train_images`` is
+            negative.
     """
 
     priority = 'LOWEST'  # after CheckpointHook and LoggerHook
@@ -61,9 +70,11 @@ class TrainingReportHook(Hook):
         score_thr: float = 0.3,
         monitor: str = 'bbox_mAP',
         next_steps: Sequence[str] = NEXT_STEPS,
+        num_train_images: int = 0,
     ) -> None:
-        if num_images < 0:
-            raise ValueError(f'num_images must not be negative, got {num_images}')
+        for name, number in dict(num_images=num_images, num_train_images=num_train_images).items():
+            if number < 0:
+                raise ValueError(f'{name} must not be negative, got {number}')
         for line in next_steps:
             try:
                 line.format(config='', checkpoint='', work_dir='')
@@ -76,6 +87,8 @@ class TrainingReportHook(Hook):
         self.score_thr = score_thr
         self.monitor = monitor
         self.next_steps = tuple(next_steps)
+        self.num_train_images = num_train_images
+        self._train_sample: tuple[DataLoader, Evaluator] | None = None
         self._start: float | None = None  # time.monotonic(); None outside a training
         self._history: list[dict] = []
 
@@ -88,11 +101,13 @@ class TrainingReportHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if self._start is None:
             return
+        metrics = plain_metrics(metrics or {})
+        if self.num_train_images:
+            with _survive(runner, 'the AP on training images'):
+                metrics |= self._train_metrics(runner)
         # A validation that is repeated after a resume may already be in the report.
         self._history = [entry for entry in self._history if entry['iter'] != runner.iter]
-        self._history.append(
-            dict(epoch=runner.epoch, iter=runner.iter, seconds=self._seconds(), **_plain(metrics or {}))
-        )
+        self._history.append(dict(epoch=runner.epoch, iter=runner.iter, seconds=self._seconds(), **metrics))
         if is_main_process():
             with _survive(runner, 'metrics and curves'):
                 self._write(runner, finished=False)
@@ -113,6 +128,40 @@ class TrainingReportHook(Hook):
         if is_main_process():
             runner.logger.info(self._message(runner, seconds, written))
         self._start = None
+
+    # ---- training images --------------------------------------------------------------------------------------------
+    def _train_metrics(self, runner: Runner) -> dict[str, float | None]:
+        """The AP on the sample of training images; the log gets it, too."""
+        if self._train_sample is None:
+            dataset = _TrainSample(
+                runner.train_dataloader.dataset, runner.val_dataloader.dataset.pipeline, self.num_train_images
+            )
+            loader = runner.build_dataloader(
+                dict(
+                    batch_size=runner.val_dataloader.batch_size or 1,
+                    num_workers=0,
+                    dataset=dataset,
+                    sampler=dict(type='DefaultSampler', shuffle=False),
+                    collate_fn=runner.val_dataloader.collate_fn,
+                )
+            )
+            evaluator = Evaluator(dict(type='mmdet.CocoMetric', metric='bbox', prefix='train'))
+            evaluator.dataset_meta = dataset.metainfo
+            self._train_sample = loader, evaluator
+        loader, evaluator = self._train_sample
+        with _evaluating(runner):
+            for batch in loader:
+                evaluator.process(data_samples=runner.model.val_step(batch), data_batch=batch)
+        found = {
+            f'train_{name}': value
+            for name, value in plain_metrics(evaluator.evaluate(len(loader.dataset))).items()
+            if re.fullmatch(r'bbox_mAP(_50|_75)?', name)
+        }
+        if is_main_process() and found:
+            reached = ', '.join(f'{short_metric(name[6:])} {value:.3f}' for name, value in found.items())
+            runner.logger.info(f'  on {len(loader.dataset)} training images: {reached}')
+            runner.visualizer.add_scalars(found, step=runner.epoch)
+        return found
 
     # ---- metrics and curves -----------------------------------------------------------------------------------------
     def _seconds(self) -> float:
@@ -152,12 +201,15 @@ class TrainingReportHook(Hook):
             unfinished.write_text(json.dumps(report, indent=1) + '\n')
 
         losses = _losses(runner)
-        names = {f'{self.monitor}{suffix}': f'{_short(self.monitor)}{suffix[1:]}' for suffix in ('', '_50', '_75')}
-        accuracy = {
-            short: [math.nan if entry.get(name) is None else entry[name] for entry in self._history]
-            for name, short in names.items()
-            if any(entry.get(name) is not None for entry in self._history)
-        }
+        names = {self.monitor + suffix: short_metric(self.monitor) + suffix[1:] for suffix in ('', '_50', '_75')}
+        accuracy, trained = (
+            {
+                short: [math.nan if entry.get(name) is None else entry[name] for entry in self._history]
+                for name, short in ((prefix + name, short) for name, short in names.items())
+                if any(entry.get(name) is not None for entry in self._history)
+            }
+            for prefix in ('', 'train_')
+        )
         if not losses and not accuracy:
             return [metrics_path]
         progress = 'iter' if isinstance(runner.train_loop, IterBasedTrainLoop) else 'epoch'
@@ -165,7 +217,8 @@ class TrainingReportHook(Hook):
             dict(iter='iteration').get(progress, progress): [entry[progress] for entry in self._history],
             'minutes': [entry['seconds'] / 60 for entry in self._history],
         }
-        write_png(curves_path, draw_curves(losses, accuracy, positions, title=runner.experiment_name))
+        curves = draw_curves(losses, accuracy, positions, train_accuracy=trained, title=runner.experiment_name)
+        write_png(curves_path, curves)
         return [metrics_path, curves_path]
 
     # ---- images -----------------------------------------------------------------------------------------------------
@@ -180,8 +233,7 @@ class TrainingReportHook(Hook):
             for index in range(min(self.num_images, len(dataset))):
                 (found,) = runner.model.val_step(loader.collate_fn([dataset[index]]))
                 found = found.pred_instances.cpu().numpy()
-                kept = found.scores >= self.score_thr
-                predictions.append((found.bboxes[kept], found.labels[kept], found.scores[kept]))
+                predictions.append((found.bboxes, found.labels, found.scores))
                 # Boxes in pixels of the original image, which the pipeline may have changed in the sample.
                 info = dataset.get_data_info(index)
                 objects = [instance for instance in info['instances'] if not instance.get('ignore_flag')]
@@ -192,32 +244,59 @@ class TrainingReportHook(Hook):
                     )
                 )
                 images.append(mmcv.imread(info['img_path'], channel_order='rgb'))
-        return draw_sheet(images, truths, predictions, class_names) if images else None
+        return draw_sheet(images, truths, predictions, class_names, score_thr=self.score_thr) if images else None
 
     # ---- the closing message ----------------------------------------------------------------------------------------
     def _message(self, runner: Runner, seconds: float, written: Sequence[Path]) -> str:
         final, best = self._history[-1] if self._history else {}, self._best()
         reached = ', '.join(
-            f'{_short(name)} {value:.3f}'
+            f'{short_metric(name)} {value:.3f}'
             for name, value in final.items()
             if name in (self.monitor, f'{self.monitor}_50') and value is not None
         )
         lines = [f'Training finished after {seconds / 60:.1f} minutes{": " + reached if reached else ""}.']
         if best is not None and best is not final:
             lines.append(
-                f'Best: {_short(self.monitor)} {best[self.monitor]:.3f}, after epoch {best["epoch"]}, '
+                f'Best: {short_metric(self.monitor)} {best[self.monitor]:.3f}, after epoch {best["epoch"]}, '
                 f'iteration {best["iter"]}.'
             )
         last, top = (_checkpoint(runner, prefix) for prefix in ('last_ckpt', 'best_ckpt'))
         what = {'metrics.json': 'metrics', 'curves.png': 'curves', 'predictions.png': 'true and predicted boxes'}
-        files = {'best checkpoint': top, 'last checkpoint': last, **{what[path.name]: _shown(path) for path in written}}
+        files = {
+            'best checkpoint': top,
+            'last checkpoint': last,
+            **{what[path.name]: shown_path(path) for path in written},
+        }
         lines += [f'  {name + ":":<26}{path}' for name, path in files.items() if path]
         lines.append('Next steps:')
         values = dict(
-            config=_config(runner) or 'CONFIG', checkpoint=top or last or 'CHECKPOINT', work_dir=_shown(runner.work_dir)
+            config=_config(runner) or 'CONFIG',
+            checkpoint=top or last or 'CHECKPOINT',
+            work_dir=shown_path(runner.work_dir),
         )
         lines += [f'  {line.format(**values)}' for line in self.next_steps]
         return '\n'.join(lines)
+
+
+class _TrainSample(Dataset):
+    """A fixed random sample of a training dataset, loaded by the pipeline of the validation, with its true boxes."""
+
+    def __init__(self, dataset: Dataset, pipeline: Callable[[dict], dict], number: int) -> None:
+        while hasattr(dataset, 'dataset'):  # wrappers that repeat or mix images
+            dataset = dataset.dataset
+        chosen = np.random.default_rng(0).permutation(len(dataset))[:number]
+        self.dataset, self.pipeline, self.chosen = dataset, pipeline, sorted(chosen.tolist())
+        self.metainfo = dataset.metainfo
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> dict:
+        info = self.dataset.get_data_info(self.chosen[index])
+        sample = self.pipeline(copy.deepcopy(info))
+        # The datasets of a concatenation may use the same ids.
+        sample['data_samples'].set_metainfo(dict(img_id=index, instances=info['instances']))
+        return sample
 
 
 @contextmanager
@@ -244,23 +323,6 @@ def _evaluating(runner: Runner) -> Iterator[None]:
         yield
 
 
-def _plain(metrics: dict) -> dict[str, float | None]:
-    """Metrics for JSON: without the dataset's prefix if names stay unique; None for NaN and infinity."""
-    names = [name.rsplit('/', 1)[-1] for name in metrics]
-    if len(set(names)) < len(names):
-        names = list(metrics)
-    numbers = {}
-    for name, value in zip(names, metrics.values(), strict=True):
-        if isinstance(value, (int, float, np.number)):
-            numbers[name] = float(value) if math.isfinite(float(value)) else None
-    return numbers
-
-
-def _short(name: str) -> str:
-    """'bbox_mAP_50' → 'AP50'."""
-    return re.sub(r'^bbox_mAP_?', 'AP', name)
-
-
 def _losses(runner: Runner) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(iterations, values) of the total loss and its main parts, from MMEngine's message hub."""
     losses = {}
@@ -275,7 +337,7 @@ def _checkpoint(runner: Runner, prefix: str) -> str | None:
     """The checkpoint in the entry of the message hub with this prefix, if the file still exists."""
     for name, path in runner.message_hub.runtime_info.items():
         if name.startswith(prefix) and path and Path(path).exists():
-            return _shown(path)
+            return shown_path(path)
     return None
 
 
@@ -285,10 +347,4 @@ def _config(runner: Runner) -> str | None:
     if not original:
         return None
     dumped = Path(runner.work_dir, Path(original).name)
-    return _shown(dumped if dumped.is_file() else original)
-
-
-def _shown(path: str | os.PathLike) -> str:
-    """The path, relative if it is below the current folder."""
-    path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return shown_path(dumped if dumped.is_file() else original)

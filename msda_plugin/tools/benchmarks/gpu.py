@@ -1,7 +1,7 @@
 """``benchmark gpu``: the operator on a GPU, checked and timed against other implementations on the same tensors.
 
 Needs only torch and the compiled operator. Comparisons that need mmcv's sources, another implementation or MMDetection
-are skipped with a message.
+are skipped with a message. A part that fails is named and does not end the run; ``--json`` is updated after each row.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msda_plugin.files import atomic_write
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
 from msda_plugin.ops.reference import attend, attend_fused
 from msda_plugin.tools.benchmarks import mmcv_kernels
@@ -96,7 +98,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables; returns 1 if a result of the operator is wrong, 2 if it cannot run."""
+    """Print the tables; returns 1 if a result of the operator is wrong or a part failed, 2 if it cannot run."""
     device = torch.device('cpu' if args.dry_run else 'cuda')
     if not args.dry_run and not torch.cuda.is_available():
         print('msda_plugin benchmark gpu: torch sees no GPU; --dry-run runs every step on the CPU')
@@ -113,25 +115,25 @@ def run(args: argparse.Namespace) -> int:
         f'{machine.copy_speed / 1e9:.0f} GB/s, L1 {machine.l1_speed / 1e9:.0f} GB/s by arithmetic, L2 '
         f'{machine.l2_bytes / 2**20:.0f} MiB'
     )
+    figures = {'machine': asdict(machine), 'dry_run': args.dry_run, 'operator': [], 'models': []}
+
+    def save(part: str, row: dict) -> None:
+        figures[part].append(row)
+        if args.json:
+            with atomic_write(args.json) as path:
+                path.write_text(json.dumps(figures, indent=1) + '\n')
+
     rows: list[Row] = []
     if not args.skip_operator:
-        rows = list(operator_rows(args, machine))
+        for row in operator_rows(args, machine):
+            rows.append(row)
+            save('operator', asdict(row))
         print_summary(rows)
-    models = [] if args.skip_models else list(model_rows(args))
-    if args.json:
-        args.json.write_text(
-            json.dumps(
-                {
-                    'machine': asdict(machine),
-                    'dry_run': args.dry_run,
-                    'operator': [asdict(row) for row in rows],
-                    'models': models,
-                },
-                indent=1,
-            )
-            + '\n'
-        )
-    return int(any(row.wrong for row in rows))
+    failed = any(row.wrong or row.failures for row in rows)
+    for model in [] if args.skip_models else model_rows(args):
+        save('models', model)
+        failed = failed or 'failure' in model
+    return int(failed)
 
 
 @dataclass(frozen=True)
@@ -210,17 +212,31 @@ def own_forms() -> list[Form]:
 
 
 def peers(args: argparse.Namespace) -> list[Form]:
-    """grid_sample, mmcv's kernel if it is available, and the functions named by ``--peer``."""
+    """grid_sample, mmcv's kernel and deformops if they are available, and the functions named by ``--peer``."""
     forms = [Form('grid_sample', grid_sample, PLAIN, one_dtype=True, host_shapes=True)]
     mmcv = _mmcv(args)
     if mmcv is not None:
         forms.append(Form('mmcv', mmcv, PLAIN, (torch.float32, torch.float16), one_dtype=True))
+    if find_spec('deformops') is not None:
+        forms += [
+            Form(f'deformops {backend}', partial(_deformops, backend), PLAIN, one_dtype=True)
+            for backend in ('triton', 'cuda')
+        ]
     for name in args.peer:
         try:
             forms.append(Form(name.rsplit(':', 1)[-1], _values_first(_named(name)), PLAIN, one_dtype=True))
         except (ImportError, AttributeError, ValueError) as error:
             print(f'--peer {name}: skipped, because it cannot be imported ({error})')
     return forms
+
+
+def _deformops(
+    backend: str, shapes: Tensor, starts: Tensor, value: Tensor, locations: Tensor, weights: Tensor
+) -> Tensor:
+    from deformops.registry import Backend, msda
+
+    # Its weights have one dimension for levels and points.
+    return msda(value, shapes, starts, locations, weights.flatten(-2), backend=Backend[backend.upper()])
 
 
 def _named(name: str) -> Callable[..., Tensor]:
@@ -336,6 +352,7 @@ class Row:
         floor: Lower bound of the time in seconds, see `floor_seconds`.
         bytes: Size of the corner rows that are read and, in the backward pass, accumulated.
         wrong: Whether an error of msda_plugin's forms exceeds `TOLERANCE`.
+        failures: What raised an error: a form, or the whole case under the name ``''``; and the error.
     """
 
     case: str
@@ -346,6 +363,7 @@ class Row:
     floor: float
     bytes: int
     wrong: bool
+    failures: dict[str, str]
 
 
 def operator_rows(args: argparse.Namespace, machine: Machine) -> Iterator[Row]:
@@ -369,11 +387,21 @@ def operator_rows(args: argparse.Namespace, machine: Machine) -> Iterator[Row]:
         small = shrink(case) if args.dry_run else case
         mmcv: dict[bool, float] = {}
         for name in args.dtypes:
-            for row in measure(small, name, forms, timer, machine):
+            for row in _measure_or_report(small, name, forms, timer, machine):
                 if row.dtype == 'float32' and 'mmcv' in row.seconds:
                     mmcv[row.backward] = row.seconds['mmcv']
                 _print(row, forms, mmcv.get(row.backward))
                 yield row
+
+
+def _measure_or_report(
+    case: Case, dtype_name: str, forms: list[Form], timer: EventTimer, machine: Machine
+) -> Iterator[Row]:
+    try:
+        yield from measure(case, dtype_name, forms, timer, machine)
+    except RuntimeError as error:  # of torch itself, such as too little memory for the result in float64
+        print(f'{case.shape.name}, {dtype_name}: failed ({error})', flush=True)
+        yield Row(case.shape.name, dtype_name, False, {}, {}, 0.0, 0, False, {'': str(error)})
 
 
 def shrink(case: Case) -> Case:
@@ -403,7 +431,7 @@ def measure(case: Case, dtype_name: str, forms: list[Form], timer: EventTimer, m
         names: _results(function, shapes, starts, [inputs[name].double() for name in names], inputs['grad'].double())
         for names, function in ((PLAIN, _values_first(attend)), (FUSED, _values_first(attend_fused)))
     }
-    forward, backward, errors = {}, {}, {}
+    forward, backward, errors, failures = {}, {}, {}, {}
     for form in forms:
         if dtype not in form.dtypes:
             continue
@@ -420,10 +448,10 @@ def measure(case: Case, dtype_name: str, forms: list[Form], timer: EventTimer, m
                 forward[form.name] = timer.median(_Forward(form, levels, starts, rotation))
             step = _Backward(form, levels, starts, rotation, grads)
             backward[form.name] = timer.median(step, step.prepare)
-        except RuntimeError as error:
+        except Exception as error:  # implementations of others raise errors of many types
             if form.name in OWN:
-                raise
-            print(f'{form.name}: skipped for {case.shape.name}, {dtype_name}, because it failed ({error})')
+                failures[form.name] = f'{type(error).__name__}: {error}'
+            print(f'{form.name}: failed for {case.shape.name}, {dtype_name} ({error})', flush=True)
     wrong = any(not error <= TOLERANCE[dtype] for name, error in errors.items() if name in OWN)
     for is_backward, seconds in ((False, forward), (True, backward)):
         yield Row(
@@ -435,6 +463,7 @@ def measure(case: Case, dtype_name: str, forms: list[Form], timer: EventTimer, m
             floor_seconds(case.shape, dtype, is_backward, machine),
             corner_bytes(case.shape, dtype, is_backward),
             wrong,
+            failures,
         )
 
 
@@ -506,15 +535,16 @@ def _print(row: Row, forms: list[Form], mmcv: float | None) -> None:
     def cell(seconds: float | None, width: int) -> str:
         return f'{"-":>{width}}' if seconds is None else f'{seconds * 1e6:>{width}.1f}'
 
-    plain = row.seconds['plain']
-    error = max(row.errors[name] for name in OWN)
+    plain = row.seconds.get('plain', math.nan)
+    error = max((row.errors[name] for name in OWN if name in row.errors), default=math.nan)
     print(
         f'{row.case:<22}{row.dtype:<10}{"backward" if row.backward else "forward":<9}{row.floor * 1e6:>8.1f}'
         f'{row.floor / plain:>7.0%}{row.bytes / plain / 1e9:>7.0f}'
         + ''.join(cell(row.seconds.get(form.name), 14) for form in forms)
         + (f'{"-":>8}' if mmcv is None else f'{mmcv / plain:>7.2f}x')
         + f'{error:>9.1e}'
-        + (' WRONG' if row.wrong else ''),
+        + (' WRONG' if row.wrong else '')
+        + (' FAILED' if row.failures else ''),
         flush=True,
     )
 
@@ -564,10 +594,14 @@ def print_summary(rows: list[Row]) -> None:
     slower = []
     for row in rows:
         wide = found.get((row.case, 'float32', row.backward))
+        where = f'{row.case}, {row.dtype}, {"backward" if row.backward else "forward"}'
+        if row.failures:
+            slower.append(f'{where}: failed')
+        if 'plain' not in row.seconds or 'fused' not in row.seconds:
+            continue
         others = {name: seconds for name, seconds in row.seconds.items() if name not in OWN}
         if wide is not None and 'mmcv' in wide.seconds:
             others["mmcv's float32"] = wide.seconds['mmcv']
-        where = f'{row.case}, {row.dtype}, {"backward" if row.backward else "forward"}'
         slower += [f'{where}: slower than {name}' for name, seconds in others.items() if seconds < row.seconds['plain']]
         if row.seconds['fused'] > row.seconds['plain']:
             slower.append(f'{where}: fused {row.seconds["fused"] / row.seconds["plain"]:.2f} times plain')
@@ -606,7 +640,8 @@ def model_rows(args: argparse.Namespace) -> Iterator[dict]:
                         for accelerated in (False, True)
                     )
                 except (RuntimeError, OSError, ValueError, ImportError) as error:
-                    print(f'{config}: failed ({error})')
+                    print(f'{config}: failed ({error})', flush=True)
+                    yield {'config': config, 'training': training, 'failure': str(error)}
                     continue
                 row = {
                     'config': config,

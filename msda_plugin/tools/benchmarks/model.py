@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from msda_plugin.acceleration.convert_model import STOCK_FORWARD, accelerate
-from msda_plugin.engine.config_walk import rebuild
+from msda_plugin.engine.config_walk import rebuild, without_pretrained
 from msda_plugin.ops import backend_for
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
@@ -182,13 +182,7 @@ def build(args: argparse.Namespace) -> nn.Module:
 
 def without_downloads(node: object) -> object:
     """A copy of a config without pretrained weights, and without batch augmentations, which change the image size."""
-    return rebuild(
-        node, lambda key, value: None if key in ('pretrained', 'batch_augments') or _is_pretrained(value) else value
-    )
-
-
-def _is_pretrained(value: object) -> bool:
-    return isinstance(value, dict) and value.get('type') == 'Pretrained'
+    return without_pretrained(rebuild(node, lambda key, value: None if key == 'batch_augments' else value))
 
 
 def make_batch(model: nn.Module, height: int, width: int, batch: int, training: bool) -> dict:

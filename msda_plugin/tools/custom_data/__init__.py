@@ -1,1 +1,1 @@
-"""``train --data``: find, check and convert custom data in COCO format, and write a config for it."""
+"""``train --data``: find, check and convert custom data (COCO, YOLO, Pascal VOC), and write a config for it."""

@@ -1,14 +1,17 @@
 """The config of a training on custom data: a model, with settings that are derived from the data."""
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-import msda_plugin
 from msda_plugin.engine.config_walk import walk
 from msda_plugin.engine.data_check import bbox_heads
+from msda_plugin.engine.model_zoo import config_folder
+from msda_plugin.engine.nms import set_nms, supports_nms
+from msda_plugin.files import atomic_write
 
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
 # For the models in _base_/models, which have no schedule: settings that train the default model from scratch.
@@ -23,6 +26,9 @@ KEPT = (
     'load_from',
 )  # entries taken from a complete config; the others belong to its data and schedule
 WARM_UP = 150  # optimizer steps
+# The learning rate grows with the batch (https://arxiv.org/abs/1706.02677) up to this factor. For Adam and AdamW the
+# square root is the rule (https://arxiv.org/abs/2205.10287), which reaches this factor with 16 times the batch.
+MAX_LR_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -58,41 +64,6 @@ class Data:
     most_boxes: int
 
 
-# ---- models by name -------------------------------------------------------------------------------------------------
-def config_folder() -> Path:
-    """The folder of msda_plugin's configs: in the installed package, or in the clone that it is installed from."""
-    package = Path(msda_plugin.__file__).parent
-    folders = [package / '.mim' / 'configs', package.parent / 'configs']
-    for folder in folders:
-        if (folder / '_base_').is_dir():
-            return folder
-    raise FileNotFoundError(
-        f'the configs of msda_plugin are neither in {folders[0]} nor in {folders[1]}; reinstall msda_plugin'
-    )
-
-
-def model_files() -> dict[str, Path]:
-    """Model name -> config file: those in ``_base_/models`` and the complete configs."""
-    folder = config_folder()
-    return {
-        path.stem: path for pattern in ('[!_]*/*.py', '_base_/models/*.py') for path in sorted(folder.glob(pattern))
-    }
-
-
-def find_model(name: str) -> Path:
-    """The config file of a model, by name or path.
-
-    Raises:
-        ValueError: If there is no such model; the message lists the known ones.
-    """
-    if name.endswith('.py') and Path(name).is_file():
-        return Path(name)
-    files = model_files()
-    if name not in files:
-        raise ValueError(f"unknown model '{name}'; give the path of a config file, or one of {', '.join(files)}")
-    return files[name]
-
-
 # ---- the config -----------------------------------------------------------------------------------------------------
 def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, list[str]]:
     """Build the complete config of a training.
@@ -112,7 +83,8 @@ def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, lis
     cfg = Config.fromfile(str(config_folder() / '_base_' / 'default_runtime.py'))
     cfg = Config({**cfg.to_dict(), **{key: source[key] for key in KEPT if source.get(key) is not None}})
     notes = _fit_model(cfg.model, model, data)
-    notes += _set_optimizer(cfg, source, choices)
+    choices, reduced = _fit_batch(data, choices)
+    notes = [*reduced, *_set_optimizer(cfg, source, choices), *notes]
     _set_data(cfg, data, choices, choices.image_size or _image_size(source))
     _set_schedule(cfg, data, choices)
     cfg.runner_type = 'msda_plugin.DetectionRunner'
@@ -140,6 +112,12 @@ def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
     for _, head in heads:
         head.num_classes = num_classes
     notes = []
+    if supports_nms(model) and 'nms' not in (model.get('test_cfg') or {}):
+        set_nms(model, True)
+        notes.append(
+            'non-maximum suppression: on, because a DETR still predicts duplicates after a short training; test '
+            '--no-nms switches it off'
+        )
     if model.get('num_queries'):
         if model.num_queries < data.most_boxes:
             notes.append(
@@ -152,6 +130,17 @@ def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
         model.test_cfg = model.get('test_cfg') or ConfigDict()
         model.test_cfg.max_per_img = min(model.test_cfg.get('max_per_img', 100), limit)
     return notes
+
+
+def _fit_batch(data: Data, choices: Choices) -> tuple[Choices, list[str]]:
+    """Choices whose batch, and whose accumulated batch, is not larger than the data set."""
+    batch = min(choices.batch_size, data.num_images)
+    accumulate = min(choices.accumulate, -(-data.num_images // batch))
+    asked, effective = choices.batch_size * choices.accumulate, batch * accumulate
+    if asked == effective:
+        return choices, []
+    note = f'batch size: {effective} instead of {asked}, because there are {data.num_images} training images'
+    return replace(choices, batch_size=batch, accumulate=accumulate), [note]
 
 
 def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
@@ -172,8 +161,13 @@ def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
     effective = choices.batch_size * choices.accumulate
     if choices.lr is None:
         written = optimizer.lr
-        optimizer.lr = float(f'{written * effective / base:.4g}')
-        note = f'learning rate: {optimizer.lr:g} = {written:g} × {effective} / {base}, scaled to the batch size'
+        optimizer.lr = float(f'{written * min(effective / base, MAX_LR_FACTOR):.4g}')
+        note = (
+            f'learning rate: {optimizer.lr:g} = {written:g} × {effective} / {base}, scaled to the batch size'
+            if effective <= MAX_LR_FACTOR * base
+            else f'learning rate: {optimizer.lr:g} = {written:g} × {MAX_LR_FACTOR}, the maximum; the batch size alone '
+            f'gives {effective} / {base}; set another one with --lr'
+        )
     else:
         optimizer.lr = choices.lr
         note = f'learning rate: {choices.lr:g}, as given'
@@ -232,7 +226,7 @@ def _set_data(cfg: Config, data: Data, choices: Choices, size: tuple[int, int]) 
     for split, used in (('val', 'val'), ('test', 'test' if 'test' in data.files else 'val')):
         cfg[f'{split}_dataloader'] = loader(dataset(used, test_pipeline, test_mode=True), False)
         cfg[f'{split}_evaluator'] = dict(
-            type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', format_only=False
+            type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', classwise=True, format_only=False
         )
 
 
@@ -241,9 +235,12 @@ def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=max(1, epochs // 10))
     cfg.val_cfg = dict(type='ValLoop')
     cfg.test_cfg = dict(type='TestLoop')
-    warm_up = max(1, min(WARM_UP * choices.accumulate, epochs * iterations // 10))
+    warm_up = min(WARM_UP * choices.accumulate, epochs * iterations // 10)
+    # LinearLR takes two iterations or more. A warm-up that changes nothing keeps the number of schedulers, on which a
+    # resumed training depends.
+    warm_up, start_factor = (warm_up, 0.01) if warm_up > 1 else (1, 1.0)
     cfg.param_scheduler = [
-        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
+        dict(type='LinearLR', start_factor=start_factor, by_epoch=False, begin=0, end=warm_up),
         # With an end, a training that is resumed with more epochs continues at the lowest rate.
         dict(
             type='CosineAnnealingLR',
@@ -261,8 +258,23 @@ def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
 
 
 def save_config(cfg: Config, folder: str | os.PathLike, stem: str) -> Config:
-    """Write the config to ``{folder}/{stem}.py`` and read it back, so that the training uses exactly this file."""
+    """Write the config to ``{folder}/{stem}.py`` and read it back, so that the training uses exactly this file.
+
+    The config that an earlier call wrote there under another name, for other data or another model, is removed: a work
+    dir has one config.
+    """
     path = Path(folder, f'{stem}.py')
     path.parent.mkdir(parents=True, exist_ok=True)
-    cfg.dump(str(path))
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(cfg.pretty_text, encoding='utf-8')
+    for other in path.parent.glob('*.py'):
+        text = other.read_text(encoding='utf-8', errors='replace')
+        belongs = re.search(r"^work_dir = '(.*)'$", text, re.MULTILINE)
+        if (
+            other != path
+            and belongs
+            and Path(belongs[1]).absolute() == path.parent.absolute()
+            and 'msda_plugin.TrainingReportHook' in text
+        ):
+            other.unlink()
     return Config.fromfile(str(path))

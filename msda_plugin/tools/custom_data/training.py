@@ -1,25 +1,23 @@
 """``train --data`` before the training: check the data, print a summary, write the config."""
 
 import argparse
+import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from mmengine.config import Config
 
-from msda_plugin.engine.checkpoint_files import last_checkpoint
-from msda_plugin.tools.common.launch import check_device
+from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint, no_file
+from msda_plugin.engine.config_walk import without_pretrained
+from msda_plugin.engine.messages import counted
+from msda_plugin.engine.model_zoo import download_weights, find_model
+from msda_plugin.tools.common.cfg_options import apply_cfg_options
+from msda_plugin.tools.common.launch import check_device, check_folder
 from msda_plugin.tools.common.progress import progress
-from msda_plugin.tools.custom_data import coco
-from msda_plugin.tools.custom_data.config import (
-    DEFAULT_MODEL,
-    Choices,
-    Data,
-    build_config,
-    find_model,
-    model_files,
-    save_config,
-)
+from msda_plugin.tools.custom_data import coco, formats
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, save_config
 from msda_plugin.tools.custom_data.starter import choose_weights
 
 
@@ -37,14 +35,14 @@ def prepare(args: argparse.Namespace) -> Config:
         FileExistsError: If the work dir contains another training.
         ValueError: If the data is not in COCO format, images are unreadable, or arguments contradict each other.
     """
-    if args.model == 'list':
-        print('\n'.join(model_files()))
-        raise SystemExit(0)
     _check_arguments(args)
     model = find_model(args.model or DEFAULT_MODEL)
     data = Path(args.data)
     work_dir = Path(args.work_dir or f'work_dirs/{data.absolute().stem}')
-    if args.resume is None and not args.dry_run and last_checkpoint(work_dir) is not None:
+    check_folder(work_dir)
+    if args.dry_run and last_checkpoint(work_dir) is not None:
+        work_dir = work_dir / 'dry_run'  # the files of a training stay as they are
+    elif args.resume is None and last_checkpoint(work_dir) is not None:
         raise FileExistsError(
             f'{work_dir} already contains a training; continue it with --resume, or choose another --work-dir'
         )
@@ -62,45 +60,58 @@ def prepare(args: argparse.Namespace) -> Config:
     )
 
     splits, classes = _read(args, data, choices.seed)
-    print(coco.describe(splits, classes))
+    report = work_dir / 'data_report.txt'
+    coco.write_report(splits, report)
+    print(coco.describe(splits, classes, report))
     bad = [name for split in splits for name in split.bad_images]
     if bad and not args.skip_bad_images:
+        are, them = ('is', 'it') if len(bad) == 1 else ('are', 'them')
         raise ValueError(
-            f'{len(bad)} images are missing or unreadable, such as {bad[0]}; replace them, or leave them out with '
-            '--skip-bad-images'
+            f'{counted(len(bad), "image")} {are} missing or unreadable, such as {bad[0]} (complete list: {report}); '
+            f'replace {them}, or leave {them} out with --skip-bad-images'
         )
+    if args.resume is not None and not args.dry_run:  # before the training's files are replaced
+        named = latest_complete_checkpoint(work_dir, 'epoch_*.pth')[0] if args.resume == 'auto' else args.resume
+        if named and '://' not in named:
+            check_classes(named, classes)
     train = splits[0]
     files = {split.name: (coco.write(split, work_dir / 'annotations'), split.images) for split in splits}
-    cfg, notes = build_config(model, Data(files, classes, len(train.content['images']), train.most_boxes), choices)
-    notes.append(choose_weights(cfg, args.model or DEFAULT_MODEL, args.from_scratch))
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    cfg = save_config(cfg, work_dir, f'{model.stem}_{data.absolute().stem}')
+    published = model.weights is not None and choices.load_from is None and not args.from_scratch
+    if published:
+        loads = not args.dry_run and args.resume is None
+        # MMEngine downloads from a URL when the config is trained.
+        choices = replace(
+            choices, load_from=str(download_weights(model)) if loads or model.converter else model.weights
+        )
+    found = Data(files, classes, len(train.content['images']), train.most_boxes)
+    cfg, notes = build_config(model.config, found, choices)
+    if published:  # of the whole detector
+        cfg.model = without_pretrained(cfg.model)
+        notes.append(f'weights: {model.name}, published at {model.weights}')
+    else:
+        notes.append(choose_weights(cfg, model.name, args.from_scratch))
+    apply_cfg_options(cfg, args.cfg_options)
+    cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
-    print('\n'.join([f'model: {model.stem}', *notes, saved, '']), flush=True)
+    print('\n'.join([f'model: {model.config.stem}', *notes, saved, '']), flush=True)
     return cfg
 
 
 def _read(args: argparse.Namespace, data: Path, seed: int) -> tuple[list[coco.Split], tuple[str, ...]]:
     """The cleaned splits, training first, and the classes."""
-    found = coco.find_annotations(data, args.val)
-    root = data if data.is_dir() else data.parent
-    images = Path(args.images) if args.images else None
-    splits = [
-        coco.load_split(name, path, path.parent if name == 'val' and args.val else root, images)
-        for name, path in found.items()
-    ]
-    splits.sort(key=lambda split: list(coco.SPLITS).index(split.name))
+    val, images = (Path(path) if path else None for path in (args.val, args.images))
+    splits = formats.load_splits(data, val, images, args.format)
     classes = coco.choose_classes(splits[0], args.classes)
     tick = progress(sum(len(split.content['images']) for split in splits), 'Reading every image once:')
     for split in splits:
         coco.clean(split, classes, skip_bad_images=args.skip_bad_images, tick=tick)
         if not split.content['images']:
             raise ValueError(f'no image of {split.ann_file} can be read; give their folder with --images DIR')
-    if 'val' not in found:
+    given = next((split.ann_file for split in splits if split.name == 'val'), None)
+    if given is None:
         splits.insert(1, coco.split_off(splits[0], 0.2 if args.val_part is None else args.val_part, seed))
     elif args.val_part is not None:
-        raise ValueError(f'--val-part is given, but there are validation data: {found["val"]}; remove --val-part')
+        raise ValueError(f'--val-part is given, but there are validation data: {given}; remove --val-part')
     return splits, classes
 
 
@@ -119,14 +130,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     for name in ('epochs', 'batch_size', 'accumulate', 'effective_batch', 'lr'):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f'--{name.replace("_", "-")} must be positive, got {value}')
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise ValueError(f'--seed must be from 0 to {2**32 - 1}, got {args.seed}')
     if args.workers is not None and args.workers < 0:
         raise ValueError(f'--workers must not be negative, got {args.workers}')
     if args.device:
         check_device(args.device)
     if args.load_from and not Path(args.load_from).is_file() and '://' not in args.load_from:
-        raise FileNotFoundError(f'the checkpoint {args.load_from} does not exist; give the path of a .pth file')
+        raise FileNotFoundError(
+            f'the checkpoint {args.load_from} {no_file(args.load_from)}; give the path of a .pth file'
+        )
 
 
 def _accumulate(args: argparse.Namespace) -> int:

@@ -4,121 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from mmengine.config import Config
-from mmengine.dataset import BaseDataset, pseudo_collate
-from mmengine.evaluator import BaseMetric
+from mmdet.structures import DetDataSample
 from mmengine.logging import MMLogger
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
-from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image
+from toy_training import make_runner
 
 from msda_plugin.engine.hooks import TrainingReportHook
-from msda_plugin.engine.hooks.training_report import _evaluating, _plain
-from msda_plugin.tools.shapes import CLASSES, draw_image
-
-AP = (0.1, 0.4, 0.3)  # what the toy metric reports, validation by validation
-
-
-class ToyData(BaseDataset):
-    METAINFO = dict(classes=CLASSES)
-
-    def load_data_list(self):
-        items = []
-        for index in range(3):
-            image, annotations = draw_image((9, index), (64, 48))
-            path = f'{self.data_root}/{index}.png'
-            Image.fromarray(image).save(path)
-            boxes = [(a.box[0], a.box[1], a.box[0] + a.box[2], a.box[1] + a.box[3]) for a in annotations]
-            items.append(
-                dict(
-                    img_path=path,
-                    instances=[
-                        dict(bbox=box, bbox_label=a.label, ignore_flag=0)
-                        for box, a in zip(boxes, annotations, strict=True)
-                    ],
-                )
-            )
-        return items
-
-
-class ToyDetector(BaseModel):
-    """Learns one number; predicts one box with a high and one with a low score."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = torch.nn.Parameter(torch.tensor(3.0))
-        self.seen = []
-
-    def forward(self, sample_idx, mode='tensor', **kwargs):
-        if mode == 'loss':
-            return dict(loss_cls=self.number**2, loss_bbox=self.number.abs())
-        self.seen.append((self.training, float(self.number), torch.is_grad_enabled()))
-        found = InstanceData(
-            bboxes=torch.tensor([[4.0, 4, 30, 30], [1, 1, 9, 9]]),
-            labels=torch.tensor([2, 3]),
-            scores=torch.tensor([0.9, 0.1]),
-        )
-        return [BaseDataElement(pred_instances=found) for _ in sample_idx]
-
-
-class ToyMetric(BaseMetric):
-    default_prefix = 'coco'
-    calls = 0
-
-    def process(self, data_batch, data_samples):
-        self.results.append(0)
-
-    def compute_metrics(self, results):
-        value = AP[ToyMetric.calls % len(AP)]
-        ToyMetric.calls += 1
-        return dict(bbox_mAP=value, bbox_mAP_50=value + 0.2, bbox_mAP_l=float('nan'))
-
-
-def make_runner(folder, by_epoch=True, hook=None, custom_hooks=(), resume=False, epochs=3):
-    ToyMetric.calls = 0
-    (folder / 'images').mkdir(exist_ok=True)
-
-    def loader():
-        return dict(
-            batch_size=1,
-            num_workers=0,
-            dataset=ToyData(data_root=str(folder / 'images'), lazy_init=False),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            collate_fn=pseudo_collate,
-        )
-
-    train_cfg = (
-        dict(by_epoch=True, max_epochs=epochs)
-        if by_epoch
-        else dict(by_epoch=False, max_iters=3 * epochs, val_interval=3)
-    )
-    return Runner(
-        ToyDetector(),
-        str(folder / 'work'),
-        train_dataloader=loader(),
-        val_dataloader=loader(),
-        train_cfg=train_cfg,
-        val_cfg=dict(),
-        val_evaluator=[ToyMetric()],
-        resume=resume,
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        default_scope='mmengine',
-        default_hooks=dict(
-            checkpoint=dict(
-                type='CheckpointHook',
-                interval=1 if by_epoch else 3,
-                by_epoch=by_epoch,
-                max_keep_ckpts=1,
-                save_best='coco/bbox_mAP',
-                rule='greater',
-            )
-        ),
-        custom_hooks=[hook or dict(type='msda_plugin.TrainingReportHook'), *custom_hooks],
-        cfg=Config(dict(model='toy'), filename=None),
-        experiment_name=f'{folder.name}-{by_epoch}-{resume}-{epochs}',
-    )
+from msda_plugin.engine.hooks.training_report import _evaluating, _TrainSample
 
 
 @pytest.fixture
@@ -155,7 +47,7 @@ def test_report(tmp_path, log, by_epoch):
     assert report['best_checkpoint'].endswith('.pth') and 'best_coco_bbox_mAP' in report['best_checkpoint']
 
     curves = np.asarray(Image.open(work / 'curves.png'))
-    assert curves.shape[1] > 1500  # three panels
+    assert curves.shape[1] > 1500  # two panels
     sheet = np.asarray(Image.open(work / 'predictions.png'))
     assert sheet.shape[1] > 4 * 384 and sheet.shape[0] > 2 * 288
     assert not list(work.glob('.*.tmp'))
@@ -239,14 +131,83 @@ def test_custom_next_steps(tmp_path, quick_curves, log):
     assert next(text for text in log if text.startswith('Training finished')).endswith(f'look into {tmp_path}/work')
 
 
+def pack(info):
+    sample = DetDataSample(metainfo=dict(img_id=7, ori_shape=(48, 64), img_path=info['img_path']))
+    return dict(sample_idx=info['sample_idx'], data_samples=sample)
+
+
+def test_accuracy_on_training_images(tmp_path, log, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        'msda_plugin.engine.hooks.training_report.draw_curves',
+        lambda *args, **options: drawn.append(options) or np.zeros((1, 1, 3), np.uint8),
+    )
+    # The detector finds the first object of one image, and nothing else.
+    runner = make_runner(tmp_path, hook=dict(type='msda_plugin.TrainingReportHook', num_train_images=2), epochs=2)
+    dataset = runner.train_dataloader.dataset
+    runner.val_dataloader.dataset.pipeline = pack
+    chosen = _TrainSample(dataset, pack, 2)
+    monkeypatch.setattr(
+        type(dataset), 'get_data_info', known(dataset, chosen.chosen[0], dict(bbox=[4.0, 4, 30, 30], bbox_label=2))
+    )
+    runner.train()
+    report = json.loads((tmp_path / 'work' / 'metrics.json').read_text())
+    assert [entry['bbox_mAP'] for entry in report['history']] == [0.1, 0.4]  # the validation's are as before
+    for entry in report['history']:
+        assert 0 < entry['train_bbox_mAP'] <= entry['train_bbox_mAP_50'] <= 1
+    assert drawn[-1]['train_accuracy']['AP'] == [entry['train_bbox_mAP'] for entry in report['history']]
+    assert sum('on 2 training images: AP ' in text for text in log) == 2
+    scalars = [json.loads(line) for path in (tmp_path / 'work').glob('*/vis_data/*.json') for line in path.open()]
+    assert [entry['step'] for entry in scalars if 'train_bbox_mAP' in entry] == [1, 2]
+
+
+def known(dataset, index, instance):
+    """A ``get_data_info`` whose sample ``index`` has just this object."""
+    original = type(dataset).get_data_info
+
+    def get_data_info(self, idx):
+        info = original(self, idx)
+        if idx == index:
+            info['instances'] = [dict(instance, ignore_flag=0)]
+        return info
+
+    return get_data_info
+
+
+def test_the_sample_of_training_images_is_fixed(tmp_path):
+    dataset = make_runner(tmp_path).train_dataloader.dataset
+    state = np.random.get_state()[1].copy()
+    first, second = (_TrainSample(dataset, pack, 2) for _ in range(2))
+    assert first.chosen == second.chosen == sorted(set(first.chosen)) and len(first) == 2
+    assert len(_TrainSample(dataset, pack, 99)) == len(dataset) == 3
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+    sample = first[1]['data_samples']
+    assert sample.img_id == 1 and sample.instances == dataset.get_data_info(first.chosen[1])['instances']
+
+
+def test_a_failure_on_training_images_does_not_stop_the_training(tmp_path, quick_curves, log):
+    hook = dict(type='msda_plugin.TrainingReportHook', num_train_images=2)
+    make_runner(tmp_path, hook=hook).train()  # the pipeline has no data samples
+    assert any('The training report lacks the AP on training images' in text for text in log)
+    assert json.loads((tmp_path / 'work' / 'metrics.json').read_text())['finished'] is True
+
+
+def test_predictions_state_their_threshold(tmp_path, quick_curves, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        'msda_plugin.engine.hooks.training_report.draw_sheet',
+        lambda *args, **options: given.append((args, options)) or np.zeros((1, 1, 3), np.uint8),
+    )
+    make_runner(tmp_path, hook=dict(type='msda_plugin.TrainingReportHook', score_thr=0.95)).train()
+    (((images, truths, predictions, classes), options),) = given
+    assert options == dict(score_thr=0.95)
+    assert all(scores.max() == np.float32(0.9) for *_, scores in predictions)  # for the highest score
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="may contain the placeholders .* only, got 'run {model}'"):
         TrainingReportHook(next_steps=['run {model}'])
     with pytest.raises(ValueError, match='num_images must not be negative, got -1'):
         TrainingReportHook(num_images=-1)
-
-
-def test_metric_names():
-    assert _plain({'coco/bbox_mAP': np.float64(0.5), 'coco/text': 'x'}) == {'bbox_mAP': 0.5}
-    assert _plain({'a/AP': 0.1, 'b/AP': 0.2}) == {'a/AP': 0.1, 'b/AP': 0.2}
-    assert _plain({'coco/AP': float('inf'), 'coco/n': 2}) == {'AP': None, 'n': 2.0}
+    with pytest.raises(ValueError, match='num_train_images must not be negative, got -2'):
+        TrainingReportHook(num_train_images=-2)

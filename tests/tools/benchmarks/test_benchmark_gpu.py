@@ -1,10 +1,13 @@
 """``benchmark gpu``: every step as a dry run on the CPU, its inputs, errors and lower bounds."""
 
 import argparse
+import enum
+import importlib.machinery
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,57 @@ def test_reports_wrong_result(capsys, monkeypatch):
     monkeypatch.setattr(gpu, 'own_forms', lambda: [plain, wrong, deterministic])
     assert dry_run('--dtypes', 'float32', '--skip-models') == 1
     assert 'WRONG' in capsys.readouterr().out
+
+
+def test_a_failing_part_does_not_end_the_run(capsys, monkeypatch, tmp_path):
+    def fails(*arguments):
+        assert json.loads(path.read_text())['operator'] if path.exists() else True  # written after each row
+        raise RuntimeError('out of memory')
+
+    path = tmp_path / 'figures.json'
+    plain, fused, deterministic = gpu.own_forms()
+    monkeypatch.setattr(gpu, 'own_forms', lambda: [plain, fused._replace(call=fails), deterministic])
+    monkeypatch.setattr(gpu, 'model_rows', lambda args: iter([dict(config='x', training=False, failure='y')]))
+    assert dry_run('--json', str(path), '--dtypes', 'float32', 'bfloat16') == 1
+    printed = capsys.readouterr().out
+    assert printed.count('fused: failed for decoder, 300') == 2 and printed.count(' FAILED') == 4
+    figures = json.loads(path.read_text())
+    assert [row['failures'] for row in figures['operator']] == [{'fused': 'RuntimeError: out of memory'}] * 4
+    assert all('plain' in row['seconds'] for row in figures['operator']) and figures['models'][0]['failure'] == 'y'
+
+
+def test_a_failing_case_is_reported(capsys, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError('out of memory')
+
+    monkeypatch.setattr(gpu, 'make_inputs', fails)
+    assert dry_run('--dtypes', 'float32', '--skip-models') == 1
+    assert 'decoder, 300, float32: failed (out of memory)' in capsys.readouterr().out
+
+
+def test_deformops_is_a_peer_where_it_is_installed(monkeypatch):
+    """Its interface: levels and points in one dimension of the weights, and a backend by name."""
+    registry = types.ModuleType('deformops.registry')
+    registry.Backend = enum.Enum('Backend', ['TRITON', 'CUDA', 'EAGER'])
+    calls = []
+
+    def msda(value, shapes, starts, locations, weights, *, backend):
+        calls.append(backend)
+        return gpu.ms_deform_attn(value, shapes, starts, locations, weights.unflatten(-1, locations.shape[3:5]))
+
+    registry.msda = msda
+    package = types.ModuleType('deformops')
+    package.__spec__ = importlib.machinery.ModuleSpec('deformops', None)
+    monkeypatch.setitem(sys.modules, 'deformops', package)
+    monkeypatch.setitem(sys.modules, 'deformops.registry', registry)
+    forms = {form.name: form for form in gpu.peers(benchmark_arguments('--dry-run'))}
+    inputs = gpu.make_inputs(SMALL, CPU, torch.float32)
+    shapes, starts = torch.tensor(SMALL.shape.levels), torch.tensor([0, 54])
+    expected = gpu.ms_deform_attn(inputs['value'], shapes, starts, inputs['locations'], inputs['weights'])
+    for name in ('deformops triton', 'deformops cuda'):
+        found = forms[name].call(shapes, starts, *(inputs[key] for key in forms[name].inputs))
+        assert torch.equal(found, expected)
+    assert calls == [registry.Backend.TRITON, registry.Backend.CUDA]
 
 
 @pytest.mark.parametrize('case', [SMALL, SMALL._replace(local=False)])
@@ -152,6 +206,18 @@ def test_without_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert benchmark.main(['gpu']) == 2
     assert 'torch sees no GPU; --dry-run' in capsys.readouterr().out
+
+
+def test_gpu_script_names_what_failed_and_goes_on(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip('the steps would run')
+    script = Path(__file__).parents[2] / 'gpu.sh'
+    environment = {**os.environ, 'PYTHON': sys.executable}
+    done = subprocess.run([script, tmp_path, 'build', 'bench'], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    build, bench = (tmp_path / 'summary.txt').read_text().splitlines()
+    assert build.startswith('build: exit status 1 after') and bench.startswith('bench: exit status 2 after')
+    assert 'torch sees no GPU' in (tmp_path / 'bench.log').read_text()
 
 
 def test_missing_mmcv_sources(capsys, tmp_path):

@@ -12,15 +12,20 @@ import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import PARAM_SCHEDULERS
 from PIL import Image
 
 from msda_plugin.engine.data_check import check_coco
+from msda_plugin.engine.model_zoo import Model, find_model
 from msda_plugin.tools.custom_data import coco as coco_files
-from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, find_model, model_files
+from msda_plugin.tools.custom_data import training
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config
 from msda_plugin.tools.shapes import generate
-from msda_plugin.tools.train import main
+from msda_plugin.tools.train import _parser, main
 
 CLASSES = ('cat', 'dog')
+NAN = float('nan')
 
 
 def coco(names=('0.jpg', '1.jpg', '2.jpg'), classes=CLASSES):
@@ -161,7 +166,7 @@ def test_missing_fields_are_added(tmp_path):
     written = json.loads(path.read_text())
     assert [(i['width'], i['height']) for i in written['images']] == [(64, 48)] * 3
     assert [a['area'] for a in written['annotations']] == [200] * 4
-    assert split.notes == ['1 annotations of unlisted images left out', '1 annotations of unlisted categories left out']
+    assert split.notes == ['1 annotation of unlisted images left out', '1 annotation of unlisted categories left out']
 
 
 def test_categories_are_reordered_and_unused_ones_dropped(tmp_path):
@@ -201,11 +206,101 @@ def test_bad_images_and_wrong_sizes(tmp_path):
     (split.images / '1.jpg').unlink()
     Image.new('RGB', (48, 64)).save(split.images / '2.jpg')
     coco_files.clean(split, CLASSES)
-    assert split.bad_images == ['0.jpg', '1.jpg'] and len(split.content['images']) == 5
-    assert split.notes == ['1 images differ in size from the annotation file, so their boxes may be wrong: 2.jpg']
+    assert split.bad_images == {'0.jpg': 'unreadable', '1.jpg': 'missing'} and len(split.content['images']) == 5
+    assert split.notes == ['1 image differs in size from the annotation file, so its boxes may be wrong: 2.jpg']
     coco_files.clean(split, CLASSES, skip_bad_images=True)
     assert [image['id'] for image in split.content['images']] == [2, 3, 4]
     assert {a['image_id'] for a in split.content['annotations']} == {2, 3} and split.changed
+
+
+def test_every_finding_is_listed(tmp_path):
+    content = coco([f'{i}.jpg' for i in range(12)])
+    boxes = [[4, 4, 0, 9], [4, 4, 9, -2], [64, 4, 9, 9], [NAN, 4, 9, 9], [4, 4, 9, float('inf')], [4, 4, 0.5, 9]]
+    for annotation, box in zip(content['annotations'][-6:], boxes, strict=True):
+        annotation.update(bbox=box, area=box[2] * box[3])
+    content['images'][10]['width'] = content['images'][10]['height'] = 10
+    split = load(tmp_path, content)
+    for index in range(2):
+        (split.images / f'{index}.jpg').unlink()
+    (split.images / '2.jpg').write_bytes(b'')
+    (split.images / '3.jpg').write_text('no image')
+    complete = (split.images / '4.jpg').read_bytes()
+    (split.images / '4.jpg').write_bytes(complete[: len(complete) // 2])
+    coco_files.clean(split, CLASSES)
+    assert split.bad_images == {
+        '0.jpg': 'missing',
+        '1.jpg': 'missing',
+        '2.jpg': 'empty',
+        '3.jpg': 'unreadable',
+        '4.jpg': 'unreadable',
+    }
+    coco_files.write_report([split], tmp_path / 'new/data_report.txt')
+    assert (
+        (tmp_path / 'new/data_report.txt').read_text()
+        == f"""\
+training: {tmp_path}/train.json, images in {split.images}
+  2 missing images
+    0.jpg
+    1.jpg
+  1 empty image
+    2.jpg
+  2 unreadable images
+    3.jpg
+    4.jpg
+  1 image without a box
+    11.jpg
+  6 degenerate boxes
+    9.jpg annotation 19 [nan, 4, 9, 9] (not a number)
+    10.jpg annotation 20 [4, 4, 9, inf] (not a number)
+    8.jpg annotation 16 [4, 4, 0, 9] (no width or height)
+    8.jpg annotation 17 [4, 4, 9, -2] (no width or height)
+    9.jpg annotation 18 [64, 4, 9, 9] (outside the image)
+    10.jpg annotation 21 [4, 4, 0.5, 9] (under one pixel)
+"""
+    )
+    said = coco_files.describe([split], CLASSES, Path('work/data_report.txt')).splitlines()
+    assert '  2 missing images: 0.jpg, 1.jpg' in said and said[-1] == 'complete lists: work/data_report.txt'
+    assert [line for line in said if line.startswith('  6 degenerate boxes: 9.jpg ') and line.endswith(' and 3 more')]
+    assert '  note: 2 NaN or infinite boxes left out' in said
+    written = json.loads(coco_files.write(split, tmp_path / 'work').read_text())
+    assert [a['id'] for a in written['annotations']] == [id for id in range(22) if id not in (19, 20)]
+    # A part that becomes the validation data takes its findings along.
+    val = coco_files.split_off(split, 0.5, 0)
+    for one in (split, val):
+        names = {image['file_name'] for image in one.content['images']}
+        assert set(one.bad_images) <= names and {line.split()[0] for line in one.degenerate} <= names
+    assert len(split.bad_images) + len(val.bad_images) == 5 and len(split.degenerate) + len(val.degenerate) == 6
+
+
+def test_images_with_another_extension_or_case(tmp_path):
+    split = load(tmp_path, coco(['a.jpg', 'b.jpg', 'c.jpg', 'd.jpg', 'sub/e.jpg', 'f.jpg', 'g.jpg']))
+    for old, new in (('a.jpg', 'A.JPG'), ('b.jpg', 'b.png'), ('c.jpg', 'c.JPG'), ('d.jpg', 'd.png'), ('sub', 'Sub')):
+        (split.images / old).rename(split.images / new)
+    Image.new('RGB', (64, 48)).save(split.images / 'c.png')  # a mask, beside the image in other case
+    Image.new('RGB', (64, 48)).save(split.images / 'd.bmp')
+    (split.images / 'f.jpg').rename(split.images / 'f.txt')
+    (split.images / 'g.jpg').rename(split.images / 'g.png')
+    split.content['images'].append(dict(id=9, file_name='g.png', width=64, height=48))  # has a record of its own
+    coco_files.clean(split, CLASSES)
+    assert split.renamed == {'a.jpg': 'A.JPG', 'b.jpg': 'b.png', 'c.jpg': 'c.JPG', 'sub/e.jpg': 'Sub/e.jpg'}
+    assert split.bad_images == {'d.jpg': 'missing, but there are d.bmp, d.png', 'f.jpg': 'missing', 'g.jpg': 'missing'}
+    assert split.changed and split.notes[0] == (
+        '4 images found under another extension or case: A.JPG for a.jpg, b.png for b.jpg, c.JPG for c.jpg and 1 more'
+    )
+    assert '3 missing images: d.jpg (missing, but there are d.bmp, d.png), f.jpg' in coco_files.describe(
+        [split], CLASSES
+    )
+
+
+def test_a_folder_with_other_extensions_only(tmp_path):
+    write(tmp_path / 'train.json', tmp_path / 'pictures')
+    for path in (tmp_path / 'pictures').iterdir():
+        path.rename(path.with_suffix('.JPEG'))
+    split = coco_files.load_split('train', tmp_path / 'train.json', tmp_path)
+    assert split.images == tmp_path / 'pictures'
+    coco_files.clean(split, CLASSES)
+    assert [image['file_name'] for image in split.content['images']] == ['0.JPEG', '1.JPEG', '2.JPEG']
+    assert not split.bad_images
 
 
 def test_description(tmp_path):
@@ -254,7 +349,7 @@ def test_split_off_validation_images(tmp_path):
 def config(model=DEFAULT_MODEL, classes=CLASSES, most_boxes=5, num_images=100, **choices):
     files = {split: (Path(f'/data/{split}.json'), Path('/data/images')) for split in ('train', 'val')}
     return build_config(
-        find_model(model), Data(files, classes, num_images, most_boxes), Choices(work_dir='work', **choices)
+        find_model(model).config, Data(files, classes, num_images, most_boxes), Choices(work_dir='work', **choices)
     )
 
 
@@ -266,6 +361,46 @@ def test_learning_rate_scales_with_batch():
         assert cfg.train_dataloader.batch_size == batch == cfg.auto_scale_lr.base_batch_size
         assert any(f'{batch * accumulate} / 4' in note for note in notes)
     assert config(batch_size=64, lr=1e-3)[0].optim_wrapper.optimizer.lr == 1e-3
+
+
+def test_learning_rate_does_not_grow_without_a_limit():
+    cfg, notes = config(batch_size=64)
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(16e-4)
+    said = 'learning rate: 0.0016 = 0.0004 × 4, the maximum; the batch size alone gives 64 / 4; set another'
+    assert any(said in note for note in notes)
+
+
+def test_batch_is_not_larger_than_the_data_set():
+    cfg, notes = config(batch_size=100_000, num_images=10)
+    assert cfg.train_dataloader.batch_size == cfg.val_dataloader.batch_size == 10
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(1e-3)
+    assert notes[0] == 'batch size: 10 instead of 100000, because there are 10 training images'
+    cfg, notes = config(batch_size=4, accumulate=100, num_images=10)  # an epoch has 3 iterations
+    assert cfg.optim_wrapper.accumulative_counts == 3 and 'batch size: 12 instead of 400' in notes[0]
+    assert not [note for note in config(batch_size=10, num_images=10)[1] if 'instead of' in note]
+
+
+def rates(cfg, iterations):
+    """The learning rate of each iteration, with the schedulers of a config."""
+    wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0))
+    epoch_length = iterations // cfg.train_cfg.max_epochs
+    schedulers = [
+        PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=wrapper, epoch_length=epoch_length))
+        for scheduler in cfg.param_scheduler
+    ]
+    found = []
+    for _ in range(iterations):
+        found.append(wrapper.param_groups[0]['lr'])
+        for scheduler in schedulers:
+            scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize('epochs, images', [(1, 3), (1, 4), (2, 8), (4, 16), (19, 4), (5, 16), (10, 40)])
+def test_warm_up_ends_within_the_training(epochs, images):
+    cfg, _ = config(epochs=epochs, num_images=images)
+    found = rates(cfg, epochs * -(-images // 4))
+    assert max(found) > 0.9 and (found[0] == 1.0) == (len(found) < 20)
 
 
 def test_model_settings_from_data():
@@ -295,13 +430,6 @@ def test_image_size_and_schedule():
     assert not cfg.train_dataloader.persistent_workers
 
 
-def test_model_names():
-    assert DEFAULT_MODEL in model_files() and all(path.is_file() for path in model_files().values())
-    with pytest.raises(ValueError, match=f"unknown model 'yolo'; .*{DEFAULT_MODEL}"):
-        find_model('yolo')
-    assert find_model(str(model_files()[DEFAULT_MODEL])) == model_files()[DEFAULT_MODEL]
-
-
 def test_mask_model_is_rejected(tmp_path):
     path = tmp_path / 'masks.py'
     path.write_text("model = dict(type='MaskRCNN', roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict()))\n")
@@ -310,6 +438,25 @@ def test_mask_model_is_rejected(tmp_path):
     path.write_text("model = dict(type='X')\n")
     with pytest.raises(ValueError, match="'masks' has no bbox_head"):
         config(str(path))
+
+
+def test_published_weights_are_the_start(tiny_stock_config, tmp_path, monkeypatch):
+    """A training loads the published detector, and no weights of the backbone alone."""
+    write(tmp_path / 'train.json', tmp_path / 'images')
+    model = Model('tiny', tiny_stock_config, weights='http://127.0.0.1:9/tiny-01234567.pth')
+    monkeypatch.setattr(training, 'find_model', lambda name: model)
+    monkeypatch.setattr(training, 'download_weights', lambda found: tmp_path / 'tiny-01234567.pth')
+    monkeypatch.chdir(tmp_path)
+
+    def prepared(*argv):
+        args = _parser().parse_args(['--data', '.', '--model', 'tiny', '--val-part', '0.5', *argv])
+        return training.prepare(args)
+
+    assert prepared('--dry-run').load_from == model.weights
+    cfg = prepared('--work-dir', 'a')
+    assert cfg.load_from == str(tmp_path / 'tiny-01234567.pth') and cfg.model.backbone.init_cfg is None
+    (tmp_path / 'own.pth').touch()
+    assert prepared('--work-dir', 'b', '--load-from', 'own.pth').load_from == 'own.pth'
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -324,6 +471,10 @@ def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     assert '--images nowhere does not exist' in sentence(['--data', '.', '--images', 'nowhere'], capsys)
     assert "unknown model 'yolo'" in sentence(['--data', '.', '--model', 'yolo'], capsys)
     assert 'use 8 or 12' in sentence(['--data', '.', '--effective-batch', 10], capsys)
+    assert '--lr must be positive, got inf' in sentence(['--data', '.', '--lr', 'inf'], capsys)
+    assert '--seed must be from 0 to 4294967295, got -1' in sentence(['--data', '.', '--seed', -1], capsys)
+    (tmp_path / 'file').touch()
+    assert '--work-dir: file cannot be a folder' in sentence(['--data', '.', '--work-dir', 'file'], capsys)
     assert '--batch-size must be positive, got 0' in sentence(['--data', '.', '--batch-size', 0], capsys)
     assert 'a side such as 320' in sentence(['--data', '.', '--image-size', 'big'], capsys)
     assert 'none.pth does not exist' in sentence(['--data', '.', '--load-from', 'none.pth'], capsys)
@@ -331,8 +482,8 @@ def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     assert 'with --dry-run' in sentence(['--data', '.', '--launcher', 'pytorch'], capsys)
     assert not (tmp_path / 'work_dirs').exists()
     (tmp_path / 'images/1.jpg').write_text('no image')
-    assert '1 images are missing or unreadable, such as 1.jpg' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
-    (tmp_path / 'w').mkdir()
+    assert '1 image is missing or unreadable, such as 1.jpg' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
+    assert '1 unreadable image\n    1.jpg\n' in (tmp_path / 'w/data_report.txt').read_text()
     (tmp_path / 'w/last_checkpoint').touch()
     assert 'continue it with --resume' in sentence(['--data', '.', '--work-dir', 'w'], capsys)
 
@@ -357,6 +508,46 @@ def test_dry_run_writes_complete_config(tmp_path, monkeypatch, capsys):
     assert train[0]['inputs'].shape == (3, 240, 320)
     METRICS.build(cfg.val_evaluator)
     assert cfg.optim_wrapper.accumulative_counts == 2 and cfg.load_from is None
+
+
+def test_a_dry_run_leaves_a_training_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / 'mine/labels.json', tmp_path / 'mine', coco([f'{i}.jpg' for i in range(10)]))
+    assert main(['--data', 'mine', '--dry-run', '--work-dir', 'w']) == 0
+    (tmp_path / 'w/last_checkpoint').write_text('w/epoch_1.pth')
+    before = {path: path.read_bytes() for path in (tmp_path / 'w').rglob('*') if path.is_file()}
+    assert main(['--data', 'mine', '--dry-run', '--work-dir', 'w', '--seed', '1', '--epochs', '3']) == 0
+    assert f'config: w/dry_run/{DEFAULT_MODEL}_mine.py' in capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in before.items())
+    cfg = Config.fromfile(f'w/dry_run/{DEFAULT_MODEL}_mine.py')
+    assert cfg.work_dir == 'w/dry_run' and '/dry_run/' in cfg.train_dataloader.dataset.ann_file
+
+
+def test_a_work_dir_has_one_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('mine', 'theirs'):
+        write(tmp_path / f'{name}/train.json', tmp_path / name)
+        write(tmp_path / f'{name}/val.json', tmp_path / name)
+    (tmp_path / 'w').mkdir()
+    (tmp_path / 'w/notes.py').write_text("work_dir = 'w'\n")  # not written by the command
+    assert main(['--data', 'mine', '--dry-run', '--work-dir', 'w']) == 0
+    assert main(['--data', 'theirs', '--dry-run', '--work-dir', str(tmp_path / 'w')]) == 0
+    assert sorted(path.name for path in (tmp_path / 'w').glob('*.py')) == [f'{DEFAULT_MODEL}_theirs.py', 'notes.py']
+
+
+def test_other_classes_are_not_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, classes in (('mine', CLASSES), ('theirs', ('cat', 'dog', 'bird'))):
+        for split in ('train', 'val'):
+            write(tmp_path / f'{name}/{split}.json', tmp_path / name, coco(classes=classes))
+    assert main(['--data', 'mine', '--dry-run', '--work-dir', 'w']) == 0
+    meta = dict(epoch=1, iter=1, dataset_meta=dict(classes=CLASSES))
+    torch.save(dict(meta=meta, state_dict={}), tmp_path / 'w/epoch_1.pth')
+    (tmp_path / 'w/last_checkpoint').write_text('w/epoch_1.pth')
+    message = sentence(['--data', 'theirs', '--work-dir', 'w', '--resume'], capsys)
+    assert 'cannot resume w/epoch_1.pth: it has other classes than the training data: 2 (cat, dog), ' in message
+    assert 'the data have 3 (cat, dog, bird); resume with its data, or start a new training' in message
+    assert [path.name for path in (tmp_path / 'w').glob('*.py')] == [f'{DEFAULT_MODEL}_mine.py']
 
 
 @pytest.fixture(scope='module')

@@ -9,9 +9,10 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from msda_plugin.engine.model_zoo import find_model
 from msda_plugin.tools import train
 from msda_plugin.tools.custom_data import starter
-from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, find_model
+from msda_plugin.tools.custom_data.config import DEFAULT_MODEL
 from msda_plugin.tools.shapes import generate
 
 CLASSES = ('a', 'b', 'c', 'd')  # the shapes have six
@@ -22,7 +23,7 @@ CLASS_LAYER = 'bbox_head.cls_branches'
 def source():
     """A checkpoint's content, as MMEngine saves it."""
     init_default_scope('mmdet')
-    cfg = Config.fromfile(str(find_model(DEFAULT_MODEL))).model
+    cfg = Config.fromfile(find_model(DEFAULT_MODEL).config).model
     cfg.bbox_head.num_classes = len(CLASSES)
     torch.manual_seed(0)
     model = MODELS.build(cfg)
