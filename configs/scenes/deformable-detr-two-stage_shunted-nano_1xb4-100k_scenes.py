@@ -13,7 +13,7 @@ model = dict(
     test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7)),
 )
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=100_000, val_interval=10_000)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=100_000, val_interval=5000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -22,9 +22,9 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=1e-3, fused=True),
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )
-param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=300)]
+param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150)]
 auto_scale_lr = dict(enable=False, base_batch_size=4)
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=1000))
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=500))
 log_processor = dict(by_epoch=False)
 custom_hooks = [
     dict(type='msda_plugin.TrainingReportHook'),

@@ -140,3 +140,17 @@ def test_training_starts_from_them_in_float32(stored, source, data, tmp_path):
             torch.testing.assert_close(value, full.half().float(), rtol=0, atol=1e-6)
     [log] = (tmp_path / 'work').glob('*/*.log')
     assert 'bbox_head.cls_branches.0 (4 outputs, now 6)' in log.read_text()
+
+
+@pytest.mark.parametrize('path', sorted(starter.FOLDER.glob('*.pth')), ids=lambda path: path.name)
+def test_packaged_file(path):
+    model = path.stem.rsplit('-', 1)[0]
+    assert starter.starter_weights(model) == path and path.stat().st_size <= 10_000_000
+    content = torch.load(path, weights_only=True)
+    cfg = Config.fromfile(str(find_model(model))).model
+    cfg.bbox_head.num_classes = len(content['meta']['dataset_meta']['classes'])
+    init_default_scope('mmdet')
+    built = MODELS.build(cfg)
+    built.load_state_dict(content['state_dict'])
+    for name, value in built.state_dict().items():
+        assert value.dtype in (torch.float32, torch.int64) and value.isfinite().all(), name
