@@ -108,9 +108,10 @@ def extend_schedule(runner: Runner) -> None:
         runner.param_schedulers[index] = PARAM_SCHEDULERS.build(
             fitted, default_args=dict(optimizer=runner.optim_wrapper, epoch_length=per_epoch)
         )
+    base = runner.optim_wrapper.param_groups[0]['initial_lr']
     runner.logger.info(
         f'resuming after {unit} {done} of {length}: the schedule starts anew over the last '
-        f'{counted(length - done, unit)}, from the learning rate {runner.optim_wrapper.param_groups[0]["initial_lr"]:.3g}'
+        f'{counted(length - done, unit)}, from the learning rate {base:.3g}'
     )
 
 
