@@ -4,6 +4,8 @@ from mmengine.config import ConfigDict
 from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
+from msda_plugin.engine.messages import counted
+
 EXTENDED = ('ConstantLR', 'CosineAnnealingLR', 'ExponentialLR', 'LinearLR', 'MultiStepLR', 'PolyLR', 'StepLR')
 
 
@@ -41,8 +43,8 @@ def warn_of_the_rest(runner: Runner) -> None:
         f'now {rate}, stays the same'
     )
     runner.logger.warning(
-        f'resuming after {unit} {done} of {length}: {says}; add --extend to start the schedule anew over the remaining '
-        f'{length - done} {_short(unit)}'
+        f'resuming after {unit} {done} of {length}: {says}; add --extend to start the schedule anew over the last '
+        f'{counted(length - done, unit)}'
     )
 
 
@@ -106,9 +108,10 @@ def extend_schedule(runner: Runner) -> None:
         runner.param_schedulers[index] = PARAM_SCHEDULERS.build(
             fitted, default_args=dict(optimizer=runner.optim_wrapper, epoch_length=per_epoch)
         )
+    base = runner.optim_wrapper.param_groups[0]['initial_lr']
     runner.logger.info(
-        f'resuming after {unit} {done} of {length}: the schedule starts anew over the remaining {length - done} '
-        f'{_short(unit)}, from the learning rate {runner.optim_wrapper.param_groups[0]["initial_lr"]:.3g}'
+        f'resuming after {unit} {done} of {length}: the schedule starts anew over the last '
+        f'{counted(length - done, unit)}, from the learning rate {base:.3g}'
     )
 
 

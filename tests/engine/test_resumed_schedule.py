@@ -84,7 +84,7 @@ def test_by_iteration_without_the_warm_up(tmp_path):
     assert rates == pytest.approx(annealed(3 * ITERATIONS))
     assert torch.equal(hook.first_buffer, buffer)  # the momentum is that of the checkpoint
     (line,) = [line for line in said if 'starts anew' in line]
-    assert 'resuming after epoch 2 of 5' in line and 'remaining 3 epochs, from the learning rate 0.1' in line
+    assert 'resuming after epoch 2 of 5' in line and 'over the last 3 epochs, from the learning rate 0.1' in line
     # The schedule of the config is that of the start.
     assert runner.cfg.param_scheduler[1].end == 2
 
@@ -146,7 +146,7 @@ def test_without_extend_the_rate_is_said_first(tmp_path):
     assert (
         f'resuming after epoch 2 of 4: the schedule has ended, and the learning rate stays at {first[-1]:.3g}' in line
     )
-    assert f'({first[-1] / 0.1:.0%} of 0.1)' in line and 'over the remaining 2 epochs' in line
+    assert f'({first[-1] / 0.1:.0%} of 0.1)' in line and 'over the last 2 epochs' in line
 
 
 def test_a_schedule_that_ends_later(tmp_path):
