@@ -229,7 +229,6 @@ def test_odd_sizes(detector, size):
         ([0], TypeError, 'an image is a int'),
         ('none.jpg', FileNotFoundError, 'none.jpg does not exist'),
     ],
-    ids=str,
 )
 def test_images_that_are_refused(detector, image, error, message):
     with pytest.raises(error, match=message):
