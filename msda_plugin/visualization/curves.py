@@ -73,7 +73,7 @@ def _draw_accuracy(
         values = np.asarray(values, float)
         best = np.nan if np.isnan(values).all() else np.nanmax(values)
         (line,) = axis.plot(
-            at, values, 'o-', markersize=4, clip_on=False, label=f'{name}: best {best:.3f}, last {values[-1]:.3f}'
+            at, values, 'o-', markersize=4, clip_on=False, label=f'{name}: best {best:.3f}, last {_last(values):.3f}'
         )
         colors[name] = line.get_color()
         axis.plot(
@@ -93,7 +93,7 @@ def _draw_accuracy(
             color=colors.get(name),
             alpha=0.8,
             clip_on=False,
-            label=f'{name}, training images: {values[-1]:.3f}',
+            label=f'{name}, training images: {_last(values):.3f}',
         )
     axis.set(xlabel=label, ylabel='average precision', title='Validation', ylim=(0, 1), xlim=(0, 1.06 * max(at)))
     axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=STEPS))
@@ -111,6 +111,12 @@ def _add_scale(axis: Axes, at: Sequence[float], label: str, values: Sequence[flo
     )
     scale.set_xlabel(label)
     scale.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=STEPS))
+
+
+def _last(values: Sequence[float]) -> float:
+    """The last value that is not NaN: a resumed training may lack some."""
+    known = [value for value in values if not np.isnan(value)]
+    return known[-1] if known else np.nan
 
 
 def _finish(axis: Axes, columns: int) -> None:

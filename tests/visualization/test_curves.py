@@ -61,11 +61,11 @@ def test_legends_cover_nothing(figures, validations):
 
 
 def test_accuracy_on_training_images_is_dashed_in_the_same_color(figures):
-    draw_curves({}, ACCURACY, POSITIONS, train_accuracy={'AP50': [0.3, 0.5, 0.9]})
+    draw_curves({}, ACCURACY, POSITIONS, train_accuracy={'AP50': [0.3, 0.9, np.nan]})
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
     trained, validated = lines['AP50, training images: 0.900'], lines['AP50: best 0.500, last 0.500']
     assert trained.get_linestyle() == '--' and trained.get_color() == validated.get_color()
-    assert list(trained.get_ydata()) == [0.3, 0.5, 0.9]
+    np.testing.assert_array_equal(trained.get_ydata(), [0.3, 0.9, np.nan])
 
 
 def test_values_change_the_figure():

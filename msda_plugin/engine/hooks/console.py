@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.logging.logger import MMFormatter
@@ -117,8 +117,10 @@ class ConsoleHook(Hook):
         length = f'{loop.max_iters} iterations'
         if not _by_iter(loop):
             length = f'{counted(loop.max_epochs, "epoch")} of {counted(len(loop.dataloader), "iteration")}'
-        batch = loop.dataloader.batch_size
+        batch, processes = loop.dataloader.batch_size, get_world_size()
         parts = [length, _images(loop), f'batch size {batch}' if batch else '']
+        if processes > 1:
+            parts.append(f'{processes} processes')
         _print(f'Training: {", ".join(filter(None, parts))}. Log: {_log_file(runner)}')
         self._start_iter = runner.iter
 

@@ -1,5 +1,6 @@
 """Skips training steps whose loss or gradients are NaN or infinite."""
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -177,7 +178,9 @@ class _Guard:
         self._bad_loss: Tensor | None = None  # on the device, of the iterations since the last step
         self._updated = False  # whether the optimizer was called in this step
         self._backward, self._step = wrapper.backward, wrapper.step
-        wrapper.backward, wrapper.step = self.backward, self.step
+        wrapper.backward = self.backward
+        # MMEngine's schedulers warn unless the step has the attribute that theirs has.
+        wrapper.step = functools.wraps(wrapper.step)(lambda **kwargs: self.step(**kwargs))
         undo.callback(delattr, wrapper, 'backward')
         undo.callback(delattr, wrapper, 'step')
         undo.callback(wrapper.optimizer.register_step_pre_hook(self._before_update).remove)

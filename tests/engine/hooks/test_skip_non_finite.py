@@ -168,6 +168,12 @@ def test_an_overflow_of_mixed_precision_lowers_the_scale(mixed_precision, tmp_pa
     assert all(torch.isfinite(p).all() for p in runner.model.parameters())
 
 
+def test_schedulers_do_not_warn(tmp_path, recwarn):
+    schedule = dict(type='LinearLR', start_factor=0.5, by_epoch=False, end=2)
+    make_runner(tmp_path, samples(8), param_scheduler=[schedule]).train()
+    assert not [warning for warning in recwarn if 'has been overridden' in str(warning.message)]
+
+
 def test_a_fixed_loss_scale(mixed_precision, tmp_path):
     """It cannot be lowered, so every overflow counts."""
     data = samples(40, {2 * step: 'gradient' for step in range(20)})

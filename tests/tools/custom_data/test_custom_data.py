@@ -413,6 +413,15 @@ def test_model_settings_from_data():
     assert config(classes=('cat',))[0].model.test_cfg.max_per_img == 60
 
 
+def test_duplicates_are_suppressed_and_classes_are_evaluated():
+    cfg, notes = config()
+    assert cfg.model.test_cfg.nms == dict(type='nms', iou_threshold=0.7)
+    assert any('non-maximum suppression: on' in note and '--no-nms' in note for note in notes)
+    assert cfg.val_evaluator.classwise and cfg.test_evaluator.classwise
+    cfg, notes = config('mmdet-deformable-detr-two-stage_r18')  # its head has none
+    assert 'nms' not in cfg.model.test_cfg and not any('suppression' in note for note in notes)
+
+
 def test_complete_config_provides_optimizer_and_image_size():
     cfg, _ = config('deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes', batch_size=8)
     assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=1e-3, weight_decay=1e-4, fused=True)
