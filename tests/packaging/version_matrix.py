@@ -64,13 +64,13 @@ class Row:
 
 
 ROWS = (
-    Row('3.12', '2.15.0'),
-    Row('3.12', '2.11.0'),
     Row('3.10', '2.10.0'),
-    Row('3.13', '2.15.0'),
+    Row('3.12', '2.11.0'),
     Row('3.10', '2.12.1'),
     Row('3.13', '2.13.0'),
     Row('3.12', '2.14.1'),
+    Row('3.12', '2.15.0'),
+    Row('3.13', '2.15.0'),
     Row(setuptools='==80.*'),  # the oldest that onedl-mim supports
     Row(setuptools='>=82'),
     Row(numpy='==1.26.*'),
@@ -156,7 +156,7 @@ print(json.dumps(dict(
         self.pip(*self.held, f'{wheel}[{self.row.stack}]', 'tensorboard')
         self.run('python', '-m', 'msda_plugin', 'mmcv-ops', 'install')
         self.run('python', '-m', 'msda_plugin', 'env')  # fails on any problem
-        return self.pytest(*TRAINING)
+        return f'{self.row.stack}: {self.pytest(*TRAINING)}'
 
     def pytest(self, *arguments: str) -> str:
         """Test the installed package. Returns the last line of pytest's report."""
@@ -187,7 +187,7 @@ print(json.dumps(dict(
 
 def run_row(row: Row, checks: Sequence[str], wheel: Path, sdist: Path, tree: Path, folder: Path) -> dict[str, str]:
     """Test a row. Returns its versions, and for each check the result or 'FAILED: …'."""
-    result = dict(python=row.python, torch=row.torch, stack=row.stack)
+    result = dict(python=row.python, torch=row.torch)
     try:
         env = Environment(row, folder, tree)
         result |= env.install(wheel)
@@ -239,7 +239,6 @@ def copy_tests(tree: Path) -> None:
 COLUMNS = {
     'Python': 'python',
     'torch': 'torch',
-    'stack': 'stack',
     'setuptools': 'setuptools',
     'numpy': 'numpy',
     'wheel installs in': 'wheel',
