@@ -12,7 +12,7 @@ from msda_plugin.version import __version__
 COMMANDS = {
     'env': 'print installed versions, GPUs and backends, and check for problems',
     'shapes': 'generate the shapes data set in COCO format',
-    'train': 'train a detector from a config, or on your data in COCO format',
+    'train': 'train a detector from a config, or on your data (COCO, YOLO, Pascal VOC)',
     'test': 'evaluate a checkpoint',
     'demo': 'draw detected boxes on images, folders and videos',
     'visualize': 'visualize the attention of a detector as images and an HTML page',
@@ -46,9 +46,13 @@ def main(argv: list[str] | None = None) -> int:
             return _run(argv)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught
-    except BrokenPipeError:  # as in `… --help | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return BROKEN_PIPE
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # it is standard output that is closed, as in `… --help | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+            return BROKEN_PIPE
+        raise
 
 
 def _run(argv: list[str] | None) -> int:

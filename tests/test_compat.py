@@ -85,10 +85,21 @@ def test_mmengine_loads_its_own_checkpoints(strictly, tmp_path):
 
 
 def state():
+    from mmdet.models.task_modules.assigners import hungarian_assigner, topk_hungarian_assigner
     from mmengine.runner import checkpoint
 
+    from msda_plugin.heads.matching import HungarianMatcher
+
+    assigners = [module.linear_sum_assignment for module in (hungarian_assigner, topk_hungarian_assigner)]
     loaders = [getattr(checkpoint, name, None) for name in ('load_from_local', 'load_from_http', '_safe_torch_load')]
-    return [*loaders, dict(checkpoint.CheckpointLoader._schemes), mmcv.imflip, mmcv.image.geometric._scale_size]
+    return [
+        *loaders,
+        dict(checkpoint.CheckpointLoader._schemes),
+        mmcv.imflip,
+        mmcv.image.geometric._scale_size,
+        *assigners,
+        HungarianMatcher.accepts_non_finite,
+    ]
 
 
 @pytest.fixture
@@ -97,7 +108,9 @@ def untouched():
     return state()
 
 
-@pytest.mark.parametrize('replace', [compat.load_checkpoints_strictly, compat.accept_sides_of_one_pixel])
+@pytest.mark.parametrize(
+    'replace', [compat.load_checkpoints_strictly, compat.accept_sides_of_one_pixel, compat.match_non_finite_predictions]
+)
 def test_replacements_can_be_undone(replace, untouched):
     with replace() as handle:
         changed = state()

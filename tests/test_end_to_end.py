@@ -73,8 +73,11 @@ def test_mim_trains_resumes_and_tests(data, tmp_path):
     for name in ('curves.png', 'predictions.png'):
         assert (tmp_path / name).stat().st_size > 10_000
 
+    before = (tmp_path / CONFIG.name).read_text()
+    assert 'resume = False' in before and 'load_from = None' in before
     log = run(mim, 'test', package, CONFIG, '--checkpoint', tmp_path / 'epoch_2.pth', *options)
     assert 'AP50 ' in log and 'coco/bbox_mAP_50' in logged(tmp_path)
+    assert (tmp_path / CONFIG.name).read_text() == before
 
 
 def test_own_commands_train_and_test(data, tmp_path):

@@ -101,17 +101,18 @@ def check_fields(cfg: Config) -> None:
 
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
-def check_schedule(cfg: Config, loop: BaseLoop, as_written: Config | None = None) -> None:
+def check_schedule(cfg: Config, loop: BaseLoop, as_written: Config | None = None, *, resumed: bool = False) -> None:
     """Check that the training has iterations, and that its learning rate schedule and its validation fit it.
 
     A schedule is never changed. If the training was made shorter than in the config's file (``--cfg-options
     train_cfg.max_epochs=1``), it is a trial: a schedule that is too long is a warning. If it was made longer, a
-    schedule that ends earlier is a warning, too.
+    schedule that ends earlier is a warning, too, unless a checkpoint is resumed, which has its own schedule.
 
     Args:
         cfg: The config.
         loop: Its training loop. Only MMEngine's two loops are checked.
         as_written: The config as its file has it, if there is one.
+        resumed: Whether a checkpoint is resumed.
 
     Raises:
         ValueError: If there is no iteration, if there is no validation, if a schedule begins or ends after the
@@ -138,7 +139,7 @@ def check_schedule(cfg: Config, loop: BaseLoop, as_written: Config | None = None
         if length >= before:
             raise ValueError(problem)
         print_log(problem, logger='current', level=logging.WARNING)
-    if 0 < before < length:
+    if 0 < before < length and not resumed:
         for problem in _early_ends(cfg, unit, before, length):
             print_log(problem, logger='current', level=logging.WARNING)
 

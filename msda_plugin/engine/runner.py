@@ -18,7 +18,7 @@ from torch import nn
 
 from msda_plugin import compat
 from msda_plugin.engine.broken_image import broken_image_error
-from msda_plugin.engine.checkpoint_files import check_classes, checkpoint_to_resume, disk_full_error
+from msda_plugin.engine.checkpoint_files import check_classes, checkpoint_to_resume, disk_full_error, last_checkpoint
 from msda_plugin.engine.config_check import check_schedule, check_weights
 from msda_plugin.engine.data_check import check_config_data
 from msda_plugin.engine.data_root import propagate_data_root
@@ -128,7 +128,8 @@ class DetectionRunner(Runner):
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop and check that the schedule fits it (`check_schedule`)."""
         loop = super().build_train_loop(loop)
-        check_schedule(self.cfg, loop, self.as_written)
+        resumed = bool(self._resume and (self._load_from or last_checkpoint(self.work_dir)))
+        check_schedule(self.cfg, loop, self.as_written, resumed=resumed)
         return loop
 
     @quietly

@@ -62,11 +62,11 @@ def collect() -> dict:
         mmcv_operators=_mmcv_operators(),
     )
     if _check_torch(packages['torch'], problems):
-        found = Problems() if _is_old(packages['torch']) else problems  # an old torch explains all that follows
+        before = list(problems)
         try:
             from msda_plugin.ops import backends
         except Exception as error:
-            found.add(
+            problems.add(
                 f'msda_plugin.ops cannot be imported: {_summary(error)}',
                 'correct the environment variable' if 'MSDA_' in str(error) else REBUILD,
             )
@@ -75,10 +75,12 @@ def collect() -> dict:
             report['gpus'] = _gpus(report['libraries']['cuda'])
             devices = ('cpu', 'cuda')
             report['backends'] = [_backend(device, dtype) for device in devices for dtype in DTYPES]
-            _check_cpu(report, found)
-            _check_driver(report['libraries']['cuda'], found)
-            _check_gpu(report, found)
-            _check_chosen(report, found)
+            _check_cpu(report, problems)
+            _check_driver(report['libraries']['cuda'], problems)
+            _check_gpu(report, problems)
+            _check_chosen(report, problems)
+        if _is_old(packages['torch']):
+            problems[:] = before  # it explains the others
     return dict(report, problems=list(problems), healthy=not problems)
 
 

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(
                     f'{named} {"requires" if len(given) == 1 else "require"} --data; in a config, use --cfg-options'
                     if given
-                    else 'give the path of a Python config file, or --data with a folder of data in COCO format'
+                    else 'give the path of a Python config file, or --data with a folder of data'
                 )
             cfg = load_config(args)
         if args.verbose:
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin train',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train a detector from a config, or on custom data in COCO format.',
+        description='Train a detector from a config, or on custom data (COCO, YOLO, or Pascal VOC).',
         epilog='examples:\n'
         '  python -m msda_plugin train configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py\n'
         '  python -m msda_plugin train --data data/mine --epochs 30 --batch-size 4\n'

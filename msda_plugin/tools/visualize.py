@@ -100,7 +100,14 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors('visualize'):
         from msda_plugin.engine.inference import predict, read_image
         from msda_plugin.tools.common.launch import check_device
-        from msda_plugin.visualization import draw_heads, draw_query, record_attention, write_attention_page, write_png
+        from msda_plugin.visualization import (
+            draw_heads,
+            draw_query,
+            record_attention,
+            score_caption,
+            write_attention_page,
+            write_png,
+        )
 
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr is {args.score_thr}; expected a number from 0 to 1')
@@ -111,10 +118,14 @@ def main(argv: list[str] | None = None) -> int:
         model = detector.model
         with record_attention(model) as recording:
             sample = predict(model, image)
-        points, detections = args.query, args.detection
+        points, detections, reason = args.query, args.detection, ''
         if not points and not detections:
             detections = choose_detections(recording, sample, args.score_thr)
-            points = [] if detections else [(image.shape[1] / 2, image.shape[0] / 2)]
+            if not detections:
+                points = [(image.shape[1] / 2, image.shape[0] / 2)]
+                reason = 'the model has no decoder queries'
+                if recording.boxes is not None:
+                    reason = score_caption(sample.pred_instances.scores.tolist(), args.score_thr)
         queries = [recording.at_detection(number, sample, detector.class_names, args.layer) for number in detections]
         queries += [recording.at_point(at, sample, args.layer) for at in points]
         out = Path(args.out)
@@ -123,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     name = Path(args.image).stem
     number = f'{len(queries)} {"query" if len(queries) == 1 else "queries"}'
     print(f'{detector.checkpoint}: {number}, {len(recording.records)} attention layers')
+    if reason:
+        print(f'{reason}: the query is the center of the image')
     written = []
     for query in queries:
         figures = {'': draw_query(image, query, title=name)}

@@ -102,7 +102,7 @@ def draw_boxes(
     return np.array(_with_caption(canvas, caption, font) if caption else canvas)
 
 
-def score_caption(scores: np.ndarray, score_thr: float) -> str:
+def score_caption(scores: Sequence[float], score_thr: float) -> str:
     """What the drawn boxes are: ``'score ≥ 0.3'``; if none is, ``'no score ≥ 0.3, highest 0.12'``.
 
     Args:

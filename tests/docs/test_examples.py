@@ -11,6 +11,7 @@ and executed on small data; those in `TOO_LONG` are checked like ``sh``.
 """
 
 import argparse
+import importlib
 import re
 import shlex
 import shutil
@@ -138,9 +139,10 @@ def check_arguments(words: list[str]) -> None:
     script = words[:3] == ['python', '-m', 'pytest'] or words[0] == 'python' and words[1].endswith('.py')
     if script or words[0] in OTHER_PROGRAMS:
         return
-    assert tuple(words[:3]) == OWN, f'no check is implemented for {words}'
+    assert words[:2] == ['python', '-m'] and words[2].startswith('msda_plugin'), f'no check is implemented for {words}'
+    module = importlib.import_module('msda_plugin.__main__' if tuple(words[:3]) == OWN else words[2])
     with pytest.raises(Parsed):
-        main(words[3:])
+        module.main(words[3:])
 
 
 @pytest.fixture

@@ -262,6 +262,7 @@ def test_a_longer_training_than_in_the_file_is_a_warning(said):
     assert message.endswith('set param_scheduler.0.T_max=5 param_scheduler.0.end=6') and level == logging.WARNING
     check_schedule(written(dict(cosine, T_max=5, end=6)), epochs(6), written(cosine))
     check_schedule(written(WARM_UP), epochs(6), written(WARM_UP))
+    check_schedule(written(cosine), epochs(6), written(cosine), resumed=True)
     assert len(said) == 1
 
 

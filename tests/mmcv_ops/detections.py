@@ -16,6 +16,7 @@ import torch
 
 # Six rounds of refinement by random weights magnify a relative error of 2e-7 to other detections.
 DOUBLE = ('sparse_rcnn',)
+LARGER = ('ddod', 'ssd')  # their last feature would be smaller than a kernel
 
 
 def configs_folder() -> Path:
@@ -72,22 +73,24 @@ def build(name: str) -> torch.nn.Module:
 
 def predict(name: str) -> dict[str, np.ndarray]:
     """Detections of one model on one image."""
+    family = name.partition('/')[0]
+    size = (320, 320) if family in LARGER else (224, 256)
     from mmdet.structures import DetDataSample
 
-    dtype = torch.float64 if name.partition('/')[0] in DOUBLE else torch.float32
+    dtype = torch.float64 if family in DOUBLE else torch.float32
     torch.set_default_dtype(dtype)
     model = build(name).to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(1, 3, 14, 16, generator=generator, dtype=torch.float32)
-    image = (torch.nn.functional.interpolate(coarse, (224, 256), mode='bilinear')[0] * 255).byte()
+    image = (torch.nn.functional.interpolate(coarse, size, mode='bilinear')[0] * 255).byte()
     sample = DetDataSample(
         metainfo=dict(
-            img_shape=(224, 256),
-            ori_shape=(224, 256),
-            pad_shape=(224, 256),
-            batch_input_shape=(224, 256),
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
             scale_factor=(1.0, 1.0),
-            border=np.array([0, 224, 0, 256]),
+            border=np.array([0, size[0], 0, size[1]]),
         )
     )
     with torch.no_grad():

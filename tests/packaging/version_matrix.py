@@ -130,7 +130,7 @@ class Environment:
         started = time.monotonic()
         self.run('python', '-m', 'pip', 'install', '-q', '--no-deps', str(wheel))
         seconds = time.monotonic() - started
-        self.pip(*self.held, str(wheel), 'setuptools', 'pytest', 'hypothesis')
+        self.pip(*self.held, str(wheel), 'setuptools>=77', 'pytest', 'hypothesis')
         return dict(wheel=f'{seconds:.0f} s')
 
     def check_libraries(self) -> dict[str, str]:

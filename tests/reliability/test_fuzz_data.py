@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 from msda_plugin.engine.data_check import check_coco
 from msda_plugin.engine.inference import read_image
 from msda_plugin.tools.custom_data import coco
+from msda_plugin.tools.custom_data.formats import load_splits
 
 VALID = dict(
     images=[dict(id=index, file_name=f'{index}.png', width=16, height=12) for index in (1, 2, 3)],
@@ -208,6 +209,65 @@ def test_annotations_of_custom_data(images, tmp_path, long_run):
         return 'valid'
 
     fuzz('annotations of custom data', cases, 1500 if long_run else 50, check)
+
+
+FORMATS = {
+    'yolo': {
+        'data.yaml': 'path: .\ntrain: images\nval: list.txt\nnames: {0: ring, 1: star}\nnc: 2\n',
+        'list.txt': './images/2.png\n',
+        'labels/1.txt': '1 0.5 0.5 0.25 0.5\n0 0.1 0.2 0.9 0.2 0.5 0.8\n',
+        'labels/2.txt': '0 0.5 0.5 0.25 0.5\n',
+        'labels/3.txt': '',
+    },
+    'voc': {
+        'ImageSets/Main/train.txt': '1\n2\n',
+        'ImageSets/Main/val.txt': '3\n',
+        **{
+            f'Annotations/{index}.xml': f'<annotation><filename>{index}.png</filename><size><width>16</width><height>12'
+            '</height></size><object><name>ring</name><difficult>0</difficult><bndbox><xmin>1</xmin><ymin>1</ymin>'
+            '<xmax>8</xmax><ymax>6</ymax></bndbox></object></annotation>'
+            for index in (1, 2, 3)
+        },
+    },
+}
+PIECES = ('\0', 'nan', '-1', '1e400', '[', '{', '&a', '*a', '<', '</', '&x;', '..', '/', 'null', '0: ', '- ', '\n', 'é')
+PIECES += ('9' * 400, 'a' * 5000, '"', '[1,2]', '{1: 2}', '!!python/object:os.system', '<!DOCTYPE a [<!ENTITY x "y">]>')
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_other_formats(name, images, tmp_path, long_run):
+    """What `train --data` reads from YOLO and Pascal VOC files passes the check of a config."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / ('images' if name == 'yolo' else 'JPEGImages')).symlink_to(images)
+    files = FORMATS[name]
+    edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(PIECES), st.integers(0, 20)), min_size=1, max_size=3)
+
+    def check(case):
+        damaged, edits, encoding = case
+        for file, text in files.items():
+            for place, piece, cut in edits if file == damaged else ():
+                at = int(place * len(text))
+                text = text[:at] + piece + text[at + cut :]
+            path = tmp_path / 'data' / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode(encoding))
+        try:
+            splits = load_splits(tmp_path / 'data', name=name)
+            classes = coco.choose_classes(splits[0])
+            for split in splits:
+                coco.clean(split, classes, skip_bad_images=True)
+            if not all(split.content['images'] for split in splits):
+                return 'bad images'
+            coco.describe(splits, classes)
+            coco.write_report(splits, tmp_path / 'report.txt')
+        except (ValueError, FileNotFoundError) as error:
+            return one_sentence(error)
+        for split in splits:
+            check_coco(coco.write(split, tmp_path / 'written'), split.images, classes, evaluated=True)
+        return 'valid'
+
+    cases = st.tuples(st.sampled_from(list(files)), edits, st.sampled_from(('utf-8', 'latin-1')))
+    fuzz(f'{name} files', cases, 2000 if long_run else 100, check)
 
 
 def test_images(tmp_path, long_run):

@@ -86,8 +86,11 @@ def test_default_is_the_highest_scoring_detections_of_different_queries(trained,
     assert len(boxes) == 3
 
 
-def test_default_is_the_center_if_nothing_is_detected(trained, tmp_path, no_drawing):
+def test_default_is_the_center_if_nothing_is_detected(trained, tmp_path, no_drawing, capsys):
     assert visualize(trained, tmp_path, '--score-thr', '1') == 0
+    out = capsys.readouterr().out
+    assert re.search(r'no score ≥ 1, highest 0\.\d+: the query is the center of the image', out)
+    assert re.search(r': 1 query, \d+ attention layers', out)
     (query,) = page_data(tmp_path / 'image.html')['queries']
     assert query['at'] == [80, 48] and query['box'] is None
 

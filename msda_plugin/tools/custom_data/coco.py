@@ -130,7 +130,7 @@ def find_annotations(data: str | os.PathLike, val: str | os.PathLike | None = No
         found = _find_in_folder(data, need_val=val is None)
     else:
         raise FileNotFoundError(
-            f'--data {data} does not exist; give a folder or an annotation file (JSON in COCO format)'
+            f'--data {data} does not exist; give a folder, or an annotation file (JSON in COCO format, or data.yaml)'
         )
     return {**found, 'val': Path(val)} if val is not None else found
 
@@ -438,8 +438,9 @@ def clean(
     unknown = sum(a['category_id'] not in number for a in annotations)
     if unknown:
         split.notes.append(f'{counted(unknown, "annotation")} of unlisted categories left out')
-    split.nan_boxes = [a for a in annotations if _has_nan(a['bbox'])]
-    dropped = {id(a) for a in split.nan_boxes}
+    bad = [a for a in annotations if _has_nan(a['bbox'])]
+    dropped = {id(a) for a in bad}
+    split.nan_boxes = [_in_pixels(a, sizes[a['image_id']], split.normalized) for a in bad if a['image_id'] in sizes]
     if dropped:
         split.notes.append(f'{counted(len(dropped), "NaN or infinite box", "NaN or infinite boxes")} left out')
     kept = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from msda_plugin.engine.checkpoint_files import check_classes, last_checkpoint, latest_complete_checkpoint, no_file
+from msda_plugin.engine.config_check import check_fields
 from msda_plugin.engine.config_walk import without_pretrained
 from msda_plugin.engine.messages import counted
 from msda_plugin.engine.model_zoo import download_weights, find_model
@@ -33,7 +34,7 @@ def prepare(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError: If a file or folder is missing.
         FileExistsError: If the work dir contains another training.
-        ValueError: If the data is not in COCO format, images are unreadable, or arguments contradict each other.
+        ValueError: If the format of the data is not recognized or wrong, images are unreadable, or arguments contradict each other.
     """
     _check_arguments(args)
     model = find_model(args.model or DEFAULT_MODEL)
@@ -91,6 +92,7 @@ def prepare(args: argparse.Namespace) -> Config:
     else:
         notes.append(choose_weights(cfg, model, args.from_scratch))
     apply_cfg_options(cfg, args.cfg_options)
+    check_fields(cfg)
     cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
     print('\n'.join([f'model: {model.config.stem}', *notes, saved, '']), flush=True)

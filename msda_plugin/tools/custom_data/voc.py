@@ -92,9 +92,9 @@ def _listed_files(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         path = chosen[split]
         if path is None:
             continue
-        ids = [line.split()[0] for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+        ids = [line.split()[0] for line in _lines(path) if line.strip()]
         found = [annotations / f'{name}.xml' for name in ids]
-        missing = [file.name for file in found if not file.is_file()]
+        missing = [file.name for file in found if not os.path.isfile(file)]  # unlike Path.is_file, of any string
         if split == 'test' and len(missing) == len(found):
             notes.append(f'test data left out: {path} lists images without XML files')
         elif missing:
@@ -122,6 +122,10 @@ def _files_by_folder(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 def _split_of(path: Path) -> str | None:
     return next((word_of(Path(part)) for part in path.parts if word_of(Path(part))), None)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding='utf-8', errors='replace').splitlines()
 
 
 class _ImageFinder:

@@ -129,13 +129,13 @@ def _find_place(config: Path, content: dict, key: str, entry: str) -> tuple[Path
     # Roboflow writes ../train/images for a folder next to the YAML file, which Ultralytics finds like this.
     tried = [base / part for base in bases for part in dict.fromkeys((entry, entry.removeprefix('../')))]
     tried = [Path(os.path.abspath(path)) for path in tried]
-    found = next((path for path in tried if path.is_dir() or path.is_file()), None)
+    found = next((path for path in tried if os.path.exists(path)), None)  # unlike Path.exists, of any string
     if found is None:
         raise FileNotFoundError(
             f'{key} of {config} is {entry}, but there is no {" or ".join(dict.fromkeys(map(str, tried)))}; correct '
             f'{key} or path'
         )
-    elsewhere = declared and not any((base / entry).exists() for base in bases[:2])
+    elsewhere = declared and not any(os.path.exists(base / entry) for base in bases[:2])
     return found, [f'{declared}, the path in {config.name}, has no {entry}; {found} is used'] if elsewhere else []
 
 
@@ -176,7 +176,7 @@ def _split(name: str, config: Path, images: list[Path], names: Sequence[str], ke
     for number, image in enumerate(images, 1):
         records.append(dict(id=number, file_name=image.relative_to(root).as_posix()))
         path = _label_file(image)
-        if not path.is_file():
+        if not os.path.isfile(path):
             without += 1
             continue
         rows, wrong = _rows(path, len(names), keypoints)

@@ -477,6 +477,9 @@ def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     assert '--work-dir: file cannot be a folder' in sentence(['--data', '.', '--work-dir', 'file'], capsys)
     assert '--batch-size must be positive, got 0' in sentence(['--data', '.', '--batch-size', 0], capsys)
     assert 'a side such as 320' in sentence(['--data', '.', '--image-size', 'big'], capsys)
+    options = ['--cfg-options', 'optim_wrapper.optimizer.lr=abc', '--dry-run', '--work-dir', 'never']
+    assert 'optim_wrapper.optimizer.lr must be a number' in sentence(['--data', '.', *options], capsys)
+    assert not list(tmp_path.glob('never/*.py'))
     assert 'none.pth does not exist' in sentence(['--data', '.', '--load-from', 'none.pth'], capsys)
     assert 'cpu, cuda or cuda:N' in sentence(['--data', '.', '--device', 'gpu'], capsys)
     assert 'with --dry-run' in sentence(['--data', '.', '--launcher', 'pytorch'], capsys)

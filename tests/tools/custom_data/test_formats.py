@@ -147,6 +147,17 @@ def test_wrong_rows(row, problem, tmp_path):
         load_splits(tmp_path)
 
 
+def test_nan_in_a_row(tmp_path):
+    make_yolo(tmp_path)
+    put(tmp_path / 'labels/train/1.txt', '0 0.5 nan 0.1 0.1\n0 0.5 0.5 0.2 0\n')
+    train = load_splits(tmp_path)[0]
+    assert cleaned(train)['1.png'] == [('cat', [16, 10, 8, 0], 0)]
+    assert train.degenerate == [
+        '1.png annotation 2 [18, nan, 4, 2] (not a number)',
+        '1.png annotation 3 [16, 10, 8, 0] (no width or height)',
+    ]
+
+
 def test_many_wrong_rows(tmp_path):
     make_yolo(tmp_path, rows='5 0 0 0 0\n' * 4)
     with pytest.raises(ValueError, match=r'^8 rows of YOLO labels are wrong: (.*; ){5}and 3 more$'):
