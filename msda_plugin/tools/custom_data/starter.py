@@ -17,6 +17,8 @@ import torch
 from mmengine.config import Config
 
 import msda_plugin
+from msda_plugin.engine.config_walk import without_pretrained
+from msda_plugin.engine.model_zoo import Model, models
 from msda_plugin.files import atomic_write
 from msda_plugin.safe_loading import load_checkpoint, verify_hash
 from msda_plugin.tools.common.errors import user_errors
@@ -45,22 +47,27 @@ def starter_weights(model: str) -> Path | None:
     return None
 
 
-def choose_weights(cfg: Config, model: str, from_scratch: bool = False) -> str:
+def choose_weights(cfg: Config, model: Model, from_scratch: bool = False) -> str:
     """Let a training on custom data begin with starter weights, if nothing else is loaded.
 
     Args:
         cfg: The config of the training; its ``load_from`` is set.
-        model: Name of the model.
-        from_scratch: Keep random weights.
+        model: The model. A config file elsewhere with the name of a model has no starter weights.
+        from_scratch: Remove every checkpoint that ``cfg`` names.
 
     Returns:
         A sentence on the weights.
     """
+    random = without_pretrained(cfg.model)
+    if from_scratch:
+        cfg.model, cfg.load_from = random, None
+        return 'weights: random'
     if cfg.get('load_from'):
         return f'weights: {cfg.load_from}'
-    path = None if from_scratch else starter_weights(model)
+    known = models().get(model.name)
+    path = starter_weights(model.name) if known and known.config.samefile(model.config) else None
     if path is None:
-        return 'weights: random'
+        return 'weights: random' if random == cfg.model else 'weights: random, except those that the config names'
     cfg.load_from = str(path)
     return f'weights: {path.name}, pre-trained on generated scenes (--from-scratch: random weights)'
 

@@ -90,7 +90,7 @@ def prepare(args: argparse.Namespace) -> Config:
         cfg.model = without_pretrained(cfg.model)
         notes.append(f'weights: {model.name}, published at {model.weights}')
     else:
-        notes.append(choose_weights(cfg, model.name, args.from_scratch))
+        notes.append(choose_weights(cfg, model, args.from_scratch))
     apply_cfg_options(cfg, args.cfg_options)
     check_fields(cfg)
     cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')

@@ -27,6 +27,7 @@ def source():
     cfg.bbox_head.num_classes = len(CLASSES)
     torch.manual_seed(0)
     model = MODELS.build(cfg)
+    model.init_weights()
     return dict(state_dict=model.state_dict(), meta=dict(iter=7, dataset_meta=dict(classes=CLASSES)))
 
 
@@ -101,6 +102,29 @@ def test_not_used_from_scratch_with_other_weights_or_another_model(stored, check
     with pytest.raises(SystemExit):
         dry_run(data, tmp_path, '--from-scratch', '--load-from', str(checkpoint))
     assert 'not allowed with argument' in capsys.readouterr().err
+
+
+def test_not_used_for_a_config_file_of_the_same_name(stored, data, tmp_path, capsys):
+    config = tmp_path / f'{DEFAULT_MODEL}.py'
+    config.write_text(find_model(DEFAULT_MODEL).config.read_text())
+    assert dry_run(data, tmp_path, '--model', str(config)).load_from is None
+    assert 'weights: random\n' in capsys.readouterr().out
+
+
+def test_from_scratch_removes_the_checkpoints_of_a_config(data, tmp_path, capsys):
+    config = tmp_path / 'pretrained.py'
+    config.write_text(
+        find_model(DEFAULT_MODEL).config.read_text()
+        + "\nmodel['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint='a.pth')\n"
+    )
+    cfg = dry_run(data, tmp_path, '--model', str(config))
+    assert cfg.model.backbone.init_cfg.checkpoint == 'a.pth'
+    assert 'weights: random, except those that the config names' in capsys.readouterr().out
+    config.write_text(config.read_text() + "load_from = 'b.pth'\n")
+    assert dry_run(data, tmp_path, '--model', str(config)).load_from == 'b.pth'
+    cfg = dry_run(data, tmp_path, '--model', str(config), '--from-scratch')
+    assert cfg.load_from is None and cfg.model.backbone.init_cfg is None
+    assert 'weights: random\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('options', [[], ['--from-scratch']])
