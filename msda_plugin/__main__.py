@@ -11,7 +11,7 @@ from msda_plugin.version import __version__
 
 COMMANDS = {
     'env': 'print installed versions, GPUs and backends, and check for problems',
-    'shapes': 'generate the shapes data set in COCO format',
+    'shapes': 'generate a data set of drawn shapes or scenes in COCO format',
     'train': 'train a detector from a config, or on your data (COCO, YOLO, Pascal VOC)',
     'test': 'evaluate a checkpoint',
     'demo': 'draw detected boxes on images, folders and videos',

@@ -8,6 +8,7 @@ replaces it without a change of the code. To store those of a training::
 """
 
 import argparse
+import io
 import re
 import sys
 from hashlib import sha256
@@ -96,16 +97,19 @@ def store(checkpoint: Path, model: str = DEFAULT_MODEL) -> Path:
     meta = dict(
         dataset_meta=dict(classes=tuple(content['meta']['dataset_meta']['classes'])), iterations=content['meta']['iter']
     )
+    buffer = io.BytesIO()  # torch.save writes the name of a file into it, which would change the hash
+    torch.save(dict(meta=meta, state_dict=weights), buffer)
+    data = buffer.getvalue()
+    if len(data) > MAX_BYTES:
+        raise ValueError(f'the weights need {len(data)} bytes, at most {MAX_BYTES} are stored')
     FOLDER.mkdir(exist_ok=True)
-    with atomic_write(FOLDER / f'{model}.pth') as part:
-        torch.save(dict(meta=meta, state_dict=weights), part)
-        data = part.read_bytes()
-        if len(data) > MAX_BYTES:
-            raise ValueError(f'the weights need {len(data)} bytes, at most {MAX_BYTES} are stored')
-        path = FOLDER / f'{model}-{sha256(data).hexdigest()[:DIGITS]}.pth'
-    for other in FOLDER.glob(f'{model}-*.pth'):
+    path = FOLDER / f'{model}-{sha256(data).hexdigest()[:DIGITS]}.pth'
+    earlier = [other for other in FOLDER.glob(f'{model}-*.pth') if other != path]
+    with atomic_write(path) as part:
+        part.write_bytes(data)
+    for other in earlier:
         other.unlink()
-    return (FOLDER / f'{model}.pth').replace(path)
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:

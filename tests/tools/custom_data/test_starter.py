@@ -77,12 +77,23 @@ def test_other_weights_replace_them(stored, source, checkpoint):
     assert file != stored and starter.starter_weights(DEFAULT_MODEL) == file
 
 
+def test_same_weights_same_file(stored, checkpoint):
+    assert starter.store(checkpoint) == stored and list(starter.FOLDER.iterdir()) == [stored]
+
+
 def test_weights_outside_of_float16_are_not_stored(checkpoint, source):
     weights = dict(source['state_dict'])
     name = next(iter(weights))
     weights[name] = torch.full_like(weights[name], 1e6)
     torch.save({**source, 'state_dict': weights}, checkpoint)
     with pytest.raises(ValueError, match=f'{name} of .* is not finite in float16'):
+        starter.store(checkpoint)
+    assert not starter.FOLDER.exists()
+
+
+def test_large_weights_are_not_stored(checkpoint, monkeypatch):
+    monkeypatch.setattr(starter, 'MAX_BYTES', 1_000_000)
+    with pytest.raises(ValueError, match='the weights need 7[0-9]* bytes, at most 1000000 are stored'):
         starter.store(checkpoint)
     assert not starter.FOLDER.exists()
 
@@ -171,7 +182,7 @@ def test_packaged_file(path):
     model = path.stem.rsplit('-', 1)[0]
     assert starter.starter_weights(model) == path and path.stat().st_size <= 10_000_000
     content = torch.load(path, weights_only=True)
-    cfg = Config.fromfile(str(find_model(model))).model
+    cfg = Config.fromfile(str(find_model(model).config)).model
     cfg.bbox_head.num_classes = len(content['meta']['dataset_meta']['classes'])
     init_default_scope('mmdet')
     built = MODELS.build(cfg)
