@@ -34,7 +34,8 @@ def prepare(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError: If a file or folder is missing.
         FileExistsError: If the work dir contains another training.
-        ValueError: If the format of the data is not recognized or wrong, images are unreadable, or arguments contradict each other.
+        ValueError: If the format of the data is not recognized or wrong, images are unreadable, or arguments contradict
+            each other.
     """
     _check_arguments(args)
     model = find_model(args.model or DEFAULT_MODEL)
