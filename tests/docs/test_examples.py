@@ -137,7 +137,7 @@ def check_arguments(words: list[str]) -> None:
         assert all(word in targets for word in words[1:] if '=' not in word), words
         return
     script = words[:3] == ['python', '-m', 'pytest'] or words[0] == 'python' and words[1].endswith('.py')
-    if script or words[0] in OTHER_PROGRAMS:
+    if script or words[0].endswith('.sh') or words[0] in OTHER_PROGRAMS:
         return
     assert words[:2] == ['python', '-m'] and words[2].startswith('msda_plugin'), f'no check is implemented for {words}'
     module = importlib.import_module('msda_plugin.__main__' if tuple(words[:3]) == OWN else words[2])
