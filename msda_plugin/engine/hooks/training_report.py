@@ -27,7 +27,7 @@ from msda_plugin.visualization import draw_curves, draw_sheet, write_png
 NEXT_STEPS = (
     'test it:             python -m msda_plugin test {config} {checkpoint}',
     'see all test images: python -m msda_plugin test {config} {checkpoint} --show-dir pictures',
-    'on your own image:   python -m msda_plugin demo IMAGE --config {config} --checkpoint {checkpoint}',
+    'on your own image:   python -m msda_plugin demo IMAGE --model {checkpoint}',
     'on your own data:    python -m msda_plugin train --data DIR',
 )
 
