@@ -43,13 +43,13 @@ def user_errors(command: str) -> Iterator[None]:
 def explain(error: BaseException) -> str:
     """The message of ``error`` in one line; for an unknown registry name, with similar names."""
     message = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    # The lookbehind avoids quadratic time for very long words.
+    # The lookbehinds avoid quadratic time for very long words.
     unknown = re.search(r"(?<![\w.])([\w.]+)'? is not in the (\S+) registry", message)
     if unknown:
         near = _similar(unknown[1])
         hint = f'did you mean {" or ".join(near)}?' if near else 'types of msda_plugin are written msda_plugin.NAME.'
         return f"there is no type '{unknown[1]}' in the registry {unknown[2]}; {hint}"
-    argument = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    argument = re.search(r"(?<!\w)(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
     built = _class_built(error, argument[1]) if argument else None
     if built is not None:
         known = [name for part in built.__mro__[:-1] for name in inspect.signature(part.__init__).parameters]
