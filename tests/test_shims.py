@@ -44,6 +44,7 @@ def shims():
     module.install()
     yield module
     module.uninstall()
+    sys.modules.pop('msda_plugin.shims')  # the next import installs again
 
 
 @pytest.fixture
