@@ -18,19 +18,18 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from msda_plugin.mmcv_ops.deform_attn import gradients, ms_deform_attn_forward
-from msda_plugin.ops import backend_for
 
 __all__ = ['EXTENSIONS', 'install', 'main', 'ms_deform_attn_backward', 'ms_deform_attn_forward', 'uninstall']
 
 EXTENSIONS = ('MultiScaleDeformableAttention', 'groundingdino._C', 'detrex._C', 'adet._C', 'mmcv._ext')
 """The names under which repositories import compiled deformable attention."""
 
-# Modules that go on without their extension if it is missing when they are imported.
+# Modules that go on without their extension, which they call _C, if it is missing when they are imported.
 IMPORTERS = {
     'groundingdino._C': 'groundingdino.models.GroundingDINO.ms_deform_attn',
     'detrex._C': 'detrex.layers.multi_scale_deform_attn',
@@ -62,7 +61,9 @@ def ms_deform_attn_backward(
 class _Extensions(MetaPathFinder, Loader):
     """Finds and makes the modules of :data:`EXTENSIONS`."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name in EXTENSIONS:
             return importlib.util.spec_from_file_location(name, __file__, loader=self)
         return None
@@ -80,17 +81,13 @@ class _Extensions(MetaPathFinder, Loader):
             module.ms_deform_attn_forward = ms_deform_attn_forward
             module.ms_deform_attn_backward = ms_deform_attn_backward
             module.__getattr__ = lambda attribute: _missing(name, attribute)
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        backend = backend_for(device, torch.float32)
-        logging.getLogger(__name__).info(
-            '%s: provided by msda_plugin, backend on %s: %s (%s)', name, device, backend.name, backend.reason
-        )
+        logging.getLogger(__name__).info('%s is provided by msda_plugin', name)
 
 
 _extensions = _Extensions()
 
 
-def _missing(name: str, attribute: str) -> None:
+def _missing(name: str, attribute: str) -> NoReturn:
     raise AttributeError(
         f'{name} is provided by msda_plugin, with ms_deform_attn_forward and ms_deform_attn_backward alone: compile '
         f'{name.partition(".")[0]} for {attribute}'
@@ -104,7 +101,7 @@ def install() -> None:
         ImportError: If the code that imports an extension has been imported before and goes on without it.
     """
     for name, importer in IMPORTERS.items():
-        if importer in sys.modules and name not in sys.modules:
+        if importer in sys.modules and not hasattr(sys.modules[importer], '_C'):
             raise ImportError(f'{importer} has already been imported, without {name}: import msda_plugin.shims first')
     if _extensions not in sys.meta_path:
         sys.meta_path.append(_extensions)  # the last to be asked
