@@ -23,6 +23,7 @@ from msda_plugin.engine.config_check import check_schedule, check_weights
 from msda_plugin.engine.data_check import check_config_data
 from msda_plugin.engine.data_root import propagate_data_root
 from msda_plugin.engine.hooks.console import hush, quietly
+from msda_plugin.engine.hooks.skip_non_finite import SkipNonFiniteHook
 from msda_plugin.engine.resumed_schedule import extend_schedule, warn_of_the_rest
 from msda_plugin.files import FULL, atomic_write
 from msda_plugin.registry import RUNNERS
@@ -219,6 +220,10 @@ class DetectionRunner(Runner):
             if broken is None:
                 raise
             raise broken from None
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, SkipNonFiniteHook):
+                    hook.close()
 
     @quietly
     def val(self) -> dict:

@@ -80,8 +80,9 @@ def test_sources(tmp_path):
         find_source(other, config=config)
     with pytest.raises(ValueError, match="epoch_2.pth' is a checkpoint, and checkpoint= names another one"):
         find_source(last, checkpoint=last)
-    with pytest.raises(FileNotFoundError, match="'rtdetr' does not exist; give a checkpoint"):
-        find_source('rtdetr')
+    for missing in ('work_dirs/none', 'none.pth'):
+        with pytest.raises(FileNotFoundError, match=f"'{missing}' does not exist; give a checkpoint"):
+            find_source(missing)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='empty contains no checkpoint'):
         find_source(tmp_path / 'empty')

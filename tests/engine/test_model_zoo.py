@@ -133,7 +133,9 @@ def test_detector_and_demo_take_a_name(server, tiny_stock_config, tmp_path, monk
     folder, url = server
     cfg = Config.fromfile(tiny_stock_config)
     init_default_scope('mmdet')
-    name = publish(folder, dict(state_dict=MODELS.build(cfg.model).state_dict()))
+    detector = MODELS.build(cfg.model)
+    detector.init_weights()
+    name = publish(folder, dict(state_dict=detector.state_dict()))
     known = {'tiny_r18_coco': Model('tiny_r18_coco', tiny_stock_config, weights=f'{url}/{name}')}
     monkeypatch.setattr(model_zoo, 'models', lambda: known)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))

@@ -7,6 +7,7 @@ import mmdet.models.dense_heads.detr_head as mmdet_detr_head
 import pytest
 import torch
 from head_cases import LAYERS, QUERIES, assert_same, losses_and_gradients, make_objects, make_predictions
+from mmengine.registry import init_default_scope
 
 from msda_plugin.heads import losses, set_prediction
 from msda_plugin.registry import MODELS
@@ -92,6 +93,7 @@ def test_normalizes_by_the_mean_over_processes(sync, monkeypatch):
 
 
 def test_defaults_are_mmdetections():
+    init_default_scope('mmdet')  # of the assigner in mmdet's defaults
     ours, theirs = (MODELS.build(dict(type=f'{scope}.DETRHead', num_classes=5)) for scope in ('msda_plugin', 'mmdet'))
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert ours.test_cfg == theirs.test_cfg

@@ -119,6 +119,10 @@ class SkipNonFiniteHook(Hook):
         self._pending.clear()
 
     def after_train(self, runner: Runner) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Undo what `before_train` changed; `DetectionRunner` also calls it when a training fails."""
         self._undo.close()
 
     def _restore_statistics(self) -> None:

@@ -258,6 +258,24 @@ def test_switched_off_and_on(tmp_path):
         SkipNonFiniteHook(0)
 
 
+def test_a_training_that_fails_leaves_nothing_replaced(tmp_path):
+    from mmdet.models.task_modules.assigners import hungarian_assigner
+
+    before = hungarian_assigner.linear_sum_assignment
+    seen = []
+
+    class Fails(Hook):
+        def before_train_iter(self, *args, **kwargs):
+            seen.append(hungarian_assigner.linear_sum_assignment)
+            raise RuntimeError('stops here')
+
+    runner = make_runner(tmp_path, samples(4))
+    runner.register_hook(Fails())
+    with pytest.raises(RuntimeError, match='stops here'):
+        runner.train()
+    assert seen[0] is not before and hungarian_assigner.linear_sum_assignment is before
+
+
 def test_assigners_match_non_finite_predictions():
     from mmdet.registry import TASK_UTILS
     from mmengine.structures import InstanceData
