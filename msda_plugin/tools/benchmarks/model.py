@@ -20,7 +20,8 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from msda_plugin.acceleration.convert_model import STOCK_FORWARD, accelerate
+from msda_plugin.acceleration import accelerate
+from msda_plugin.acceleration.mmcv_models import STOCK_FORWARD
 from msda_plugin.engine.config_walk import rebuild, without_pretrained
 from msda_plugin.ops import backend_for
 from msda_plugin.registry import MODELS
