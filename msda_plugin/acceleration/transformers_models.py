@@ -8,6 +8,7 @@ sampling. The operator does not use them; it computes its own from the logits, w
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -237,9 +238,9 @@ def examine(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
         return None, f'{name} is a class of {type(layer).__module__}, not of mmcv or transformers'
     if 'forward' in vars(layer) or not forward.__module__.startswith('transformers.'):
         return None, f'{name} has a forward of its own'
-    skipped = [child for child in layer.children() if not any(True for _ in child.parameters())]
-    if any(child._forward_hooks or child._forward_pre_hooks for child in skipped):
-        return None, f'a hook on {name}.{type(skipped[0]).__name__} would not run'
+    for part, child in layer.named_children():
+        if not any(True for _ in child.parameters()) and (child._forward_hooks or child._forward_pre_hooks):
+            return None, f'a hook on {name}.{part} would not run'
     unknown = [
         argument
         for argument, parameter in inspect.signature(forward).parameters.items()
@@ -271,7 +272,9 @@ def _same_results(layer: nn.Module, ours: type[nn.Module]) -> bool:
         torch.enable_grad(),
         torch.device('cpu'),
         use_backend('reference'),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter('ignore')
         torch.random.default_generator.manual_seed(0)
         twin = _twin(layer)
         cases = [(arguments, _outputs(twin, arguments)) for arguments in _random_arguments(layer)]

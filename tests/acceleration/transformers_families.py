@@ -299,9 +299,13 @@ def build(name):
     """A model, and the arguments of its forward for two images, one of them padded where the family has a mask."""
     torch.manual_seed(0)
     model, inputs = FAMILIES[name]()
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, nn.Linear):  # larger than at initialization, so that the outputs depend on the attention
             nn.init.normal_(module.weight, std=0.1)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
         if 'sampling_offsets' in module._modules:
             for layer in module.children():
                 if isinstance(layer, nn.Linear):
