@@ -3,11 +3,11 @@
 Only the classes of some modules change. Modules, parameters, hooks and modes stay the same objects, so optimizers,
 distributed wrappers and averaged copies keep working, and checkpoints stay compatible.
 
-- mmcv's ``MultiScaleDeformableAttention`` runs msda_plugin's operator (:mod:`msda_plugin.acceleration.mmcv_models`). In
-  a model with such layers, mmcv's feed-forward networks and multi-head attentions, and the dropouts of all three, become
+- The attention layers of mmcv (:mod:`msda_plugin.acceleration.mmcv_models`) and of Hugging Face transformers
+  (:mod:`msda_plugin.acceleration.transformers_models`) run msda_plugin's operator.
+- In a model with mmcv's, its feed-forward networks and multi-head attentions, and the dropouts of all three, become
   memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random state.
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
-- So do the layers of Hugging Face transformers' models (:mod:`msda_plugin.acceleration.transformers_models`).
 
 Each framework is imported only for a model with its layers, and none is needed for the others.
 """
@@ -59,7 +59,7 @@ def accelerate(model: nn.Module) -> int:
             continue
         ours, reason = _framework(layer).examine(layer)
         if not reason:
-            weight = next(layer.parameters())
+            weight = next(getattr(layer, 'value_proj', layer).parameters())  # D-FINE's has no projection of the value
             backend = backend_for(weight.device, weight.dtype)
             reason = f'no compiled kernels: {backend.reason}' if backend.name == 'reference' else ''
         if reason:
@@ -91,7 +91,9 @@ def restore(model: nn.Module) -> int:
         if hasattr(module, 'stock_class'):
             count += 'sampling_offsets' in module._modules  # the others are layers that became memory-efficient
             module.__class__ = module.stock_class
-    _log(f'restore: {count} deformable attention layers of {type(model).__name__} run their stock operator again.')
+    _log(
+        f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} run their stock operator again.'
+    )
     return count
 
 
@@ -157,7 +159,7 @@ def _new(stock: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
 
 def _report(model: nn.Module, count: int, before: int, backends: set[Backend], unchanged: dict[str, list[str]]) -> None:
     """Log what changed, what did not, and why."""
-    layers = f'deformable attention layers of {type(model).__name__}'
+    layers = f'MultiScaleDeformableAttention layers of {type(model).__name__}'
     if count:
         named = ' and '.join(f'backend {name} ({reason})' for name, reason in sorted(backends))
         sentences = [f"{count} {layers} now run msda_plugin's operator, {named}."]

@@ -308,7 +308,10 @@ print(msda_plugin.restore(model), 'restored')
 """
     output = run_python(code)
     assert '4 changed' in output and '4 restored' in output
-    assert "INFO:msda_plugin:accelerate: 4 deformable attention layers of DeformableDetrForObjectDetection" in output
+    assert (
+        'INFO:msda_plugin:accelerate: 4 MultiScaleDeformableAttention layers of DeformableDetrForObjectDetection'
+        in output
+    )
 
 
 def test_imports_only_the_frameworks_of_the_model():

@@ -105,8 +105,7 @@ def omdet_turbo():
 
 def rt_detr(kind='RTDetr', head='ForObjectDetection', **fields):
     config = getattr(transformers, f'{kind}Config')(
-        backbone_config=fields.pop('backbone_config', None)
-        or transformers.RTDetrResNetConfig(**RESNET),
+        backbone_config=fields.pop('backbone_config', None) or transformers.RTDetrResNetConfig(**RESNET),
         encoder_in_channels=[16, 32, 64],
         encoder_hidden_dim=32,
         encoder_ffn_dim=32,
@@ -222,7 +221,9 @@ def pp_doclayout_v2():
         num_classes=20,
         global_pointer_head_size=8,
     )
-    return rt_detr('PPDocLayoutV2', reading_order_config=reading, class_thresholds=[0.1] * 5, class_order=[0, 1, 2, 3, 4])
+    return rt_detr(
+        'PPDocLayoutV2', reading_order_config=reading, class_thresholds=[0.1] * 5, class_order=[0, 1, 2, 3, 4]
+    )
 
 
 def pp_doclayout_v3():
