@@ -8,6 +8,7 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
 - In a model with mmcv's, its feed-forward networks and multi-head attentions, and the dropouts of all three, become
   memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random state.
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
+- In a model with transformers', frozen batch norms run in one pass in inference.
 
 Each framework is imported only for a model with its layers, and none is needed for the others.
 """
@@ -71,7 +72,7 @@ def accelerate(model: nn.Module) -> int:
     for layer, ours in found:
         change_class(layer, ours)
     for framework in {_framework(layer) for layer, _ in found}:
-        framework.reduce_memory(model)
+        framework.change_other_layers(model)
     _report(model, len(found), before, backends, unchanged)
     return len(found)
 
@@ -89,11 +90,9 @@ def restore(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if hasattr(module, 'stock_class'):
-            count += 'sampling_offsets' in module._modules  # the others are layers that became memory-efficient
+            count += 'sampling_offsets' in module._modules  # the others are dropouts and the like
             module.__class__ = module.stock_class
-    _log(
-        f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} run their stock operator again.'
-    )
+    _log(f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} are stock again.')
     return count
 
 

@@ -20,7 +20,7 @@ def examine(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
     return MultiScaleDeformableAttention, ''
 
 
-def reduce_memory(model: nn.Module) -> None:
+def change_other_layers(model: nn.Module) -> None:
     """Make mmcv's transformer layers memory-efficient. Only modules of exactly the stock classes change."""
     for module in model.modules():
         if isinstance(module, MultiScaleDeformableAttention):

@@ -10,6 +10,8 @@ sampling. The operator does not use them; it computes its own from the logits, w
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from itertools import product
 
 import torch
@@ -66,7 +68,7 @@ class Attention(nn.Module):
             _split_heads(value, self.n_heads),
             _shapes(spatial_shapes, spatial_shapes_list),
             level_start_index,
-            reference_points.expand(-1, -1, self.n_levels, -1),
+            reference_points.expand(*points[:2], self.n_levels, -1),
             self.sampling_offsets(hidden_states).view(*points, 2),
             logits,
         )
@@ -153,6 +155,16 @@ class UnprojectedAttention(nn.Module):
         )
 
 
+class FrozenBatchNorm(nn.Module):
+    """The batch norm of transformers' ResNets with constant statistics, in one pass where no gradient is needed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(bs, channels, h, w) -> (bs, channels, h, w)."""
+        if x.dtype != self.weight.dtype or (x.requires_grad and torch.is_grad_enabled()):
+            return super().forward(x)  # F.batch_norm would keep the dtype, and store its input
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5)
+
+
 LAYERS = (Attention, PixelDecoderAttention, PointsPerLevelAttention, UnprojectedAttention)
 _examined: dict[tuple, type[nn.Module] | None] = {}  # the class in LAYERS, by class and fields of the stock layer
 
@@ -189,7 +201,7 @@ def _attend_per_level(
         _split_heads(value, layer.n_heads),
         shapes,
         None,
-        boxes.expand(-1, -1, len(points), -1),
+        boxes.expand(*total[:2], len(points), -1),
         offsets,
         _by_level(logits[..., None], points, -torch.inf)[..., 0],
     )
@@ -256,16 +268,35 @@ def examine(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
     return ours, '' if ours else f'the results of {name}.forward differ from those of the operator'
 
 
-def reduce_memory(model: nn.Module) -> None:
-    """Nothing to do: only the attention layers change."""
+def change_other_layers(model: nn.Module) -> None:
+    """Make frozen batch norms run in one pass."""
+    for module in model.modules():
+        if 'forward' not in vars(module) and _is_frozen_batch_norm(type(module)):
+            change_class(module, FrozenBatchNorm)
+
+
+@cache
+def _is_frozen_batch_norm(stock: type[nn.Module]) -> bool:
+    """Whether a class of transformers has the results of :class:`FrozenBatchNorm`."""
+    if not (stock.__name__.endswith('FrozenBatchNorm2d') and stock.__module__.startswith('transformers.')):
+        return False
+    with _isolated():
+        norm = stock(3).double()
+        for value, name in enumerate(('weight', 'bias', 'running_mean', 'running_var'), start=1):
+            getattr(norm, name).copy_(torch.arange(1, 4) / value)
+        x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+        expected = norm(x)
+        change_class(norm, FrozenBatchNorm)
+        return torch.allclose(norm(x), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def _known_arguments() -> set[str]:
     return set(inspect.signature(Attention.forward).parameters) - {'self', 'kwargs'}
 
 
-def _same_results(layer: nn.Module, ours: type[nn.Module]) -> bool:
-    """Whether outputs and gradients are equal, for points and for boxes; False if the stock layer takes neither."""
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Computes on the CPU with gradients and fixed random numbers, whatever the modes and generators of the caller."""
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -276,6 +307,12 @@ def _same_results(layer: nn.Module, ours: type[nn.Module]) -> bool:
     ):
         warnings.simplefilter('ignore')
         torch.random.default_generator.manual_seed(0)
+        yield
+
+
+def _same_results(layer: nn.Module, ours: type[nn.Module]) -> bool:
+    """Whether outputs and gradients are equal, for points and for boxes; False if the stock layer takes neither."""
+    with _isolated():
         twin = _twin(layer)
         cases = [(arguments, _outputs(twin, arguments)) for arguments in _random_arguments(layer)]
         change_class(twin, ours)

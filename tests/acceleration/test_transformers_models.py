@@ -154,6 +154,29 @@ def test_boxes_across_the_border(points, method):
     assert_same(run(), expected)
 
 
+@pytest.mark.parametrize('training', [False, True])
+def test_frozen_batch_norms(model, training):
+    norms = [module for module in model.modules() if type(module) is deformable_detr.DeformableDetrFrozenBatchNorm2d]
+    assert norms
+    norm = norms[0]
+    for buffer in norm.buffers():
+        nn.init.uniform_(buffer, 0.5, 2)
+    x = torch.randn(2, len(norm.weight), 5, 3)
+    x_low = x.bfloat16()
+    expected, expected_low = norm(x), norm(x_low)
+    assert msda_plugin.accelerate(model) == 4
+    assert all(isinstance(module, transformers_models.FrozenBatchNorm) for module in norms)
+    if training:
+        x.requires_grad_()
+        norm(x).sum().backward()
+        assert x.grad is not None
+    assert_same([norm(x)], [expected])
+    assert norm(x_low).dtype == expected_low.dtype
+    assert torch.equal(norm(x_low), expected_low)
+    msda_plugin.restore(model)
+    assert all(type(module) is deformable_detr.DeformableDetrFrozenBatchNorm2d for module in norms)
+
+
 def test_points_are_refused_where_the_stock_layer_takes_boxes_only():
     layer = attentions(families.build('rt_detr_v2')[0])[0]
     msda_plugin.accelerate(layer)
@@ -201,6 +224,7 @@ def test_checkpoint_folder_loads_into_the_stock_model(model, tmp_path):
 
 def test_comparison_leaves_no_trace(model, monkeypatch):
     monkeypatch.setattr(transformers_models, '_examined', {})
+    transformers_models._is_frozen_batch_norm.cache_clear()
     calls = []
     for module in model.modules():
         if 'attn' not in type(module).__name__ and list(module.parameters()):
