@@ -70,7 +70,7 @@ def test_infinite_outputs_are_equal(args, tiny, monkeypatch):
 def test_training_step_of_each_model(name):
     pytest.importorskip('transformers')
     model = transformers_model.build(name)
-    batch = transformers_model.make_batch(name, 64, 96, 1, training=True)
+    batch = transformers_model.make_batch(name, 256, 320, 1, training=True)  # enough pixels for 900 queries
     benchmark.loss(model, batch).backward()
     layer = benchmark.attention_layers(model)[0]
     assert layer.sampling_offsets.bias.grad.abs().max() > 0
