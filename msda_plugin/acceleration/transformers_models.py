@@ -250,6 +250,10 @@ def examine(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
         return None, f'{name} is a class of {type(layer).__module__}, not of mmcv or transformers'
     if 'forward' in vars(layer) or not forward.__module__.startswith('transformers.'):
         return None, f'{name} has a forward of its own'
+    if not hasattr(layer.sampling_offsets, 'in_features'):
+        return None, f'{name}.sampling_offsets is a {type(layer.sampling_offsets).__name__}, not a linear layer'
+    if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
+        return None, f'{name} is on the meta device, without values'
     for part, child in layer.named_children():
         if not any(True for _ in child.parameters()) and (child._forward_hooks or child._forward_pre_hooks):
             return None, f'a hook on {name}.{part} would not run'

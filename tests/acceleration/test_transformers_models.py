@@ -301,6 +301,15 @@ def test_hook_on_a_part_that_would_not_run(model, log):
     assert 'a hook on DeformableDetrMultiscaleDeformableAttention.attn would not run' in log[-1][1]
 
 
+def test_layers_that_cannot_be_compared_stay(log):
+    layer = attentions(families.build('d_fine')[0])[0]
+    assert msda_plugin.accelerate(copy.deepcopy(layer).to('meta')) == 0
+    assert 'DFineMultiscaleDeformableAttention is on the meta device, without values' in log[-1][1]
+    layer.sampling_offsets = nn.Sequential(layer.sampling_offsets)
+    assert msda_plugin.accelerate(layer) == 0
+    assert 'sampling_offsets is a Sequential, not a linear layer' in log[-1][1]
+
+
 def run_python(code):
     environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run(
