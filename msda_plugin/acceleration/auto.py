@@ -11,7 +11,7 @@ import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as StockAttention
 from mmengine.logging import print_log
 
-from msda_plugin.acceleration.convert_model import STOCK_FORWARD
+from msda_plugin.acceleration.mmcv_models import STOCK_FORWARD
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
 from msda_plugin.ops import backend_for
 

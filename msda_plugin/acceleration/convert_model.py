@@ -3,37 +3,37 @@
 Only the classes of some modules change. Modules, parameters, hooks and modes stay the same objects, so optimizers,
 distributed wrappers and averaged copies keep working, and checkpoints stay compatible.
 
-- mmcv's ``MultiScaleDeformableAttention`` runs msda_plugin's operator.
-- In a model with such layers, mmcv's feed-forward networks and multi-head attentions, and the dropouts of all three,
-  become memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random
-  state. The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
+- The attention layers of mmcv (:mod:`msda_plugin.acceleration.mmcv_models`) and of Hugging Face transformers
+  (:mod:`msda_plugin.acceleration.transformers_models`) run msda_plugin's operator.
+- In a model with mmcv's, its feed-forward networks and multi-head attentions, and the dropouts of all three, become
+  memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random state.
+  The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
+- In a model with transformers', frozen batch norms run in one pass in inference.
+
+Each framework is imported only for a model with its layers, and none is needed for the others.
 """
 
 import logging
+import sys
 from functools import cache
+from types import ModuleType
 
 import torch
-from mmcv.cnn.bricks.transformer import FFN
-from mmcv.cnn.bricks.transformer import MultiheadAttention as StockMultiheadAttention
-from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as StockAttention
-from mmengine.logging import print_log
-from mmengine.model import Sequential
 from torch import nn
 
-from msda_plugin.acceleration.memory_efficient import Dropout, LinearReLUDropout, MultiheadAttention
-from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
 from msda_plugin.ops import Backend, backend_for
 
-STOCK_FORWARD = StockAttention.forward  # read before msda_plugin.auto replaces it
 QUANTIZATION = ('torch.ao.nn.', 'torch.ao.quantization.', 'torchao.')
 
 
 def accelerate(model: nn.Module) -> int:
-    """Make every mmcv ``MultiScaleDeformableAttention`` of a model run msda_plugin's operator, in place.
+    """Make every multi-scale deformable attention of mmcv and transformers run msda_plugin's operator, in place.
 
-    Subclasses that inherit mmcv's forward change as well, and stay instances of their class. Layers that override
-    forward do not change, nor do layers for which no compiled kernels exist, since mmcv's may be faster there. The log
-    names the number of changed layers, the backend, and the unchanged layers with the reason.
+    Subclasses that inherit the forward change as well, and stay instances of their class. Layers that override forward
+    do not change, nor do layers of transformers whose results are not those of the operator (another version), nor
+    layers for which no compiled kernels exist, since the stock code may be faster there. The log names the number of
+    changed layers, the backend, and the unchanged layers with the reason: MMEngine's current log where it is imported,
+    else Python's, as ``msda_plugin``.
 
     Args:
         model: any module, including wrappers (DistributedDataParallel, MMEngine's, averaged models).
@@ -53,20 +53,26 @@ def accelerate(model: nn.Module) -> int:
     _refuse(model)
     found, backends, unchanged, before = [], set(), {}, 0
     for name, layer in model.named_modules():
-        if isinstance(layer, MultiScaleDeformableAttention):
+        if not ('sampling_offsets' in layer._modules and 'attention_weights' in layer._modules):
+            continue
+        if any(base.__module__.startswith('msda_plugin.') for base in type(layer).__mro__):
             before += 1
-        elif isinstance(layer, StockAttention):
-            backend, reason = _examine(layer)
-            if reason:
-                unchanged.setdefault(reason, []).append(name or 'the model itself')
-            else:
-                found.append(layer)
-                backends.add(backend)
+            continue
+        ours, reason = _framework(layer).examine(layer)
+        if not reason:
+            weight = next(getattr(layer, 'value_proj', layer).parameters())  # D-FINE's has no projection of the value
+            backend = backend_for(weight.device, weight.dtype)
+            reason = f'no compiled kernels: {backend.reason}' if backend.name == 'reference' else ''
+        if reason:
+            unchanged.setdefault(reason, []).append(name or 'the model itself')
+        else:
+            found.append((layer, ours))
+            backends.add(backend)
 
-    for layer in found:
-        _change_class(layer, MultiScaleDeformableAttention)
-    if found:
-        _reduce_memory(model)
+    for layer, ours in found:
+        change_class(layer, ours)
+    for framework in {_framework(layer) for layer, _ in found}:
+        framework.change_other_layers(model)
     _report(model, len(found), before, backends, unchanged)
     return len(found)
 
@@ -75,7 +81,7 @@ def restore(model: nn.Module) -> int:
     """Undo :func:`accelerate`, in place. Layers built as msda_plugin's stay unchanged.
 
     Returns:
-        The number of attention layers restored to mmcv's.
+        The number of attention layers that run their stock code again.
 
     Raises:
         TypeError: If ``model`` is not a ``torch.nn.Module``.
@@ -84,13 +90,21 @@ def restore(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if hasattr(module, 'stock_class'):
-            count += isinstance(module, MultiScaleDeformableAttention)
+            count += 'sampling_offsets' in module._modules  # the others are dropouts and the like
             module.__class__ = module.stock_class
-    print_log(
-        f"restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} run mmcv's operator again.",
-        logger='current',
-    )
+    _log(f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} are stock again.')
     return count
+
+
+def _framework(layer: nn.Module) -> ModuleType:
+    """The module for the framework that a deformable attention layer comes from; imports it."""
+    if any(base.__module__ == 'mmcv.ops.multi_scale_deform_attn' for base in type(layer).__mro__):
+        from msda_plugin.acceleration import mmcv_models
+
+        return mmcv_models
+    from msda_plugin.acceleration import transformers_models
+
+    return transformers_models
 
 
 def _check_module(model: nn.Module) -> None:
@@ -117,39 +131,8 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-def _examine(layer: StockAttention) -> tuple[Backend, str]:
-    """The backend for the layer, and the reason why it cannot change; an empty string if it can."""
-    weight = layer.value_proj.weight
-    backend = backend_for(weight.device, weight.dtype)
-    forwards = (STOCK_FORWARD, MultiScaleDeformableAttention.forward)
-    if 'forward' in vars(layer) or type(layer).forward not in forwards:
-        return backend, f'{type(layer).__name__} overrides forward'
-    if backend.name == 'reference':
-        return backend, f'no compiled kernels: {backend.reason}'
-    return backend, ''
-
-
-def _reduce_memory(model: nn.Module) -> None:
-    """Make mmcv's transformer layers memory-efficient. Only modules of exactly the stock classes change."""
-    for module in model.modules():
-        if isinstance(module, MultiScaleDeformableAttention):
-            parts = [module.dropout]
-        elif type(module) is StockMultiheadAttention:
-            parts = [module.attn, module.proj_drop]
-        elif type(module) is FFN:
-            parts = list(module.layers)
-        else:
-            continue
-        for part in parts:
-            if type(part) is nn.Dropout:
-                _change_class(part, Dropout)
-            elif type(part) is nn.MultiheadAttention:
-                _change_class(part, MultiheadAttention)
-            elif type(part) is Sequential and [type(step) for step in part][1:] == [nn.ReLU, nn.Dropout]:
-                _change_class(part, LinearReLUDropout)
-
-
-def _change_class(module: nn.Module, ours: type[nn.Module]) -> None:
+def change_class(module: nn.Module, ours: type[nn.Module]) -> None:
+    """Make a module run the code of ``ours``. It stays an instance of its class, which it stores as ``stock_class``."""
     module.__class__ = _class_in_place_of(type(module), ours)
 
 
@@ -182,10 +165,19 @@ def _report(model: nn.Module, count: int, before: int, backends: set[Backend], u
     elif before or unchanged:
         sentences = [f'none of the {layers} changed.']
     else:
-        sentences = [f'{type(model).__name__} has no mmcv MultiScaleDeformableAttention; nothing changed.']
+        sentences = [
+            f'{type(model).__name__} has no multi-scale deformable attention of mmcv or transformers; nothing changed.'
+        ]
     if before:
         sentences.append(f'{before} already ran it.')
     sentences += [f'Unchanged: {", ".join(names)} ({reason}).' for reason, names in unchanged.items()]
-    print_log(
-        f'accelerate: {" ".join(sentences)}', logger='current', level=logging.WARNING if unchanged else logging.INFO
-    )
+    _log(f'accelerate: {" ".join(sentences)}', logging.WARNING if unchanged else logging.INFO)
+
+
+def _log(message: str, level: int = logging.INFO) -> None:
+    if 'mmengine' in sys.modules:
+        from mmengine.logging import print_log
+
+        print_log(message, logger='current', level=level)
+    else:
+        logging.getLogger('msda_plugin').log(level, message)

@@ -10,7 +10,7 @@ from mmcv.ops import MultiScaleDeformableAttention as StockAttention
 from mmengine.logging import MMLogger
 
 import msda_plugin
-from msda_plugin.acceleration import convert_model
+from msda_plugin.acceleration import mmcv_models
 from msda_plugin.layers import MultiScaleDeformableAttention
 
 FIELDS = dict(embed_dims=32, num_heads=4, num_levels=2, num_points=2, batch_first=True)
@@ -60,7 +60,7 @@ def test_mmcv_layer_runs_the_operator_until_uninstalled(auto, layer_class, monke
     output = layer(**inputs())
     assert calls == [1]
     auto.uninstall()
-    assert StockAttention.forward is convert_model.STOCK_FORWARD
+    assert StockAttention.forward is mmcv_models.STOCK_FORWARD
     torch.testing.assert_close(output, layer(**inputs()), rtol=1e-5, atol=1e-5)
     assert calls == [1]
 

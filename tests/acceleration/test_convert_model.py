@@ -181,7 +181,9 @@ def test_log_has_count_backend_and_reason(log):
 
 def test_nothing_to_change(log):
     assert msda_plugin.accelerate(nn.Linear(2, 2)) == 0
-    assert log == [('INFO', 'accelerate: Linear has no mmcv MultiScaleDeformableAttention; nothing changed.')]
+    assert log == [
+        ('INFO', 'accelerate: Linear has no multi-scale deformable attention of mmcv or transformers; nothing changed.')
+    ]
 
 
 def test_unchanged_without_compiled_kernels(log):

@@ -1,4 +1,7 @@
-"""``benchmark model``: the model of a config before and after :func:`msda_plugin.accelerate`."""
+"""``benchmark model``: a model before and after :func:`msda_plugin.accelerate`.
+
+The model of a config of MMDetection, or with ``hf:NAME`` one of Hugging Face transformers.
+"""
 
 import argparse
 import logging
@@ -20,28 +23,33 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from msda_plugin.acceleration.convert_model import STOCK_FORWARD, accelerate
+from msda_plugin.acceleration import accelerate
+from msda_plugin.acceleration.mmcv_models import STOCK_FORWARD
 from msda_plugin.engine.config_walk import rebuild, without_pretrained
 from msda_plugin.ops import backend_for
 from msda_plugin.registry import MODELS
+from msda_plugin.tools.benchmarks import transformers_model
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 from msda_plugin.tools.benchmarks.fresh_process import in_a_process, peak_bytes
 from msda_plugin.tools.benchmarks.options import describe_machine, describe_memory
 from msda_plugin.tools.benchmarks.timing import Timer, synchronize
 from msda_plugin.tools.common.errors import user_errors
 
-NUM_OBJECTS = 10  # per image of a training step
+NUM_OBJECTS = transformers_model.NUM_OBJECTS
+TRANSFORMERS = 'hf:'  # begins the name of a model of transformers
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the subcommand ``model``, whose namespace `run` takes."""
-    parser = subparsers.add_parser('model', help='the model of a config before and after msda_plugin.accelerate')
+    parser = subparsers.add_parser('model', help='a model before and after msda_plugin.accelerate')
     parser.add_argument(
-        'config', help='config file, or PACKAGE::CONFIG such as mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+        'config',
+        help='config file; PACKAGE::CONFIG such as mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py; '
+        f'or {", ".join(TRANSFORMERS + name for name in transformers_model.NAMES)} of Hugging Face transformers',
     )
     parser.add_argument('--device', default='cpu', help='default: %(default)s')
     parser.add_argument('--height', type=int, default=800, help='image height (default: %(default)s)')
-    parser.add_argument('--width', type=int, default=1344, help='image width (default: %(default)s)')
+    parser.add_argument('--width', type=int, help='image width (default: 1344, or 1066 for hf:NAME)')
     parser.add_argument('--batch', type=int, default=1, help='images per batch (default: %(default)s)')
     parser.add_argument('--runs', type=int, default=3, help='timed runs, after one warm-up run (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
@@ -53,9 +61,13 @@ def conditions(args: argparse.Namespace) -> str:
     """The conditions of the measurements."""
     backend = backend_for(args.device, torch.float32)
     return (
-        f'{args.batch}x3x{args.height}x{args.width}, {describe_machine(args)}; backend {backend.name} '
+        f'{args.batch}x3x{args.height}x{image_width(args)}, {describe_machine(args)}; backend {backend.name} '
         f'({backend.reason}); median of {args.runs} runs; peak {describe_memory(args.device)}'
     )
+
+
+def image_width(args: argparse.Namespace) -> int:
+    return args.width or (1066 if args.config.startswith(TRANSFORMERS) else 1344)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,13 +119,14 @@ def measure(args: argparse.Namespace, accelerated: bool, training: bool) -> Meas
     if accelerated:
         accelerate(model)
     model.train(training)
-    batch = make_batch(model, args.height, args.width, args.batch, training)
+    batch = batch_for(args, model, training)
 
     def step(_: None = None) -> None:
         with torch.set_grad_enabled(training):
-            outputs = model(**batch, mode='loss' if training else 'predict')
             if training:
-                model.parse_losses(outputs)[0].backward()
+                loss(model, batch).backward()
+            else:
+                run_model(model, batch, 'predict')
 
     seconds = Timer(device, args.runs).median(step, prepare=model.zero_grad)
     peak = peak_bytes(args.device)
@@ -132,29 +145,47 @@ def compare(args: argparse.Namespace) -> tuple[int, float, int, int]:
         Number of attention layers, largest output difference, top-k choices, and how many of these differ.
     """
     model = build(args).eval()
-    batch = make_batch(model, args.height, args.width, args.batch, training=False)
+    batch = batch_for(args, model, training=False)
     choices = SameChoices()
     with torch.no_grad(), choices:
-        expected = list(tensors_in(model(**batch, mode='tensor')))
+        expected = list(tensors_in(run_model(model, batch, 'tensor')))
         count = accelerate(model)
         choices.replay()
-        outputs = list(tensors_in(model(**batch, mode='tensor')))
-    difference = max((a - b).abs().max().item() for a, b in zip(outputs, expected, strict=True))
+        outputs = list(tensors_in(run_model(model, batch, 'tensor')))
+    # Grounding DINO's logits are infinite where the prompt has no token.
+    difference = max(
+        torch.where(a == b, 0, a - b).abs().max().item() for a, b in zip(outputs, expected, strict=True) if a.numel()
+    )
     return count, difference, choices.count, choices.otherwise
 
 
 def build(args: argparse.Namespace) -> nn.Module:
-    """Build the model of the config, with the same weights in every process.
+    """Build the model, with the same weights in every process.
 
     The weights of sampling offsets and attention weights, initially zero, are drawn, so that sampling depends on the
     queries as in a trained model. Also sets the number of threads and silences MMEngine's log.
 
     Raises:
         FileNotFoundError: If the config does not exist.
-        ValueError: If the config has no model, or the model has no mmcv ``MultiScaleDeformableAttention``.
+        ValueError: If there is no model of this name, the config has no model, or its model has no mmcv
+            ``MultiScaleDeformableAttention``.
+        ImportError: If transformers is needed, but not installed.
     """
     torch.set_num_threads(args.threads)
     MMLogger.get_instance('msda_plugin').setLevel(logging.WARNING)
+    torch.manual_seed(0)
+    if args.config.startswith(TRANSFORMERS):
+        model = transformers_model.build(args.config.removeprefix(TRANSFORMERS))
+    else:
+        model = build_from_config(args)
+    for layer in attention_layers(model):
+        nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
+        nn.init.normal_(layer.attention_weights.weight, std=0.05)
+    return model.to(args.device)
+
+
+def build_from_config(args: argparse.Namespace) -> nn.Module:
+    """Build the model of a config, with mmcv's attention layers."""
     if '::' not in args.config and not Path(args.config).is_file():
         raise FileNotFoundError(
             f'the config {args.config} does not exist; give the path of a Python config file, or '
@@ -165,19 +196,39 @@ def build(args: argparse.Namespace) -> nn.Module:
         raise ValueError(f'the config {args.config} has no model; give the config of a detector')
     StockAttention.forward = STOCK_FORWARD  # the config may import msda_plugin.auto
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(without_downloads(cfg.model)))
     model.init_weights()
-    layers = [module for module in model.modules() if isinstance(module, StockAttention)]
-    if not layers:
+    if not any(isinstance(module, StockAttention) for module in model.modules()):
         raise ValueError(
             f'the model of {args.config}, {type(model).__name__}, has no MultiScaleDeformableAttention of mmcv to '
             'accelerate'
         )
-    for layer in layers:
-        nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
-        nn.init.normal_(layer.attention_weights.weight, std=0.05)
-    return model.to(args.device)
+    return model
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers with multi-scale deformable attention, of mmcv, transformers, or msda_plugin."""
+    return [module for module in model.modules() if 'sampling_offsets' in module._modules]
+
+
+def batch_for(args: argparse.Namespace, model: nn.Module, training: bool) -> dict:
+    """The arguments of a model's forward."""
+    sizes = (args.height, image_width(args), args.batch, training)
+    if args.config.startswith(TRANSFORMERS):
+        batch = transformers_model.make_batch(args.config.removeprefix(TRANSFORMERS), *sizes)
+        return transformers_model.to_device(batch, torch.device(args.device))
+    return make_batch(model, *sizes)
+
+
+def run_model(model: nn.Module, batch: dict, mode: str) -> object:
+    """The outputs of a model; transformers' have no modes."""
+    return model(**batch, mode=mode) if hasattr(model, 'data_preprocessor') else model(**batch)
+
+
+def loss(model: nn.Module, batch: dict) -> Tensor:
+    """The loss of a training step."""
+    outputs = run_model(model, batch, 'loss')
+    return model.parse_losses(outputs)[0] if hasattr(model, 'parse_losses') else outputs.loss
 
 
 def without_downloads(node: object) -> object:
@@ -218,10 +269,9 @@ def watch_attention(model: nn.Module, device: torch.device) -> list[float]:
         synchronize(device)
         marks.append(time.perf_counter())
 
-    for module in model.modules():
-        if isinstance(module, StockAttention):
-            module.register_forward_pre_hook(mark)
-            module.register_forward_hook(mark)
+    for layer in attention_layers(model):
+        layer.register_forward_pre_hook(mark)
+        layer.register_forward_hook(mark)
     return marks
 
 
