@@ -46,7 +46,7 @@ def test_another_package_finds_our_layers_by_name_alone():
     ],
 )
 def test_trains(project, config, tmp_path):
-    """One iteration on four images; a small training and its evaluation, through the command line."""
+    """A few iterations on four images; a small training and its evaluation, through the command line."""
     from msda_plugin.tools import shapes
 
     shapes.main(['--out', str(tmp_path / 'data'), '--train', '4', '--val', '2'])
@@ -59,8 +59,8 @@ def test_trains(project, config, tmp_path):
         'val_dataloader.num_workers=0',
         'val_dataloader.persistent_workers=False',
     ]
-    if project == 'example_project':  # a warm-up that fits one iteration
-        options.append('param_scheduler.0.end=1')
+    if project == 'example_project':  # a warm-up that fits two iterations
+        options += ['train_dataloader.batch_size=2', 'param_scheduler.0.end=2']
     if project == 'mfds_detr':  # the shapes stand in for the photographs
         categories = json.loads((tmp_path / 'data/annotations/train.json').read_text())['categories']
         names = ','.join(category['name'] for category in categories)
