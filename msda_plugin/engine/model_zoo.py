@@ -14,6 +14,7 @@ import yaml
 import msda_plugin
 from msda_plugin import safe_loading
 from msda_plugin.convert import convert, load_checkpoint_file
+from msda_plugin.engine.messages import listed
 from msda_plugin.files import atomic_write
 from msda_plugin.version import __version__
 
@@ -118,10 +119,11 @@ def find_model(name: str) -> Model:
     found = [other for other in known if other.startswith(f'{name}_')]
     if len(found) == 1:
         return known[found[0]]
-    similar = found or difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    similar = found or [other for other in known if name in other and known[other].detr_family]
+    similar = similar or difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     raise ValueError(
         f"{'several models match' if found else 'unknown model'} '{name}'"
-        + (f'; did you mean {", ".join(similar)}?' if similar else ';')
+        + (f'; did you mean {listed(similar, 5)}?' if similar else ';')
         + ' python -m msda_plugin models lists them'
     )
 
