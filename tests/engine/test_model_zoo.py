@@ -82,7 +82,7 @@ def test_default_model():
     [
         ('deformable-detr-refin', r'unknown model .*did you mean .*deformable-detr-refine_r50_16xb2-50e_coco.*\?'),
         ('dino-5scale_swin-l', r"several models match 'dino-5scale_swin-l'; did you mean .*36e_coco"),
-        ('dino', r'unknown model .*did you mean dino-4scale_r50_8xb2-12e_coco, .* and \d+ more\?'),
+        ('dino', r'unknown model .*did you mean dino-4scale_r50_8xb2-12e_coco, .*swin-l_8xb2-36e_coco'),
         ('xyzzy', r"unknown model 'xyzzy'; python -m msda_plugin models lists them"),
     ],
 )
