@@ -27,7 +27,6 @@ __all__ = ['DetectionResult', 'Detector']
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
 READABLE = 640  # smaller images are drawn with this longer side, pixels, so that labels are readable
-NMS_IOU = 0.7
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -387,6 +386,7 @@ def _check_device(device: 'str | torch.device | None') -> None:
 def _set_nms(cfg: 'Config', nms: bool | float | None) -> float | None:
     """Set the threshold of the suppression that the model has; returns it if the model has none."""
     from msda_plugin.engine.config_walk import walk
+    from msda_plugin.engine.nms import NMS
 
     if nms is None:
         return None
@@ -404,7 +404,7 @@ def _set_nms(cfg: 'Config', nms: bool | float | None) -> float | None:
             node.update(iou_threshold=float(nms))
     if found or nms is False:
         return None
-    return NMS_IOU if nms is True else float(nms)
+    return NMS['iou_threshold'] if nms is True else float(nms)
 
 
 def _set_image_size(cfg: 'Config', size: int | tuple[int, int]) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from msda_plugin.engine.detector import IMAGES, VIDEOS, DetectionResult, Detector, find_files
+from msda_plugin.engine.messages import counted
 from msda_plugin.tools.common.errors import user_errors
 
 KNOWN = IMAGES + VIDEOS
@@ -192,10 +193,6 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1) + '\n')
 
 
-def _plural(count: int, noun: str) -> str:
-    return f'{count} {noun}{"" if count == 1 else "s"}'
-
-
 def _frames(path: Path) -> tuple[int, float]:
     """Number of frames and frames per second by the header of a video; 0 and 25 if it has none."""
     import cv2
@@ -317,8 +314,8 @@ def main(argv: list[str]) -> int:
         skipped = _run(demo, targets)
 
     frames = sum(video['num_frames'] for video in demo.videos)
-    done = [_plural(len(demo.images), 'image')] if demo.images else []
-    done += [f'{_plural(frames, "frame")} of {_plural(len(demo.videos), "video")}'] if demo.videos else []
+    done = [counted(len(demo.images), 'image')] if demo.images else []
+    done += [f'{counted(frames, "frame")} of {counted(len(demo.videos), "video")}'] if demo.videos else []
     counts = ', '.join(f'{number} {name}' for name, number in demo.counts.most_common())
     print(
         f'{" and ".join(done) or "nothing"} drawn in {args.out}; boxes: '
