@@ -2,8 +2,8 @@
 
 Subjects: ``op`` (the operator), ``layer``, ``backbone``, ``head``, ``model`` (before and after ``accelerate``),
 ``detectors`` (short trainings), ``gpu`` (the operator against other GPU implementations), ``onnxruntime`` (the
-operator's node in onnxruntime) and ``all`` (one report of everything). Each has ``add_parser`` and ``run``; those that ``all`` includes also have ``conditions`` and
-``comparisons``, which yields what ``run`` prints.
+operator's node in onnxruntime) and ``all`` (one report of everything). Each has ``add_parser`` and ``run``; those that
+``all`` includes also have ``conditions`` and ``comparisons``, which yields what ``run`` prints.
 
 Shared:
 
