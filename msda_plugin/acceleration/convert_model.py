@@ -91,8 +91,10 @@ def restore(model: nn.Module) -> int:
     for module in model.modules():
         if hasattr(module, 'stock_class'):
             count += 'sampling_offsets' in module._modules  # the others are dropouts and the like
+            for field in (field for change in module.changes for field in getattr(change, 'added_fields', ())):
+                vars(module).pop(field, None)
             module.__class__ = module.stock_class
-    _log(f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} are stock again.')
+    log(f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} are stock again.')
     return count
 
 
@@ -132,28 +134,57 @@ def _refuse(model: nn.Module) -> None:
 
 
 def change_class(module: nn.Module, ours: type[nn.Module]) -> None:
-    """Make a module run the code of ``ours``. It stays an instance of its class, which it stores as ``stock_class``."""
-    module.__class__ = _class_in_place_of(type(module), ours)
+    """Make a module run the code of ``ours``. It stays an instance of its class, which it stores as ``stock_class``.
+
+    A module that has changed before also keeps that change, under this one. Fields of ``ours`` that
+    :func:`restore` has to remove are listed in its ``added_fields``.
+    """
+    changes = getattr(module, 'changes', ())
+    if ours not in changes:
+        module.__class__ = _class_in_place_of(stock_class(module), (*changes, ours))
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before :func:`change_class`."""
+    return getattr(module, 'stock_class', type(module))
 
 
 @cache
-def _class_in_place_of(stock: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``ours`` and ``stock`` with the name of ``stock``, which it stores as ``stock_class``."""
+def _class_in_place_of(stock: type[nn.Module], changes: tuple[type[nn.Module], ...]) -> type[nn.Module]:
+    """A subclass of ``changes``, the last one first, and of ``stock``, with the name of ``stock``."""
 
     def reduce(module):
-        return _new, (stock, ours), vars(module)
+        return _new, (stock, changes), vars(module)
 
+    ours = changes[-1]
     # Copies and pickles look a class up in its module, which does not contain this one.
     return type(
         stock.__name__,
-        (ours,) if issubclass(ours, stock) else (ours, stock),
-        {'__module__': ours.__module__, '__doc__': ours.__doc__, 'stock_class': stock, '__reduce__': reduce},
+        (*reversed(changes), *(() if any(issubclass(change, stock) for change in changes) else (stock,))),
+        {
+            '__module__': ours.__module__,
+            '__doc__': ours.__doc__,
+            'stock_class': stock,
+            'changes': changes,
+            '__reduce__': reduce,
+        },
     )
 
 
-def _new(stock: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
-    cls = _class_in_place_of(stock, ours)
+def _new(stock: type[nn.Module], changes: tuple[type[nn.Module], ...] | type[nn.Module]) -> nn.Module:
+    # Pickles of earlier versions contain a single class.
+    cls = _class_in_place_of(stock, changes if isinstance(changes, tuple) else (changes,))
     return cls.__new__(cls)
+
+
+@cache
+def is_frozen_batch_norm(stock: type[nn.Module]) -> bool:
+    """Whether a class is the frozen batch norm of a model of transformers, with eps 1e-5."""
+    if not (stock.__name__.endswith('FrozenBatchNorm2d') and stock.__module__.startswith('transformers.')):
+        return False
+    from msda_plugin.acceleration import transformers_models
+
+    return transformers_models.has_results_of_frozen_batch_norm(stock)
 
 
 def _report(model: nn.Module, count: int, before: int, backends: set[Backend], unchanged: dict[str, list[str]]) -> None:
@@ -171,10 +202,11 @@ def _report(model: nn.Module, count: int, before: int, backends: set[Backend], u
     if before:
         sentences.append(f'{before} already ran it.')
     sentences += [f'Unchanged: {", ".join(names)} ({reason}).' for reason, names in unchanged.items()]
-    _log(f'accelerate: {" ".join(sentences)}', logging.WARNING if unchanged else logging.INFO)
+    log(f'accelerate: {" ".join(sentences)}', logging.WARNING if unchanged else logging.INFO)
 
 
-def _log(message: str, level: int = logging.INFO) -> None:
+def log(message: str, level: int = logging.INFO) -> None:
+    """Write to MMEngine's current log where it is imported, else to Python's."""
     if 'mmengine' in sys.modules:
         from mmengine.logging import print_log
 

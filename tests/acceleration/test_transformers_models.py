@@ -32,7 +32,7 @@ LAYERS = dict.fromkeys(families.FAMILIES, 2) | dict.fromkeys(
 @pytest.fixture
 def log(monkeypatch):
     lines = []
-    monkeypatch.setattr(convert_model, '_log', lambda message, level=20: lines.append((level, message)))
+    monkeypatch.setattr(convert_model, 'log', lambda message, level=20: lines.append((level, message)))
     return lines
 
 
