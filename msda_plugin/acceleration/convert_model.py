@@ -9,6 +9,9 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
   memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random state.
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
 - In a model with transformers', frozen batch norms run in one pass in inference.
+- On request, convolutions run in ``channels_last`` and with the batch norms folded into them
+  (:mod:`msda_plugin.acceleration.convolutions`), and inference in bfloat16
+  (:mod:`msda_plugin.acceleration.low_precision`).
 
 Each framework is imported only for a model with its layers, and none is needed for the others.
 """
@@ -26,7 +29,14 @@ from msda_plugin.ops import Backend, backend_for
 QUANTIZATION = ('torch.ao.nn.', 'torch.ao.quantization.', 'torchao.')
 
 
-def accelerate(model: nn.Module) -> int:
+def accelerate(
+    model: nn.Module,
+    *,
+    inference: bool = False,
+    channels_last: bool | None = None,
+    fold: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Make every multi-scale deformable attention of mmcv and transformers run msda_plugin's operator, in place.
 
     Subclasses that inherit the forward change as well, and stay instances of their class. Layers that override forward
@@ -35,22 +45,37 @@ def accelerate(model: nn.Module) -> int:
     changed layers, the backend, and the unchanged layers with the reason: MMEngine's current log where it is imported,
     else Python's, as ``msda_plugin``.
 
+    The keyword arguments are further steps, for models with and without such layers. Parameters and checkpoints stay
+    unchanged with all of them, and a changed model can still be trained. They can be added by a second call.
+
     Args:
         model: any module, including wrappers (DistributedDataParallel, MMEngine's, averaged models).
+        inference: Take the steps that make inference faster with equal results: ``channels_last`` and ``fold``, unless
+            these say otherwise.
+        channels_last: Run convolutions in this memory format, in training too. Code that calls ``view`` on feature maps
+            may need ``reshape``.
+        fold: Fold batch norms into convolutions where no gradient is needed; see :func:`fold_batch_norms`.
+        dtype: Run the model in bfloat16 in evaluation mode, or in float16 on a GPU. Predictions of boxes and scores,
+            reference points and post-processing stay in float32. Training is not affected. None: as the weights.
 
     Returns:
         The number of changed attention layers.
 
     Raises:
         TypeError: If ``model`` is not a ``torch.nn.Module``, or the operator does not support the dtype of its weights.
-        ValueError: If the model is quantized, prepared for quantization, or scripted. It stays unchanged.
+        ValueError: If the model is quantized, prepared for quantization, or scripted; or its device has no fast
+            instructions for ``dtype``, or its weights are not float32. It stays unchanged.
 
     Example:
         >>> from mmcv.ops import MultiScaleDeformableAttention
         >>> accelerate(torch.nn.Sequential(MultiScaleDeformableAttention(), MultiScaleDeformableAttention()))
         2
     """
+    from msda_plugin.acceleration import convolutions, low_precision  # these import this module
+
     _refuse(model)
+    if dtype is not None:
+        low_precision.check_dtype(model, dtype)
     found, backends, unchanged, before = [], set(), {}, 0
     for name, layer in model.named_modules():
         if not ('sampling_offsets' in layer._modules and 'attention_weights' in layer._modules):
@@ -74,6 +99,14 @@ def accelerate(model: nn.Module) -> int:
     for framework in {_framework(layer) for layer, _ in found}:
         framework.change_other_layers(model)
     _report(model, len(found), before, backends, unchanged)
+
+    if inference if channels_last is None else channels_last:
+        log(f'accelerate: {convolutions.use_channels_last(model)} convolutions now run in channels_last.')
+    if inference if fold is None else fold:
+        convolutions.fold_batch_norms(model)
+    if dtype is not None:
+        low_precision.use_dtype(model, dtype)
+        log(f'accelerate: {type(model).__name__} now runs in {dtype} in evaluation mode.')
     return len(found)
 
 
