@@ -45,8 +45,10 @@ def _draw(cfg: Config, path: Path) -> int:
         seeded(seed),
     ):
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
-        chosen = np.random.default_rng(seed).permutation(len(dataset))[:NUM_IMAGES]
-        samples = [dataset[index] for index in sorted(chosen.tolist())]
+        chosen = sorted(np.random.default_rng(seed).permutation(len(dataset))[:NUM_IMAGES].tolist())
+        # Twice: transforms with a cache, such as CachedMosaic, change nothing before they have seen some images.
+        for _ in range(2):
+            samples = [dataset[index] for index in chosen]
     for sample in samples:
         objects = sample['data_samples'].gt_instances
         boxes = getattr(objects.bboxes, 'tensor', objects.bboxes).reshape(-1, 4).numpy()
