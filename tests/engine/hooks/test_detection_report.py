@@ -2,6 +2,7 @@
 
 import re
 from html import unescape
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_page_of_a_test(tmp_path, below):
             batch = dict(sample_idx=[index], data_samples=[sample['data_samples']])
             hook.after_test_iter(runner, index, None, runner.model(**batch, mode='predict'))
     hook.after_test_epoch(runner, {})
-    page = (tmp_path / below if below else next((tmp_path / 'work').glob('2*'))).joinpath('report.html').read_text()
+    page = Path(folder or runner.log_dir, 'report.html').read_text(encoding='utf-8')
     assert facts(page)['images'] == '3' and 'alt="training curves"' not in page
     assert 'triangle 0.90' in page
 
