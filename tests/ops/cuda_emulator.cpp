@@ -109,8 +109,8 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> ke
     return;
   }
   unsigned char* const guard = shared() + shared_bytes;
-  for (unsigned i = 0; i < grid.x; ++i) {
-    block_index = {i, 0, 0};
+  for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) {
+    block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     std::memset(shared(), 0xff, shared_bytes + kGuardBytes);
     run_block();
     for (size_t byte = 0; byte < kGuardBytes; ++byte)
@@ -152,15 +152,32 @@ inline unsigned __match_any_sync(unsigned, int value) {
   __syncwarp();
   return result;
 }
+template <class V>
+V __shfl_up_sync(unsigned, V value, int step) {
+  const int lane = emulator::current->lane;
+  return emulator::exchange(value, lane < step ? lane : lane - step);
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const unsigned equal = __match_any_sync(0xffffffffu, value);
+  return value ? equal : ~equal;
+}
+inline int __clz(unsigned x) { return __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static int64_t reductions = 0;  // of numbers in memory
+inline int atomicAdd(int* target, int x) { return std::exchange(*target, *target + x); }
+inline int atomicCAS(int* target, int expected, int x) {
+  return std::exchange(*target, *target == expected ? x : *target);
+}
 template <class A>
 void atomicAdd(A* target, A x) {
+  ++reductions;
   *target += x;
 }
 
 static int launches_until_failure = -1;  // -1: never
 
 extern "C" {
+__attribute__((visibility("default"))) int64_t emulate_reductions() { return std::exchange(reductions, 0); }
 __attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
 // As on a device, the error of a launch is returned once.
 cudaError_t cudaGetLastError() {
@@ -224,7 +241,7 @@ extern "C" __attribute__((visibility("default"))) int emulate_blocks(const int64
   return msda::cuda::dispatch(p, aligned ? 0 : 1, [&](auto t, auto, auto width) {
     constexpr int kWidth = decltype(width)::value;
     for (const auto& shape :
-         {msda::cuda::forward_shape<decltype(t), kWidth>(p), msda::cuda::backward_shape<decltype(t), kWidth>(p)}) {
+         {msda::cuda::forward_shape<decltype(t), kWidth>(p), msda::cuda::backward_shape<decltype(t), kWidth>(p, true)}) {
       *out++ = shape.block.x;
       *out++ = shape.block.y;
       *out++ = static_cast<int64_t>(shape.shared_bytes);
