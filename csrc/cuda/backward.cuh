@@ -13,40 +13,56 @@ namespace {
 // wait for it in shared memory; with more samples, a first pass computes the mean.
 constexpr int kWaiting = 32;
 
+template <class T>
+constexpr int kBackwardThreads = sizeof(T) == 4 ? 512 : 256;  // 64 units of 32 channels
+
 // The sample that a lane has planned.
 template <class A>
 struct LaneSample {
-  int level = 0;
-  int64_t index = -1;  // of the sample in the tensors; -1 if there is none
-  Level shape = {0, 0, 0};
-  Cell<A, int32_t> cell = {-2, -2, 0, 0};
-  A weight = 0;
+  bool valid = false;    // whether there is one
+  unsigned corners = 0;  // bit i: whether corner i exists
+  int32_t height = 0, width = 0;  // of its level
+  A down = 0, right = 0, weight = 0;
 
-  __device__ __forceinline__ bool inside() const { return any_exists(cell.row, shape); }
-
-  __device__ __forceinline__ bool exists(int corner) const {
-    return inside() && corner_exists(cell, corner, shape.height, shape.width);
-  }
-
-  // The key of a corner, or of the nearest pixel of the level if the corner does not exist; 0 if no corner exists.
-  __device__ __forceinline__ int32_t key(int corner) const {
-    if (!inside()) return 0;
-    const int32_t row = cell.row + corner / 2, column = cell.column + corner % 2;
-    return shape.start + (row < 0 ? 0 : row < shape.height ? row : shape.height - 1) * shape.width +
-           (column < 0 ? 0 : column < shape.width ? column : shape.width - 1);
-  }
+  __device__ __forceinline__ bool exists(int corner) const { return (corners >> corner & 1) != 0; }
 };
 
+__device__ __forceinline__ int level_of_sample(const Problem& p, int s) {
+  return static_cast<unsigned>(s) / static_cast<unsigned>(p.points);
+}
+
+// Plans sample s of the group's unit, and stores the keys of its corners. Where a corner does not exist, that is the key
+// of the nearest pixel of the level, or 0 if no corner exists.
 template <class A, class C>
 __device__ __forceinline__ LaneSample<A> lane_sample(const Problem& p, const Unit& unit,
-                                                     const Attention<A, C>& attention, int s) {
+                                                     const Attention<A, C>& attention, int s, int32_t* keys) {
   LaneSample<A> sample;
-  if (!unit.valid || s >= p.samples()) return sample;
-  sample.level = static_cast<unsigned>(s) / static_cast<unsigned>(p.points);
-  sample.index = unit.index * p.samples() + s;
-  sample.weight = attention(s);  // first, so that its load overlaps with those of the cell
-  sample.shape = level_of(p, sample.level);
-  sample.cell = cell_of<A, C>(p, unit.row, sample.index, sample.level, sample.shape);
+  int32_t key[4] = {};
+  sample.valid = unit.valid && s < p.samples();
+  if (sample.valid) {
+    sample.weight = attention(s);  // first, so that its load overlaps with those of the cell
+    const int level = level_of_sample(p, s);
+    const Level shape = level_of(p, level);
+    const Cell<A, int32_t> cell = cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, shape);
+    sample.height = shape.height;
+    sample.width = shape.width;
+    sample.down = cell.down;
+    sample.right = cell.right;
+    if (any_exists(cell.row, shape)) {
+      const bool above = cell.row >= 0, below = cell.row + 1 < shape.height;
+      const bool before = cell.column >= 0, after = cell.column + 1 < shape.width;
+      sample.corners = (above && before ? 1 : 0) | (above && after ? 2 : 0) | (below && before ? 4 : 0) |
+                       (below && after ? 8 : 0);
+      const int32_t row = shape.start + (above ? cell.row : 0) * shape.width;
+      const int32_t next_row = above && below ? row + shape.width : row;
+      const int32_t column = before ? cell.column : 0, next_column = before && after ? column + 1 : column;
+      key[0] = row + column;
+      key[1] = row + next_column;
+      key[2] = next_row + column;
+      key[3] = next_row + next_column;
+    }
+  }
+  store(keys, key);
   return sample;
 }
 
@@ -72,13 +88,13 @@ __device__ __forceinline__ void store_group_sums(const A (&x)[4], int lanes, A* 
 // Writes the dots of four pixels per sample with the gradient of the output. `rows` begins at the first key of the
 // unit's image and head.
 template <int kLanes, class T, int N, class A>
-__device__ __forceinline__ void corner_dots(int count, const Pack<int32_t, 4>* keys, const T* grad_output,
+__device__ __forceinline__ void corner_dots(int count, const int32_t* keys, const T* grad_output,
                                             int channels, int32_t row_bytes, const T* rows, A* dots) {
   const int lanes = kLanes > 0 ? kLanes : blockDim.x, lane = threadIdx.x;
   A grad[N] = {}, x[4][N];
-  const auto add_dots = [&](const Pack<int32_t, 4>& key, int c, A(&dot)[4]) {
+  const auto add_dots = [&](const int32_t(&key)[4], int c, A(&dot)[4]) {
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) load(row_at(rows + c, key.x[corner], row_bytes), x[corner]);
+    for (int corner = 0; corner < 4; ++corner) load(row_at(rows + c, key[corner], row_bytes), x[corner]);
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner)
 #pragma unroll
@@ -87,13 +103,15 @@ __device__ __forceinline__ void corner_dots(int count, const Pack<int32_t, 4>* k
   const bool covered = kLanes > 0 || channels <= lanes * N;
   if (kLanes > 0 || (covered && lane * N < channels)) load(grad_output + lane * N, grad);
   for (int i = 0; i < count; ++i) {
+    int32_t key[4];
+    load(keys + 4 * i, key);
     A dot[4] = {};
     if constexpr (kLanes > 0) {
-      add_dots(keys[i], lane * N, dot);
+      add_dots(key, lane * N, dot);
     } else {
       for (int c = lane * N; c < channels; c += lanes * N) {
         if (!covered) load(grad_output + c, grad);
-        add_dots(keys[i], c, dot);
+        add_dots(key, c, dot);
       }
     }
     store_group_sums(dot, lanes, dots + 4 * i);
@@ -107,22 +125,22 @@ struct ArgumentGradient {
 };
 
 template <class C, class A>
-__device__ __forceinline__ ArgumentGradient<A> chain_rule(const Problem& p, const Unit& unit,
+__device__ __forceinline__ ArgumentGradient<A> chain_rule(const Problem& p, const Unit& unit, int s,
                                                           const LaneSample<A>& sample, const A (&dots)[4]) {
   A d[4];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) d[corner] = sample.exists(corner) ? dots[corner] : A(0);
-  const SampleGradient<A> grad = sample_gradient(sample.cell.down, sample.cell.right, d[0], d[1], d[2], d[3]);
-  const bool inside = sample.inside();  // else an infinite weight times 0 would be NaN
+  const SampleGradient<A> grad = sample_gradient(sample.down, sample.right, d[0], d[1], d[2], d[3]);
+  const bool inside = sample.corners != 0;  // else an infinite weight times 0 would be NaN
   const A pixel_x = inside ? grad.x * sample.weight : A(0), pixel_y = inside ? grad.y * sample.weight : A(0);
-  const A x = pixel_x * static_cast<A>(sample.shape.width), y = pixel_y * static_cast<A>(sample.shape.height);
+  const A x = pixel_x * static_cast<A>(sample.width), y = pixel_y * static_cast<A>(sample.height);
   if (p.reference_size == 0) return {x, y, grad.weight, {}};
   if (p.reference_size == 2) return {pixel_x, pixel_y, grad.weight, {x, y, 0, 0}};
   if (!inside) return {0, 0, grad.weight, {}};
   const A unit_of_box = A(0.5) / static_cast<A>(p.points);
-  const C* offset = static_cast<const C*>(p.coordinates) + 2 * sample.index;
+  const C* offset = static_cast<const C*>(p.coordinates) + 2 * (unit.index * p.samples() + s);
   A box[4];
-  load_reference<A, C>(p, unit.row, sample.level, box);
+  load_reference<A, C>(p, unit.row, level_of_sample(p, s), box);
   return {x * box[2] * unit_of_box,
           y * box[3] * unit_of_box,
           grad.weight,
@@ -153,19 +171,38 @@ MSDA_INLINE int waiting(const Problem& p) {
   return p.reference_size != 0 && p.samples() <= kWaiting ? static_cast<int>(p.samples()) : 0;
 }
 
-// The shared memory of a block. What belongs to a group is padded, so that the groups of a warp use different banks.
+// The shared memory of a block. A group's keys and dots are padded, so that the groups of a warp use different banks;
+// BlockSums reuses their memory.
 template <class T, int N>
-MSDA_INLINE int64_t backward_bytes(const Problem& p, int lanes, int units, bool atomic) {
+struct BackwardMemory {
   using A = typename AccumulatorOf<T>::type;
-  const int64_t per_unit = (lanes + 1) * static_cast<int64_t>(sizeof(Pack<int32_t, 4>) + sizeof(Pack<A, 4>)) +
-                           (waiting(p) + 1) * static_cast<int64_t>(sizeof(Pack<A, 2>));
-  return units * per_unit + (atomic ? BlockSums<T, N>::bytes(units * lanes) : 0);
-}
+
+  MSDA_MEMBER static int waiting_bytes(const Problem& p, int units) {
+    return (units * (waiting(p) + 1) * static_cast<int>(sizeof(A)) + 31) / 32 * 32;
+  }
+  MSDA_MEMBER static int64_t bytes(const Problem& p, int lanes, int units, bool atomic) {
+    const int64_t groups = int64_t{units} * (lanes + 1) * static_cast<int>(sizeof(Pack<A, 4>) + 4 * sizeof(int32_t));
+    const int64_t sums = atomic ? BlockSums<T, N>::bytes(units * lanes) : 0;
+    return waiting_bytes(p, units) + (groups > sums ? groups : sums);
+  }
+
+  A *weights, *dots;  // gradients of the attention weights that wait; four numbers per lane
+  int32_t* keys;      // four per lane
+  unsigned char* sums;
+
+  __device__ __forceinline__ explicit BackwardMemory(const Problem& p) {
+    const int units = blockDim.y, unit = threadIdx.y, padded = blockDim.x + 1;
+    sums = shared_memory + waiting_bytes(p, units);
+    weights = reinterpret_cast<A*>(shared_memory) + unit * (waiting(p) + 1);
+    dots = reinterpret_cast<A*>(sums) + 4 * unit * padded;
+    keys = reinterpret_cast<int32_t*>(reinterpret_cast<A*>(sums) + 4 * units * padded) + 4 * unit * padded;
+  }
+};
 
 // The gradients of coordinates and weights, and with kAtomic that of the value, summed into `grad_value`. With kLanes,
 // a group has this many lanes, whose channels are those of the value.
 template <class T, class C, int N, bool kAtomic, int kLanes>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kBackwardThreads<T>, 1024 / kBackwardThreads<T>)
     backward_kernel(const Problem p, const Gradients g, int32_t first_image,
                     typename AccumulatorOf<T>::type* __restrict__ grad_value,
                     typename AccumulatorOf<T>::type* __restrict__ parts,
@@ -176,65 +213,54 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int channels = kLanes > 0 ? kLanes * N : p.keys > 0 ? static_cast<int>(p.channels) : 0;
   const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
   const Unit unit = unit_of(p, first_image);
-
-  auto* const all_dots = reinterpret_cast<Pack<A, 4>*>(
-      shared_memory + (kAtomic ? BlockSums<T, N>::bytes(blockDim.x * blockDim.y) : 0));
-  auto* const all_keys = reinterpret_cast<Pack<int32_t, 4>*>(all_dots + blockDim.y * (lanes + 1));
-  auto* const all_waiting = reinterpret_cast<Pack<A, 2>*>(all_keys + blockDim.y * (lanes + 1));
-  A* const dots = reinterpret_cast<A*>(all_dots + threadIdx.y * (lanes + 1));
-  Pack<int32_t, 4>* const keys = all_keys + threadIdx.y * (lanes + 1);
-  Pack<A, 2>* const weights = all_waiting + threadIdx.y * (waiting(p) + 1);  // and their gradients
-
+  const BackwardMemory<T, N> memory(p);
   const Attention<A, C> attention(p, unit, lanes);
   const T* const grad_output = static_cast<const T*>(g.output) + unit.index * p.channels;
   const int64_t base = (unit.image * p.keys * p.heads + unit.head) * p.channels;
-  const T* const rows = static_cast<const T*>(p.value) + base;
 
   A part = 0, mean = 0;  // of this lane's samples; of the unit
   for (int pass = fused && !waits ? 0 : 1; pass < 2; ++pass) {
     for (int first = 0; first < all; first += lanes) {
       const int count = all - first < lanes ? all - first : lanes;
-      const LaneSample<A> sample = lane_sample(p, unit, attention, first + lane);
-      Pack<int32_t, 4> key;
-#pragma unroll
-      for (int corner = 0; corner < 4; ++corner) key.x[corner] = sample.key(corner);
       __syncwarp();  // the dots of the last samples are read
-      keys[lane] = key;
+      const LaneSample<A> sample = lane_sample(p, unit, attention, first + lane, memory.keys + 4 * lane);
       __syncwarp();
-      corner_dots<kLanes, T, N>(count, keys, grad_output, channels, row_bytes, rows, dots);
+      corner_dots<kLanes, T, N>(count, memory.keys, grad_output, channels, row_bytes,
+                                static_cast<const T*>(p.value) + base, memory.dots);
       __syncwarp();
       ArgumentGradient<A> grad = {};
-      if (sample.index >= 0) {
-        A d[4];
-        load(dots + 4 * lane, d);
-        grad = chain_rule<C>(p, unit, sample, d);
+      if (sample.valid) {
+        A dots[4];
+        load(memory.dots + 4 * lane, dots);
+        grad = chain_rule<C>(p, unit, first + lane, sample, dots);
         part += sample.weight * grad.weight;
       }
       if (pass == 0) continue;
-      if (sample.index >= 0) {
+      if (sample.valid) {
+        const int64_t index = unit.index * p.samples() + first + lane;
         if (waits)
-          weights[first + lane] = {sample.weight, grad.weight};
+          memory.weights[first + lane] = grad.weight;
         else
-          static_cast<C*>(g.weights)[sample.index] =
-              narrow<C>(fused ? sample.weight * (grad.weight - mean) : grad.weight);
-        static_cast<C*>(g.coordinates)[2 * sample.index] = narrow<C>(grad.x);
-        static_cast<C*>(g.coordinates)[2 * sample.index + 1] = narrow<C>(grad.y);
-        if (attention_out != nullptr) attention_out[sample.index] = sample.weight;
+          static_cast<C*>(g.weights)[index] = narrow<C>(fused ? sample.weight * (grad.weight - mean) : grad.weight);
+        static_cast<C*>(g.coordinates)[2 * index] = narrow<C>(grad.x);
+        static_cast<C*>(g.coordinates)[2 * index + 1] = narrow<C>(grad.y);
+        if (attention_out != nullptr) attention_out[index] = sample.weight;
       }
       if (fused) {
-        store(dots + 4 * lane, grad.moves);
+        store(memory.dots + 4 * lane, grad.moves);
         __syncwarp();
-        reference_parts(p, unit, first, count, dots, parts);
+        reference_parts(p, unit, first, count, memory.dots, parts);
       }
       if constexpr (kAtomic) {
-        bool exists[4];
+        int32_t key[4];
+        load(memory.keys + 4 * lane, key);
         A weight[4];
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-          exists[corner] = sample.exists(corner);
-          weight[corner] = corner_weight(sample.cell.down, sample.cell.right, corner) * sample.weight;
-        }
-        BlockSums<T, N>(shared_memory).add(exists, key.x, weight, grad_output, grad_value + base, channels,
+        for (int corner = 0; corner < 4; ++corner)
+          weight[corner] = corner_weight(sample.down, sample.right, corner) * sample.weight;
+        __syncthreads();  // before BlockSums reuses the memory of keys and dots
+        BlockSums<T, N>(memory.sums)
+            .add(sample.corners, key, weight, grad_output, grad_value + base, channels,
                  row_bytes * static_cast<int>(sizeof(A) / sizeof(T)));
       }
     }
@@ -242,7 +268,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   if (!waits || !unit.valid) return;
   for (int s = lane; s < all; s += lanes)  // those of this lane
-    static_cast<C*>(g.weights)[unit.index * p.samples() + s] = narrow<C>(weights[s].x[0] * (weights[s].x[1] - mean));
+    static_cast<C*>(g.weights)[unit.index * p.samples() + s] =
+        narrow<C>(attention(s) * (memory.weights[s] - mean));
 }
 
 // The gradient of the reference points: the sum of the heads' parts.

@@ -41,34 +41,34 @@ class BlockSums {
     total = reinterpret_cast<int32_t*>(grads + threads);
   }
 
-  // Adds the rows of one sample per thread. Called by all threads of the block, which then are at a barrier.
-  // grad_output is that of the thread's unit, and grad_value begins at the first key of the block's image and head.
-  __device__ __forceinline__ void add(const bool (&exists)[kCorners], const int32_t (&key)[kCorners],
-                                      const A (&weight)[kCorners], const T* grad_output, A* grad_value, int channels,
-                                      int32_t row_bytes) {
+  // Adds the rows of one sample per thread. Called by all threads of the block, which then are at a barrier. Bit i of
+  // `corners` says whether row i exists. grad_output is that of the thread's unit, and grad_value begins at the first
+  // key of the block's image and head.
+  __device__ __forceinline__ void add(unsigned corners, const int32_t (&key)[kCorners], const A (&weight)[kCorners],
+                                      const T* grad_output, A* grad_value, int channels, int32_t row_bytes) {
     clear();
     __syncthreads();
-    int32_t slot[kCorners], rank[kCorners];
+    uint32_t entry[kCorners] = {};  // the slot, and in the lower half the number of earlier rows in it
 #pragma unroll
     for (int i = 0; i < kCorners; ++i) {
-      slot[i] = rank[i] = 0;
-      if (!exists[i]) continue;
-      slot[i] = slot_of(key[i]);
-      rank[i] = atomicAdd(counts + slot[i], 1);
+      if ((corners >> i & 1) != 0) {
+        const uint32_t slot = slot_of(key[i]);
+        entry[i] = slot << 16 | static_cast<uint32_t>(atomicAdd(counts + slot, 1));
+      }
     }
     __syncthreads();
     reserve();
     __syncthreads();
-    const int gradient = (thread - threadIdx.x) * static_cast<int>(sizeof(Pack<T, N>));
+    const uint32_t gradient = (thread - threadIdx.x) * static_cast<uint32_t>(sizeof(Pack<T, N>));
 #pragma unroll
-    for (int i = 0; i < kCorners; ++i)
-      if (exists[i])
-        rows[counts[slot[i]] + rank[i]] = {weight[i], static_cast<uint32_t>(slot[i] << 16 | gradient)};
+    for (int i = 0; i < kCorners; ++i) {
+      const uint32_t slot = entry[i] >> 16;
+      if ((corners >> i & 1) != 0) rows[counts[slot] + (entry[i] & 0xffff)] = {weight[i], slot << 16 | gradient};
+    }
     for (int first = 0; first < channels; first += blockDim.x * N) {
       const int c = first + threadIdx.x * N;
       if (first != 0) __syncthreads();
-      // Without a unit, the gradient is not read.
-      if (c < channels && grad_output != nullptr) grads[thread] = *reinterpret_cast<const Pack<T, N>*>(grad_output + c);
+      if (c < channels) grads[thread] = *reinterpret_cast<const Pack<T, N>*>(grad_output + c);
       __syncthreads();
       if (c < channels) sum(grad_value + c, row_bytes);
     }
@@ -90,12 +90,12 @@ class BlockSums {
   }
 
   // The slot of a key, which is entered if it is new.
-  __device__ __forceinline__ int32_t slot_of(int32_t key) {
+  __device__ __forceinline__ uint32_t slot_of(int32_t key) {
     const unsigned slots = kSlots * threads;
     unsigned slot = (static_cast<unsigned>(key) * 2654435769u) >> (__clz(slots) + 1);  // Fibonacci hashing
     for (;; slot = (slot + 1) & (slots - 1)) {
       const int32_t found = atomicCAS(keys + slot, -1, key);
-      if (found == -1 || found == key) return static_cast<int32_t>(slot);
+      if (found == -1 || found == key) return slot;
     }
   }
 

@@ -13,7 +13,8 @@
 namespace msda::cuda {
 namespace {
 
-constexpr int64_t kSharedBytes = 48 * 1024;  // every device grants these by default
+constexpr int64_t kGrantedBytes = 48 * 1024;  // of shared memory, by default
+constexpr int64_t kSharedBytes = 64 * 1024;   // every device grants these to a kernel that asks for them
 constexpr int kManyBlocks = 1024;            // blocks are made smaller where there are fewer
 constexpr int64_t kImages = 65535;           // at most, in a launch
 
@@ -47,13 +48,19 @@ Shape forward_shape(const Problem& p) {
 
 template <class T, int N>
 Shape backward_shape(const Problem& p, bool atomic) {
-  return shape_for(p, (p.channels + N - 1) / N, kThreads,
-                   [&](int lanes, int units) { return backward_bytes<T, N>(p, lanes, units, atomic); });
+  return shape_for(p, (p.channels + N - 1) / N, kBackwardThreads<T>,
+                   [&](int lanes, int units) { return BackwardMemory<T, N>::bytes(p, lanes, units, atomic); });
 }
 
-// Calls f(grid, first image) for as many launches as the images need.
-template <class F>
-cudaError_t for_each_launch(const Problem& p, const Shape& shape, const F& f) {
+// Calls f(grid, first image) for as many launches of the kernel as the images need.
+template <class Kernel, class F>
+cudaError_t for_each_launch(const Problem& p, const Shape& shape, Kernel kernel, const F& f) {
+  if (shape.shared_bytes > kGrantedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   for (int64_t first = 0; first < p.batch && shape.tiles != 0; first += kImages) {
     const auto images = static_cast<unsigned>(std::min(p.batch - first, kImages));
     f(dim3(shape.tiles, static_cast<unsigned>(p.heads), images), static_cast<int32_t>(first));
@@ -66,8 +73,9 @@ cudaError_t for_each_launch(const Problem& p, const Shape& shape, const F& f) {
 template <class T, class C, int N>
 cudaError_t forward_as(const Problem& p, void* output, cudaStream_t stream) {
   const Shape shape = forward_shape<T, N>(p);
-  return for_each_launch(p, shape, [&](dim3 grid, int32_t first_image) {
-    MSDA_LAUNCH((forward_kernel<T, C, N>), grid, shape.block, shape.shared_bytes, stream, p, first_image,
+  const auto kernel = forward_kernel<T, C, N>;
+  return for_each_launch(p, shape, kernel, [&](dim3 grid, int32_t first_image) {
+    MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, first_image,
                 static_cast<T*>(output));
   });
 }
@@ -99,7 +107,7 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
   const unsigned lanes = shape.block.x;
   const auto kernel =
       deterministic ? backward_kernel_for<T, C, N, false>(p, lanes) : backward_kernel_for<T, C, N, true>(p, lanes);
-  cudaError_t error = for_each_launch(p, shape, [&](dim3 grid, int32_t first_image) {
+  cudaError_t error = for_each_launch(p, shape, kernel, [&](dim3 grid, int32_t first_image) {
     MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, g, first_image, grad_value, parts, attention);
   });
   if (error != cudaSuccess) return error;
