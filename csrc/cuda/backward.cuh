@@ -13,14 +13,18 @@ namespace {
 // wait for it in shared memory; with more samples, a first pass computes the mean.
 constexpr int kWaiting = 32;
 
-template <class T>
-constexpr int kBackwardThreads = sizeof(T) == 4 ? 512 : 256;  // 64 units of 32 channels
+// Threads of a block, and how many blocks fit on a multiprocessor at least. 8 lanes of 4 floats have blocks of 64
+// units.
+template <class T, int kLanes>
+constexpr int kBackwardThreads = sizeof(T) == 4 && kLanes == 8 ? 512 : 256;
+template <class T, int kLanes>
+constexpr int kBackwardBlocks = sizeof(T) == 4 && kLanes == 8 ? 2 : 3;
 
 // The sample that a lane has planned.
 template <class A>
 struct LaneSample {
-  bool valid = false;    // whether there is one
-  unsigned corners = 0;  // bit i: whether corner i exists
+  bool valid = false;             // whether there is one
+  unsigned corners = 0;           // bit i: whether corner i exists
   int32_t height = 0, width = 0;  // of its level
   A down = 0, right = 0, weight = 0;
 
@@ -31,8 +35,8 @@ __device__ __forceinline__ int level_of_sample(const Problem& p, int s) {
   return static_cast<unsigned>(s) / static_cast<unsigned>(p.points);
 }
 
-// Plans sample s of the group's unit, and stores the keys of its corners. Where a corner does not exist, that is the key
-// of the nearest pixel of the level, or 0 if no corner exists.
+// Plans sample s of the group's unit, and stores the keys of its corners. Where a corner does not exist, that is the
+// key of the nearest pixel of the level, or 0 if no corner exists.
 template <class A, class C>
 __device__ __forceinline__ LaneSample<A> lane_sample(const Problem& p, const Unit& unit,
                                                      const Attention<A, C>& attention, int s, int32_t* keys) {
@@ -43,7 +47,7 @@ __device__ __forceinline__ LaneSample<A> lane_sample(const Problem& p, const Uni
     sample.weight = attention(s);  // first, so that its load overlaps with those of the cell
     const int level = level_of_sample(p, s);
     const Level shape = level_of(p, level);
-    const Cell<A, int32_t> cell = cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, shape);
+    const Cell<A, int32_t> cell = cell_of<A, C>(p, unit.row(p), unit.index(p) * p.samples() + s, level, shape);
     sample.height = shape.height;
     sample.width = shape.width;
     sample.down = cell.down;
@@ -51,8 +55,8 @@ __device__ __forceinline__ LaneSample<A> lane_sample(const Problem& p, const Uni
     if (any_exists(cell.row, shape)) {
       const bool above = cell.row >= 0, below = cell.row + 1 < shape.height;
       const bool before = cell.column >= 0, after = cell.column + 1 < shape.width;
-      sample.corners = (above && before ? 1 : 0) | (above && after ? 2 : 0) | (below && before ? 4 : 0) |
-                       (below && after ? 8 : 0);
+      sample.corners =
+          (above && before ? 1 : 0) | (above && after ? 2 : 0) | (below && before ? 4 : 0) | (below && after ? 8 : 0);
       const int32_t row = shape.start + (above ? cell.row : 0) * shape.width;
       const int32_t next_row = above && below ? row + shape.width : row;
       const int32_t column = before ? cell.column : 0, next_column = before && after ? column + 1 : column;
@@ -88,11 +92,11 @@ __device__ __forceinline__ void store_group_sums(const A (&x)[4], int lanes, A* 
 // Writes the dots of four pixels per sample with the gradient of the output. `rows` begins at the first key of the
 // unit's image and head.
 template <int kLanes, class T, int N, class A>
-__device__ __forceinline__ void corner_dots(int count, const int32_t* keys, const T* grad_output,
-                                            int channels, int32_t row_bytes, const T* rows, A* dots) {
+__device__ __forceinline__ void corner_dots(int count, const int32_t* keys, const T* grad_output, int channels,
+                                            int32_t row_bytes, const T* rows, A* dots) {
   const int lanes = kLanes > 0 ? kLanes : blockDim.x, lane = threadIdx.x;
   A grad[N] = {}, x[4][N];
-  const auto add_dots = [&](const int32_t(&key)[4], int c, A(&dot)[4]) {
+  const auto add_dots = [&](const int32_t (&key)[4], int c, A(&dot)[4]) {
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) load(row_at(rows + c, key[corner], row_bytes), x[corner]);
 #pragma unroll
@@ -138,9 +142,9 @@ __device__ __forceinline__ ArgumentGradient<A> chain_rule(const Problem& p, cons
   if (p.reference_size == 2) return {pixel_x, pixel_y, grad.weight, {x, y, 0, 0}};
   if (!inside) return {0, 0, grad.weight, {}};
   const A unit_of_box = A(0.5) / static_cast<A>(p.points);
-  const C* offset = static_cast<const C*>(p.coordinates) + 2 * (unit.index * p.samples() + s);
+  const C* offset = static_cast<const C*>(p.coordinates) + 2 * (unit.index(p) * p.samples() + s);
   A box[4];
-  load_reference<A, C>(p, unit.row, level_of_sample(p, s), box);
+  load_reference<A, C>(p, unit.row(p), level_of_sample(p, s), box);
   return {x * box[2] * unit_of_box,
           y * box[3] * unit_of_box,
           grad.weight,
@@ -157,8 +161,8 @@ __device__ __forceinline__ void reference_parts(const Problem& p, const Unit& un
   for (int level = first / points + threadIdx.x; level <= last_level && unit.valid; level += lanes) {
     const int start = level * points, stop = start + points;
     const int begin = start > first ? start : first, end = stop < last ? stop : last;
-    A* part =
-        parts + (((unit.image * p.heads + unit.head) * p.queries + unit.query) * p.levels + level) * p.reference_size;
+    A* part = parts +
+              (((unit.image() * p.heads + unit.head()) * p.queries + unit.query) * p.levels + level) * p.reference_size;
     for (int f = 0; f < p.reference_size; ++f) {
       A sum = begin == start ? A(0) : part[f];
       for (int s = begin; s < end; ++s) sum += moves[4 * (s - first) + f];
@@ -202,7 +206,7 @@ struct BackwardMemory {
 // The gradients of coordinates and weights, and with kAtomic that of the value, summed into `grad_value`. With kLanes,
 // a group has this many lanes, whose channels are those of the value.
 template <class T, class C, int N, bool kAtomic, int kLanes>
-__global__ void __launch_bounds__(kBackwardThreads<T>, 1024 / kBackwardThreads<T>)
+__global__ void __launch_bounds__(kBackwardThreads<T, kLanes>, kBackwardBlocks<T, kLanes>)
     backward_kernel(const Problem p, const Gradients g, int32_t first_image,
                     typename AccumulatorOf<T>::type* __restrict__ grad_value,
                     typename AccumulatorOf<T>::type* __restrict__ parts,
@@ -212,13 +216,12 @@ __global__ void __launch_bounds__(kBackwardThreads<T>, 1024 / kBackwardThreads<T
   const bool fused = p.reference_size != 0, waits = waiting(p) != 0;
   const int channels = kLanes > 0 ? kLanes * N : p.keys > 0 ? static_cast<int>(p.channels) : 0;
   const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
-  const Unit unit = unit_of(p, first_image);
+  const Unit unit(p, first_image);
   const BackwardMemory<T, N> memory(p);
   const Attention<A, C> attention(p, unit, lanes);
-  const T* const grad_output = static_cast<const T*>(g.output) + unit.index * p.channels;
-  const int64_t base = (unit.image * p.keys * p.heads + unit.head) * p.channels;
+  const T* const grad_output = static_cast<const T*>(g.output) + unit.index(p) * p.channels;
 
-  A part = 0, mean = 0;  // of this lane's samples; of the unit
+  A mean = 0;  // of the weights' gradients: at first this lane's part
   for (int pass = fused && !waits ? 0 : 1; pass < 2; ++pass) {
     for (int first = 0; first < all; first += lanes) {
       const int count = all - first < lanes ? all - first : lanes;
@@ -226,18 +229,18 @@ __global__ void __launch_bounds__(kBackwardThreads<T>, 1024 / kBackwardThreads<T
       const LaneSample<A> sample = lane_sample(p, unit, attention, first + lane, memory.keys + 4 * lane);
       __syncwarp();
       corner_dots<kLanes, T, N>(count, memory.keys, grad_output, channels, row_bytes,
-                                static_cast<const T*>(p.value) + base, memory.dots);
+                                static_cast<const T*>(p.value) + unit.base(p), memory.dots);
       __syncwarp();
       ArgumentGradient<A> grad = {};
       if (sample.valid) {
         A dots[4];
         load(memory.dots + 4 * lane, dots);
         grad = chain_rule<C>(p, unit, first + lane, sample, dots);
-        part += sample.weight * grad.weight;
+        if (pass == 0 || waits) mean += sample.weight * grad.weight;
       }
       if (pass == 0) continue;
       if (sample.valid) {
-        const int64_t index = unit.index * p.samples() + first + lane;
+        const int64_t index = unit.index(p) * p.samples() + first + lane;
         if (waits)
           memory.weights[first + lane] = grad.weight;
         else
@@ -260,16 +263,15 @@ __global__ void __launch_bounds__(kBackwardThreads<T>, 1024 / kBackwardThreads<T
           weight[corner] = corner_weight(sample.down, sample.right, corner) * sample.weight;
         __syncthreads();  // before BlockSums reuses the memory of keys and dots
         BlockSums<T, N>(memory.sums)
-            .add(sample.corners, key, weight, grad_output, grad_value + base, channels,
+            .add(sample.corners, key, weight, grad_output, grad_value + unit.base(p), channels,
                  row_bytes * static_cast<int>(sizeof(A) / sizeof(T)));
       }
     }
-    if (pass == 0 || waits) mean = group_sum(part, lanes);
+    if (pass == 0 || waits) mean = group_sum(mean, lanes);
   }
   if (!waits || !unit.valid) return;
   for (int s = lane; s < all; s += lanes)  // those of this lane
-    static_cast<C*>(g.weights)[unit.index * p.samples() + s] =
-        narrow<C>(attention(s) * (memory.weights[s] - mean));
+    static_cast<C*>(g.weights)[unit.index(p) * p.samples() + s] = narrow<C>(attention(s) * (memory.weights[s] - mean));
 }
 
 // The gradient of the reference points: the sum of the heads' parts.

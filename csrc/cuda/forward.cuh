@@ -39,7 +39,8 @@ __device__ __forceinline__ PlannedSample<A> planned(const Cell<A, int32_t>& cell
           {up * left, up * right, down * left, down * right}};
 }
 
-// Plans samples [first, first + count) of the group's unit, without those that have no corner, and returns their number.
+// Plans samples [first, first + count) of the group's unit, without those that have no corner, and returns their
+// number.
 template <class A, class C>
 __device__ __forceinline__ int plan(const Problem& p, const Unit& unit, const Attention<A, C>& attention, int first,
                                     int count, PlannedSample<A>* samples) {
@@ -56,7 +57,7 @@ __device__ __forceinline__ int plan(const Problem& p, const Unit& unit, const At
       while (static_cast<unsigned>(s) >= (level + 1) * points) ++level;
       const A weight = attention(s);  // first, so that its load overlaps with those of the cell
       const Level shape = level_of(p, level);
-      const Cell<A, int32_t> cell = cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, shape);
+      const Cell<A, int32_t> cell = cell_of<A, C>(p, unit.row(p), unit.index(p) * p.samples() + s, level, shape);
       exists = any_exists(cell.row, shape);
       if (exists) sample = planned(cell, shape, weight);
     }
@@ -68,16 +69,16 @@ __device__ __forceinline__ int plan(const Problem& p, const Unit& unit, const At
 }
 
 template <class T, class C, int N>
-__global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
+__global__ void __launch_bounds__(kForwardThreads<T>, N == 1 ? 1 : kForwardBlocks<T>)
     forward_kernel(const Problem p, int32_t first_image, T* __restrict__ output) {
   using A = typename AccumulatorOf<T>::type;
   // The loads of so many samples are issued before the first of them is used.
   constexpr int kTogether = N <= 4 ? 2 : 1;
   const int lanes = blockDim.x, channels = static_cast<int>(p.channels), all = static_cast<int>(p.samples());
-  const Unit unit = unit_of(p, first_image);
+  const Unit unit(p, first_image);
   auto* const samples = reinterpret_cast<PlannedSample<A>*>(shared_memory) + threadIdx.y * (chunk_of(p) + 1);
   const Attention<A, C> attention(p, unit, lanes);
-  const T* const rows = static_cast<const T*>(p.value) + (unit.image * p.keys * p.heads + unit.head) * p.channels;
+  const T* const rows = static_cast<const T*>(p.value) + unit.base(p);
   const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
 
   for (int c0 = 0; c0 < channels; c0 += lanes * N) {
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
       for (; i + kTogether <= number; i += kTogether) add(samples + i, std::integral_constant<int, kTogether>());
       for (; i < number; ++i) add(samples + i, std::integral_constant<int, 1>());
     }
-    if (active && unit.valid) store(output + unit.index * p.channels + c, sum);
+    if (active && unit.valid) store(output + unit.index(p) * p.channels + c, sum);
   }
 }
 

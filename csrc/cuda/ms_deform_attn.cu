@@ -2,12 +2,11 @@
 //
 // A unit is one query of one head. A group of 2^k <= 32 lanes of a warp computes a unit, each lane with 16 bytes of
 // channels, and a block computes units of one image and head, so that neighboring queries share the L1 cache.
-#include "ms_deform_attn.h"
-
 #include <algorithm>
 
 #include "backward.cuh"
 #include "forward.cuh"
+#include "ms_deform_attn.h"
 #include "ordered.cuh"
 
 namespace msda::cuda {
@@ -15,8 +14,8 @@ namespace {
 
 constexpr int64_t kGrantedBytes = 48 * 1024;  // of shared memory, by default
 constexpr int64_t kSharedBytes = 64 * 1024;   // every device grants these to a kernel that asks for them
-constexpr int kManyBlocks = 1024;            // blocks are made smaller where there are fewer
-constexpr int64_t kImages = 65535;           // at most, in a launch
+constexpr int kManyBlocks = 1024;             // blocks are made smaller where there are fewer
+constexpr int64_t kImages = 65535;            // at most, in a launch
 
 struct Shape {
   dim3 block;
@@ -46,9 +45,17 @@ Shape forward_shape(const Problem& p) {
   });
 }
 
+// The lanes of a backward kernel for exactly these channels, 0 if there is none.
+template <int N>
+int backward_lanes(const Problem& p) {
+  const bool full = N >= 4 && p.keys > 0 && (p.channels == 4 * N || p.channels == 8 * N);
+  return full ? static_cast<int>(p.channels / N) : 0;
+}
+
 template <class T, int N>
 Shape backward_shape(const Problem& p, bool atomic) {
-  return shape_for(p, (p.channels + N - 1) / N, kBackwardThreads<T>,
+  const int threads = backward_lanes<N>(p) == 8 ? kBackwardThreads<T, 8> : kBackwardThreads<T, 0>;
+  return shape_for(p, (p.channels + N - 1) / N, threads,
                    [&](int lanes, int units) { return BackwardMemory<T, N>::bytes(p, lanes, units, atomic); });
 }
 
@@ -56,9 +63,9 @@ Shape backward_shape(const Problem& p, bool atomic) {
 template <class Kernel, class F>
 cudaError_t for_each_launch(const Problem& p, const Shape& shape, Kernel kernel, const F& f) {
   if (shape.shared_bytes > kGrantedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   for (int64_t first = 0; first < p.batch && shape.tiles != 0; first += kImages) {
@@ -75,18 +82,15 @@ cudaError_t forward_as(const Problem& p, void* output, cudaStream_t stream) {
   const Shape shape = forward_shape<T, N>(p);
   const auto kernel = forward_kernel<T, C, N>;
   return for_each_launch(p, shape, kernel, [&](dim3 grid, int32_t first_image) {
-    MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, first_image,
-                static_cast<T*>(output));
+    MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, first_image, static_cast<T*>(output));
   });
 }
 
-// The backward kernel for these numbers of lanes and channels.
 template <class T, class C, int N, bool kAtomic>
-auto backward_kernel_for(const Problem& p, unsigned lanes) {
+auto backward_kernel_for(const Problem& p) {
   if constexpr (N >= 4) {
-    const bool full = p.keys > 0 && lanes * N == p.channels;
-    if (full && lanes == 8) return backward_kernel<T, C, N, kAtomic, 8>;
-    if (full && lanes == 4) return backward_kernel<T, C, N, kAtomic, 4>;
+    if (backward_lanes<N>(p) == 8) return backward_kernel<T, C, N, kAtomic, 8>;
+    if (backward_lanes<N>(p) == 4) return backward_kernel<T, C, N, kAtomic, 4>;
   }
   return backward_kernel<T, C, N, kAtomic, 0>;
 }
@@ -104,9 +108,7 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
     if (error != cudaSuccess) return error;
   }
   const Shape shape = backward_shape<T, N>(p, !deterministic);
-  const unsigned lanes = shape.block.x;
-  const auto kernel =
-      deterministic ? backward_kernel_for<T, C, N, false>(p, lanes) : backward_kernel_for<T, C, N, true>(p, lanes);
+  const auto kernel = deterministic ? backward_kernel_for<T, C, N, false>(p) : backward_kernel_for<T, C, N, true>(p);
   cudaError_t error = for_each_launch(p, shape, kernel, [&](dim3 grid, int32_t first_image) {
     MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, g, first_image, grad_value, parts, attention);
   });
@@ -124,7 +126,7 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
     if (error != cudaSuccess) return error;
   }
   if (!deterministic) return cudaSuccess;
-  return ordered_value_gradient<T, C, N>(p, g, scratch, static_cast<int>(lanes), stream);
+  return ordered_value_gradient<T, C, N>(p, g, scratch, static_cast<int>(shape.block.x), stream);
 }
 
 // Calls f(T, C, vector width): 16 bytes of channels per lane if the channels and the pointers allow it, else 1.

@@ -31,25 +31,29 @@ __device__ __forceinline__ int32_t query_of(const Problem& p, int32_t position) 
   return position;
 }
 
-// The unit of a lane. `row` counts (image, query) and `index` counts (image, query, head), as in the tensors.
+// The unit of a lane. A block has units of the head blockIdx.y, and of the image blockIdx.z after `first_image`.
 struct Unit {
-  int32_t image, query, head;
-  int64_t row, index;
+  int32_t first_image, query;
   bool valid;
-};
 
-// A block has units of the head blockIdx.y, and of the image blockIdx.z after `first_image`.
-__device__ __forceinline__ Unit unit_of(const Problem& p, int32_t first_image) {
-  const unsigned position = blockIdx.x * blockDim.y + threadIdx.y;
-  Unit unit;
-  unit.image = first_image + static_cast<int32_t>(blockIdx.z);
-  unit.head = static_cast<int32_t>(blockIdx.y);
-  unit.valid = position < p.queries;
-  unit.query = unit.valid ? query_of(p, position) : 0;
-  unit.row = unit.image * p.queries + unit.query;
-  unit.index = unit.row * p.heads + unit.head;
-  return unit;
-}
+  __device__ __forceinline__ Unit(const Problem& p, int32_t first_image) : first_image(first_image) {
+    const unsigned position = blockIdx.x * blockDim.y + threadIdx.y;
+    valid = position < p.queries;
+    query = valid ? query_of(p, position) : 0;
+  }
+
+  __device__ __forceinline__ int32_t image() const { return first_image + static_cast<int32_t>(blockIdx.z); }
+  __device__ __forceinline__ int32_t head() const { return static_cast<int32_t>(blockIdx.y); }
+
+  // Positions in the tensors: of (image, query), and of (image, query, head).
+  __device__ __forceinline__ int64_t row(const Problem& p) const { return image() * p.queries + query; }
+  __device__ __forceinline__ int64_t index(const Problem& p) const { return row(p) * p.heads + head(); }
+
+  // The first element of the unit's head in (image, key, head, channel).
+  __device__ __forceinline__ int64_t base(const Problem& p) const {
+    return (image() * p.keys * p.heads + head()) * p.channels;
+  }
+};
 
 // The attention weights of a unit: the softmax of its logits, or the given weights.
 template <class A, class C>
@@ -59,7 +63,7 @@ struct Attention {
   bool softmax;
 
   __device__ Attention(const Problem& p, const Unit& unit, int lanes)
-      : source(static_cast<const C*>(p.weights) + unit.index * p.samples()), softmax(p.reference_size != 0) {
+      : source(static_cast<const C*>(p.weights) + unit.index(p) * p.samples()), softmax(p.reference_size != 0) {
     if (!softmax) return;
     const int count = unit.valid ? static_cast<int>(p.samples()) : 0;
     largest = -INFINITY;

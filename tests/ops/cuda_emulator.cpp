@@ -5,10 +5,12 @@
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -98,13 +100,16 @@ void run_block() {
 constexpr size_t kSharedBytes = 1 << 18, kGuardBytes = 4096;
 unsigned char* shared();  // memory of kSharedBytes
 
+std::map<const void*, int> granted;  // bytes of shared memory that kernels have opted in to
+
 // A block starts with shared memory full of NaNs (negative integers), and must not write past its end.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
-  body = std::move(kernel);
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> call) {
+  body = std::move(call);
   block_size = block;
   order_generator.seed(1);
-  // No device runs it without opting in to more shared memory, and a warp-wide operation needs whole warps.
-  if (shared_bytes > 48 * 1024 || block.x * block.y > 1024 || block.x * block.y % 32 != 0) {
+  // Without opting in, no device grants more shared memory. A warp-wide operation needs whole warps.
+  const size_t most = std::max(48 * 1024, granted[kernel]);
+  if (shared_bytes > most || block.x * block.y > 1024 || block.x * block.y % 32 != 0) {
     launch_error = cudaErrorInvalidConfiguration;
     return;
   }
@@ -184,6 +189,12 @@ cudaError_t cudaGetLastError() {
   if (launches_until_failure >= 0 && launches_until_failure-- == 0) return cudaErrorInvalidConfiguration;
   return std::exchange(emulator::launch_error, cudaSuccess);
 }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  // Compute capability 7.5 has the smallest maximum.
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > 64 * 1024) return cudaErrorInvalidValue;
+  emulator::granted[kernel] = value;
+  return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) {
   if (target == nullptr) return cudaErrorInvalidValue;
   std::memset(target, byte, count);
@@ -197,7 +208,7 @@ cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) 
 #define MSDA_CHECK_ALIGNED(pointer, bytes) \
   if (reinterpret_cast<uintptr_t>(pointer) % (bytes) != 0) std::abort()
 #define MSDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  emulator::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
+  emulator::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
 #include "../../csrc/cuda/ms_deform_attn.cu"
 
 namespace msda::cuda {
@@ -240,8 +251,8 @@ extern "C" __attribute__((visibility("default"))) int emulate_blocks(const int64
   const msda::Problem p = problem_of(sizes, inputs);
   return msda::cuda::dispatch(p, aligned ? 0 : 1, [&](auto t, auto, auto width) {
     constexpr int kWidth = decltype(width)::value;
-    for (const auto& shape :
-         {msda::cuda::forward_shape<decltype(t), kWidth>(p), msda::cuda::backward_shape<decltype(t), kWidth>(p, true)}) {
+    for (const auto& shape : {msda::cuda::forward_shape<decltype(t), kWidth>(p),
+                              msda::cuda::backward_shape<decltype(t), kWidth>(p, true)}) {
       *out++ = shape.block.x;
       *out++ = shape.block.y;
       *out++ = static_cast<int64_t>(shape.shared_bytes);

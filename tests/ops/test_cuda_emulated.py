@@ -244,7 +244,7 @@ def test_more_than_2_to_the_31_elements(emulator):
 
 
 def test_no_launch_exceeds_a_block(emulator):
-    """Each block has whole warps, and shared memory that every device grants without opting in."""
+    """Each block has whole warps, and no more shared memory than compute capability 7.5 grants."""
     found = (ctypes.c_int64 * 6)()
     for dtype, head_dim, samples, aligned in itertools.product(
         DTYPES.values(), range(1, 257), (*range(1, 41), *range(48, 161, 8)), (0, 1)
@@ -253,7 +253,7 @@ def test_no_launch_exceeds_a_block(emulator):
             sizes = (ctypes.c_int64 * 11)(2, 20000, 8, head_dim, 1, 20000, samples, reference_size, dtype, dtype)
             assert emulator.emulate_blocks(sizes, aligned, found) == 0
             for lanes, units, shared_bytes in (found[:3], found[3:]):
-                assert shared_bytes <= 48 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)
+                assert shared_bytes <= 64 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)
                 assert lanes * units % 32 == 0 and lanes * units <= 1024, (dtype, head_dim, samples, aligned)
 
 
