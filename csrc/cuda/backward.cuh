@@ -13,12 +13,14 @@ namespace {
 // wait for it in shared memory; with more samples, a first pass computes the mean.
 constexpr int kWaiting = 32;
 
-// Threads of a block, and how many blocks fit on a multiprocessor at least. 8 lanes of 4 floats have blocks of 64
-// units.
-template <class T, int kLanes>
-constexpr int kBackwardThreads = sizeof(T) == 4 && kLanes == 8 ? 512 : 256;
-template <class T, int kLanes>
-constexpr int kBackwardBlocks = sizeof(T) == 4 && kLanes == 8 ? 2 : 3;
+// Threads of a block, and how many blocks fit on a multiprocessor at least. Where samples are added up within a block,
+// it has 64 units of 32 channels.
+template <class T, int kLanes, bool kAtomic>
+constexpr bool kLargeBlock = sizeof(T) == 4 && kLanes == 8 && kAtomic;
+template <class T, int kLanes, bool kAtomic>
+constexpr int kBackwardThreads = kLargeBlock<T, kLanes, kAtomic> ? 512 : 256;
+template <class T, int kLanes, bool kAtomic>
+constexpr int kBackwardBlocks = kLargeBlock<T, kLanes, kAtomic> || kLanes == 0 ? 2 : 3;
 
 // The sample that a lane has planned.
 template <class A>
@@ -89,9 +91,10 @@ __device__ __forceinline__ void store_group_sums(const A (&x)[4], int lanes, A* 
   target[threadIdx.x / quarter] = sum;  // by several lanes, because a condition would cost more
 }
 
-// Writes the dots of four pixels per sample with the gradient of the output. `rows` begins at the first key of the
+// Writes the dots of four pixels per sample with the gradient of the output. The loads of kTogether samples overlap, as
+// far as the registers allow. `rows` begins at the first key of the
 // unit's image and head.
-template <int kLanes, class T, int N, class A>
+template <int kLanes, int kTogether, class T, int N, class A>
 __device__ __forceinline__ void corner_dots(int count, const int32_t* keys, const T* grad_output, int channels,
                                             int32_t row_bytes, const T* rows, A* dots) {
   const int lanes = kLanes > 0 ? kLanes : blockDim.x, lane = threadIdx.x;
@@ -106,6 +109,7 @@ __device__ __forceinline__ void corner_dots(int count, const int32_t* keys, cons
   };
   const bool covered = kLanes > 0 || channels <= lanes * N;
   if (kLanes > 0 || (covered && lane * N < channels)) load(grad_output + lane * N, grad);
+#pragma unroll kTogether
   for (int i = 0; i < count; ++i) {
     int32_t key[4];
     load(keys + 4 * i, key);
@@ -206,7 +210,7 @@ struct BackwardMemory {
 // The gradients of coordinates and weights, and with kAtomic that of the value, summed into `grad_value`. With kLanes,
 // a group has this many lanes, whose channels are those of the value.
 template <class T, class C, int N, bool kAtomic, int kLanes>
-__global__ void __launch_bounds__(kBackwardThreads<T, kLanes>, kBackwardBlocks<T, kLanes>)
+__global__ void __launch_bounds__(kBackwardThreads<T, kLanes, kAtomic>, kBackwardBlocks<T, kLanes, kAtomic>)
     backward_kernel(const Problem p, const Gradients g, int32_t first_image,
                     typename AccumulatorOf<T>::type* __restrict__ grad_value,
                     typename AccumulatorOf<T>::type* __restrict__ parts,
@@ -228,8 +232,13 @@ __global__ void __launch_bounds__(kBackwardThreads<T, kLanes>, kBackwardBlocks<T
       __syncwarp();  // the dots of the last samples are read
       const LaneSample<A> sample = lane_sample(p, unit, attention, first + lane, memory.keys + 4 * lane);
       __syncwarp();
-      corner_dots<kLanes, T, N>(count, memory.keys, grad_output, channels, row_bytes,
-                                static_cast<const T*>(p.value) + unit.base(p), memory.dots);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+      constexpr int kTogether = 1;
+#else
+      constexpr int kTogether = kAtomic && N <= 4 ? 2 : 1;
+#endif
+      corner_dots<kLanes, kTogether, T, N>(count, memory.keys, grad_output, channels, row_bytes,
+                                           static_cast<const T*>(p.value) + unit.base(p), memory.dots);
       __syncwarp();
       ArgumentGradient<A> grad = {};
       if (sample.valid) {

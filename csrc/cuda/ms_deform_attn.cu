@@ -54,7 +54,8 @@ int backward_lanes(const Problem& p) {
 
 template <class T, int N>
 Shape backward_shape(const Problem& p, bool atomic) {
-  const int threads = backward_lanes<N>(p) == 8 ? kBackwardThreads<T, 8> : kBackwardThreads<T, 0>;
+  const int threads =
+      backward_lanes<N>(p) == 8 && atomic ? kBackwardThreads<T, 8, true> : kBackwardThreads<T, 0, false>;
   return shape_for(p, (p.channels + N - 1) / N, threads,
                    [&](int lanes, int units) { return BackwardMemory<T, N>::bytes(p, lanes, units, atomic); });
 }

@@ -42,6 +42,7 @@ Barrier block_barrier;
 std::function<void()> body;
 std::mt19937 order_generator;  // the same for each kernel, so that runs repeat
 cudaError_t launch_error = cudaSuccess;
+unsigned every_block = 1;  // 10: only every 10th block of a kernel runs
 
 void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -114,7 +115,7 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, std:
     return;
   }
   unsigned char* const guard = shared() + shared_bytes;
-  for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) {
+  for (unsigned i = 0; i < grid.x * grid.y * grid.z; i += every_block) {
     block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     std::memset(shared(), 0xff, shared_bytes + kGuardBytes);
     run_block();
@@ -182,6 +183,7 @@ void atomicAdd(A* target, A x) {
 static int launches_until_failure = -1;  // -1: never
 
 extern "C" {
+__attribute__((visibility("default"))) void emulate_every_block(unsigned every) { emulator::every_block = every; }
 __attribute__((visibility("default"))) int64_t emulate_reductions() { return std::exchange(reductions, 0); }
 __attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
 // As on a device, the error of a launch is returned once.
