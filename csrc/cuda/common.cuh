@@ -22,7 +22,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
+extern __shared__ __align__(32) unsigned char shared_memory[];
 
 template <class T>
 struct AccumulatorOf {

@@ -60,7 +60,7 @@ def emulator(build, emulator_object):
     linked = ['-shared', '-Wl,-Bsymbolic', str(emulator_object), '-o', str(path)]
     subprocess.run([*build.find_compiler(), *linked], check=True)
     library = ctypes.CDLL(str(path))
-    library.emulate_sort_elements.restype = ctypes.c_int64
+    library.emulate_sort_elements.restype = library.emulate_reductions.restype = ctypes.c_int64
     return library
 
 
@@ -244,7 +244,7 @@ def test_more_than_2_to_the_31_elements(emulator):
 
 
 def test_no_launch_exceeds_a_block(emulator):
-    """Each block has whole warps, and shared memory that every device grants without opting in."""
+    """Each block has whole warps, and no more shared memory than compute capability 7.5 grants."""
     found = (ctypes.c_int64 * 6)()
     for dtype, head_dim, samples, aligned in itertools.product(
         DTYPES.values(), range(1, 257), (*range(1, 41), *range(48, 161, 8)), (0, 1)
@@ -253,7 +253,7 @@ def test_no_launch_exceeds_a_block(emulator):
             sizes = (ctypes.c_int64 * 11)(2, 20000, 8, head_dim, 1, 20000, samples, reference_size, dtype, dtype)
             assert emulator.emulate_blocks(sizes, aligned, found) == 0
             for lanes, units, shared_bytes in (found[:3], found[3:]):
-                assert shared_bytes <= 48 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)
+                assert shared_bytes <= 64 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)
                 assert lanes * units % 32 == 0 and lanes * units <= 1024, (dtype, head_dim, samples, aligned)
 
 
@@ -290,6 +290,42 @@ def test_infinite_weight_of_excluded_sample(emulator):
     for deterministic in (False, True):
         output, *grads = emulate(emulator, case.shapes, case.value, None, locations, weights, grad, deterministic)
         assert output.isfinite().all() and all(tensor.isfinite().all() for tensor in grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('local, most', [(True, 0.2), (False, 0.7)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_added_up_within_a_block(emulator, dtype, local, most):
+    """Reductions per row that a sample adds to, in an encoder whose queries sample around themselves or anywhere."""
+    shapes, batch, heads, head_dim = [(64, 64), (32, 32), (16, 16), (8, 8)], 13, 1, 32
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)
+    keys = sum(h * w for h, w in shapes)
+    points = torch.cat(
+        [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in shapes]
+    )
+    sampling = (batch, keys, heads, len(shapes), 4)
+    if local:
+        offsets = torch.arange(1, 5)[:, None] * torch.tensor([1.0, 0.0])
+        offsets = offsets + torch.randn(*sampling, 2, generator=generator)
+        pixels = points[:, None, None, None] * sizes[:, None] + offsets - 0.5
+    else:
+        pixels = torch.rand(*sampling, 2, generator=generator) * sizes[:, None] - 0.5
+    corners = torch.tensor([(0, 0), (1, 0), (0, 1), (1, 1)])
+    neighbors = pixels.floor()[..., None, :] + corners
+    rows = ((neighbors >= 0) & (neighbors < sizes[:, None, None])).all(-1).sum().item()
+    value = torch.randn(batch, keys, heads, head_dim, generator=generator).to(dtype)
+    weights = torch.full(sampling, 1 / 16)
+    grad = torch.randn(batch, keys, heads * head_dim, generator=generator)
+    every = 13  # with 85 blocks per image, each part of an image once
+    emulator.emulate_every_block(every)
+    try:
+        emulator.emulate_reductions()  # forgets those of other tests
+        emulate(emulator, shapes, value, None, (pixels + 0.5) / sizes[:, None], weights, grad, False)
+    finally:
+        emulator.emulate_every_block(1)
+    ratio = emulator.emulate_reductions() / head_dim / (rows / every)
+    assert 0.05 < ratio <= most
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
