@@ -12,8 +12,6 @@ from msda_plugin.visualization.detection import (
     score_caption,
     write_png,
 )
-from msda_plugin.visualization.precision_recall import draw_precision_recall
-from msda_plugin.visualization.report_page import report_page
 
 __all__ = [
     'Recording',
@@ -23,11 +21,9 @@ __all__ = [
     'draw_contact_sheet',
     'draw_curves',
     'draw_heads',
-    'draw_precision_recall',
     'draw_query',
     'draw_sheet',
     'record_attention',
-    'report_page',
     'score_caption',
     'write_attention_page',
     'write_png',
