@@ -182,6 +182,13 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
     return getattr(module, 'stock_class', type(module))
 
 
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module is exactly a ``cls`` of torch or mmcv's wrapper of it, with the forward of that class."""
+    stock = stock_class(module)
+    wrapped = stock.__module__ == 'mmcv.cnn.bricks.wrappers' and issubclass(stock, cls)
+    return (stock is cls or wrapped) and 'forward' not in vars(module)
+
+
 @cache
 def _class_in_place_of(stock: type[nn.Module], changes: tuple[type[nn.Module], ...]) -> type[nn.Module]:
     """A subclass of ``changes``, the last one first, and of ``stock``, with the name of ``stock``."""

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from msda_plugin.acceleration.convert_model import change_class, is_frozen_batch_norm, log, stock_class
+from msda_plugin.acceleration.convert_model import change_class, is_frozen_batch_norm, is_plain, log, stock_class
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward
 Products = tuple[Tensor, Tensor | None]
@@ -162,7 +162,7 @@ def use_channels_last(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if stock_class(module) is nn.Conv2d and 'forward' not in vars(module) and not vars(module).get('channels_last'):
+        if is_plain(module, nn.Conv2d) and not vars(module).get('channels_last'):
             change_class(module, Conv2d)
             vars(module)['channels_last'] = True
             count += 1
@@ -198,12 +198,12 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 def _why_not(conv: nn.Module, norm: nn.Module) -> str:
     """The reason why a batch norm cannot be folded into a convolution, or an empty string."""
-    if stock_class(conv) is not nn.Conv2d:
+    if any('forward' in vars(module) for module in (conv, norm)):
+        return 'a forward of its own'
+    if not is_plain(conv, nn.Conv2d):
         return f'the convolution before it is a {type(conv).__name__}'
     if isinstance(conv, Conv2d) and conv.folded_norm is not None:
         return 'the convolution before it has another batch norm'
-    if any('forward' in vars(module) for module in (conv, norm)):
-        return 'a forward of its own'
     if any(module._forward_hooks or module._forward_pre_hooks for module in (conv, norm)):
         return 'a hook reads the tensor between the two'
     return 'no running statistics' if norm.running_mean is None else ''
