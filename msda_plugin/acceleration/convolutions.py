@@ -7,7 +7,6 @@ gradient is needed, or the batch norm is in training mode, both modules run thei
 """
 
 import inspect
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from copy import copy
@@ -127,7 +126,7 @@ def fold_batch_norms(model: nn.Module) -> int:
     names = {module: name for name, module in model.named_modules()}
     count, unchanged = 0, {}
     for parent, norms in _owners(model):
-        convolutions, reason = _convolutions_before(parent)
+        convolutions, reason = _convolutions_before(parent, norms)
         for norm in norms:
             conv = convolutions.get(norm)
             why = (
@@ -144,10 +143,7 @@ def fold_batch_norms(model: nn.Module) -> int:
             change_class(norm, FoldedBatchNorm)
             count += 1
     stay = ' '.join(f'Not folded: {", ".join(names)} ({why}).' for why, names in unchanged.items())
-    log(
-        f'fold_batch_norms: {count} batch norms of {type(model).__name__} are folded in inference. {stay}'.strip(),
-        logging.WARNING if unchanged else logging.INFO,
-    )
+    log(f'fold_batch_norms: {count} batch norms of {type(model).__name__} are folded in inference. {stay}'.strip())
     return count
 
 
@@ -214,26 +210,33 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _convolutions_before(parent: nn.Module) -> tuple[dict[nn.Module, nn.Module], str]:
+def _convolutions_before(parent: nn.Module, norms: list[nn.Module]) -> tuple[dict[nn.Module, nn.Module], str]:
     """The module whose output is the input of each batch norm and goes nowhere else, and why tracing failed."""
     clone = copy(parent)  # with the same children; keeps what the forward assigns to self
     clone.training = False
     parameters = inspect.signature(clone.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    modes = [norm.training for norm in norms]
     try:
+        for norm in norms:  # a forward may read it, as that of Shunted Transformer does
+            norm.training = False
         nodes = _Tracer().trace(clone, defaults or None).nodes
     except Exception as error:  # noqa: BLE001  (of any type: the code is not ours)
         return {}, f'the forward of {type(parent).__name__} cannot be traced: {str(error).splitlines()[0]}'
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.training = mode
     modules = dict(clone.named_modules(remove_duplicate=False))
-    calls = Counter(modules[node.target] for node in nodes if node.op == 'call_module')
+    called = [(modules[node.target], node) for node in nodes if node.op == 'call_module']
+    calls = Counter(module for module, _ in called)
+    if not any(calls[norm] for norm in norms):
+        return {}, f'the forward of {type(parent).__name__} does not call it in evaluation mode'
     found = {}
-    for node in nodes:
-        if node.op != 'call_module' or not _is_batch_norm(modules[node.target]):
-            continue
+    for norm, node in called:
         source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        if not isinstance(source, fx.Node) or source.op != 'call_module' or len(source.users) > 1:
+        if norm not in norms or not isinstance(source, fx.Node) or source.op != 'call_module':
             continue
-        norm, conv = modules[node.target], modules[source.target]
-        if calls[norm] == calls[conv] == 1 and isinstance(conv, nn.Conv2d):
+        conv = modules[source.target]
+        if calls[norm] == calls[conv] == 1 == len(source.users) and isinstance(conv, nn.Conv2d):
             found[norm] = conv
     return found, ''
