@@ -54,7 +54,8 @@ def accelerate(
             these say otherwise.
         channels_last: Run convolutions in this memory format, in training too. Code that calls ``view`` on feature maps
             may need ``reshape``.
-        fold: Fold batch norms into convolutions where no gradient is needed; see :func:`fold_batch_norms`.
+        fold: Fold batch norms in evaluation mode into convolutions, also the constant ones of a backbone in training,
+            which then takes less memory; see :func:`fold_batch_norms`.
         dtype: Run the model in bfloat16 in evaluation mode, or in float16 on a GPU. Predictions of boxes and scores,
             reference points and post-processing stay in float32. Training is not affected. None: as the weights.
 

@@ -1,9 +1,10 @@
 """Faster convolutions that keep their parameters: folded batch norms, and the memory format ``channels_last``.
 
 A folded convolution multiplies its weight by the scale of the batch norm behind it, and the batch norm returns its
-input. Parameters, buffers and checkpoints stay those of the stock modules: the products are stored beside them, and
-computed again when a parameter, its dtype or its device changes, and after every ``train()`` and ``eval()``. Where a
-gradient is needed, or the batch norm is in training mode, both modules run their stock code.
+input. Parameters, buffers and checkpoints stay those of the stock modules. Where a gradient is needed, every forward
+computes the products, and the backward pass stores one feature map less (You et al., Efficient ConvBN Blocks, 2023,
+https://arxiv.org/abs/2305.11624). Elsewhere they are stored, and computed again when a parameter, its dtype or its
+device changes, and after every ``train()`` and ``eval()``. A batch norm in training mode runs its stock code.
 """
 
 import inspect
@@ -39,11 +40,14 @@ class Conv2d(nn.Conv2d):
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         norm = self.folded_norm
-        if norm is not None and (norm.training or _needs_gradient(x, *_affine(self), *_affine(norm))):
+        if norm is not None and norm.training:
             return super().forward(x)
-        if norm is None and (not self.channels_last or _needs_gradient(x, *_affine(self))):
+        gradient = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (x, *_affine(self), *(() if norm is None else _affine(norm)))
+        )
+        if norm is None and (gradient or not self.channels_last):
             return super().forward(x)
-        return self._conv_forward(x, *self._products())
+        return self._conv_forward(x, *(self._compute_products() if gradient else self._products()))
 
     def train(self, mode: bool = True) -> nn.Module:
         """As in ``nn.Module``; the next forward computes the products again."""
@@ -60,21 +64,21 @@ class Conv2d(nn.Conv2d):
         state = (dtype, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
         stored, products = _products.get(self, (None, None))
         if stored != state:
-            products = tuple(t if t is None or dtype is None else t.to(dtype) for t in self._compute_products())
+            with torch.no_grad():
+                products = tuple(t if t is None or dtype is None else t.to(dtype) for t in self._compute_products())
             _products[self] = (state, products)
         return products
 
-    @torch.no_grad()
     def _compute_products(self) -> Products:
         weight, bias, norm = self.weight, self.bias, self.folded_norm
         if norm is not None:
-            # In float64, so that the only rounding is that of the product.
+            # The factors of the channels in float64: these are few. The backward pass stores the weight as it is.
             shift = norm.running_mean.double() if bias is None else norm.running_mean.double() - bias.double()
             scale = (norm.running_var.double() + getattr(norm, 'eps', 1e-5)).rsqrt()
             if norm.weight is not None:
                 scale = scale * norm.weight.double()
             bias = -shift * scale if norm.bias is None else norm.bias.double() - shift * scale
-            weight, bias = (weight * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
+            weight, bias = weight * scale.to(weight.dtype)[:, None, None, None], bias.to(weight.dtype)
         if self.channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, bias
@@ -85,7 +89,7 @@ class FoldedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(bs, channels, h, w) -> (bs, channels, h, w)."""
-        return super().forward(x) if self.training or _needs_gradient(x, *_affine(self)) else x
+        return super().forward(x) if self.training else x
 
 
 _products: WeakKeyDictionary[nn.Module, tuple[tuple, Products]] = WeakKeyDictionary()
@@ -95,21 +99,19 @@ def _affine(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (module.weight, module.bias) if tensor is not None]
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _autocasts(weight: Tensor) -> bool:
     return torch.is_autocast_enabled(weight.device.type) and weight.dtype == torch.float32
 
 
 def fold_batch_norms(model: nn.Module) -> int:
-    """Fold each batch norm into the convolution before it, in place, for inference; ``restore`` undoes it.
+    """Fold each batch norm in evaluation mode into the convolution before it, in place; ``restore`` undoes it.
 
-    Only classes of modules change: parameters and checkpoints stay as they are, and training still updates the
-    statistics. A pair is found by tracing the forward of the module that owns it, called with its default arguments:
-    the output of an ``nn.Conv2d`` must be used once, as the input of an ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, or
-    frozen batch norm of torchvision or transformers. Batch norms that stay are logged with the reason.
+    Only classes of modules change: parameters and checkpoints stay as they are, gradients reach the parameters of both,
+    and batch norms in training mode still update their statistics.
+
+    A pair is found by tracing the forward of the module that owns it, called with its default arguments: the output of
+    an ``nn.Conv2d`` must be used once, as the input of an ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, or frozen batch
+    norm of torchvision or transformers. Batch norms that stay are logged with the reason.
 
     The folded weights are stored beside the parameters. They follow every change that PyTorch counts
     (``load_state_dict``, ``copy_``, optimizers, ``to``); after writing to ``parameter.data``, call ``model.eval()``.
@@ -143,7 +145,9 @@ def fold_batch_norms(model: nn.Module) -> int:
             change_class(norm, FoldedBatchNorm)
             count += 1
     stay = ' '.join(f'Not folded: {", ".join(names)} ({why}).' for why, names in unchanged.items())
-    log(f'fold_batch_norms: {count} batch norms of {type(model).__name__} are folded in inference. {stay}'.strip())
+    log(
+        f'fold_batch_norms: {count} batch norms of {type(model).__name__} are folded in evaluation mode. {stay}'.strip()
+    )
     return count
 
 

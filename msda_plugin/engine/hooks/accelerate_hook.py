@@ -16,8 +16,7 @@ class AccelerateHook(Hook):
     optimizer stay compatible.
 
     Args:
-        inference, channels_last, fold: As in :func:`msda_plugin.accelerate`. Folding affects only what needs no
-            gradient, such as validation and frozen stages.
+        inference, channels_last, fold: As in :func:`msda_plugin.accelerate`. The last two affect training as well.
         dtype: As there, or its name: ``'bfloat16'``. Validation and test run in it, training does not.
 
     Raises:
