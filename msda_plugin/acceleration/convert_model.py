@@ -10,7 +10,8 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
 - In a model with transformers', frozen batch norms run in one pass in inference.
 - On request, convolutions run in ``channels_last`` and with the batch norms folded into them
-  (:mod:`msda_plugin.acceleration.convolutions`), and inference in bfloat16
+  (:mod:`msda_plugin.acceleration.convolutions`), dropouts draw their random numbers faster
+  (:mod:`msda_plugin.acceleration.fast_dropout`), and inference runs in bfloat16
   (:mod:`msda_plugin.acceleration.low_precision`).
 
 Each framework is imported only for a model with its layers, and none is needed for the others.
@@ -35,6 +36,7 @@ def accelerate(
     inference: bool = False,
     channels_last: bool | None = None,
     fold: bool | None = None,
+    fast_dropout: bool = False,
     dtype: torch.dtype | None = None,
 ) -> int:
     """Make every multi-scale deformable attention of mmcv and transformers run msda_plugin's operator, in place.
@@ -56,6 +58,7 @@ def accelerate(
             may need ``reshape``.
         fold: Fold batch norms in evaluation mode into convolutions, also the constant ones of a backbone in training,
             which then takes less memory; see :func:`fold_batch_norms`.
+        fast_dropout: Draw the random numbers of ``nn.Dropout`` faster in training on a CPU. They differ from PyTorch's.
         dtype: Run the model in bfloat16 in evaluation mode, or in float16 on a GPU. Predictions of boxes and scores,
             reference points and post-processing stay in float32. Training is not affected. None: as the weights.
 
@@ -73,6 +76,7 @@ def accelerate(
         2
     """
     from msda_plugin.acceleration import convolutions, low_precision  # these import this module
+    from msda_plugin.acceleration import fast_dropout as dropout
 
     _refuse(model)
     if dtype is not None:
@@ -105,6 +109,8 @@ def accelerate(
         log(f'accelerate: {convolutions.use_channels_last(model)} convolutions now run in channels_last.')
     if inference if fold is None else fold:
         convolutions.fold_batch_norms(model)
+    if fast_dropout:
+        log(f'accelerate: {dropout.use_fast_dropout(model)} dropouts now draw other random numbers, faster.')
     if dtype is not None:
         low_precision.use_dtype(model, dtype)
         log(f'accelerate: {type(model).__name__} now runs in {dtype} in evaluation mode.')
