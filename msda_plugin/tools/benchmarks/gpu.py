@@ -664,4 +664,4 @@ def measure_model(args: argparse.Namespace, accelerated: bool, training: bool, a
     from msda_plugin.tools.benchmarks import model
 
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=autocast):
-        return model.measure(args, accelerated, training)
+        return model.measure(args, 'accelerated' if accelerated else None, training)
