@@ -211,9 +211,14 @@ struct Kernels {
     }
   }
 
-  static void load_grad(const Problem& p, const Gradients& g, int64_t image, int64_t head, int64_t query, A* target) {
+  // Widens the gradient of the output of one query and head, and prefetches the one `ahead` queries later: hardware
+  // prefetchers miss this stride.
+  static void load_grad(const Problem& p, const Gradients& g, int64_t image, int64_t head, int64_t query, int64_t ahead,
+                        A* target) {
     const int64_t unit = (image * p.queries + query) * p.heads + head;
-    widen(static_cast<const T*>(g.output) + unit * p.channels, target, p.channels);
+    const T* source = static_cast<const T*>(g.output) + unit * p.channels;
+    prefetch<0>(source + ahead * p.heads * p.channels, p.channels * sizeof(T));
+    widen(source, target, p.channels);
   }
 
   static void coordinate_gradients(const Problem& p, const Gradients& g, int64_t query_begin, int64_t query_end,
@@ -227,11 +232,16 @@ struct Kernels {
       std::memset(grad, 0, padded * sizeof(A));
       const auto run_tile = [&](int64_t image, int64_t head, int64_t query, int64_t count) {
         rows.select(image, head);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t unit = (image * p.queries + query + i) * p.heads + head;
+          prefetch<0, true>(static_cast<C*>(g.weights) + unit * samples, samples * sizeof(C));
+          prefetch<0, true>(static_cast<C*>(g.coordinates) + unit * samples * 2, 2 * samples * sizeof(C));
+        }
         tile.plan(image, head, query, count);
         if (!layout.packed) prefetch_rows(tile, count, rows, p.channels * sizeof(T));
         for (int64_t i = 0; i < count; ++i) {
           const int64_t first = i * samples;
-          load_grad(p, g, image, head, query + i, grad);
+          load_grad(p, g, image, head, query + i, tile.capacity, grad);
           if (layout.packed)
             dot<T, true>(tile, first, rows, padded, grad.get(), dots.get());
           else
@@ -352,7 +362,7 @@ struct Kernels {
           const int64_t count = min_of(tile.capacity, p.queries - query);
           tile.plan(image, head, query, count);
           for (int64_t j = 0; j < count; ++j) {
-            load_grad(p, g, image, head, query + j, grad);
+            load_grad(p, g, image, head, query + j, tile.capacity, grad);
             scatter(tile, j * tile.samples, reinterpret_cast<char*>(rows.get()), stride, padded, grad.get());
           }
         }
