@@ -104,21 +104,29 @@ inline void dot(const Tile<A, C>& tile, int64_t first, const Rows<T>& rows, int6
   });
 }
 
-// row of corner i of sample s += corner weight * grad, in the order of the samples. The rows are packed.
+// row of corner i of sample s += corner weight * grad, in the order of the samples. The rows are packed: the four corners
+// of a sample are different rows, so all are read before the first is written.
 template <class A, class C>
 inline void scatter(const Tile<A, C>& tile, int64_t first, char* base, int64_t stride, int64_t padded, const A* grad) {
-  for_channels<A>(padded, [&](auto vectors, int64_t c) {
+  for_channels<A>(padded, [=, samples = tile.samples, weights = tile.corner + 4 * first,
+                           rows = tile.row + kRowsPerSample<true> * first](auto vectors, int64_t c) {
     constexpr int V = decltype(vectors)::value;
+    const int64_t bytes = stride, count = samples;  // in registers: the compiler assumes that a store may change them
     Vector<A> g[V];
     for (int v = 0; v < V; ++v) g[v] = load(grad + c + v * kLanes<A>);
-    const A* weight = tile.corner + 4 * first;
-    const int32_t* row = tile.row + kRowsPerSample<true> * first;
+    const A* weight = weights;
+    const int32_t* row = rows;
     char* channel = base + c * sizeof(A);
-    for (int64_t s = 0; s < tile.samples; ++s, weight += 4, row += kRowsPerSample<true>)
+    for (int64_t s = 0; s < count; ++s, weight += 4, row += kRowsPerSample<true>) {
+      A* target[4];
+      Vector<A> sum[4][V];
       for (int i = 0; i < 4; ++i) {
-        A* target = reinterpret_cast<A*>(channel + corner_offset<true>(row, i, stride, 0));
-        for (int v = 0; v < V; ++v) store<A>(target + v * kLanes<A>, load(target + v * kLanes<A>) + weight[i] * g[v]);
+        target[i] = reinterpret_cast<A*>(channel + corner_offset<true>(row, i, bytes, 0));
+        for (int v = 0; v < V; ++v) sum[i][v] = load(target[i] + v * kLanes<A>) + weight[i] * g[v];
       }
+      for (int i = 0; i < 4; ++i)
+        for (int v = 0; v < V; ++v) store<A>(target[i] + v * kLanes<A>, sum[i][v]);
+    }
   });
 }
 
