@@ -236,32 +236,33 @@ struct Kernels {
       const int64_t padded = padded_channels<A>(p), samples = p.samples();
       Rows<T> rows(p, layout);
       Tile<A, C> tile(p, layout, 0, p.levels);
-      Buffer<A> grad(padded), dots(4 * samples), grad_weight(samples), grad_xy(2 * samples), grad_pixel(2 * samples);
+      Buffer<A> grad(padded), dots(4 * tile.size), grad_weight(tile.size), grad_xy(2 * tile.size);
+      Buffer<A> grad_pixel(2 * tile.size);
       std::memset(grad, 0, padded * sizeof(A));
       const auto run_tile = [&](int64_t image, int64_t head, int64_t query, int64_t count) {
-        rows.select(image, head);
+        const auto unit_of = [&](int64_t i) { return (image * p.queries + query + i) * p.heads + head; };
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t unit = (image * p.queries + query + i) * p.heads + head;
-          prefetch<0, true>(static_cast<C*>(g.weights) + unit * samples, samples * sizeof(C));
-          prefetch<0, true>(static_cast<C*>(g.coordinates) + unit * samples * 2, 2 * samples * sizeof(C));
+          prefetch<0, true>(static_cast<C*>(g.weights) + unit_of(i) * samples, samples * sizeof(C));
+          prefetch<0, true>(static_cast<C*>(g.coordinates) + unit_of(i) * samples * 2, 2 * samples * sizeof(C));
         }
+        rows.select(image, head);
         tile.plan(image, head, query, count);
         if (!layout.packed) prefetch_rows(tile, count, rows, p.channels * sizeof(T));
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t first = i * samples;
+        for (int64_t i = 0, first = 0; i < count; ++i, first += samples) {
           load_grad(p, g, image, head, query + i, tile.capacity, grad);
           if (layout.packed)
-            dot<T, true>(tile, first, rows, padded, grad.get(), dots.get());
+            dot<T, true>(tile, first, rows, padded, grad.get(), dots + 4 * first);
           else
-            dot<T, false>(tile, first, rows, padded, grad.get(), dots.get());
-          sample_gradients(tile, first, dots, grad_weight, grad_pixel);
-          chain_rule(p, tile, first, grad_weight, grad_pixel, grad_xy);
-          const int64_t unit = (image * p.queries + query + i) * p.heads + head;
-          narrow(grad_weight, static_cast<C*>(g.weights) + unit * samples, samples);
-          narrow(grad_xy, static_cast<C*>(g.coordinates) + unit * samples * 2, 2 * samples);
+            dot<T, false>(tile, first, rows, padded, grad.get(), dots + 4 * first);
+        }
+        sample_gradients(tile, count, dots, grad_weight, grad_pixel);
+        chain_rule(p, tile, count, grad_weight, grad_pixel, grad_xy);
+        for (int64_t i = 0, first = 0; i < count; ++i, first += samples) {
+          narrow(grad_weight + first, static_cast<C*>(g.weights) + unit_of(i) * samples, samples);
+          narrow(grad_xy + 2 * first, static_cast<C*>(g.coordinates) + unit_of(i) * samples * 2, 2 * samples);
           if (parts != nullptr) {
             const int64_t part = (image * p.heads + head) * (query_end - query_begin) + query + i - query_begin;
-            reference_part(p, tile, first, grad_pixel, parts + part * p.levels * p.reference_size);
+            reference_part(p, tile, first, grad_pixel + 2 * first, parts + part * p.levels * p.reference_size);
           }
         }
       };
@@ -269,12 +270,12 @@ struct Kernels {
     });
   }
 
-  // Gradients with respect to the attention weights and to the positions in pixels.
-  static void sample_gradients(const Tile<A, C>& tile, int64_t first, const A* __restrict dots,
+  // Gradients of the samples of `count` queries with respect to the attention weights and to the positions in pixels.
+  static void sample_gradients(const Tile<A, C>& tile, int64_t count, const A* __restrict dots,
                                A* __restrict grad_weight, A* __restrict grad_pixel) {
-    const A *down = tile.down + first, *right = tile.right + first, *weight = tile.weight + first;
-    const int32_t* inside = tile.inside + first;
-    for (int64_t s = 0; s < tile.samples; ++s) {
+    const A *down = tile.down, *right = tile.right, *weight = tile.weight;
+    const int32_t* inside = tile.inside;
+    for (int64_t s = 0; s < count * tile.samples; ++s) {
       const SampleGradient<A> grad =
           sample_gradient(down[s], right[s], dots[4 * s], dots[4 * s + 1], dots[4 * s + 2], dots[4 * s + 3]);
       grad_weight[s] = grad.weight;
@@ -284,30 +285,33 @@ struct Kernels {
   }
 
   // Gradients with respect to the operator's arguments: locations or offsets, and logits.
-  static void chain_rule(const Problem& p, const Tile<A, C>& tile, int64_t first, A* __restrict grad_weight,
+  static void chain_rule(const Problem& p, const Tile<A, C>& tile, int64_t count, A* __restrict grad_weight,
                          const A* __restrict grad_pixel, A* __restrict grad_xy) {
-    const int32_t *width = tile.width + first, *height = tile.height + first, *inside = tile.inside + first;
-    const int64_t samples = tile.samples;
+    const int32_t *width = tile.width, *height = tile.height, *inside = tile.inside;
+    const int64_t total = count * tile.samples;
     if (p.reference_size != 2) {
-      for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t s = 0; s < total; ++s) {
         grad_xy[2 * s] = grad_pixel[2 * s] * static_cast<A>(width[s]);
         grad_xy[2 * s + 1] = grad_pixel[2 * s + 1] * static_cast<A>(height[s]);
       }
     } else {
-      for (int64_t s = 0; s < 2 * samples; ++s) grad_xy[s] = grad_pixel[s];
+      for (int64_t s = 0; s < 2 * total; ++s) grad_xy[s] = grad_pixel[s];
     }
     if (p.reference_size == 0) return;
     if (p.reference_size == 4) {
-      const A *box_width = tile.origin + 2 * tile.size + first, *box_height = tile.origin + 3 * tile.size + first;
+      const A *box_width = tile.origin + 2 * tile.size, *box_height = tile.origin + 3 * tile.size;
       const A unit = A(0.5) / static_cast<A>(p.points);
-      for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t s = 0; s < total; ++s) {
         grad_xy[2 * s] = inside[s] ? grad_xy[2 * s] * box_width[s] * unit : A(0);
         grad_xy[2 * s + 1] = inside[s] ? grad_xy[2 * s + 1] * box_height[s] * unit : A(0);
       }
     }
-    const A* weight = tile.weight + first;
-    const A mean = dot_product<A>(grad_weight, weight, samples);
-    for (int64_t s = 0; s < samples; ++s) grad_weight[s] = weight[s] * (grad_weight[s] - mean);
+    for (int64_t first = 0; first < total; first += tile.samples) {
+      const A* weight = tile.weight + first;
+      A* grad = grad_weight + first;
+      const A mean = dot_product<A>(grad, weight, tile.samples);
+      for (int64_t s = 0; s < tile.samples; ++s) grad[s] = weight[s] * (grad[s] - mean);
+    }
   }
 
   // One head's part of the gradient of the reference points of one query: [levels][reference_size].
