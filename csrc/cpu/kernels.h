@@ -104,8 +104,8 @@ inline void dot(const Tile<A, C>& tile, int64_t first, const Rows<T>& rows, int6
   });
 }
 
-// row of corner i of sample s += corner weight * grad, in the order of the samples. The rows are packed: the four corners
-// of a sample are different rows, so all are read before the first is written.
+// row of corner i of sample s += corner weight * grad, in the order of the samples. The rows are packed: the four
+// corners of a sample are different rows, so all are read before the first is written.
 template <class A, class C>
 inline void scatter(const Tile<A, C>& tile, int64_t first, char* base, int64_t stride, int64_t padded, const A* grad) {
   for_channels<A>(padded, [=, samples = tile.samples, weights = tile.corner + 4 * first,
@@ -162,6 +162,37 @@ struct Kernels {
 
   static int64_t work(const Problem& p, int64_t queries) { return queries * p.samples() * 4 * p.channels; }
 
+  // Writes rows of channels to a tensor (batch, rows, heads, channels) in a task. If the tensor is large, they bypass
+  // the caches.
+  class Writer {
+   public:
+    Writer(const Problem& p, int64_t rows, const void* tensor)
+        : streams(kStreams && p.batch * rows * p.heads * p.channels * int64_t{sizeof(T)} >= kStreamedBytes &&
+                  p.channels * sizeof(T) % kVectorBytes == 0 &&
+                  reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0),
+          channels_(p.channels), narrowed_(p.channels) {}
+    ~Writer() {
+      if (streams) end_of_stream();
+    }
+
+    void write(const A* row, T* target) const {  // an aligned row
+      if (!streams) {
+        narrow(row, target, channels_);
+      } else if constexpr (std::is_same_v<T, A>) {
+        stream(row, target, channels_ * sizeof(T));
+      } else {
+        narrow(row, narrowed_, channels_);
+        stream(narrowed_.get(), target, channels_ * sizeof(T));
+      }
+    }
+
+    const bool streams;
+
+   private:
+    const int64_t channels_;
+    Buffer<T> narrowed_;
+  };
+
   static void forward(const Problem& p, void* output, const cpu::Pool& pool) {
     const Layout layout(p, packs(p));
     run(pool, tiles(p, p.queries), work(p, tile_capacity(p)), [&](int64_t begin, int64_t end) {
@@ -169,14 +200,12 @@ struct Kernels {
       Rows<T> rows(p, layout);
       Tile<A, C> tile(p, layout, 0, p.levels);
       Buffer<A> sum(padded);
-      Buffer<T> narrowed(p.channels);
       const int64_t bytes = p.channels * sizeof(T);
-      const bool streams = kStreams && p.batch * p.queries * p.heads * bytes >= kStreamedBytes &&
-                           bytes % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(output) % kVectorBytes == 0;
+      const Writer writer(p, p.queries, output);
       const auto run_tile = [&](int64_t image, int64_t head, int64_t query, int64_t count) {
         const int64_t step = p.heads * p.channels;
         T* target = static_cast<T*>(output) + (image * p.queries + query) * step + head * p.channels;
-        if (!streams)
+        if (!writer.streams)
           for (int64_t i = 0; i < count; ++i) prefetch<0, true>(target + i * step, bytes);
         rows.select(image, head);
         tile.plan(image, head, query, count);
@@ -186,18 +215,10 @@ struct Kernels {
             gather<T, true>(tile, i * tile.samples, rows, padded, sum.get());
           else
             gather<T, false>(tile, i * tile.samples, rows, padded, sum.get());
-          if (!streams) {
-            narrow(sum, target, p.channels);
-          } else if constexpr (std::is_same_v<T, A>) {
-            stream(sum.get(), target, bytes);
-          } else {
-            narrow(sum, narrowed, p.channels);
-            stream(narrowed.get(), target, bytes);
-          }
+          writer.write(sum, target);
         }
       };
       for_tiles(p, tile.capacity, layout.packed, 0, p.queries, begin, end, run_tile);
-      if (streams) end_of_stream();
     });
   }
 
@@ -364,6 +385,7 @@ struct Kernels {
       const int64_t padded = padded_channels<A>(p), stride = padded * sizeof(A);
       Buffer<A> rows(layout.rows * padded);
       Buffer<A> grad(padded);
+      const Writer writer(p, p.keys, g.value);
       std::memset(grad, 0, padded * sizeof(A));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / (p.heads * ranges), head = i / ranges % p.heads;
@@ -383,7 +405,7 @@ struct Kernels {
             const A* source = rows + row * padded;
             T* target = static_cast<T*>(g.value) + ((image * p.keys + key) * p.heads + head) * p.channels;
             for (int64_t x = 0; x < layout.levels[level].width; ++x, source += padded, target += p.heads * p.channels)
-              narrow(source, target, p.channels);
+              writer.write(source, target);
           });
       }
     });
