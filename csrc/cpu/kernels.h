@@ -321,10 +321,10 @@ struct Kernels {
     if (p.reference_size == 0) return;
     if (p.reference_size == 4) {
       const A *box_width = tile.origin + 2 * tile.size, *box_height = tile.origin + 3 * tile.size;
-      const A unit = A(0.5) / static_cast<A>(p.points);
+      const A* unit = tile.box_unit;
       for (int64_t s = 0; s < total; ++s) {
-        grad_xy[2 * s] = inside[s] ? grad_xy[2 * s] * box_width[s] * unit : A(0);
-        grad_xy[2 * s + 1] = inside[s] ? grad_xy[2 * s + 1] * box_height[s] * unit : A(0);
+        grad_xy[2 * s] = inside[s] ? grad_xy[2 * s] * box_width[s] * unit[s] : A(0);
+        grad_xy[2 * s + 1] = inside[s] ? grad_xy[2 * s + 1] * box_height[s] * unit[s] : A(0);
       }
     }
     for (int64_t first = 0; first < total; first += tile.samples) {
@@ -337,17 +337,16 @@ struct Kernels {
 
   // One head's part of the gradient of the reference points of one query: [levels][reference_size].
   static void reference_part(const Problem& p, const Tile<A, C>& tile, int64_t first, const A* grad_pixel, A* part) {
-    const A unit = A(0.5) / static_cast<A>(p.points);
-    for (int64_t level = 0; level < p.levels; ++level, part += p.reference_size) {
+    for (int64_t level = 0, s = 0; level < p.levels; ++level, part += p.reference_size) {
       A sum[4] = {};
-      for (int64_t s = level * p.points; s < (level + 1) * p.points; ++s) {
+      for (const int64_t end = p.first_sample(level + 1); s < end; ++s) {
         const A grad_x = grad_pixel[2 * s] * static_cast<A>(tile.width[s]);
         const A grad_y = grad_pixel[2 * s + 1] * static_cast<A>(tile.height[s]);
         sum[0] += grad_x;
         sum[1] += grad_y;
         if (p.reference_size == 4 && tile.inside[first + s]) {
-          sum[2] += grad_x * tile.raw[2 * (first + s)] * unit;
-          sum[3] += grad_y * tile.raw[2 * (first + s) + 1] * unit;
+          sum[2] += grad_x * tile.raw[2 * (first + s)] * tile.box_unit[s];
+          sum[3] += grad_y * tile.raw[2 * (first + s) + 1] * tile.box_unit[s];
         }
       }
       for (int64_t f = 0; f < p.reference_size; ++f) part[f] = sum[f];

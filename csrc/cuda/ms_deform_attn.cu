@@ -159,13 +159,12 @@ MSDA_INLINE int dots_per_unit(const Problem& p) {
 template <bool kWeighsAll, class A, class C>
 __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const Attention<A, C>& attention, int first,
                                      int count, Sample<A>* samples) {
-  const unsigned points = static_cast<unsigned>(p.points);
-  int level = first / points;
+  int level = static_cast<int>(p.level_of(first));
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     Sample<A> sample = {-1, 0, 0, 0};
     if (unit.valid) {
       const int s = first + i;
-      while (static_cast<unsigned>(s) >= (level + 1) * points) ++level;
+      while (s >= static_cast<int>(p.first_sample(level + 1))) ++level;
       const A weight = attention(s);  // first, so that its load overlaps with those of the cell
       const Level shape = level_of(p, level);
       sample = sample_of(cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, shape), shape, weight);
@@ -178,10 +177,9 @@ __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const A
 // Calls f(i, width of its level) for sample first + i, i < count. The loads of kTogether samples overlap.
 template <int kTogether, class F>
 __device__ __forceinline__ void for_each_sample(const Problem& p, int first, int count, const F& f) {
-  const int points = static_cast<int>(p.points);
-  for (int i = 0, level = first / points; i < count; ++level) {
+  for (int i = 0, level = static_cast<int>(p.level_of(first)); i < count; ++level) {
     const int32_t width = static_cast<int32_t>(p.spatial_shapes[2 * level + 1]);
-    const int next = (level + 1) * points - first, end = next < count ? next : count;
+    const int next = static_cast<int>(p.first_sample(level + 1)) - first, end = next < count ? next : count;
 #pragma unroll kTogether
     for (; i < end; ++i) f(i, width);
   }
@@ -304,11 +302,9 @@ __device__ __forceinline__ void corner_dots(const Problem& p, const Chunk<A>& ch
 template <class C, class A>
 __device__ __forceinline__ void chain_rule(const Problem& p, const Gradients& g, const Unit& unit,
                                            const Chunk<A>& chunk, A mean, A* attention_out) {
-  const unsigned points = static_cast<unsigned>(p.points);
-  const A box_unit = A(0.5) / static_cast<A>(p.points);
   const int lanes = blockDim.x;
   for (int i = threadIdx.x; i < chunk.count && unit.valid; i += lanes) {
-    const int s = chunk.first + i, level = s / points;
+    const int s = chunk.first + i, level = static_cast<int>(p.level_of(s));
     const int64_t index = unit.index * p.samples() + s;
     const Level shape = level_of(p, level);
     const A attention_weight = chunk.samples[i].weight;
@@ -329,6 +325,7 @@ __device__ __forceinline__ void chain_rule(const Problem& p, const Gradients& g,
         y = pixel_y;
       } else if (inside) {
         const C* offset = static_cast<const C*>(p.coordinates) + 2 * index;
+        const A box_unit = A(0.5) / static_cast<A>(p.points_on(level));
         A box[4];
         load_reference<A, C>(p, unit.row, level, box);
         x = location_x * box[2] * box_unit;
@@ -347,10 +344,10 @@ __device__ __forceinline__ void chain_rule(const Problem& p, const Gradients& g,
 // Adds the chunk to this head's part of the gradient of the reference points. A level may begin in an earlier chunk.
 template <class A>
 __device__ __forceinline__ void reference_parts(const Problem& p, const Unit& unit, const Chunk<A>& chunk, A* parts) {
-  const unsigned points = static_cast<unsigned>(p.points);
-  const int lanes = blockDim.x, last = chunk.first + chunk.count, last_level = (last - 1) / points;
-  for (int level = chunk.first / points + threadIdx.x; level <= last_level && unit.valid; level += lanes) {
-    const int start = level * points, stop = start + points;
+  const int lanes = blockDim.x, last = chunk.first + chunk.count, last_level = static_cast<int>(p.level_of(last - 1));
+  const int first_level = static_cast<int>(p.level_of(chunk.first));
+  for (int level = first_level + threadIdx.x; level <= last_level && unit.valid; level += lanes) {
+    const int start = static_cast<int>(p.first_sample(level)), stop = static_cast<int>(p.first_sample(level + 1));
     const int begin = start > chunk.first ? start : chunk.first, end = stop < last ? stop : last;
     A* part =
         parts + (((unit.image * p.heads + unit.head) * p.queries + unit.query) * p.levels + level) * p.reference_size;
@@ -371,7 +368,6 @@ __global__ void __launch_bounds__(kThreads, 2)
                     typename AccumulatorOf<T>::type* __restrict__ attention_out) {
   using A = typename AccumulatorOf<T>::type;
   const int lanes = blockDim.x, all = static_cast<int>(p.samples());
-  const unsigned points = static_cast<unsigned>(p.points);
   const bool fused = p.reference_size != 0;
   const Unit unit = unit_of(p, tiles);
   Sample<A>* samples = reinterpret_cast<Sample<A>*>(shared_memory);
@@ -397,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (fused && (pass == 0 || !several)) {
         A part = 0;
         for (int i = threadIdx.x; i < chunk.count && unit.valid; i += lanes) {
-          const int s = first + i, level = s / points;
+          const int s = first + i, level = static_cast<int>(p.level_of(s));
           const Cell<A, int32_t> cell =
               cell_of<A, C>(p, unit.row, unit.index * p.samples() + s, level, level_of(p, level));
           part += samples[i].weight * gradient_of(cell, dots + 4 * i).weight;
