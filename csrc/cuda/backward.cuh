@@ -33,10 +33,6 @@ struct LaneSample {
   __device__ __forceinline__ bool exists(int corner) const { return (corners >> corner & 1) != 0; }
 };
 
-__device__ __forceinline__ int level_of_sample(const Problem& p, int s) {
-  return static_cast<unsigned>(s) / static_cast<unsigned>(p.points);
-}
-
 // Plans sample s of the group's unit, and stores the keys of its corners. Where a corner does not exist, that is the
 // key of the nearest pixel of the level, or 0 if no corner exists.
 template <class A, class C>
@@ -47,7 +43,7 @@ __device__ __forceinline__ LaneSample<A> lane_sample(const Problem& p, const Uni
   sample.valid = unit.valid && s < p.samples();
   if (sample.valid) {
     sample.weight = attention(s);  // first, so that its load overlaps with those of the cell
-    const int level = level_of_sample(p, s);
+    const int level = static_cast<int>(p.level_of(s));
     const Level shape = level_of(p, level);
     const Cell<A, int32_t> cell = cell_of<A, C>(p, unit.row(p), unit.index(p) * p.samples() + s, level, shape);
     sample.height = shape.height;
@@ -145,10 +141,11 @@ __device__ __forceinline__ ArgumentGradient<A> chain_rule(const Problem& p, cons
   if (p.reference_size == 0) return {x, y, grad.weight, {}};
   if (p.reference_size == 2) return {pixel_x, pixel_y, grad.weight, {x, y, 0, 0}};
   if (!inside) return {0, 0, grad.weight, {}};
-  const A unit_of_box = A(0.5) / static_cast<A>(p.points);
+  const int level = static_cast<int>(p.level_of(s));
+  const A unit_of_box = A(0.5) / static_cast<A>(p.points_on(level));
   const C* offset = static_cast<const C*>(p.coordinates) + 2 * (unit.index(p) * p.samples() + s);
   A box[4];
-  load_reference<A, C>(p, unit.row(p), level_of_sample(p, s), box);
+  load_reference<A, C>(p, unit.row(p), level, box);
   return {x * box[2] * unit_of_box,
           y * box[3] * unit_of_box,
           grad.weight,
@@ -160,10 +157,10 @@ __device__ __forceinline__ ArgumentGradient<A> chain_rule(const Problem& p, cons
 template <class A>
 __device__ __forceinline__ void reference_parts(const Problem& p, const Unit& unit, int first, int count,
                                                 const A* moves, A* parts) {
-  const unsigned points = static_cast<unsigned>(p.points);
-  const int lanes = blockDim.x, last = first + count, last_level = (last - 1) / points;
-  for (int level = first / points + threadIdx.x; level <= last_level && unit.valid; level += lanes) {
-    const int start = level * points, stop = start + points;
+  const int last = first + count, last_level = static_cast<int>(p.level_of(last - 1));
+  int level = static_cast<int>(p.level_of(first)) + threadIdx.x;
+  for (; level <= last_level && unit.valid; level += blockDim.x) {
+    const int start = static_cast<int>(p.first_sample(level)), stop = static_cast<int>(p.first_sample(level + 1));
     const int begin = start > first ? start : first, end = stop < last ? stop : last;
     A* part = parts +
               (((unit.image() * p.heads + unit.head()) * p.queries + unit.query) * p.levels + level) * p.reference_size;

@@ -44,17 +44,16 @@ __device__ __forceinline__ PlannedSample<A> planned(const Cell<A, int32_t>& cell
 template <class A, class C>
 __device__ __forceinline__ int plan(const Problem& p, const Unit& unit, const Attention<A, C>& attention, int first,
                                     int count, PlannedSample<A>* samples) {
-  const unsigned points = static_cast<unsigned>(p.points);
   const int lanes = blockDim.x, begin = (threadIdx.y * lanes & 31), lane = begin + threadIdx.x;
   const unsigned earlier = ((1u << lane) - 1) & (kAllLanes << begin);
   const unsigned group = (lanes == 32 ? kAllLanes : (1u << lanes) - 1) << begin;
-  int level = first / points, number = 0;
+  int level = static_cast<int>(p.level_of(first)), number = 0;
   for (int i = threadIdx.x; i < count + static_cast<int>(threadIdx.x); i += lanes) {  // each lane as often
     PlannedSample<A> sample;
     bool exists = false;
     if (unit.valid && i < count) {
       const int s = first + i;
-      while (static_cast<unsigned>(s) >= (level + 1) * points) ++level;
+      while (s >= static_cast<int>(p.first_sample(level + 1))) ++level;
       const A weight = attention(s);  // first, so that its load overlaps with those of the cell
       const Level shape = level_of(p, level);
       const Cell<A, int32_t> cell = cell_of<A, C>(p, unit.row(p), unit.index(p) * p.samples() + s, level, shape);

@@ -194,15 +194,17 @@ def _attend_per_level(
         offsets = _centers(offsets.detach(), scale * layer.offset_scale, boxes.detach(), shapes, points)
         boxes = offsets.new_zeros(()).expand(*boxes.shape[:3], 2)
     else:
-        # The operator divides by the number of points, and multiplies by half the box.
-        offsets = _by_level(offsets * (scale * (2 * layer.offset_scale * max(points))), points)
+        # The operator divides by the level's number of points, and multiplies by half the box.
+        counts = torch.tensor(points, dtype=scale.dtype, device=scale.device)[_levels(points), None]
+        offsets = offsets * (scale * counts * (2 * layer.offset_scale))
     output = ms_deform_attn_fused(
         _split_heads(value, layer.n_heads),
         shapes,
         None,
         boxes.expand(*total[:2], len(points), -1),
         offsets,
-        _by_level(logits[..., None], points, -torch.inf)[..., 0],
+        logits,
+        num_points=points,
     )
     return output, logits.softmax(-1)
 
@@ -210,17 +212,14 @@ def _attend_per_level(
 def _centers(offsets: Tensor, scale: Tensor, boxes: Tensor, shapes: Shapes, points: Sequence[int]) -> Tensor:
     """Offsets (x, y) in pixels from the corner of the level to the centers of the pixels that 'discrete' samples."""
     locations = boxes[:, :, None, :, :2] + offsets * scale * boxes[:, :, None, :, 2:]
-    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[:, None]  # (num_levels, 1, 2), (w, h)
-    pixels = (_by_level(locations, points) * sizes + 0.5).long()
+    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[_levels(points)]  # (w, h) for each point
+    pixels = (locations * sizes + 0.5).long()
     return torch.minimum(pixels.clamp(min=0), sizes - 1).to(torch.promote_types(offsets.dtype, torch.float32)) + 0.5
 
 
-def _by_level(tensor: Tensor, points: Sequence[int], fill: float = 0.0) -> Tensor:
-    """(bs, num_queries, num_heads, points of all levels, n) -> (..., num_levels, most points of a level, n), filled."""
-    if len(set(points)) == 1:
-        return tensor.unflatten(3, (len(points), points[0]))
-    most = max(points)
-    return torch.stack([F.pad(t, (0, 0, 0, most - t.shape[3]), value=fill) for t in tensor.split(points, 3)], 3)
+def _levels(points: Sequence[int]) -> list[int]:
+    """The level of each point."""
+    return [level for level, count in enumerate(points) for _ in range(count)]
 
 
 def _split_heads(value: Tensor, num_heads: int) -> Tensor:

@@ -64,7 +64,7 @@ def test_same_outputs_and_undone(name, log, monkeypatch):
     calls = []
     fused = transformers_models.ms_deform_attn_fused
     monkeypatch.setattr(
-        transformers_models, 'ms_deform_attn_fused', lambda *arguments: calls.append(1) or fused(*arguments)
+        transformers_models, 'ms_deform_attn_fused', lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs)
     )
     model, inputs = families.build(name)
     model.eval()

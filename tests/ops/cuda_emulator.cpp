@@ -221,25 +221,29 @@ alignas(16) unsigned char shared_memory[emulator::kSharedBytes];
 unsigned char* emulator::shared() { return msda::cuda::shared_memory; }
 
 // sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype,
-// wide_reference; inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
+// wide_reference and, if points is 0, the points on each level; inputs: value, spatial_shapes, level_start_index,
+// reference_points, coordinates, weights.
 static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
-  return {sizes[0],
-          sizes[1],
-          sizes[2],
-          sizes[3],
-          sizes[4],
-          sizes[5],
-          sizes[6],
-          static_cast<int>(sizes[7]),
-          static_cast<msda::DType>(sizes[8]),
-          static_cast<msda::DType>(sizes[9]),
-          sizes[10] != 0,
-          inputs[0],
-          static_cast<const int64_t*>(inputs[1]),
-          static_cast<const int64_t*>(inputs[2]),
-          inputs[3],
-          inputs[4],
-          inputs[5]};
+  msda::Problem p{sizes[0],
+                  sizes[1],
+                  sizes[2],
+                  sizes[3],
+                  sizes[4],
+                  sizes[5],
+                  sizes[6],
+                  static_cast<int>(sizes[7]),
+                  static_cast<msda::DType>(sizes[8]),
+                  static_cast<msda::DType>(sizes[9]),
+                  sizes[10] != 0,
+                  inputs[0],
+                  static_cast<const int64_t*>(inputs[1]),
+                  static_cast<const int64_t*>(inputs[2]),
+                  inputs[3],
+                  inputs[4],
+                  inputs[5]};
+  for (int64_t level = 0; level < p.levels && p.points == 0; ++level)
+    p.level_begin[level + 1] = static_cast<int32_t>(p.level_begin[level] + sizes[11 + level]);
+  return p;
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t emulate_sort_elements(const int64_t* sizes) {

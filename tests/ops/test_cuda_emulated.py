@@ -102,15 +102,16 @@ def pointers(*tensors):
     return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
 
 
-def emulate(library, shapes, value, reference_points, coordinates, weights, grad, deterministic):
+def emulate(library, shapes, value, reference_points, coordinates, weights, grad, deterministic, num_points=None):
     """Return (output, gradients of the float arguments) as the binding would compute them."""
     batch, keys, heads, channels = value.shape
-    queries, points = coordinates.shape[1], coordinates.shape[4]
+    queries, points = coordinates.shape[1], 0 if num_points else coordinates.shape[4]
+    per_level = num_points or []
     levels = torch.tensor(shapes)
     areas = levels.prod(1)
     starts = areas.cumsum(0) - areas
     reference_size = 0 if reference_points is None else reference_points.shape[-1]
-    sizes = (ctypes.c_int64 * 11)(
+    sizes = (ctypes.c_int64 * (11 + len(per_level)))(
         batch,
         keys,
         heads,
@@ -122,6 +123,7 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
         DTYPES[value.dtype],
         DTYPES[coordinates.dtype],
         reference_points is not None and reference_points.dtype != coordinates.dtype,
+        *per_level,
     )
     inputs = pointers(value, levels, starts, reference_points, coordinates, weights)
     output = value.new_full((batch, queries, heads * channels), float('nan'))
@@ -161,6 +163,8 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
         {'head_dim': 1, 'points': 1},
         {'head_dim': 32, 'queries': 9},
         {'head_dim': 3, 'points': 37, 'queries': 2},
+        {'points': [3, 6, 1], 'queries': 9},
+        {'points': [2, 40, 33], 'queries': 3},  # in chunks of 32 samples
         {'head_dim': 71, 'heads': 1},
         {'shapes': [(12, 13), (1, 1)], 'head_dim': 16, 'queries': 70, 'batch': 1},
         {'shapes': [(11, 9), (3, 2), (1, 1)], 'queries': 106, 'head_dim': 8, 'batch': 1},  # an encoder's: in bands
@@ -199,12 +203,14 @@ def test_against_grid_sample(emulator, deterministic, reference_size, sizes, dty
     grad = torch.linspace(-1, 1, batch * queries * width).view(batch, queries, width).to(dtype)
 
     def exact(value, *rest):
-        rest = locations_and_weights(case.shapes, *rest) if reference_size else rest
-        return grid_sample_attention(value, case.shapes, *rest)
+        rest = locations_and_weights(case.shapes, *rest, case.num_points) if reference_size else rest
+        return grid_sample_attention(value, case.shapes, *rest, case.num_points)
 
     expected = value_and_grads(exact, [t.double() for t in arguments], grad.double())
     reference_points = arguments[1] if reference_size else None
-    actual = emulate(emulator, case.shapes, arguments[0], reference_points, *arguments[-2:], grad, deterministic)
+    actual = emulate(
+        emulator, case.shapes, arguments[0], reference_points, *arguments[-2:], grad, deterministic, case.num_points
+    )
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}[dtype]
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.isfinite().all(), f'tensor {index}'
