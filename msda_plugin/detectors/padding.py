@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 
 def is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
-    """Whether an image is smaller than the batch. False without samples, and in an export to ONNX."""
-    if batch_data_samples is None or torch.onnx.is_in_onnx_export():
+    """Whether an image is smaller than the batch. False without samples."""
+    if batch_data_samples is None:
         return False
     return any(
         tuple(sample.img_shape[:2]) != tuple(batch_data_samples[0].batch_input_shape) for sample in batch_data_samples

@@ -102,7 +102,7 @@ class Demo:
         Returns:
             One message for each file that cannot be read or written.
         """
-        from msda_plugin.engine.inference import read_image
+        from msda_plugin.engine.images import read_image
 
         images, skipped = {}, []
         for path in files:
@@ -257,7 +257,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         '--model',
         metavar='NAME|PATH',
-        help='name of a model with published weights (python -m msda_plugin models), a checkpoint, or a work dir',
+        help='name of a model with published weights (python -m msda_plugin models), a checkpoint, a work dir, or a file '
+        'of python -m msda_plugin export (.onnx, .pt2, .xml)',
     )
     parser.add_argument('--config', help='Python config file (default: the one that the checkpoint contains)')
     parser.add_argument(
