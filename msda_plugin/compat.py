@@ -7,7 +7,7 @@ original. `restore` does so for all replacements. Importing msda_plugin calls on
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -261,4 +261,21 @@ def redirect_pycocotools(write: Callable[[str], object]) -> Replaced:
     for name in ('pycocotools.coco', 'pycocotools.cocoeval', 'mmdet.datasets.api_wrappers.cocoeval_mp'):
         if name in sys.modules:  # shadows the built-in function
             replaced.set(sys.modules[name], 'print', lambda *values, **_: write(' '.join(map(str, values))))
+    return replaced
+
+
+def trace_sizes_of_unflatten() -> Replaced:
+    """Let ``torch.jit.trace`` record the sizes of tensors that pass ``Tensor.unflatten``.
+
+    It records them as numbers, so a graph for images of any size keeps those of its example.
+
+    Ends with: torch's TorchScript exporter; 2.10 to 2.13 need it.
+    """
+
+    def unflatten(tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        dim = dim % tensor.dim()
+        return tensor.view(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
+
+    replaced = Replaced()
+    replaced.set(torch.Tensor, 'unflatten', unflatten)
     return replaced

@@ -19,7 +19,7 @@ from msda_plugin.compat import pretrained_last
 from msda_plugin.detectors.build_checks import NeckInputCheck, check_given, check_parts
 from msda_plugin.detectors.padding import is_padded, padding_masks
 from msda_plugin.layers.deformable_detr_layers import DeformableDetrTransformerDecoder, DeformableDetrTransformerEncoder
-from msda_plugin.layers.reference_points import pixel_centers
+from msda_plugin.layers.reference_points import pixel_centers, sizes_tensor
 from msda_plugin.layers.transformer_parts import build_or_default
 from msda_plugin.registry import MODELS
 
@@ -154,7 +154,7 @@ class DeformableDETR(NeckInputCheck, MMDetDeformableDETR):
         batch, device = sizes[0][0], mlvl_feats[0].device
         spatial_shapes = tuple(size[-2:] for size in sizes)
         starts = [0, *accumulate(height * width for height, width in spatial_shapes[:-1])]
-        level_start_index = torch.tensor(starts).to(device, non_blocking=True)
+        level_start_index = sizes_tensor(starts, device)
 
         if is_padded(batch_data_samples):
             masks, valid_ratios = padding_masks(spatial_shapes, batch_data_samples, device)

@@ -7,6 +7,8 @@ from mmdet.structures import DetDataSample
 from torch import Tensor
 from torch.nn import functional as F
 
+from msda_plugin.layers.reference_points import sizes_tensor
+
 
 def is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
     """Whether an image is smaller than the batch. False without samples."""
@@ -30,7 +32,7 @@ def padding_masks(
         A mask (bs, h, w) for each map, True on padding; and valid ratios (bs, num_maps, 2), the fractions of width and
         height that are not padding.
     """
-    extents = torch.tensor([sample.img_shape[:2] for sample in batch_data_samples]).to(device, non_blocking=True)
+    extents = sizes_tensor([sample.img_shape[:2] for sample in batch_data_samples], device)
     # Images fill the top left corner, so rows and columns can be resized separately, by nearest neighbor.
     beyond = [
         (torch.arange(size, device=device) >= extent[:, None]).float()[None]

@@ -48,7 +48,8 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        return self.missing == 0 and max(self.relative_box, self.score) <= self.tolerance
+        compared = self.matched > 0 or self.exchanged == 0
+        return compared and self.missing == 0 and max(self.relative_box, self.score) <= self.tolerance
 
     def add(self, expected: Detections, found: Detections, side: int) -> None:
         """Match the detections of an image by box, score and label, not by row.

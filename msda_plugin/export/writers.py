@@ -12,6 +12,7 @@ from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from torch import Tensor
 
+from msda_plugin import compat
 from msda_plugin.export.card import KEY, ModelCard, tensors
 from msda_plugin.export.deployable import CannotExportError, DeployableDetector
 from msda_plugin.export.onnx_operator import operator_as
@@ -160,7 +161,7 @@ def _write_onnx(detector: DeployableDetector, card: ModelCard, path: Path, form:
         dynamic.setdefault('images', {}).update({1: 'height', 2: 'width'})
     with atomic_write(path) as unfinished:
         try:
-            with operator_as(form):
+            with operator_as(form), compat.trace_sizes_of_unflatten():
                 torch.onnx.export(
                     detector,
                     (_example(card),),
@@ -185,10 +186,13 @@ def _write_onnx(detector: DeployableDetector, card: ModelCard, path: Path, form:
 def _half(model):
     """Float16 weights and arithmetic, except where the range or the coordinates need float32."""
     require('onnxruntime')
+    from onnxruntime.transformers.onnx_model import OnnxModel
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    blocked = [*DEFAULT_OP_BLOCK_LIST, 'GridSample', 'ScatterND', 'Range', 'Cast']
-    return convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
+    blocked = [*DEFAULT_OP_BLOCK_LIST, 'GridSample', 'ScatterND', 'Range']
+    model = OnnxModel(convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked))
+    model.topological_sort()
+    return model.model
 
 
 # ---- OpenVINO -------------------------------------------------------------------------------------------------------

@@ -286,11 +286,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument('--half', action='store_true', help='mixed precision: float16 on GPUs, bfloat16 on CPUs')
     args = parser.parse_args(argv)
     with user_errors('demo'):
-        from msda_plugin.tools.common.launch import check_device
-
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr must be from 0 to 1, got {args.score_thr}')
         if args.device:
+            from msda_plugin.tools.common.launch import check_device  # imports MMDetection
+
             check_device(args.device)
         if args.batch_size < 1:
             raise ValueError(f'--batch-size must be at least 1, got {args.batch_size}')
