@@ -20,6 +20,7 @@ from msda_plugin.export.runtimes import Detections
 # Largest difference of a box, relative to the longer side of the image, and of a score.
 TOLERANCE = 1e-3
 HALF_TOLERANCE = 3e-2
+SECONDS = 2.0  # of runs that are timed
 IMPOSSIBLE = 1e6  # cost of a pair with different labels
 
 
@@ -121,10 +122,10 @@ def compare(
     return agreement
 
 
-def times(run: Callable[[Sequence[np.ndarray]], object], batches: Sequence[Sequence[np.ndarray]], seconds: float = 2.0):
-    """Median time of a batch in seconds; batches run at least three times, and up to ``seconds`` in total."""
+def median_time(run: Callable[[Sequence[np.ndarray]], object], batches: Sequence[Sequence[np.ndarray]]) -> float:
+    """Median time of a batch in seconds, of at least three runs, in :data:`SECONDS`."""
     measured, start = [], time.perf_counter()
-    while len(measured) < 3 or (time.perf_counter() - start < seconds and len(measured) < 50):
+    while len(measured) < 3 or (time.perf_counter() - start < SECONDS and len(measured) < 50):
         batch = batches[len(measured) % len(batches)]
         before = time.perf_counter()
         run(batch)

@@ -128,13 +128,13 @@ def _run(args: argparse.Namespace) -> int:
         return proof.predict_inputs(model, batch)
 
     expected = [found for batch in batches for found in run_torch(batch)]
-    seconds = {'PyTorch': proof.times(run_torch, batches)}
+    seconds = {'PyTorch': proof.median_time(run_torch, batches)}
     data = None
     if args.data:
         data = proof.LabeledImages(args.data, args.images, card.class_names, args.num_images)
         precision = {'PyTorch': data.average_precision(lambda image: _detect_torch(model, image))}
     if accelerate(model):
-        seconds['PyTorch, accelerated'] = proof.times(run_torch, batches)
+        seconds['PyTorch, accelerated'] = proof.median_time(run_torch, batches)
 
     nodes = write(detector, card, out, tensorrt=args.tensorrt)
     print(_describe(out, card, nodes), flush=True)
@@ -142,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
     found = [found for batch in batches for found in exported.run_all(batch)]
     agreement = proof.compare(expected, found, inputs, tolerance)
     print(_compared(agreement, len(inputs), exported.runtime))
-    seconds[exported.runtime] = proof.times(exported.run_all, batches)
+    seconds[exported.runtime] = proof.median_time(exported.run_all, batches)
     print(_timed(seconds, len(batches[0]), batches[0][0].shape))
     if data is not None:
         precision[exported.runtime] = data.average_precision(lambda image: exported([image])[0])
