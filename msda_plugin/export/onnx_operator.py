@@ -34,10 +34,10 @@ def operator_as(form: str) -> Iterator[None]:
             - ``'gather'``: gathers and arithmetic, without ``GridSample``.
             - ``'custom'``: the node ``MSDeformAttn`` of the domain ``msda_plugin``, which the library at
               :func:`msda_plugin.onnxruntime_library` computes. Inputs: ``value`` (bs, num_keys, num_heads, head_dim),
-              ``spatial_shapes`` (num_levels, 2) int64, ``sampling_locations`` (bs, num_queries, num_heads, num_levels,
-              num_points, 2) and ``attention_weights`` (bs, num_queries, num_heads, num_levels, num_points). Output:
-              (bs, num_queries, num_heads * head_dim). The value is float32 or float16; locations and weights have its
-              dtype or are float32. No attributes.
+              ``spatial_shapes`` (num_levels, 2) int64 or int32, ``sampling_locations`` (bs, num_queries, num_heads,
+              num_levels, num_points, 2) and ``attention_weights`` (bs, num_queries, num_heads, num_levels,
+              num_points). Output: (bs, num_queries, num_heads * head_dim). The value is float32 or float16; locations
+              and weights have its dtype or are float32. No attributes.
             - ``'tensorrt'``: the node ``MultiscaleDeformableAttnPlugin_TRT`` of the domain ``trt.plugins``, in float32:
               the inputs of ``'custom'`` with ``level_start_index`` (num_levels,) after ``spatial_shapes``, both int32.
               Output: (bs, num_queries, num_heads, head_dim). Runs in TensorRT and with the same library.
