@@ -157,7 +157,7 @@ class DeformableDETR(NeckInputCheck, MMDetDeformableDETR):
         level_start_index = sizes_tensor(starts, device)
 
         if is_padded(batch_data_samples):
-            masks, valid_ratios = padding_masks(spatial_shapes, batch_data_samples, device)
+            masks, valid_ratios = padding_masks(spatial_shapes, batch, batch_data_samples, device)
             positions = [self.positional_encoding(mask) for mask in masks]
             feat_mask = torch.cat([mask.flatten(1) for mask in masks], 1)
         else:
@@ -243,7 +243,7 @@ class DeformableDETR(NeckInputCheck, MMDetDeformableDETR):
             position = self.get_proposal_pos_embed(coord_logits, num_pos_feats=self.embed_dims // 2)
             query_pos, query = self.pos_trans_norm(self.pos_trans_fc(position)).chunk(2, -1)
         else:
-            query_pos, query = self.query_embedding.weight.expand(len(memory), -1, -1).chunk(2, -1)
+            query_pos, query = self.query_embedding.weight.expand(memory.shape[0], -1, -1).chunk(2, -1)
             reference_points = self.reference_points_fc(query_pos).sigmoid()
         head_inputs = dict(enc_outputs_class=enc_class, enc_outputs_coord=enc_coord) if self.training else {}
         return dict(query=query, query_pos=query_pos, memory=memory, reference_points=reference_points), head_inputs
@@ -267,7 +267,7 @@ class DeformableDETR(NeckInputCheck, MMDetDeformableDETR):
                 for level, (height, width) in enumerate(spatial_shapes)
             ]
         )
-        proposals = torch.cat([centers, sides[:, None].expand(len(centers), -1, 2)], -1)
+        proposals = torch.cat([centers, sides[:, None].expand(centers.shape[0], -1, 2)], -1)
         invalid = ((proposals <= 0.01) | (proposals >= 0.99)).any(-1, keepdim=True)
         if memory_mask is not None:
             invalid = invalid | memory_mask[..., None]

@@ -11,6 +11,7 @@ from mmdet.models.detectors.base_detr import DetectionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msda_plugin.detectors.build_checks import NeckInputCheck
 from msda_plugin.export.suppression import NO_SCORE, keep_best
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
 from msda_plugin.heads.set_prediction import SetPrediction
@@ -65,6 +66,15 @@ class DeployableDetector(nn.Module):
         color = (self.mean + self.std * self.pad_value).flatten().round().clamp(0, 255).int().tolist()
         return tuple(color[::-1] if self.bgr else color)
 
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Raise CannotExportError for images (height, width), None if of any size, that need a mask of padding."""
+        masked = isinstance(self.model, DetectionTransformer) and not isinstance(self.model, NeckInputCheck)
+        if masked and any(side is None or side % self.divisor for side in size or (None,)) and self.divisor > 1:
+            raise CannotExportError(
+                f'{type(self.model).__name__} pads images to multiples of {self.divisor}, and MMDetection leaves the '
+                f'mask of the padding out of exported graphs; choose --size with sides that are multiples of {self.divisor}'
+            )
+
     def forward(self, images: Tensor) -> Detections:
         """Detect objects.
 
@@ -92,7 +102,7 @@ class DeployableDetector(nn.Module):
             scale_factor=(1.0, 1.0),
         )
         sample.metainfo = vars(sample).copy()
-        boxes, scores, labels = self._predict(self.model, inputs, [sample] * len(images))
+        boxes, scores, labels = self._predict(self.model, inputs, [sample])
         return boxes.float(), scores.float(), labels
 
 

@@ -31,12 +31,12 @@ class Agreement:
     Attributes:
         tolerance: Largest allowed difference of a box relative to the longer side of the image, and of a score.
         matched: Pairs of detections with the same label.
-        exchanged: Detections without a partner whose score ties with the lowest one: they may change places with
-            others in the top-k.
+        exchanged: Pairs of different boxes whose scores tie with the lowest one: rounding decides which of them are in
+            the top-k.
         box: Largest difference of a coordinate of a pair, pixels.
         relative_box: The same, relative to the longer side of the image.
         score: Largest difference of the scores of a pair.
-        missing: Detections without a partner that do not tie.
+        missing: Other detections without a counterpart.
     """
 
     tolerance: float
@@ -65,7 +65,6 @@ class Agreement:
         )
         cost = np.where(expected[2][:, None] == found[2], cost, IMPOSSIBLE)
         rows, columns = linear_sum_assignment(cost)
-        loose = set(range(len(expected[1]))) - set(rows), set(range(len(found[1]))) - set(columns)
         floor = max((scores.min() for scores in (expected[1], found[1]) if len(scores)), default=0.0)
 
         def ties(score: float) -> bool:
@@ -84,12 +83,7 @@ class Agreement:
                 self.matched += 1
                 self.box, self.score = max(self.box, box), max(self.score, score)
                 self.relative_box = max(self.relative_box, box / side)
-        for scores, indices in zip((expected[1], found[1]), loose, strict=True):
-            for index in indices:
-                if ties(scores[index]):
-                    self.exchanged += 1
-                else:
-                    self.missing += 1
+        self.missing += abs(len(expected[1]) - len(found[1]))
 
 
 def predict_inputs(model: nn.Module, inputs: Sequence[np.ndarray]) -> list[Detections]:
@@ -202,5 +196,3 @@ class LabeledImages:
             evaluation.accumulate()
             evaluation.summarize()
         return float(evaluation.stats[0])
-
-

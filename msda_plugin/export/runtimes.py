@@ -96,7 +96,7 @@ class ExportedModel(ABC):
 
     def _read_card(self, text: str | None) -> ModelCard:
         if not text:
-            raise ValueError(f'{self.path} was not written by msda_plugin export, so its inputs and classes are unknown')
+            raise ValueError(f'{self.path} was not written by msda_plugin export: its classes are unknown')
         try:
             return ModelCard.from_json(text)
         except ValueError as error:

@@ -27,9 +27,7 @@ FORMS = {'onnx': 'grid_sample', 'onnx-gather': 'gather', 'onnx-custom': 'custom'
 EXAMPLE = (2, 203, 331)  # batch, height and width of the example of a graph for any size
 
 
-def write(
-    detector: DeployableDetector, card: ModelCard, path: str | os.PathLike, *, tensorrt: bool = False
-) -> Counter:
+def write(detector: DeployableDetector, card: ModelCard, path: str | os.PathLike, *, tensorrt: bool = False) -> Counter:
     """Write a detector.
 
     Args:
@@ -86,6 +84,7 @@ def make_card(
         raise ValueError('the model has no class names; add metainfo=dict(classes=(…)) to test_dataloader.dataset')
     scale, keep_ratio = _resizing(cfg)
     size = None if dynamic else size or scale[::-1]
+    detector.check_size(size)
     max_detections = detector.max_detections
     inputs, outputs = tensors(batch, size, max_detections)
     packages = ('onnx', 'onnxruntime') if format.startswith('onnx') else ('openvino',) if format == 'openvino' else ()
@@ -186,8 +185,8 @@ def _write_onnx(detector: DeployableDetector, card: ModelCard, path: Path, form:
 def _half(model):
     """Float16 weights and arithmetic, except where the range or the coordinates need float32."""
     require('onnxruntime')
-    from onnxruntime.transformers.onnx_model import OnnxModel
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     blocked = [*DEFAULT_OP_BLOCK_LIST, 'GridSample', 'ScatterND', 'Range']
     model = OnnxModel(convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked))
@@ -241,7 +240,5 @@ def _write_torch(detector: DeployableDetector, card: ModelCard, path: Path) -> C
             f'AOTInductor cannot compile the detector, or there is no C++ compiler: {_reason(error)}'
         ) from error
     return Counter(
-        getattr(node.target, '__name__', str(node.target))
-        for node in program.graph.nodes
-        if node.op == 'call_function'
+        getattr(node.target, '__name__', str(node.target)) for node in program.graph.nodes if node.op == 'call_function'
     )

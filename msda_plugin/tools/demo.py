@@ -257,8 +257,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         '--model',
         metavar='NAME|PATH',
-        help='name of a model with published weights (python -m msda_plugin models), a checkpoint, a work dir, or a file '
-        'of python -m msda_plugin export (.onnx, .pt2, .xml)',
+        help='name of a model with published weights (python -m msda_plugin models), a checkpoint, a work dir, or a '
+        'file of python -m msda_plugin export (.onnx, .pt2, .xml)',
     )
     parser.add_argument('--config', help='Python config file (default: the one that the checkpoint contains)')
     parser.add_argument(

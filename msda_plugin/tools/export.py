@@ -33,7 +33,9 @@ def height_and_width(text: str) -> tuple[int, int]:
     """'320' → (320, 320), '800x1344' → (800, 1344)"""
     found = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
     if not found or 0 in (size := (int(found[1]), int(found[2] or found[1]))):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a size; expected height x width, such as 800x1344, or a side')
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not a size; expected height x width, such as 800x1344, or a side'
+        )
     return size
 
 

@@ -30,7 +30,7 @@ _base_ = '{CONFIGS}/_base_/models/deformable-detr-two-stage_shunted-nano.py'
 model = dict(
     backbone={SHUNTED},
     neck=dict(in_channels=[16, 24, 32], out_channels=32, norm_cfg=dict(num_groups=4)), {LAYERS}"""
-R18 = "backbone=dict(depth=18, base_channels=8, init_cfg=None),"
+R18 = 'backbone=dict(depth=18, base_channels=8, init_cfg=None),'
 MODELS_OF_TESTS = {
     'base': NANO + 'with_box_refine=False, as_two_stage=False)',
     'refine': NANO + 'as_two_stage=False)',
