@@ -72,7 +72,8 @@ class DeployableDetector(nn.Module):
         if masked and any(side is None or side % self.divisor for side in size or (None,)) and self.divisor > 1:
             raise CannotExportError(
                 f'{type(self.model).__name__} pads images to multiples of {self.divisor}, and MMDetection leaves the '
-                f'mask of the padding out of exported graphs; choose --size with sides that are multiples of {self.divisor}'
+                'mask of the padding out of exported graphs; choose --size with sides that are multiples of '
+                f'{self.divisor}'
             )
 
     def forward(self, images: Tensor) -> Detections:

@@ -1,4 +1,4 @@
-"""``python -m msda_plugin export``: writes a detector for ONNX, AOTInductor or OpenVINO, and proves that it is the same.
+"""``python -m msda_plugin export``: writes a detector for ONNX, AOTInductor or OpenVINO, and compares it.
 
 After writing, the file runs in its own runtime on images; its detections are compared with PyTorch's, and both are
 timed. The exit status is 1 if they differ by more than the tolerance.
@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin export',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Write a detector as an ONNX file, an AOTInductor package or an OpenVINO model, run the file in its\n'
-        'own runtime, and compare its detections and its speed with PyTorch. Normalization, padding, top-k and\n'
+        description='Write a detector as an ONNX file, an AOTInductor package or an OpenVINO model, run the file in\n'
+        'its own runtime, and compare its detections and its speed with PyTorch. Normalization, padding, top-k and\n'
         'non-maximum suppression are in the file; images are resized outside.',
         epilog='examples:\n'
         '  python -m msda_plugin export work_dirs/shapes/epoch_8.pth --format onnx --out model.onnx\n'
