@@ -87,6 +87,10 @@ class ExportedModel(ABC):
     def run_all(self, inputs: Sequence[np.ndarray]) -> list[Detections]:
         """Run inputs of one size, in batches of the card's size; returns boxes, scores and labels of each."""
         size, results = self.card.batch or len(inputs), []
+        expected = self.card.inputs['images']['shape'][1:]  # AOTInductor would read other sizes out of bounds
+        for pixels in inputs:
+            if any(side not in (None, given) for side, given in zip(expected, pixels.shape, strict=True)):
+                raise ValueError(f'{self.path} takes images of {expected[:2]} (height, width), got {pixels.shape[:2]}')
         for start in range(0, len(inputs), size):
             batch = inputs[start : start + size]
             filled = [*batch, *[batch[-1]] * (size - len(batch))]
