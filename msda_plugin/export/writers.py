@@ -6,8 +6,10 @@ from collections import Counter
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from torch import Tensor
@@ -19,6 +21,9 @@ from msda_plugin.export.onnx_operator import operator_as
 from msda_plugin.export.runtimes import OUTPUTS, require
 from msda_plugin.files import atomic_write
 from msda_plugin.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
 
 OPSET = 17  # the first with LayerNormalization; GridSample needs 16
 SUFFIXES = {'onnx': '.onnx', 'onnx-gather': '.onnx', 'onnx-custom': '.onnx', 'torch': '.pt2', 'openvino': '.xml'}
@@ -175,23 +180,55 @@ def _write_onnx(detector: DeployableDetector, card: ModelCard, path: Path, form:
             raise CannotExportError(f'ONNX cannot express a part of the detector: {_reason(error)}') from error
         model = onnx.load(str(unfinished))
         if card.half:
-            model = _half(model)
+            model = _half(model, detector)
         onnx.helper.set_model_props(model, {KEY: card.to_json()})
         onnx.checker.check_model(model)
         onnx.save(model, str(unfinished))
     return Counter(node.op_type for node in model.graph.node)
 
 
-def _half(model):
-    """Float16 weights and arithmetic, except where the range or the coordinates need float32."""
+def _half(model: 'onnx.ModelProto', detector: DeployableDetector) -> 'onnx.ModelProto':
+    """Convert the layers to float16. Coordinates stay float32: 11 bits are a pixel of a large image."""
     require('onnxruntime')
+    from onnx import helper
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    blocked = [*DEFAULT_OP_BLOCK_LIST, 'GridSample', 'ScatterND', 'Range']
-    model = OnnxModel(convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked))
-    model.topological_sort()
-    return model.model
+    modules = detector.model.named_modules()
+    sampling = {f'.{name}' for name, module in modules if isinstance(module, MultiScaleDeformableAttention)}
+
+    def computes_coordinates(node: 'onnx.NodeProto') -> bool:
+        parent = node.name.replace('/', '.').rpartition('.')[0]  # the module that the node belongs to
+        outside_of_layers = node.name.count('/') <= 2 and node.op_type not in ('Conv', 'Gemm', 'MatMul')
+        return outside_of_layers or parent in sampling
+
+    converted = convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, 'GridSample', 'Range', 'ScatterND'],
+        node_block_list=[node.name for node in model.graph.node if computes_coordinates(node)],
+    )
+    # A weight of several nodes in float32 is cast once for each of them, under one name.
+    nodes = {tuple(node.output): node for node in converted.graph.node}
+    # Between two nodes in float32, the converter rounds to float16 and back.
+    producers = {output: node for node in nodes.values() for output in node.output}
+    for node in nodes.values():
+        rounding = producers.get(node.input[0]) if _is_cast(node, 'FLOAT') else None
+        if rounding is not None and _is_cast(rounding, 'FLOAT16'):
+            source = producers.get(rounding.input[0])
+            if source is not None and computes_coordinates(source):
+                node.CopyFrom(helper.make_node('Identity', [rounding.input[0]], list(node.output), name=node.name))
+    del converted.graph.node[:]
+    converted.graph.node.extend(nodes.values())
+    sorted_model = OnnxModel(converted)
+    sorted_model.topological_sort()
+    return sorted_model.model
+
+
+def _is_cast(node: 'onnx.NodeProto', dtype: str) -> bool:
+    from onnx import TensorProto
+
+    return node.op_type == 'Cast' and node.attribute[0].i == getattr(TensorProto, dtype)
 
 
 # ---- OpenVINO -------------------------------------------------------------------------------------------------------
