@@ -279,3 +279,27 @@ def trace_sizes_of_unflatten() -> Replaced:
     replaced = Replaced()
     replaced.set(torch.Tensor, 'unflatten', unflatten)
     return replaced
+
+
+def export_stock_detectors() -> Replaced:
+    """Let ``torch.export`` trace MMDetection's Deformable DETR and the detectors derived from it, such as DINO.
+
+    They keep the sizes of their maps in a tensor (``torch._shape_as_tensor``), whose numbers the layers read; while
+    exporting, tensors have none ("its data is not allocated yet"). In the replaced code the sizes are numbers.
+
+    Ends with: an mmdet whose sizes are numbers; 3.3.0 and onedl-mmdetection 3.5.1 have tensors.
+    """
+    from mmdet.models.detectors import DeformableDETR
+
+    original = DeformableDETR.pre_transformer
+
+    def pre_transformer(self, mlvl_feats, batch_data_samples=None):
+        inputs = original(self, mlvl_feats, batch_data_samples)
+        for part in inputs:
+            part['spatial_shapes'] = tuple(tuple(feat.shape[-2:]) for feat in mlvl_feats)
+        return inputs
+
+    replaced = Replaced()
+    replaced.set(torch, '_shape_as_tensor', lambda tensor: torch.tensor(tensor.shape))
+    replaced.set(DeformableDETR, 'pre_transformer', pre_transformer)
+    return replaced

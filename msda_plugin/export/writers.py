@@ -260,7 +260,7 @@ def _write_torch(detector: DeployableDetector, card: ModelCard, path: Path) -> C
         dynamic = (sizes,)
     half = torch.autocast('cpu', torch.bfloat16) if card.half else nullcontext()
     try:
-        with half:
+        with half, compat.export_stock_detectors():
             program = torch.export.export(detector, (_example(card),), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise CannotExportError(f'torch.export cannot trace the detector: {_reason(error)}') from error
