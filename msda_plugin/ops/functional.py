@@ -115,17 +115,9 @@ def ms_deform_attn_fused(
         return instead.fused(
             value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
         )
-    sampling_offsets, attention_logits = unify(value, sampling_offsets, attention_logits)
-    if reference_points.dtype != sampling_offsets.dtype:
-        reference_points = reference_points.to(accumulation_dtype(value))
+    rest = unify_fused(value, reference_points, sampling_offsets, attention_logits)
     return torch.ops.msda.ms_deform_attn_fused(
-        value,
-        spatial_shapes,
-        level_start_index,
-        reference_points,
-        sampling_offsets,
-        attention_logits,
-        _deterministic(deterministic),
+        value, spatial_shapes, level_start_index, *rest, _deterministic(deterministic)
     )
 
 
@@ -158,6 +150,14 @@ def unify(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     if all(tensor.dtype == value.dtype for tensor in tensors):
         return tensors
     return tuple(tensor.to(accumulation_dtype(value)) for tensor in tensors)
+
+
+def unify_fused(value: Tensor, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    """:func:`unify` for the fused operator, whose reference points may be of the accumulation dtype."""
+    offsets, logits = unify(value, offsets, logits)
+    if reference_points.dtype != offsets.dtype:
+        reference_points = reference_points.to(accumulation_dtype(value))
+    return reference_points, offsets, logits
 
 
 def _deterministic(deterministic: bool | None) -> bool:

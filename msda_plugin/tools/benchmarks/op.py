@@ -186,7 +186,7 @@ def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
                 ('parts', 'fused'),
                 shape,
                 what,
-                tuple(partial(_call_fused, form, shape, inputs, backward) for form in (_parts, _fused)),
+                tuple(partial(_call_fused, form, shape, inputs, backward) for form in (_parts, fused)),
             )
     for shape in SHAPES:
         yield _compare(
@@ -207,7 +207,7 @@ def _parts(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logit
     return ms_deform_attn(value, levels, None, locations, weights)
 
 
-def _fused(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+def fused(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
     return ms_deform_attn_fused(value, levels, None, points, offsets, logits)
 
 
