@@ -1,6 +1,8 @@
 """Detectors."""
 
+from msda_plugin.detectors.batch_resize import BatchRandomResize
 from msda_plugin.detectors.deformable_detr import DeformableDETR
 from msda_plugin.detectors.detr import DETR
+from msda_plugin.detectors.rtdetr import RTDETR
 
-__all__ = ['DETR', 'DeformableDETR']
+__all__ = ['DETR', 'RTDETR', 'BatchRandomResize', 'DeformableDETR']

@@ -16,6 +16,8 @@ from msda_plugin.layers.detr_layers import (
 )
 from msda_plugin.layers.grounding_dino_layers import GroundingDinoImageEncoder, GroundingDinoImageEncoderLayer
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
+from msda_plugin.layers.points_per_level_attention import PointsPerLevelAttention
+from msda_plugin.layers.rtdetr_layers import RTDETRTransformerDecoder
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
 from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
@@ -34,6 +36,8 @@ __all__ = [
     'GroundingDinoImageEncoder',
     'GroundingDinoImageEncoderLayer',
     'MultiScaleDeformableAttention',
+    'PointsPerLevelAttention',
+    'RTDETRTransformerDecoder',
     'ShiftedWindowAttention',
     'ShuntedSelfAttention',
     'SpatialReductionAttention',
