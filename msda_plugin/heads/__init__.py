@@ -2,5 +2,18 @@
 
 from msda_plugin.heads.deformable_detr_head import DeformableDETRHead
 from msda_plugin.heads.detr_head import DETRHead
+from msda_plugin.heads.dfine_head import DFINEHead
+from msda_plugin.heads.dfine_losses import (
+    DecoupledDistillationFocalLoss,
+    FineGrainedLocalizationLoss,
+    MatchabilityAwareLoss,
+)
 
-__all__ = ['DETRHead', 'DeformableDETRHead']
+__all__ = [
+    'DETRHead',
+    'DFINEHead',
+    'DecoupledDistillationFocalLoss',
+    'DeformableDETRHead',
+    'FineGrainedLocalizationLoss',
+    'MatchabilityAwareLoss',
+]

@@ -144,7 +144,9 @@ class DFINEHead(DeformableDETRHead):
         """First layer's outputs (bs, num_queries, embed_dims) and its reference boxes (bs, num_queries, 4) -> boxes."""
         return (self.initial_branch(hidden_state) + inverse_sigmoid(boxes, eps=1e-5)).sigmoid()
 
-    def refine(self, layer: int, hidden_state: Tensor, initial: Tensor, before: Tensor | float) -> tuple[Tensor, Tensor]:
+    def refine(
+        self, layer: int, hidden_state: Tensor, initial: Tensor, before: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
         """Refine the distributions of a layer.
 
         Args:
@@ -162,11 +164,7 @@ class DFINEHead(DeformableDETRHead):
         return move_edges(initial, distances, self.reg_scale), logits
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        references: Tensor,
-        distributions: Tensor,
-        initial_boxes: Tensor | None = None,
+        self, hidden_states: Tensor, references: Tensor, distributions: Tensor, initial_boxes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Predict classes and boxes of the queries.
 
@@ -198,9 +196,7 @@ class DFINEHead(DeformableDETRHead):
     ) -> list[InstanceData]:
         """Boxes, scores and labels of each image; ``outputs`` are the arguments of :meth:`forward`."""
         return self.predict_by_feat(
-            *self(**outputs),
-            batch_img_metas=[sample.metainfo for sample in batch_data_samples],
-            rescale=rescale,
+            *self(**outputs), batch_img_metas=[sample.metainfo for sample in batch_data_samples], rescale=rescale
         )
 
     def fuse(self) -> None:
@@ -287,9 +283,7 @@ class DFINEHead(DeformableDETRHead):
         all_boxes = torch.cat([boxes[1], enc_boxes[None].float()])
         matches = self.matcher.match([(all_logits, all_boxes, targets)])[0]
         union = union_of_matches(matches, all_boxes.shape[1:3], targets)
-        num_boxes, num_union = reduce_mean(
-            all_boxes.new_tensor([sum(targets.counts), len(union[0])])
-        ).clamp(min=1)
+        num_boxes, num_union = reduce_mean(all_boxes.new_tensor([sum(targets.counts), len(union[0])])).clamp(min=1)
 
         names = [f'd{i}.' for i in range(num_layers - 1)] + ['', 'initial_', 'enc_']
         # Distillation weighs matched queries by the square root of their number, for the denoising queries as well.
@@ -332,8 +326,7 @@ class DFINEHead(DeformableDETRHead):
         sizes = targets.sizes.expand_as(targets.boxes).flatten(0, 1)
         # In pixels, because eps of the IoU is an absolute area.
         quality = box_iou(
-            box_cxcywh_to_xyxy(chosen * sizes[matches.targets]),
-            box_cxcywh_to_xyxy((expected * sizes)[matches.targets]),
+            box_cxcywh_to_xyxy(chosen * sizes[matches.targets]), box_cxcywh_to_xyxy((expected * sizes)[matches.targets])
         )
         index = matches.predictions * logits.shape[-1] + targets.labels.flatten()[matches.targets]
         if isinstance(self.loss_cls, VarifocalLoss):

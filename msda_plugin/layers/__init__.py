@@ -14,8 +14,10 @@ from msda_plugin.layers.detr_layers import (
     DetrTransformerEncoder,
     DetrTransformerEncoderLayer,
 )
+from msda_plugin.layers.dfine_layers import DFINETransformerDecoder
 from msda_plugin.layers.grounding_dino_layers import GroundingDinoImageEncoder, GroundingDinoImageEncoderLayer
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
+from msda_plugin.layers.per_level_attention import PerLevelDeformableAttention
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
 from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
@@ -27,6 +29,8 @@ __all__ = [
     'DeformableDetrTransformerEncoder',
     'DeformableDetrTransformerEncoderLayer',
     'DeformableMultiHeadAttention',
+    'DFINETransformerDecoder',
+    'PerLevelDeformableAttention',
     'DetrTransformerDecoder',
     'DetrTransformerDecoderLayer',
     'DetrTransformerEncoder',

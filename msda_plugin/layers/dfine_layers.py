@@ -86,7 +86,10 @@ class DFINETransformerDecoderLayer(BaseModule):
         spatial_shapes: Shapes,
         self_attn_mask: Tensor | None = None,
     ) -> Tensor:
-        """Arguments are those of :meth:`DFINETransformerDecoder.forward`; ``boxes`` are the reference boxes."""
+        """Arguments are those of :meth:`DFINETransformerDecoder.forward`, with ``boxes`` relative to the padded levels.
+
+        ``boxes`` have the shape (bs, num_queries, 1 or num_levels, 4).
+        """
         key = query + query_pos
         attended = self.self_attn(key, key, query, attn_mask=self_attn_mask, need_weights=False)[0]
         query = self.norm1(query + self.dropout(attended))
@@ -168,6 +171,7 @@ class DFINETransformerDecoder(BaseModule):
         spatial_shapes: Shapes,
         initial_branch: Callable[[Tensor, Tensor], Tensor],
         refine_branch: Callable[[int, Tensor, Tensor, Tensor | float], tuple[Tensor, Tensor]],
+        valid_ratios: Tensor | None = None,
         self_attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Decode the queries.
@@ -180,6 +184,8 @@ class DFINETransformerDecoder(BaseModule):
             initial_branch: first layer's outputs, reference boxes -> initial boxes, from which distributions count.
             refine_branch: layer, its outputs plus those of the layer before, initial boxes, logits of the layer before
                 -> boxes, logits of the distributions (bs, num_queries, 4 * bins).
+            valid_ratios: (bs, num_levels, 2), the unpadded share of each level's width and height, 0-1; None: no
+                padding.
             self_attn_mask: (num_queries, num_queries) bool, True where a query (row) must not see another; None: all.
 
         Returns:
@@ -189,6 +195,7 @@ class DFINETransformerDecoder(BaseModule):
         """
         outputs, all_boxes, distributions = [], [], []
         before, distribution = 0.0, 0.0
+        scale = 1.0 if valid_ratios is None else valid_ratios.repeat(1, 1, 2)[:, None]
         for i, layer in enumerate(self.layers if self.training else self.layers[: self.eval_layer + 1]):
             query = run_layer(
                 layer,
@@ -196,7 +203,7 @@ class DFINETransformerDecoder(BaseModule):
                 query=query,
                 query_pos=self.query_pos_head(boxes).clamp(-10, 10),
                 value=memory,
-                boxes=boxes,
+                boxes=boxes[:, :, None] * scale,
                 spatial_shapes=spatial_shapes,
                 self_attn_mask=self_attn_mask,
             )

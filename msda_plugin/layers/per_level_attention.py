@@ -80,7 +80,7 @@ class PerLevelDeformableAttention(BaseModule):
         Args:
             query: (bs, num_queries, embed_dims), with the position added.
             value: (bs, num_keys, embed_dims), the pixels of all levels, row by row.
-            boxes: (bs, num_queries, 4) as (cx, cy, w, h), 0-1 over the image.
+            boxes: (bs, num_queries, 1 or num_levels, 4) as (cx, cy, w, h), 0-1 over the level.
             spatial_shapes: (h, w) of each level, as pairs of integers or (num_levels, 2) int64.
 
         Returns:
@@ -98,7 +98,7 @@ class PerLevelDeformableAttention(BaseModule):
         return attend_per_level(
             value.unflatten(-1, (self.num_heads, -1)),
             spatial_shapes,
-            boxes[:, :, None],
+            boxes,
             self.sampling_offsets(query).view(*total, 2),
             self.attention_weights(query).view(total),
             self.num_points,

@@ -24,7 +24,7 @@ def attend_per_level(
     Args:
         value: (bs, num_keys, num_heads, head_dim).
         spatial_shapes: (h, w) of each level.
-        boxes: (bs, num_queries, 1, 4) as (cx, cy, w, h), 0-1 over the image.
+        boxes: (bs, num_queries, 1 or num_levels, 4) as (cx, cy, w, h), 0-1 over the level.
         offsets: (bs, num_queries, num_heads, sum(points), 2), in units of ``scale`` times the box size.
         logits: (bs, num_queries, num_heads, sum(points)); softmax over all points.
         points: number of points on each level.
@@ -39,7 +39,7 @@ def attend_per_level(
         # The offset from the corner of the level to the center of a pixel is exact in floating point, and so is the
         # sample. Positions have no gradient.
         offsets = _centers(offsets.detach(), scale, boxes.detach(), spatial_shapes, points)
-        boxes = offsets.new_zeros(()).expand(*boxes.shape[:3], 2)
+        boxes = offsets.new_zeros(()).expand(*boxes.shape[:2], 1, 2)
     else:
         # The operator divides by the number of points, and multiplies by half the box.
         offsets = _by_level(offsets * (scale * (2 * max(points))), points)
@@ -55,6 +55,8 @@ def attend_per_level(
 
 def _centers(offsets: Tensor, scale: Tensor, boxes: Tensor, shapes: Shapes, points: Sequence[int]) -> Tensor:
     """Offsets (x, y) in pixels from the corner of the level to the centers of the pixels that 'discrete' samples."""
+    if boxes.shape[2] > 1:
+        boxes = torch.cat([boxes[:, :, i : i + 1].expand(-1, -1, n, -1) for i, n in enumerate(points)], 2)
     locations = boxes[:, :, None, :, :2] + offsets * scale * boxes[:, :, None, :, 2:]
     sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[:, None]  # (num_levels, 1, 2), (w, h)
     pixels = (_by_level(locations, points) * sizes + 0.5).long()
