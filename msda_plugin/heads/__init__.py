@@ -3,11 +3,8 @@
 from msda_plugin.heads.deformable_detr_head import DeformableDETRHead
 from msda_plugin.heads.detr_head import DETRHead
 from msda_plugin.heads.dfine_head import DFINEHead
-from msda_plugin.heads.dfine_losses import (
-    DecoupledDistillationFocalLoss,
-    FineGrainedLocalizationLoss,
-    MatchabilityAwareLoss,
-)
+from msda_plugin.heads.dfine_losses import DecoupledDistillationFocalLoss, FineGrainedLocalizationLoss
+from msda_plugin.heads.losses import MatchabilityAwareLoss
 
 __all__ = [
     'DETRHead',

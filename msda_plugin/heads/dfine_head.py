@@ -8,30 +8,30 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from mmdet.models.layers import inverse_sigmoid
-from mmdet.models.losses import GIoULoss, L1Loss, VarifocalLoss
+from mmdet.models.losses import GIoULoss, L1Loss
 from mmdet.structures import DetDataSample
 from mmdet.utils import reduce_mean
 from mmengine.model import bias_init_with_prob
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from msda_plugin.convert.dfine import bin_values
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
-from msda_plugin.heads.deformable_detr_head import DeformableDETRHead
 from msda_plugin.heads.detr_head import GIOU, L1
-from msda_plugin.heads.dfine_losses import MatchabilityAwareLoss, quality_loss
+from msda_plugin.heads.losses import MatchabilityAwareLoss, VarifocalLoss
 from msda_plugin.heads.matching import Matches, Targets
+from msda_plugin.heads.rtdetr_head import MATCHING, TOP_300, VARIFOCAL, RTDETRHead, _ground_truth
+from msda_plugin.layers.denoising import DenoisingQueries
 from msda_plugin.layers.dfine_layers import build_mlp
 from msda_plugin.registry import MODELS
 
-VARIFOCAL = dict(type='mmdet.VarifocalLoss', alpha=0.75, gamma=2.0)
 FGL = dict(type='msda_plugin.FineGrainedLocalizationLoss', loss_weight=0.15)
 DDF = dict(type='msda_plugin.DecoupledDistillationFocalLoss', loss_weight=1.5)
-TOP_300 = dict(max_per_img=300)
 TOP_BINS = 4  # most probable bins that the quality branch gets
 
 
 @MODELS.register_module()
-class DFINEHead(DeformableDETRHead):
+class DFINEHead(RTDETRHead):
     """Head of :class:`msda_plugin.detectors.DFINE`.
 
     An edge of a box has a distribution over ``reg_max`` + 1 bins. Its mean is the distance that the edge moves from the
@@ -44,16 +44,17 @@ class DFINEHead(DeformableDETRHead):
         reg_scale: curvature of the distances of the bins; higher values give finer bins near 0.
         up: the outermost distances are ±2 ``up`` times the size of the initial box.
         act: type of activations, 'ReLU' as in D-FINE or 'SiLU' as in DEIM.
-        loss_cls: config of mmdet's ``VarifocalLoss``, or of DEIM's :class:`MatchabilityAwareLoss`.
+        loss_cls: config of :class:`VarifocalLoss`, or of DEIM's :class:`MatchabilityAwareLoss`.
         loss_bbox, loss_iou: configs of mmdet's ``L1Loss`` and ``GIoULoss``.
         loss_fgl: config of :class:`FineGrainedLocalizationLoss`.
         loss_ddf: config of :class:`DecoupledDistillationFocalLoss`.
-        train_cfg, test_cfg: as in :class:`DETRHead`.
+        train_cfg, test_cfg: as in :class:`RTDETRHead`.
         init_cfg: as in MMEngine.
         num_pred_layer: number of decoder layers plus 1; the last class and box branch score the encoder's proposals.
         eval_layer: decoder layer that predicts in evaluation.
+        dn_cfg: fields of :class:`ContrastiveDenoising`; None: training without denoising.
 
-    The detector sets the last two fields.
+    The detector sets the last three fields.
 
     Raises:
         ValueError: If a loss or the assigner is of another type, or ``reg_max`` is not even.
@@ -72,12 +73,13 @@ class DFINEHead(DeformableDETRHead):
         loss_iou: dict = GIOU,
         loss_fgl: dict = FGL,
         loss_ddf: dict = DDF,
-        train_cfg: dict | None = None,
+        train_cfg: dict | None = MATCHING,
         test_cfg: dict | None = TOP_300,
         init_cfg: dict | list[dict] | None = None,
         *,
         num_pred_layer: int = 7,
         eval_layer: int = 5,
+        dn_cfg: dict | None = None,
     ) -> None:
         if reg_max < 4 or reg_max % 2:
             raise ValueError(f'reg_max={reg_max} is invalid; expected an even number of at least 4')
@@ -94,18 +96,13 @@ class DFINEHead(DeformableDETRHead):
             test_cfg=test_cfg,
             init_cfg=init_cfg,
             num_pred_layer=num_pred_layer,
-            as_two_stage=True,
+            dn_cfg=dn_cfg,
         )
-        if train_cfg and self.matcher is None:
-            raise ValueError(
-                f"{type(self).__name__} needs train_cfg.assigner of type 'HungarianAssigner' with FocalLossCost, "
-                f'BBoxL1Cost and IoUCost; got {train_cfg["assigner"]}'
-            )
         self.loss_fgl = MODELS.build(loss_fgl)
         self.loss_ddf = MODELS.build(loss_ddf)
         # In the checkpoint, because the distributions mean nothing without them.
         self.register_buffer('reg_scale', torch.tensor(float(reg_scale)))
-        self.register_buffer('bin_values', bin_values(reg_max, reg_scale, up))
+        self.register_buffer('bin_values', bin_values(reg_max, self.reg_scale, torch.tensor(float(up))))
 
     def _unsupported_loss_reason(self) -> str:
         for name, kinds in (
@@ -219,17 +216,20 @@ class DFINEHead(DeformableDETRHead):
         initial_boxes: Tensor,
         enc_outputs_class: Tensor,
         enc_outputs_coord: Tensor,
-        dn_meta: dict | None = None,
+        denoising: DenoisingQueries | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of all layers.
+        """Losses of a batch.
 
         Args:
-            batch_data_samples: with ``gt_instances``.
-            hidden_states, references, distributions: as in :meth:`forward`, with the denoising queries first.
+            batch_data_samples: hold ``gt_instances`` and ``img_shape`` of each image.
+            hidden_states, references, distributions: as in :meth:`forward`; denoising queries come first.
             initial_boxes: (bs, num_queries, 4).
-            enc_outputs_class: logits of the chosen proposals, (bs, num_matching_queries, num_classes).
+            enc_outputs_class: logits of the selected proposals, (bs, num_matching_queries, num_classes).
             enc_outputs_coord: their boxes, (bs, num_matching_queries, 4).
-            dn_meta: ``num_denoising_queries`` and ``num_denoising_groups``; None: no denoising queries.
+            denoising: the denoising queries.
+
+        Returns:
+            As :meth:`loss_by_feat`.
         """
         logits, boxes = self(hidden_states, references, distributions)
         return self.loss_by_feat(
@@ -238,21 +238,20 @@ class DFINEHead(DeformableDETRHead):
             distributions,
             enc_outputs_class,
             enc_outputs_coord,
-            [sample.gt_instances for sample in batch_data_samples],
-            [sample.metainfo for sample in batch_data_samples],
-            dn_meta,
+            *_ground_truth(batch_data_samples),
+            denoising=denoising,
         )
 
     def loss_by_feat(
         self,
-        logits: Tensor,
-        boxes: Tensor,
+        all_logits: Tensor,
+        all_boxes: Tensor,
         distributions: Tensor,
         enc_logits: Tensor,
         enc_boxes: Tensor,
         batch_gt_instances: Sequence[InstanceData],
         batch_img_metas: Sequence[dict],
-        dn_meta: dict | None = None,
+        denoising: DenoisingQueries | None = None,
     ) -> dict[str, Tensor]:
         """Losses from the predictions of the decoder layers, of the initial boxes, and of the proposals.
 
@@ -260,54 +259,44 @@ class DFINEHead(DeformableDETRHead):
         matches, in which a query has the object that most layers give it.
 
         Args:
-            logits: (L + 1, bs, num_queries, num_classes), of L decoder layers and the initial boxes, with the denoising
-                queries first.
-            boxes: (L + 1, bs, num_queries, 4) as (cx, cy, w, h), 0 to 1 over the input.
+            all_logits: (L + 1, bs, num_queries, num_classes), of L decoder layers and the initial boxes; denoising
+                queries come first.
+            all_boxes: (L + 1, bs, num_queries, 4) as (cx, cy, w, h), 0 to 1 over the image.
             distributions: (L, bs, num_queries, 4 * num_bins).
             enc_logits, enc_boxes: (bs, num_matching_queries, num_classes or 4).
             batch_gt_instances: ``bboxes`` (n, 4) as (x1, y1, x2, y2) in pixels and ``labels`` (n,); n may be 0.
             batch_img_metas: ``img_shape`` (h, w) of each image.
-            dn_meta: as in :meth:`loss`.
+            denoising: the denoising queries.
 
         Returns:
-            Scalars ``loss_cls``, ``loss_bbox``, ``loss_iou``, ``loss_fgl`` and ``loss_ddf``: those of the last layer
-            without prefix, ``d0.`` ... of earlier layers, ``initial_`` of the initial boxes, ``enc_`` of the
-            proposals, and with ``dn_`` those of the denoising queries.
+            Scalars ``loss_cls``, ``loss_bbox``, ``loss_iou``, ``loss_fgl`` and ``loss_ddf``. Those of the last layer
+            have no prefix, earlier layers have ``d0.`` ..., the initial boxes ``initial_``, the proposals ``enc_``, and
+            denoising queries have ``dn_`` before the name of the loss.
         """
-        num_layers, num_dn = len(distributions), dn_meta['num_denoising_queries'] if dn_meta else 0
-        targets = Targets.from_instances(batch_gt_instances, batch_img_metas, logits.device)
-        logits, boxes, distributions = (
-            (x[:, :, :num_dn].float(), x[:, :, num_dn:].float()) for x in (logits, boxes, distributions)
-        )
-        all_logits = torch.cat([logits[1], enc_logits[None].float()])
-        all_boxes = torch.cat([boxes[1], enc_boxes[None].float()])
-        matches = self.matcher.match([(all_logits, all_boxes, targets)])[0]
-        union = union_of_matches(matches, all_boxes.shape[1:3], targets)
-        num_boxes, num_union = reduce_mean(all_boxes.new_tensor([sum(targets.counts), len(union[0])])).clamp(min=1)
+        num_dn = 0 if denoising is None else len(denoising)
+        targets = Targets.from_instances(batch_gt_instances, batch_img_metas, all_logits.device)
+        noisy = [x[:, :, :num_dn].float() for x in (all_logits, all_boxes, distributions)]
+        logits, boxes, distributions = (x[:, :, num_dn:].float() for x in (all_logits, all_boxes, distributions))
+        logits, boxes = torch.cat([logits, enc_logits[None].float()]), torch.cat([boxes, enc_boxes[None].float()])
+        names = [f'd{i}.' for i in range(len(distributions) - 1)] + ['', 'initial_', 'enc_']
 
-        names = [f'd{i}.' for i in range(num_layers - 1)] + ['', 'initial_', 'enc_']
-        # Distillation weighs matched queries by the square root of their number, for the denoising queries as well.
-        matched = distributions[1].new_zeros(distributions[1][0, ..., 0].numel(), dtype=torch.bool)
-        matched[union[0]] = True
-        positive, negative = matched.sum().sqrt(), (~matched).sum().sqrt()
+        matches = self.matcher.match([(logits, boxes, targets)])[0]
+        union = union_of_matches(matches, logits.shape[1:3], targets)
+        num_boxes, num_union = reduce_mean(boxes.new_tensor([sum(targets.counts), len(union[0])])).clamp(min=1)
+        # The distillation weighs matched and unmatched queries by the square roots of their numbers; the denoising
+        # queries get the same shares.
+        positive, negative = len(union[0]) ** 0.5, (logits.shape[1] * logits.shape[2] - len(union[0])) ** 0.5
         share = positive / (positive + negative)
-        losses = self._losses(all_logits, all_boxes, targets, matches, num_boxes, union, num_union)
-        losses |= self._distribution_losses(
-            all_logits, all_boxes, distributions[1], targets, union, num_union, matched, share
-        )
+        losses = self._losses(logits, boxes, targets, matches, num_boxes, union, num_union)
+        losses |= self._distribution_losses(logits, boxes, distributions, targets, union, num_union, share)
         loss_dict = _named(losses, names)
-        if num_dn:
-            groups = dn_meta['num_denoising_groups']
-            matches = denoising_matches(targets, num_dn, groups, len(names) - 1)
-            union = matches.predictions[0], matches.targets[0]
-            total = num_boxes * groups
-            matched = distributions[0].new_zeros(distributions[0][0, ..., 0].numel(), dtype=torch.bool)
-            matched[union[0]] = True
-            losses = self._losses(logits[0], boxes[0], targets, matches, total, union, total)
-            losses |= self._distribution_losses(
-                logits[0], boxes[0], distributions[0], targets, union, total, matched, share
-            )
-            loss_dict |= _named(losses, [f'{name}dn_' if '.' in name or not name else f'dn_{name}' for name in names])
+        if denoising is not None:
+            pairs = denoising.positives(targets.counts, targets.labels.shape[1])
+            matches = Matches(*(index.expand(len(noisy[0]), -1) for index in pairs))
+            total = num_boxes * denoising.num_groups
+            losses = self._losses(*noisy[:2], targets, matches, total, pairs, total)
+            losses |= self._distribution_losses(*noisy, targets, pairs, total, share)
+            loss_dict |= _named(losses, [f'{name}dn_' for name in names])
         return loss_dict
 
     def _losses(
@@ -329,14 +318,7 @@ class DFINEHead(DeformableDETRHead):
             box_cxcywh_to_xyxy(chosen * sizes[matches.targets]), box_cxcywh_to_xyxy((expected * sizes)[matches.targets])
         )
         index = matches.predictions * logits.shape[-1] + targets.labels.flatten()[matches.targets]
-        if isinstance(self.loss_cls, VarifocalLoss):
-            weights = quality if self.loss_cls.iou_weighted else torch.ones_like(quality)
-            loss_cls = self.loss_cls.loss_weight * quality_loss(
-                logits.flatten(1), index, quality, weights, self.loss_cls.alpha, self.loss_cls.gamma
-            )
-        else:
-            loss_cls = self.loss_cls(logits.flatten(1), index, quality)
-
+        loss_cls = self.loss_cls(logits.flatten(1), index, quality)
         chosen, expected, sizes = boxes[:, union[0]], expected[union[1]], sizes[union[1]]
         overlap = generalized_box_iou(
             box_cxcywh_to_xyxy(chosen * sizes), box_cxcywh_to_xyxy(expected * sizes), self.loss_iou.eps
@@ -355,8 +337,7 @@ class DFINEHead(DeformableDETRHead):
         targets: Targets,
         union: tuple[Tensor, Tensor],
         num_union: Tensor,
-        matched: Tensor,
-        share: Tensor,
+        share: float,
     ) -> dict[str, Tensor]:
         """``fgl`` loss (L,) of all layers, and ``ddf`` loss (L - 1,) of those before the last.
 
@@ -375,6 +356,8 @@ class DFINEHead(DeformableDETRHead):
         if num_layers > 1:
             score = logits[num_layers - 1].detach().sigmoid().amax(-1).flatten().repeat(num_layers - 1, 1)
             score[:, union[0]] = quality[:-1]
+            matched = torch.zeros_like(score[0], dtype=torch.bool)
+            matched[union[0]] = True
             losses['ddf'] = self.loss_ddf(distributions[:-1], distributions[-1], score, matched, share)
         return losses
 
@@ -385,15 +368,6 @@ def _named(losses: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]
         for name, values in losses.items()
         for prefix, loss in zip(names, values.unbind(), strict=False)
     }
-
-
-def bin_values(reg_max: int, reg_scale: float, up: float = 0.5) -> Tensor:
-    """Distances that the bins stand for, (reg_max + 1,): symmetric, finer near 0 (D-FINE, equation 4)."""
-    limit = abs(up * reg_scale)
-    steps = torch.arange(1, reg_max // 2, dtype=torch.float64)
-    right = (limit + 1) ** (2 / (reg_max - 2) * steps) - 1
-    right = torch.cat([right, right.new_tensor([2 * limit])])
-    return torch.cat([-right.flip(0), right.new_zeros(1), right]).float()
 
 
 def move_edges(boxes: Tensor, distances: Tensor, reg_scale: Tensor) -> Tensor:
@@ -408,8 +382,8 @@ def move_edges(boxes: Tensor, distances: Tensor, reg_scale: Tensor) -> Tensor:
         (..., 4) as (cx, cy, w, h).
     """
     center, size = boxes.chunk(2, -1)
-    outwards = size * (0.5 + distances.unflatten(-1, (2, 2)).transpose(-1, -2) / reg_scale).transpose(-1, -2).unbind(-2)
-    return box_xyxy_to_cxcywh(torch.cat([center - outwards[0], center + outwards[1]], -1))
+    to_low, to_high = (size * (0.5 + part / reg_scale) for part in distances.chunk(2, -1))
+    return box_xyxy_to_cxcywh(torch.cat([center - to_low, center + to_high], -1))
 
 
 def edge_distances(boxes: Tensor, expected: Tensor, reg_scale: Tensor) -> Tensor:
@@ -439,19 +413,3 @@ def union_of_matches(matches: Matches, size: tuple[int, int], targets: Targets) 
     columns = votes[rows].argmax(1) + rows // size[1] * num_targets
     pairs = torch.from_numpy(np.stack([rows, columns])).to(device, non_blocking=True)
     return pairs[0], pairs[1]
-
-
-def denoising_matches(targets: Targets, num_queries: int, num_groups: int, num_layers: int) -> Matches:
-    """The objects that the positive denoising queries were made from.
-
-    An image has ``num_groups`` groups of one positive and then one negative query for each of the T padded objects.
-    """
-    num_targets = targets.labels.shape[1]
-    predictions, objects = [], []
-    for image, count in enumerate(targets.counts):
-        query = np.arange(num_groups)[:, None] * 2 * num_targets + np.arange(count)
-        predictions.append(image * num_queries + query.ravel())
-        objects.append(np.tile(image * num_targets + np.arange(count), num_groups))
-    both = torch.from_numpy(np.stack([np.concatenate(predictions), np.concatenate(objects)]).astype(np.int64))
-    both = both.to(targets.labels.device, non_blocking=True)[:, None].expand(-1, num_layers, -1)
-    return Matches(both[0], both[1])

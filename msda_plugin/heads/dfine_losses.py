@@ -1,6 +1,6 @@
-"""Losses of D-FINE and DEIM, for all decoder layers at once.
+"""D-FINE's losses of the distributions of the box edges, for all decoder layers at once.
 
-Sources: Peng et al., D-FINE, https://arxiv.org/abs/2410.13842; Huang et al., DEIM, https://arxiv.org/abs/2412.04234.
+Source: Peng et al., D-FINE, https://arxiv.org/abs/2410.13842.
 """
 
 import torch
@@ -8,56 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msda_plugin.registry import MODELS
-
-
-@MODELS.register_module()
-class MatchabilityAwareLoss(nn.Module):
-    """DEIM's classification loss: low-quality matches count as much as good ones, with a lower target.
-
-    Args:
-        gamma: exponent of the IoU in the targets, and of the scores in the weights of the negatives.
-        alpha: weight of the negatives.
-        loss_weight: weight of the loss.
-    """
-
-    use_sigmoid = True
-
-    def __init__(self, gamma: float = 1.5, alpha: float = 1.0, loss_weight: float = 1.0) -> None:
-        super().__init__()
-        self.gamma = gamma
-        self.alpha = alpha
-        self.loss_weight = loss_weight
-
-    def forward(self, logits: Tensor, positives: Tensor, qualities: Tensor) -> Tensor:
-        """Arguments and result are those of :func:`quality_loss`, with the IoUs as ``qualities``."""
-        targets = qualities.pow(self.gamma)
-        return self.loss_weight * quality_loss(
-            logits, positives, targets, torch.ones_like(targets), self.alpha, self.gamma
-        )
-
-
-def quality_loss(
-    logits: Tensor, positives: Tensor, targets: Tensor, weights: Tensor, alpha: float, gamma: float
-) -> Tensor:
-    """Cross-entropy with soft targets of the positives, and negatives weighted by their scores, summed per row.
-
-    Args:
-        logits: (L, M).
-        positives: (L, N) indices of the entries with an object; the target of all others is 0.
-        targets: (L, N) targets of the positives, 0 to 1.
-        weights: (L, N) weights of the positives.
-        alpha, gamma: negatives have the weight ``alpha * score ** gamma``, without gradient.
-
-    Returns:
-        (L,)
-    """
-    chosen = logits.gather(1, positives)
-    correction = weights * (F.softplus(chosen) - targets * chosen) - _negative(chosen, alpha, gamma)
-    return _negative(logits, alpha, gamma).sum(1) + correction.sum(1)
-
-
-def _negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    return alpha * logits.detach().sigmoid().pow(gamma) * F.softplus(logits)
 
 
 @MODELS.register_module()
@@ -108,7 +58,7 @@ class DecoupledDistillationFocalLoss(nn.Module):
         self.loss_weight = loss_weight
         self.temperature = temperature
 
-    def forward(self, logits: Tensor, teacher: Tensor, weights: Tensor, matched: Tensor, share: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, teacher: Tensor, weights: Tensor, matched: Tensor, share: float) -> Tensor:
         """Kullback-Leibler divergence of each layer.
 
         Args:
@@ -116,7 +66,7 @@ class DecoupledDistillationFocalLoss(nn.Module):
             teacher: (M, 4, num_bins), logits of the last layer; they get no gradient.
             weights: (L, M) weights of the queries.
             matched: (M,) bool, queries with an object.
-            share: share of the matched queries in the loss, 0-1; the rest is that of the unmatched.
+            share: weight of the matched queries in the loss, 0-1; the rest is that of the unmatched.
 
         Returns:
             (L,)
