@@ -46,10 +46,7 @@ _AUTHORS_RULES: Rules = [
     (r'decoder\.decoder\.layers\.(\d+)\.linear2\.' + _PARAMETER, r'decoder.layers.\1.ffn.3.\2'),
     (r'decoder\.decoder\.layers\.(\d+)\.norm1\.' + _PARAMETER, r'decoder.layers.\1.norm1.\2'),
     (r'decoder\.decoder\.layers\.(\d+)\.norm3\.' + _PARAMETER, r'decoder.layers.\1.norm2.\2'),
-    (
-        r'decoder\.decoder\.layers\.(\d+)\.((?:self_attn|cross_attn|gateway)\..+)',
-        r'decoder.layers.\1.\2',
-    ),
+    (r'decoder\.decoder\.layers\.(\d+)\.((?:self_attn|cross_attn|gateway)\..+)', r'decoder.layers.\1.\2'),
     (r'decoder\.denoising_class_embed\.weight', r'bbox_head.denoising.label_embedding.weight'),
 ]
 _TRANSFORMERS_RULES: Rules = [

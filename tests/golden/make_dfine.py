@@ -4,6 +4,7 @@ python tests/golden/make_dfine.py D-FINE DEIM, the folders of clones of github.c
 github.com/ShihuaHuang95/DEIM. Weights, inputs and targets follow from `recipe.py`.
 """
 
+import functools
 import gzip
 import importlib
 import json
@@ -61,22 +62,29 @@ NUM_QUERIES, NUM_CLASSES, IMAGE = 20, 7, 128
 def build(authors, size, num_queries=NUM_QUERIES, num_classes=NUM_CLASSES):
     (arch, lab, channels), neck, decoder = SIZES[size]
     frozen = size in 'lx'
-    strides = [8, 16, 32][-len(channels):]
+    strides = [8, 16, 32][-len(channels) :]
     levels = len(channels)
     if size == 'n':
         decoder = dict(decoder, hidden_dim=128, dim_feedforward=512, num_points=[6, 6])
     else:
         decoder = dict(decoder, num_points=[3, 6, 3])
     backbone = authors('hgnetv2').HGNetv2(
-        arch, use_lab=lab, return_idx=[1, 2, 3][-levels:], freeze_at=0 if frozen else -1, freeze_norm=frozen,
+        arch,
+        use_lab=lab,
+        return_idx=[1, 2, 3][-levels:],
+        freeze_at=0 if frozen else -1,
+        freeze_norm=frozen,
         pretrained=False,
     )
-    encoder = authors('hybrid_encoder').HybridEncoder(
-        channels, strides, use_encoder_idx=[levels - 1], **neck
-    )
+    encoder = authors('hybrid_encoder').HybridEncoder(channels, strides, use_encoder_idx=[levels - 1], **neck)
     decoder = authors('dfine_decoder').DFINETransformer(
-        num_classes=num_classes, num_queries=num_queries, feat_channels=[neck.get('hidden_dim', 256)] * levels,
-        feat_strides=strides, num_levels=levels, num_denoising=0, **decoder,
+        num_classes=num_classes,
+        num_queries=num_queries,
+        feat_channels=[neck.get('hidden_dim', 256)] * levels,
+        feat_strides=strides,
+        num_levels=levels,
+        num_denoising=0,
+        **decoder,
     )
     return torch.nn.ModuleDict(dict(backbone=backbone, encoder=encoder, decoder=decoder))
 
@@ -135,14 +143,17 @@ def loss_outputs(given):
         teacher = dict(teacher_corners=corners[-1], teacher_logits=logits[2]) if with_teacher else {}
         return [
             dict(pred_logits=a, pred_boxes=b, pred_corners=c, ref_points=refs, **teacher)
-            for a, b, c in zip(logits[:3], boxes[:3], corners)
+            for a, b, c in zip(logits[:3], boxes[:3], corners, strict=True)
         ]
 
     # Two images, at most five objects, three groups of five positive and five negative queries.
     positive = [torch.cat([10 * g + torch.arange(n) for g in range(3)]) for n in (5, 3)]
     scale = dict(up=torch.tensor([0.5]), reg_scale=torch.tensor([4.0]))
     return dict(
-        layers(1, False)[-1], **scale, aux_outputs=layers(1, True)[:-1], dn_outputs=layers(0, True),
+        layers(1, False)[-1],
+        **scale,
+        aux_outputs=layers(1, True)[:-1],
+        dn_outputs=layers(0, True),
         enc_aux_outputs=[dict(pred_logits=given['enc_logits'], pred_boxes=given['enc_boxes'])],
         pre_outputs=dict(pred_logits=split['logits'][1][-1], pred_boxes=split['boxes'][1][-1]),
         dn_pre_outputs=dict(pred_logits=split['logits'][0][-1], pred_boxes=split['boxes'][0][-1]),
@@ -192,4 +203,6 @@ def main(dfine, deim):
 
 
 if __name__ == '__main__':
+    # The union of the matches sorts pairs by their number; torch leaves the order of equal numbers open.
+    torch.argsort = functools.partial(torch.argsort, stable=True)
     main(load(sys.argv[1], 'src', 'dfine'), load(sys.argv[2], 'engine', 'deim'))
