@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msda_plugin.convert.conversion import Conversion, load_checkpoint_file, unwrap
 
-FAMILIES = ('dat', 'deformable_detr', 'detr', 'dfine', 'hs_fpn', 'shunted_transformer', 'vision_transformer')
+FAMILIES = ('dat', 'deformable_detr', 'detr', 'dfine', 'hs_fpn', 'rtdetr', 'shunted_transformer', 'vision_transformer')
 
 __all__ = ['FAMILIES', 'Conversion', 'convert', 'convert_state_dict', 'load_checkpoint_file']
 
@@ -16,8 +16,8 @@ def convert(state_dict: Mapping, family: str) -> Conversion:
     """Convert an upstream state dict, and record what happened to every key.
 
     Args:
-        state_dict: upstream state dict, or a checkpoint that holds it under 'model' or 'state_dict'. A state dict with
-            msda_plugin's keys is returned unchanged.
+        state_dict: upstream state dict, or a checkpoint that holds it under 'model', 'state_dict' or 'ema'. A state
+            dict with msda_plugin's keys is returned unchanged.
         family: one of ``FAMILIES``.
 
     Raises:

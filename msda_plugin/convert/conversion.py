@@ -42,13 +42,15 @@ class Conversion:
 
 
 def unwrap(checkpoint: Mapping) -> Mapping[str, Tensor]:
-    """The state dict of a checkpoint: the checkpoint itself, or its entry 'model' or 'state_dict'.
+    """The state dict of a checkpoint: its averaged weights ('ema'), its entry 'model' or 'state_dict', or itself.
 
     Raises:
         ValueError: If none of them is a dict of tensors.
     """
     state_dict = checkpoint
-    if isinstance(checkpoint, Mapping):
+    if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get('ema'), Mapping):
+        state_dict = checkpoint['ema'].get('module', checkpoint['ema'])
+    elif isinstance(checkpoint, Mapping):
         wrapped = (checkpoint[name] for name in WRAPPERS if isinstance(checkpoint.get(name), Mapping))
         state_dict = next(wrapped, checkpoint)
     if (
@@ -59,7 +61,7 @@ def unwrap(checkpoint: Mapping) -> Mapping[str, Tensor]:
         found = list(checkpoint)[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise ValueError(
             f'the checkpoint holds no state dict: got {found}; expected a dict of tensors, at the top level or under '
-            f'one of the keys {list(WRAPPERS)}'
+            f'one of the keys {[*WRAPPERS, "ema"]}'
         )
     return state_dict
 

@@ -76,7 +76,11 @@ def check_parts(detector: DetectionTransformer, neck_cfg: Mapping | None, num_ma
             f'the backbone gives maps of {channels} channels, and there is no neck, but {wants} and '
             f'embed_dims={detector.embed_dims}: add a neck, such as mmdet.ChannelMapper'
         )
+    check_max_per_img(detector)
 
+
+def check_max_per_img(detector: DetectionTransformer) -> None:
+    """Raise ValueError if ``test_cfg.max_per_img`` exceeds the number of boxes of a detection transformer."""
     num_classes = detector.bbox_head.num_classes if detector.bbox_head.loss_cls.use_sigmoid else 1
     num_boxes = detector.num_queries * num_classes
     max_per_img = detector.test_cfg.get('max_per_img', detector.num_queries)

@@ -4,8 +4,10 @@ Few queries have an object, so the losses take the matched pairs instead of one 
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from msda_plugin.registry import MODELS
 
 
 def focal_loss(logits: Tensor, positives: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -53,6 +55,92 @@ def quality_focal_loss(logits: Tensor, positives: Tensor, qualities: Tensor, bet
 
 def _quality_negative(logits: Tensor, beta: float) -> Tensor:
     return logits.sigmoid().pow(beta) * F.softplus(logits)
+
+
+def varifocal_loss(logits: Tensor, positives: Tensor, qualities: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Binary cross-entropy with the IoUs of the predicted boxes as positive targets and as their weights.
+
+    Source: Zhang et al., VarifocalNet, https://arxiv.org/abs/2008.13367, equation 2. As in RT-DETR, the weights have no
+    gradient; in MMDetection's loss, those of the negatives have one.
+
+    Args:
+        logits: (L, M).
+        positives: (L, N) indices of the entries with an object; the target of all others is 0.
+        qualities: (L, N) targets of the positives, 0 to 1: IoU of the predicted and the true box.
+
+    Returns:
+        (L,)
+    """
+    chosen = logits.gather(1, positives)
+    # All entries as negatives, then a correction for the positives.
+    correction = qualities * (F.softplus(chosen) - qualities * chosen) - _varifocal_negative(chosen, alpha, gamma)
+    return _varifocal_negative(logits, alpha, gamma).sum(1) + correction.sum(1)
+
+
+def _varifocal_negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    return alpha * logits.detach().sigmoid().pow(gamma) * F.softplus(logits)
+
+
+@MODELS.register_module()
+class VarifocalLoss(nn.Module):
+    """RT-DETR's varifocal loss, :func:`varifocal_loss`, for the heads of this package, which read its fields.
+
+    Args:
+        alpha: weight of the negatives.
+        gamma: exponent of their scores.
+        loss_weight: factor of the loss.
+        use_sigmoid: must be True.
+
+    Raises:
+        ValueError: If ``use_sigmoid`` is False.
+    """
+
+    reduction = 'mean'
+
+    def __init__(
+        self, alpha: float = 0.75, gamma: float = 2.0, loss_weight: float = 1.0, use_sigmoid: bool = True
+    ) -> None:
+        super().__init__()
+        if not use_sigmoid:
+            raise ValueError('use_sigmoid=False: the varifocal loss is defined for sigmoid scores; set it to True')
+        self.alpha = alpha
+        self.gamma = gamma
+        self.loss_weight = loss_weight
+        self.use_sigmoid = use_sigmoid
+
+    def forward(self, logits: Tensor, positives: Tensor, qualities: Tensor) -> Tensor:
+        """Weighted sums per row; arguments as for :func:`varifocal_loss`."""
+        return self.loss_weight * varifocal_loss(logits, positives, qualities, self.alpha, self.gamma)
+
+
+@MODELS.register_module()
+class MatchabilityAwareLoss(nn.Module):
+    """DEIM's classification loss: like :class:`VarifocalLoss`, but poor matches count as much as good ones.
+
+    Source: Huang et al., DEIM, https://arxiv.org/abs/2412.04234, equation 3. The targets of the positives are powers of
+    their IoUs.
+
+    Args:
+        gamma: exponent of the IoUs, and of the scores of the negatives.
+        alpha: weight of the negatives.
+        loss_weight: factor of the loss.
+    """
+
+    use_sigmoid = True
+    reduction = 'mean'
+
+    def __init__(self, gamma: float = 1.5, alpha: float = 1.0, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.alpha = alpha
+        self.loss_weight = loss_weight
+
+    def forward(self, logits: Tensor, positives: Tensor, qualities: Tensor) -> Tensor:
+        """Weighted sums per row; arguments as for :func:`varifocal_loss`."""
+        chosen, targets = logits.gather(1, positives), qualities.pow(self.gamma)
+        negatives = _varifocal_negative(logits, self.alpha, self.gamma).sum(1)
+        correction = F.softplus(chosen) - targets * chosen - _varifocal_negative(chosen, self.alpha, self.gamma)
+        return self.loss_weight * (negatives + correction.sum(1))
 
 
 def cross_entropy(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

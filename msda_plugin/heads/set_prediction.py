@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from mmcv.ops import batched_nms
@@ -13,7 +14,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
-from msda_plugin.heads.losses import cross_entropy, focal_loss, quality_focal_loss
+from msda_plugin.heads.losses import VarifocalLoss, cross_entropy, focal_loss, quality_focal_loss, varifocal_loss
 from msda_plugin.heads.matching import HungarianMatcher, Matches, Targets
 
 EPS = torch.finfo(torch.float32).eps  # MMDetection's losses add it to their divisor
@@ -24,9 +25,9 @@ class SetPrediction:
 
     Losses: matching costs of all layers and images are computed in one batch and copied to the host once; losses are
     computed for all layers together. This covers ``HungarianAssigner`` with ``FocalLossCost`` or
-    ``ClassificationCost``, ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss``, ``QualityFocalLoss`` or
-    softmax ``CrossEntropyLoss``, ``L1Loss`` and ``GIoULoss`` with ``reduction='mean'``. Other configs run MMDetection's
-    code, with a warning when the head is built.
+    ``ClassificationCost``, ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss``, ``QualityFocalLoss``,
+    :class:`VarifocalLoss` or softmax ``CrossEntropyLoss``, ``L1Loss`` and ``GIoULoss`` with ``reduction='mean'``. Other
+    configs run MMDetection's code, with a warning when the head is built.
 
     Predictions: a converged DETR needs no non-maximum suppression. After a short training, duplicates are its main
     error; ``test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7))`` removes them within each class.
@@ -68,7 +69,7 @@ class SetPrediction:
     def _unsupported_loss_reason(self) -> str:
         """Which loss the batched code does not cover; an empty string if it covers all of them."""
         for loss, covered in (
-            (self.loss_cls, (FocalLoss, QualityFocalLoss, CrossEntropyLoss)),
+            (self.loss_cls, (FocalLoss, QualityFocalLoss, VarifocalLoss, CrossEntropyLoss)),
             (self.loss_bbox, (L1Loss,)),
             (self.loss_iou, (GIoULoss,)),
         ):
@@ -132,16 +133,21 @@ class SetPrediction:
         return loss_dict
 
     def _losses(
-        self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches
+        self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, num_boxes: Tensor | None = None
     ) -> dict[str, tuple[Tensor, ...]]:
-        """``cls``, ``bbox`` and ``iou`` loss of each layer, from (L, B, Q, C), (L, B, Q, 4) and N pairs per layer."""
+        """``cls``, ``bbox`` and ``iou`` loss of each layer, from (L, B, Q, C), (L, B, Q, 4) and N pairs per layer.
+
+        All of them are divided by ``num_boxes``, if given, instead of by the number of pairs and of classified queries.
+        """
         num_matches = matches.predictions.shape[1]
         num_unmatched = logits.shape[1] * logits.shape[2] - num_matches
         # Unmatched queries count with the weight of the no-object class.
         totals = torch.stack(
             [boxes.new_full((), num_matches), boxes.new_full((), num_matches + num_unmatched * self.bg_cls_weight)]
         )
-        if self.sync_cls_avg_factor:
+        if num_boxes is not None:
+            num_classified = num_boxes
+        elif self.sync_cls_avg_factor:
             num_boxes, num_classified = reduce_mean(totals).clamp(min=1)
         else:
             num_boxes, num_classified = reduce_mean(totals[0]).clamp(min=1), totals[1].clamp(min=1)
@@ -154,9 +160,13 @@ class SetPrediction:
 
         if self.loss_cls.use_sigmoid:
             index = matches.predictions * logits.shape[-1] + labels
-            if isinstance(self.loss_cls, QualityFocalLoss):
+            if isinstance(self.loss_cls, (QualityFocalLoss, VarifocalLoss)):
                 quality = box_iou(box_cxcywh_to_xyxy(predicted.detach()), box_cxcywh_to_xyxy(expected))
-                loss_cls = quality_focal_loss(logits.flatten(1), index, quality, self.loss_cls.beta)
+                if isinstance(self.loss_cls, VarifocalLoss):
+                    loss = partial(varifocal_loss, alpha=self.loss_cls.alpha, gamma=self.loss_cls.gamma)
+                else:
+                    loss = partial(quality_focal_loss, beta=self.loss_cls.beta)
+                loss_cls = loss(logits.flatten(1), index, quality)
             else:
                 loss_cls = focal_loss(logits.flatten(1), index, self.loss_cls.alpha, self.loss_cls.gamma)
         else:
@@ -191,7 +201,9 @@ class SetPrediction:
         """``{name: (outputs in state_dict, outputs here)}`` of the class layers with another number of outputs."""
         resized = {}
         for name, layer in self.named_modules(remove_duplicate=False):
-            if name.split('.')[0] not in ('cls_branches', 'fc_cls') or not isinstance(layer, nn.Linear):
+            if name.split('.')[0] not in ('cls_branches', 'fc_cls', 'denoising') or not isinstance(
+                layer, (nn.Linear, nn.Embedding)
+            ):
                 continue
             stored = state_dict.get(f'{prefix}{name}.weight')
             if stored is not None and stored.shape[1:] == layer.weight.shape[1:] and len(stored) != len(layer.weight):

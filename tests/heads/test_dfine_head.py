@@ -114,7 +114,10 @@ def test_union_keeps_the_most_frequent_object_of_a_query():
     'options, message',
     [
         (dict(reg_max=15), 'reg_max=15 is invalid'),
-        (dict(loss_cls=dict(type='mmdet.FocalLoss')), 'loss_cls of DFINEHead is a FocalLoss; expected VarifocalLoss or'),
+        (
+            dict(loss_cls=dict(type='mmdet.FocalLoss')),
+            'loss_cls of DFINEHead is a FocalLoss; expected VarifocalLoss or',
+        ),
         (dict(loss_bbox=dict(type='mmdet.SmoothL1Loss')), 'loss_bbox of DFINEHead is a SmoothL1Loss; expected L1Loss'),
     ],
 )
