@@ -1,8 +1,9 @@
 """Detectors."""
 
+from msda_plugin.detectors.batch_augments import BatchMixUp, BatchRandomResize
 from msda_plugin.detectors.deformable_detr import DeformableDETR
 from msda_plugin.detectors.detr import DETR
 from msda_plugin.detectors.dfine import DFINE
 from msda_plugin.detectors.rtdetr import RTDETR
 
-__all__ = ['DETR', 'DFINE', 'DeformableDETR', 'RTDETR']
+__all__ = ['BatchMixUp', 'BatchRandomResize', 'DETR', 'DFINE', 'DeformableDETR', 'RTDETR']
