@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from msda_plugin.acceleration.convert_model import change_class
 from msda_plugin.ops import ms_deform_attn_fused, use_backend
 from msda_plugin.ops.functional import Shapes
+from msda_plugin.ops.points_per_level import ms_deform_attn_points_per_level
 
 TOLERANCE = 1e-9  # of results in float64, relative to their size
 OPTIONAL = ('encoder_attention_mask', 'output_attentions')  # arguments that have no effect on the results
@@ -188,40 +189,10 @@ def _attend_per_level(
     total = (*queries.shape[:2], layer.n_heads, sum(points))
     offsets = layer.sampling_offsets(queries).view(*total, 2)
     logits = layer.attention_weights(queries).view(total)
-    scale = scale.to(queries.dtype)[:, None]
-    if method == 'discrete':
-        # The offset from the corner of the level to the center of a pixel is exact in floating point, and so is the
-        # sample. Positions have no gradient.
-        offsets = _centers(offsets.detach(), scale * layer.offset_scale, boxes.detach(), shapes, points)
-        boxes = offsets.new_zeros(()).expand(*boxes.shape[:3], 2)
-    else:
-        # The operator divides by the number of points, and multiplies by half the box.
-        offsets = _by_level(offsets * (scale * (2 * layer.offset_scale * max(points))), points)
-    output = ms_deform_attn_fused(
-        _split_heads(value, layer.n_heads),
-        shapes,
-        None,
-        boxes.expand(*total[:2], len(points), -1),
-        offsets,
-        _by_level(logits[..., None], points, -torch.inf)[..., 0],
+    output = ms_deform_attn_points_per_level(
+        _split_heads(value, layer.n_heads), shapes, boxes, offsets, logits, points, scale * layer.offset_scale, method
     )
     return output, logits.softmax(-1)
-
-
-def _centers(offsets: Tensor, scale: Tensor, boxes: Tensor, shapes: Shapes, points: Sequence[int]) -> Tensor:
-    """Offsets (x, y) in pixels from the corner of the level to the centers of the pixels that 'discrete' samples."""
-    locations = boxes[:, :, None, :, :2] + offsets * scale * boxes[:, :, None, :, 2:]
-    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[:, None]  # (num_levels, 1, 2), (w, h)
-    pixels = (_by_level(locations, points) * sizes + 0.5).long()
-    return torch.minimum(pixels.clamp(min=0), sizes - 1).to(torch.promote_types(offsets.dtype, torch.float32)) + 0.5
-
-
-def _by_level(tensor: Tensor, points: Sequence[int], fill: float = 0.0) -> Tensor:
-    """(bs, num_queries, num_heads, points of all levels, n) -> (..., num_levels, most points of a level, n), filled."""
-    if len(set(points)) == 1:
-        return tensor.unflatten(3, (len(points), points[0]))
-    most = max(points)
-    return torch.stack([F.pad(t, (0, 0, 0, most - t.shape[3]), value=fill) for t in tensor.split(points, 3)], 3)
 
 
 def _split_heads(value: Tensor, num_heads: int) -> Tensor:

@@ -17,6 +17,7 @@ from msda_plugin.layers.detr_layers import (
 from msda_plugin.layers.dfine_layers import DFINETransformerDecoder
 from msda_plugin.layers.grounding_dino_layers import GroundingDinoImageEncoder, GroundingDinoImageEncoderLayer
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
+from msda_plugin.layers.points_per_level_attention import PointsPerLevelAttention
 from msda_plugin.layers.rtdetr_layers import RTDETRTransformerDecoder
 from msda_plugin.layers.shifted_window_attention import ShiftedWindowAttention
 from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
@@ -37,6 +38,7 @@ __all__ = [
     'GroundingDinoImageEncoder',
     'GroundingDinoImageEncoderLayer',
     'MultiScaleDeformableAttention',
+    'PointsPerLevelAttention',
     'RTDETRTransformerDecoder',
     'ShiftedWindowAttention',
     'ShuntedSelfAttention',

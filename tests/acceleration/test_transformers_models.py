@@ -18,6 +18,7 @@ from transformers.models.deformable_detr import modeling_deformable_detr as defo
 
 import msda_plugin
 from msda_plugin.acceleration import convert_model, transformers_models
+from msda_plugin.ops import points_per_level
 
 sys.path.insert(0, str(Path(__file__).parent))
 import transformers_families as families
@@ -63,9 +64,8 @@ def assert_same(results, expected, tolerance=1e-5):
 def test_same_outputs_and_undone(name, log, monkeypatch):
     calls = []
     fused = transformers_models.ms_deform_attn_fused
-    monkeypatch.setattr(
-        transformers_models, 'ms_deform_attn_fused', lambda *arguments: calls.append(1) or fused(*arguments)
-    )
+    for module in (transformers_models, points_per_level):
+        monkeypatch.setattr(module, 'ms_deform_attn_fused', lambda *arguments: calls.append(1) or fused(*arguments))
     model, inputs = families.build(name)
     model.eval()
     modules, classes = list(model.modules()), [type(module) for module in model.modules()]

@@ -3,7 +3,8 @@
     python tests/golden/make_rtdetr.py CLONE
 
 writes ``rtdetr_CASE.npz`` and ``rtdetr_state_dict.json`` next to this file. Weights, images and objects follow from
-``recipe.py``. The models run in double precision, the losses in single. ``torchvision`` is not needed: the code uses only ``box_area`` of it.
+``recipe.py``. The models run in double precision, the losses in single. ``torchvision`` is not needed: the code uses
+only ``box_area`` of it.
 """
 
 import importlib
