@@ -44,14 +44,12 @@ flip_resize_and_pack = [
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False),
     dict(type='PackDetInputs'),
 ]
-train_pipeline = [
-    *load_and_annotate,
-    dict(type='RandomApply', transforms=dict(type='PhotoMetricDistortion'), prob=0.5),
+distort = dict(type='RandomApply', transforms=dict(type='PhotoMetricDistortion'), prob=0.5)
+zoom_and_crop = [
     dict(type='Expand', mean=[0, 0, 0], to_rgb=False, ratio_range=(1, 4), prob=0.5),
-    dict(type='RandomApply', transforms=dict(type='MinIoURandomCrop', bbox_clip_border=False), prob=0.8),
-    *flip_resize_and_pack,
+    dict(type='RandomApply', transforms=dict(type='MinIoURandomCrop'), prob=0.8),
 ]
-# Without the first three augmentations.
+train_pipeline = [*load_and_annotate, distort, *zoom_and_crop, *flip_resize_and_pack]
 last_pipeline = [*load_and_annotate, *flip_resize_and_pack]
 test_pipeline = [
     dict(type='LoadImageFromFile', backend_args=None),

@@ -55,7 +55,7 @@ class DFINE(RTDETR):
         init_cfg: dict | None = None,
     ) -> None:
         check_given('DFINE', {'neck': neck, 'decoder': decoder, 'bbox_head': bbox_head})
-        num_layers = decoder.get('num_layers', 6)
+        num_layers, num_points = decoder.get('num_layers', 6), decoder.get('num_points', (3, 6, 3))
         bbox_head = copy.deepcopy(bbox_head)
         bbox_head['eval_layer'] = decoder.get('eval_layer', -1) % num_layers
         super().__init__(
@@ -64,7 +64,7 @@ class DFINE(RTDETR):
             decoder=decoder,
             bbox_head=bbox_head,
             num_queries=num_queries,
-            num_feature_levels=len(decoder.get('num_points', (3, 6, 3))),
+            num_feature_levels=len(num_points) if isinstance(num_points, Sequence) else 3,  # the layer refuses numbers
             in_channels=in_channels,
             project_inputs=False,
             dn_cfg=dn_cfg,

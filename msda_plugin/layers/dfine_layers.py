@@ -10,7 +10,7 @@ from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
-from msda_plugin.layers.per_level_attention import PerLevelDeformableAttention
+from msda_plugin.layers.points_per_level_attention import PointsPerLevelAttention
 from msda_plugin.layers.transformer_parts import check_num_cp, run_layer
 from msda_plugin.ops.functional import Shapes
 from msda_plugin.registry import MODELS
@@ -45,6 +45,23 @@ class Gate(nn.Module):
         return self.norm(weight_a * a + weight_b * b)
 
 
+class UnprojectedAttention(PointsPerLevelAttention):
+    """:class:`PointsPerLevelAttention` without projections of value and output.
+
+    Args:
+        embed_dims: channels of queries and values.
+        num_heads: must divide ``embed_dims``.
+        num_points: number of points on each level.
+        method: 'default' or 'discrete'.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, num_points: Sequence[int], method: str = 'default') -> None:
+        if isinstance(num_points, int):
+            raise ValueError(f'num_points={num_points}; expected a list with one value per level')
+        super().__init__(embed_dims, num_heads, len(num_points), num_points, method, dropout=0.0, batch_first=True)
+        self.value_proj = self.output_proj = nn.Identity()
+
+
 class DFINETransformerDecoderLayer(BaseModule):
     """Self-attention, deformable attention to the memory behind a gate, and a feed-forward network.
 
@@ -64,7 +81,7 @@ class DFINETransformerDecoderLayer(BaseModule):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(embed_dims, num_heads, dropout, batch_first=True)
         self.norm1 = nn.LayerNorm(embed_dims)
-        self.cross_attn = PerLevelDeformableAttention(embed_dims, num_heads, num_points, method)
+        self.cross_attn = UnprojectedAttention(embed_dims, num_heads, num_points, method)
         self.gateway = Gate(embed_dims)
         self.ffn = nn.Sequential(
             nn.Linear(embed_dims, feedforward_channels),
@@ -88,12 +105,19 @@ class DFINETransformerDecoderLayer(BaseModule):
     ) -> Tensor:
         """Arguments are those of :meth:`DFINETransformerDecoder.forward`, with ``boxes`` relative to the padded levels.
 
-        ``boxes`` have the shape (bs, num_queries, 1 or num_levels, 4).
+        ``boxes`` have the shape (bs, num_queries, num_levels, 4).
         """
         key = query + query_pos
         attended = self.self_attn(key, key, query, attn_mask=self_attn_mask, need_weights=False)[0]
         query = self.norm1(query + self.dropout(attended))
-        attended = self.cross_attn(query + query_pos, value, boxes, spatial_shapes)
+        attended = self.cross_attn(
+            query,
+            value=value,
+            identity=query.new_zeros(()),  # the gate adds the query
+            query_pos=query_pos,
+            reference_points=boxes,
+            spatial_shapes=spatial_shapes,
+        )
         query = self.gateway(query, self.dropout(attended))
         query = query + self.dropout(self.ffn(query))
         return self.norm2(query.clamp(-65504, 65504))  # the range of float16
@@ -109,7 +133,7 @@ class DFINETransformerDecoder(BaseModule):
         num_heads: heads of both attentions.
         feedforward_channels: hidden channels of the feed-forward networks.
         num_points: points of the deformable attention on each level, one value per level, the finest first.
-        method: 'default' or 'discrete' sampling, see :class:`PerLevelDeformableAttention`.
+        method: 'default' or 'discrete' sampling, see :class:`PointsPerLevelAttention`.
         dropout: dropout rate, 0-1.
         act: type of activations, 'ReLU' as in D-FINE or 'SiLU' as in DEIM.
         eval_layer: index of the layer that predicts in evaluation; layers after it are auxiliary, for training.
@@ -155,7 +179,7 @@ class DFINETransformerDecoder(BaseModule):
     @property
     def num_levels(self) -> int:
         """Number of maps in the memory."""
-        return len(self.layers[0].cross_attn.num_points)
+        return self.layers[0].cross_attn.num_levels
 
     def init_weights(self) -> None:
         """Initialize the weights as published."""
@@ -195,7 +219,9 @@ class DFINETransformerDecoder(BaseModule):
         """
         outputs, all_boxes, distributions = [], [], []
         before, distribution = 0.0, 0.0
-        scale = 1.0 if valid_ratios is None else valid_ratios.repeat(1, 1, 2)[:, None]
+        if valid_ratios is None:
+            valid_ratios = boxes.new_ones(1, self.num_levels, 2)
+        scale = valid_ratios.repeat(1, 1, 2)[:, None]  # (bs or 1, 1, num_levels, 4)
         for i, layer in enumerate(self.layers if self.training else self.layers[: self.eval_layer + 1]):
             query = run_layer(
                 layer,
