@@ -1,4 +1,4 @@
-"""Augmentations of whole batches, for ``batch_augments`` of mmdet's ``DetDataPreprocessor``, that end after some epochs.
+"""Augmentations of whole batches, as ``batch_augments`` of a ``DetDataPreprocessor``, that end after some epochs.
 
 Source: Huang et al., DEIM, https://arxiv.org/abs/2412.04234, and the training code of RT-DETR and D-FINE.
 """

@@ -121,7 +121,10 @@ def predictions():
     """Random predictions of three layers, the initial boxes and the proposals, with denoising queries first."""
     num_layers, num_dn = 3, 30
     queries = num_dn + NUM_QUERIES
-    make = lambda name, *shape: recipe.tensor(name, shape)
+
+    def make(name, *shape):
+        return recipe.tensor(name, shape)
+
     boxes = make('boxes', num_layers + 1, 2, queries, 4).sigmoid()
     return dict(
         logits=make('logits', num_layers + 1, 2, queries, NUM_CLASSES) - 2,
