@@ -74,7 +74,8 @@ def test_builds_trains_and_predicts(path):
         assert accelerate(model) > 0
 
     # One image with objects and one without.
-    size = SIZE_TWO_STAGE if cfg.model.get('as_two_stage') and cfg.model.num_queries > 100 else SIZE
+    two_stage = cfg.model.get('as_two_stage') or cfg.model.type == 'msda_plugin.RTDETR'
+    size = SIZE_TWO_STAGE if two_stage and cfg.model.num_queries > 100 else SIZE
     batch = {
         'inputs': [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(2)],
         'data_samples': [sample(size, 2, len(classes)), sample(size, 0, len(classes))],

@@ -3,11 +3,11 @@ _base_ = '../dfine/dfine_hgnetv2-s_8xb4-132e_coco.py'
 model = dict(
     data_preprocessor=dict(
         batch_augments=[
-            dict(type='msda_plugin.BatchMixUp', prob=0.5, begin=4, end=64),
+            dict(type='msda_plugin.BatchMixUp', prob=0.5, start_epoch=4, stop_epoch=64),
             dict(
                 type='msda_plugin.BatchRandomResize',
                 sizes=[*range(480, 640, 32), *[640] * 20, *range(672, 801, 32)],
-                end=120,
+                stop_epoch=120,
             ),
         ]
     ),
@@ -28,16 +28,12 @@ mosaic = [
     ),
 ]
 mosaic_pipeline = [
-    dict(type='LoadImageFromFile', backend_args=None),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='RandomChoice', transforms=[mosaic, {{_base_.zoom_and_crop}}], prob=[0.5, 0.5]),
-    dict(type='RandomApply', transforms=dict(type='PhotoMetricDistortion'), prob=0.5),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='Resize', scale=(640, 640), keep_ratio=False),
-    dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False),
-    dict(type='PackDetInputs'),
+    *_base_.load_pipeline,
+    dict(type='RandomChoice', transforms=[mosaic, _base_.train_pipeline[3:5]], prob=[0.5, 0.5]),
+    dict(type='PhotoMetricDistortion'),
+    *_base_.resize_pipeline,
 ]
-train_dataloader = dict(dataset=dict(pipeline={{_base_.last_pipeline}}))
+train_dataloader = dict(dataset=dict(pipeline=_base_.plain_pipeline))
 
 max_epochs = 132
 train_cfg = dict(max_epochs=max_epochs)
@@ -69,6 +65,6 @@ param_scheduler = [
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0001, gamma=1000, update_buffers=True, priority=49),
     dict(type='PipelineSwitchHook', switch_epoch=4, switch_pipeline=mosaic_pipeline),
-    dict(type='PipelineSwitchHook', switch_epoch=64, switch_pipeline={{_base_.train_pipeline}}),
-    dict(type='PipelineSwitchHook', switch_epoch=120, switch_pipeline={{_base_.last_pipeline}}),
+    dict(type='PipelineSwitchHook', switch_epoch=64, switch_pipeline=_base_.train_pipeline),
+    dict(type='PipelineSwitchHook', switch_epoch=120, switch_pipeline=_base_.plain_pipeline),
 ]

@@ -1,5 +1,5 @@
 # D-FINE-L, with the authors' schedule and weights of the backbone.
-_base_ = ['mmdet::_base_/datasets/coco_detection.py', 'mmdet::_base_/default_runtime.py']
+_base_ = ['../_base_/datasets/coco_rtdetr.py', '../_base_/default_runtime.py']
 runner_type = 'msda_plugin.DetectionRunner'
 
 model = dict(
@@ -16,7 +16,7 @@ model = dict(
             dict(
                 type='msda_plugin.BatchRandomResize',
                 sizes=[*range(480, 640, 32), *[640] * 4, *range(672, 801, 32)],
-                end=72,
+                stop_epoch=72,
             )
         ],
     ),
@@ -37,41 +37,13 @@ model = dict(
     test_cfg=dict(max_per_img=300),
 )
 
-load_and_annotate = [dict(type='LoadImageFromFile', backend_args=None), dict(type='LoadAnnotations', with_bbox=True)]
-flip_resize_and_pack = [
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='Resize', scale=(640, 640), keep_ratio=False),
-    dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False),
-    dict(type='PackDetInputs'),
-]
-distort = dict(type='RandomApply', transforms=dict(type='PhotoMetricDistortion'), prob=0.5)
-zoom_and_crop = [
-    dict(type='Expand', mean=[0, 0, 0], to_rgb=False, ratio_range=(1, 4), prob=0.5),
-    dict(type='RandomApply', transforms=dict(type='MinIoURandomCrop'), prob=0.8),
-]
-train_pipeline = [*load_and_annotate, distort, *zoom_and_crop, *flip_resize_and_pack]
-last_pipeline = [*load_and_annotate, *flip_resize_and_pack]
-test_pipeline = [
-    dict(type='LoadImageFromFile', backend_args=None),
-    dict(type='Resize', scale=(640, 640), keep_ratio=False),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
-]
-train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    batch_sampler=None,
-    dataset=dict(filter_cfg=dict(filter_empty_gt=False), pipeline=train_pipeline),
-)
-val_dataloader = dict(batch_size=8, num_workers=4, dataset=dict(pipeline=test_pipeline))
-test_dataloader = val_dataloader
-
 max_epochs = 80
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
-    type='OptimWrapper',
+    type='AmpOptimWrapper',
+    loss_scale='dynamic',
     optimizer=dict(type='AdamW', lr=0.00025, weight_decay=0.000125),
     clip_grad=dict(max_norm=0.1, norm_type=2),
     paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.05)}, norm_decay_mult=0.0),
@@ -80,7 +52,7 @@ optim_wrapper = dict(
 param_scheduler = [dict(type='LinearLR', start_factor=0.002, by_epoch=False, begin=0, end=500)]
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0001, gamma=1000, update_buffers=True, priority=49),
-    dict(type='PipelineSwitchHook', switch_epoch=72, switch_pipeline=last_pipeline),
+    dict(type='PipelineSwitchHook', switch_epoch=72, switch_pipeline=_base_.plain_pipeline),
 ]
-default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP', max_keep_ckpts=2))
 auto_scale_lr = dict(enable=True, base_batch_size=32)
+sync_bn = 'torch'  # in distributed training

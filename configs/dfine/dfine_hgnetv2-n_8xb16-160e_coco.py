@@ -29,6 +29,6 @@ optim_wrapper = dict(
 )
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0001, gamma=1000, update_buffers=True, priority=49),
-    dict(type='PipelineSwitchHook', switch_epoch=148, switch_pipeline={{_base_.last_pipeline}}),
+    dict(type='PipelineSwitchHook', switch_epoch=148, switch_pipeline=_base_.plain_pipeline),
 ]
 auto_scale_lr = dict(base_batch_size=128)

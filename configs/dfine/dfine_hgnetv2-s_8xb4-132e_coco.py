@@ -6,7 +6,7 @@ model = dict(
             dict(
                 type='msda_plugin.BatchRandomResize',
                 sizes=[*range(480, 640, 32), *[640] * 20, *range(672, 801, 32)],
-                end=120,
+                stop_epoch=120,
             )
         ]
     ),
@@ -34,5 +34,5 @@ optim_wrapper = dict(
 )
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0001, gamma=1000, update_buffers=True, priority=49),
-    dict(type='PipelineSwitchHook', switch_epoch=120, switch_pipeline={{_base_.last_pipeline}}),
+    dict(type='PipelineSwitchHook', switch_epoch=120, switch_pipeline=_base_.plain_pipeline),
 ]

@@ -6,7 +6,7 @@ model = dict(
             dict(
                 type='msda_plugin.BatchRandomResize',
                 sizes=[*range(480, 640, 32), *[640] * 3, *range(672, 801, 32)],
-                end=72,
+                stop_epoch=72,
             )
         ]
     ),

@@ -9,14 +9,16 @@ from mmdet.models.backbones import ResNetV1d
 from mmdet.models.layers import ResLayer
 from torch import nn
 
+from msda_plugin.backbones.published_backbone import PublishedBackbone
 from msda_plugin.registry import MODELS
 
 
 @MODELS.register_module()
-class ResNetVD(ResNetV1d):
+class ResNetVD(PublishedBackbone, ResNetV1d):
     """MMDetection's ``ResNetV1d``, with a projection in the shortcut of every stage's first block.
 
-    ResNet-18 and 34 differ from ``ResNetV1d`` in the first stage; deeper ones are the same.
+    ResNet-18 and 34 differ from ``ResNetV1d`` in the first stage; deeper ones are the same. A ``Pretrained`` checkpoint
+    is one of RT-DETR's authors, or has MMDetection's keys.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -30,6 +32,9 @@ class ResNetVD(ResNetV1d):
     Raises:
         ValueError: If the depth is unknown.
     """
+
+    family = 'rtdetr'
+    _freeze_stages = ResNetV1d._freeze_stages
 
     def __init__(self, depth: int, zero_init_residual: bool = False, **kwargs) -> None:
         if depth not in self.arch_settings:

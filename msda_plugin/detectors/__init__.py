@@ -1,6 +1,7 @@
 """Detectors."""
 
-from msda_plugin.detectors.batch_augments import BatchMixUp, BatchRandomResize
+from msda_plugin.detectors.batch_mixup import BatchMixUp
+from msda_plugin.detectors.batch_resize import BatchRandomResize
 from msda_plugin.detectors.deformable_detr import DeformableDETR
 from msda_plugin.detectors.detr import DETR
 from msda_plugin.detectors.dfine import DFINE

@@ -1,4 +1,4 @@
-"""Augmentations of whole batches, and the epochs in which they run."""
+"""Mixup of a batch, and the epochs in which it runs."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from mmdet.structures import DetDataSample
 from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
-from msda_plugin.detectors.batch_augments import BatchMixUp, BatchRandomResize
+from msda_plugin.detectors.batch_mixup import BatchMixUp
 
 
 def samples(counts=(2, 1)):
@@ -28,22 +28,6 @@ def at_epoch():
     hub.update_info('epoch', before or 0)
 
 
-def test_random_resize_scales_images_and_boxes(at_epoch):
-    at_epoch(0)
-    images, resized = BatchRandomResize([160])(torch.rand(2, 3, 40, 80), samples())
-    assert images.shape == (2, 3, 160, 160)
-    assert resized[0].gt_instances.bboxes.tolist() == [[16, 16, 80, 80]] * 2
-    assert resized[0].img_shape == resized[0].batch_input_shape == (160, 160)
-
-
-def test_sizes_are_drawn_by_their_frequency(at_epoch):
-    at_epoch(0)
-    torch.manual_seed(0)
-    augment = BatchRandomResize([32, 64, 64, 64])
-    sides = [augment(torch.rand(1, 3, 32, 32), samples([0]))[0].shape[-1] for _ in range(200)]
-    assert sides.count(64) / 200 == pytest.approx(0.75, abs=0.1)
-
-
 def test_mixup_averages_neighbors_and_joins_their_objects(at_epoch):
     at_epoch(0)
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
@@ -62,7 +46,8 @@ def test_probability_of_mixup(at_epoch):
 def test_runs_in_its_epochs_only(at_epoch, epoch, runs):
     at_epoch(epoch)
     images = torch.rand(2, 3, 40, 80)
-    assert (BatchRandomResize([64], begin=4, end=10)(images, samples())[0].shape[-1] == 64) == runs
+    mixed, _ = BatchMixUp(prob=1.0, start_epoch=4, stop_epoch=10)(images, samples())
+    assert torch.equal(mixed, images) != runs
 
 
 def test_is_an_augmentation_of_the_data_preprocessor(at_epoch):
@@ -83,14 +68,8 @@ def test_is_an_augmentation_of_the_data_preprocessor(at_epoch):
 
 
 @pytest.mark.parametrize(
-    'augment, options, message',
-    [
-        (BatchRandomResize, dict(sizes=[]), 'expected positive sides'),
-        (BatchRandomResize, dict(sizes=[64], begin=4, end=3), 'begin=4 and end=3 are invalid'),
-        (BatchMixUp, dict(prob=1.5), 'prob=1.5'),
-        (BatchMixUp, dict(ratios=(0.6, 0.4)), 'the lower ratio first'),
-    ],
+    'options, message', [(dict(prob=1.5), 'prob=1.5'), (dict(ratios=(0.6, 0.4)), 'the lower ratio first')]
 )
-def test_invalid_options(augment, options, message):
+def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
-        augment(**options)
+        BatchMixUp(**options)
