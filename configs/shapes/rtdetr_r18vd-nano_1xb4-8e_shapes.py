@@ -1,6 +1,6 @@
 # RT-DETR, without non-maximum suppression, in about the time of `make train`.
 _base_ = [
-    '../_base_/models/rtdetr_nano.py',
+    '../_base_/models/rtdetr_r18vd-nano.py',
     '../_base_/datasets/shapes_detection.py',
     '../_base_/schedules/shapes_8e.py',
     '../_base_/default_runtime.py',

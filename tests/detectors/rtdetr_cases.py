@@ -61,7 +61,7 @@ def build(
         test_cfg=dict(max_per_img=num_queries),
     )
     for name, value in fields.items():
-        model[name] = model[name] | value if isinstance(value, dict) and name in model else value
+        model[name] = model[name] | value if isinstance(value, dict) and model.get(name) else value
     return MODELS.build(model)
 
 

@@ -253,7 +253,9 @@ def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
         ),
     ]
     cfg.default_hooks.logger.interval = max(1, min(50, iterations // 4))
-    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'msda_plugin.TrainingReportHook']
+    # A pipeline to switch to belongs to the config's own data.
+    replaced = ('msda_plugin.TrainingReportHook', 'PipelineSwitchHook')
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') not in replaced]
     cfg.custom_hooks = [*hooks, dict(type='msda_plugin.TrainingReportHook')]
 
 
