@@ -1,11 +1,13 @@
-"""Builds the compiled operator: ``libmsda_cpu.so``, and ``libmsda_cuda13.so`` if torch has CUDA and nvcc is of CUDA 13.
+"""Builds the compiled operator: ``libmsda_cpu.so`` for torch, ``libmsda_onnxruntime.so`` with the same kernels for
+onnxruntime, and ``libmsda_cuda13.so`` if torch has CUDA and nvcc is of CUDA 13.
 
     python csrc/build.py [--out DIR] [--cuda auto|on|off] [--sanitize address,undefined] [--verbose]
 
-The libraries use LibTorch's stable ABI, so one build works with every torch >= 2.10 and every Python. The build needs
-torch's headers and links to its libraries, but does not import torch. Environment variables: ``CXX`` and ``NVCC`` name
-the compilers (``NVCC`` several, separated like PATH: one CUDA library for each), ``MSDA_CUDA_ARCHS`` the GPU
-architectures, such as "80;90;120" (machine code for each, PTX for the last).
+The libraries for torch use LibTorch's stable ABI, so one build works with every torch >= 2.10 and every Python. The
+build needs torch's headers and links to its libraries, but does not import torch. The library for onnxruntime needs
+neither of the two, and works with every onnxruntime >= 1.17. Environment variables: ``CXX`` and ``NVCC`` name the
+compilers (``NVCC`` several, separated like PATH: one CUDA library for each), ``MSDA_CUDA_ARCHS`` the GPU architectures,
+such as "80;90;120" (machine code for each, PTX for the last).
 """
 
 from __future__ import annotations
@@ -76,11 +78,11 @@ def build(
     """Build the libraries into ``out_dir``. Existing libraries are replaced only after everything is built.
 
     Args:
-        out_dir: Directory of ``libmsda_cpu.so`` and ``libmsda_cuda13.so``, named after the major version of nvcc. A
-            torch loads the one for its own major version of CUDA.
+        out_dir: Directory of ``libmsda_cpu.so``, ``libmsda_onnxruntime.so`` and ``libmsda_cuda13.so``, named after the
+            major version of nvcc. A torch loads the one for its own major version of CUDA.
         cuda: Whether to build the CUDA library: 'on', 'off', or 'auto' if nvcc is found and torch has
             CUDA. A CPU-only torch is enough for 'on'.
-        sanitize: Sanitizers for the CPU library, as in ``-fsanitize=``.
+        sanitize: Sanitizers for the CPU libraries, as in ``-fsanitize=``.
         verbose: Print the commands.
 
     Returns:
@@ -160,11 +162,12 @@ class _Builder:
     def run(self) -> list[Path]:
         binding = [*STABLE_ABI_FLAGS, '-isystem', str(self.torch_dir / 'include')]
         isas = ISA_FLAGS if sysconfig.get_platform().endswith(('x86_64', 'amd64')) else {'portable': []}
-        cpu = [
+        bindings = [
             self.compile('cpu/binding.cpp', binding + self.sanitize),
-            self.compile('cpu/ms_deform_attn.cpp', self.sanitize),
+            self.compile('onnxruntime/library.cpp', self.sanitize),
         ]
-        cpu += [
+        kernels = [self.compile('cpu/ms_deform_attn.cpp', self.sanitize)]
+        kernels += [
             self.compile(f'cpu/ms_deform_attn_{isa}.cpp', KERNEL_FLAGS + flags + self.sanitize)
             for isa, flags in isas.items()
         ]
@@ -179,8 +182,12 @@ class _Builder:
             ]
         # The longest commands first, so that parallel jobs end together.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            list(pool.map(self.execute, [command for command, _ in [*sum(cuda.values(), []), *cpu]]))
-        results = [self.link('libmsda_cpu.so', [target for _, target in cpu], self.sanitize)]
+            list(pool.map(self.execute, [command for command, _ in [*sum(cuda.values(), []), *kernels, *bindings]]))
+        torch_binding, onnxruntime_binding, *objects = (target for _, target in [*bindings, *kernels])
+        results = [
+            self.link('libmsda_cpu.so', [torch_binding, *objects], self.links_to_torch()),
+            self.link('libmsda_onnxruntime.so', [onnxruntime_binding, *objects], []),
+        ]
         results += [self.link_cuda(nvcc, [target for _, target in objects]) for nvcc, objects in cuda.items()]
         return results
 
@@ -214,22 +221,14 @@ class _Builder:
             archs = [arch for arch in CUDA_ARCHS if str(arch) in supported]
         return [*(f'sm_{arch}' for arch in archs), f'compute_{archs[-1]}']
 
-    def link(self, name: str, objects: list[Path], flags: list[str]) -> Path:
+    def links_to_torch(self) -> list[str]:
         # The library must depend on torch's library explicitly, in case Python has not loaded it before.
         named = ['-ltorch_cpu'] if sys.platform == 'darwin' else ['-Wl,--no-as-needed', '-ltorch_cpu']
+        return [f'-L{self.torch_dir / "lib"}', *named]
+
+    def link(self, name: str, objects: list[Path], libraries: list[str]) -> Path:
         target = self.work / name
-        self.execute(
-            [
-                *self.compiler,
-                '-shared',
-                *flags,
-                *map(str, objects),
-                '-o',
-                str(target),
-                f'-L{self.torch_dir / "lib"}',
-                *named,
-            ]
-        )
+        self.execute([*self.compiler, '-shared', *self.sanitize, *map(str, objects), '-o', str(target), *libraries])
         return target
 
     def link_cuda(self, nvcc: str, objects: list[Path]) -> Path:

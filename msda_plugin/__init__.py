@@ -2,7 +2,7 @@
 
 from msda_plugin.version import __version__
 
-__all__ = ['Detector', '__version__', 'accelerate', 'restore']
+__all__ = ['Detector', '__version__', 'accelerate', 'onnxruntime_library', 'restore']
 
 
 def __getattr__(name: str) -> object:
@@ -15,4 +15,8 @@ def __getattr__(name: str) -> object:
         from msda_plugin import acceleration
 
         return getattr(acceleration, name)
+    if name == 'onnxruntime_library':
+        from msda_plugin.libraries import onnxruntime_library
+
+        return onnxruntime_library
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

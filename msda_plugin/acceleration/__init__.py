@@ -1,5 +1,6 @@
 """Runs msda_plugin's operator in models built without it."""
 
 from msda_plugin.acceleration.convert_model import accelerate, restore
+from msda_plugin.acceleration.convolutions import fold_batch_norms, use_channels_last
 
-__all__ = ['accelerate', 'restore']
+__all__ = ['accelerate', 'fold_batch_norms', 'restore', 'use_channels_last']

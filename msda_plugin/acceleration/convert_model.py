@@ -9,6 +9,9 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
   memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random state.
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
 - In a model with transformers', frozen batch norms run in one pass in inference.
+- On request, convolutions run in ``channels_last`` and with the batch norms folded into them
+  (:mod:`msda_plugin.acceleration.convolutions`), and inference in bfloat16
+  (:mod:`msda_plugin.acceleration.low_precision`).
 
 Each framework is imported only for a model with its layers, and none is needed for the others.
 """
@@ -26,7 +29,14 @@ from msda_plugin.ops import Backend, backend_for
 QUANTIZATION = ('torch.ao.nn.', 'torch.ao.quantization.', 'torchao.')
 
 
-def accelerate(model: nn.Module) -> int:
+def accelerate(
+    model: nn.Module,
+    *,
+    inference: bool = False,
+    channels_last: bool | None = None,
+    fold: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Make every multi-scale deformable attention of mmcv and transformers run msda_plugin's operator, in place.
 
     Subclasses that inherit the forward change as well, and stay instances of their class. Layers that override forward
@@ -35,22 +45,37 @@ def accelerate(model: nn.Module) -> int:
     changed layers, the backend, and the unchanged layers with the reason: MMEngine's current log where it is imported,
     else Python's, as ``msda_plugin``.
 
+    The keyword arguments are further steps, for models with and without such layers. Parameters and checkpoints stay
+    unchanged with all of them, and a changed model can still be trained. They can be added by a second call.
+
     Args:
         model: any module, including wrappers (DistributedDataParallel, MMEngine's, averaged models).
+        inference: Take the steps that make inference faster with equal results: ``channels_last`` and ``fold``, unless
+            these say otherwise.
+        channels_last: Run convolutions in this memory format, in training too. Code that calls ``view`` on feature maps
+            may need ``reshape``.
+        fold: Fold batch norms into convolutions where no gradient is needed; see :func:`fold_batch_norms`.
+        dtype: Run the model in bfloat16 in evaluation mode, or in float16 on a GPU. Predictions of boxes and scores,
+            reference points and post-processing stay in float32. Training is not affected. None: as the weights.
 
     Returns:
         The number of changed attention layers.
 
     Raises:
         TypeError: If ``model`` is not a ``torch.nn.Module``, or the operator does not support the dtype of its weights.
-        ValueError: If the model is quantized, prepared for quantization, or scripted. It stays unchanged.
+        ValueError: If the model is quantized, prepared for quantization, or scripted; or its device has no fast
+            instructions for ``dtype``, or its weights are not float32. It stays unchanged.
 
     Example:
         >>> from mmcv.ops import MultiScaleDeformableAttention
         >>> accelerate(torch.nn.Sequential(MultiScaleDeformableAttention(), MultiScaleDeformableAttention()))
         2
     """
+    from msda_plugin.acceleration import convolutions, low_precision  # these import this module
+
     _refuse(model)
+    if dtype is not None:
+        low_precision.check_dtype(model, dtype)
     found, backends, unchanged, before = [], set(), {}, 0
     for name, layer in model.named_modules():
         if not ('sampling_offsets' in layer._modules and 'attention_weights' in layer._modules):
@@ -74,6 +99,14 @@ def accelerate(model: nn.Module) -> int:
     for framework in {_framework(layer) for layer, _ in found}:
         framework.change_other_layers(model)
     _report(model, len(found), before, backends, unchanged)
+
+    if inference if channels_last is None else channels_last:
+        log(f'accelerate: {convolutions.use_channels_last(model)} convolutions now run in channels_last.')
+    if inference if fold is None else fold:
+        convolutions.fold_batch_norms(model)
+    if dtype is not None:
+        low_precision.use_dtype(model, dtype)
+        log(f'accelerate: {type(model).__name__} now runs in {dtype} in evaluation mode.')
     return len(found)
 
 
@@ -91,8 +124,10 @@ def restore(model: nn.Module) -> int:
     for module in model.modules():
         if hasattr(module, 'stock_class'):
             count += 'sampling_offsets' in module._modules  # the others are dropouts and the like
+            for field in (field for change in module.changes for field in getattr(change, 'added_fields', ())):
+                vars(module).pop(field, None)
             module.__class__ = module.stock_class
-    _log(f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} are stock again.')
+    log(f'restore: {count} MultiScaleDeformableAttention layers of {type(model).__name__} are stock again.')
     return count
 
 
@@ -132,28 +167,57 @@ def _refuse(model: nn.Module) -> None:
 
 
 def change_class(module: nn.Module, ours: type[nn.Module]) -> None:
-    """Make a module run the code of ``ours``. It stays an instance of its class, which it stores as ``stock_class``."""
-    module.__class__ = _class_in_place_of(type(module), ours)
+    """Make a module run the code of ``ours``. It stays an instance of its class, which it stores as ``stock_class``.
+
+    A module that has changed before also keeps that change, under this one. Fields of ``ours`` that
+    :func:`restore` has to remove are listed in its ``added_fields``.
+    """
+    changes = getattr(module, 'changes', ())
+    if ours not in changes:
+        module.__class__ = _class_in_place_of(stock_class(module), (*changes, ours))
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before :func:`change_class`."""
+    return getattr(module, 'stock_class', type(module))
 
 
 @cache
-def _class_in_place_of(stock: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``ours`` and ``stock`` with the name of ``stock``, which it stores as ``stock_class``."""
+def _class_in_place_of(stock: type[nn.Module], changes: tuple[type[nn.Module], ...]) -> type[nn.Module]:
+    """A subclass of ``changes``, the last one first, and of ``stock``, with the name of ``stock``."""
 
     def reduce(module):
-        return _new, (stock, ours), vars(module)
+        return _new, (stock, changes), vars(module)
 
+    ours = changes[-1]
     # Copies and pickles look a class up in its module, which does not contain this one.
     return type(
         stock.__name__,
-        (ours,) if issubclass(ours, stock) else (ours, stock),
-        {'__module__': ours.__module__, '__doc__': ours.__doc__, 'stock_class': stock, '__reduce__': reduce},
+        (*reversed(changes), *(() if any(issubclass(change, stock) for change in changes) else (stock,))),
+        {
+            '__module__': ours.__module__,
+            '__doc__': ours.__doc__,
+            'stock_class': stock,
+            'changes': changes,
+            '__reduce__': reduce,
+        },
     )
 
 
-def _new(stock: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
-    cls = _class_in_place_of(stock, ours)
+def _new(stock: type[nn.Module], changes: tuple[type[nn.Module], ...] | type[nn.Module]) -> nn.Module:
+    # Pickles of earlier versions contain a single class.
+    cls = _class_in_place_of(stock, changes if isinstance(changes, tuple) else (changes,))
     return cls.__new__(cls)
+
+
+@cache
+def is_frozen_batch_norm(stock: type[nn.Module]) -> bool:
+    """Whether a class is the frozen batch norm of a model of transformers, with eps 1e-5."""
+    if not (stock.__name__.endswith('FrozenBatchNorm2d') and stock.__module__.startswith('transformers.')):
+        return False
+    from msda_plugin.acceleration import transformers_models
+
+    return transformers_models.has_results_of_frozen_batch_norm(stock)
 
 
 def _report(model: nn.Module, count: int, before: int, backends: set[Backend], unchanged: dict[str, list[str]]) -> None:
@@ -171,10 +235,11 @@ def _report(model: nn.Module, count: int, before: int, backends: set[Backend], u
     if before:
         sentences.append(f'{before} already ran it.')
     sentences += [f'Unchanged: {", ".join(names)} ({reason}).' for reason, names in unchanged.items()]
-    _log(f'accelerate: {" ".join(sentences)}', logging.WARNING if unchanged else logging.INFO)
+    log(f'accelerate: {" ".join(sentences)}', logging.WARNING if unchanged else logging.INFO)
 
 
-def _log(message: str, level: int = logging.INFO) -> None:
+def log(message: str, level: int = logging.INFO) -> None:
+    """Write to MMEngine's current log where it is imported, else to Python's."""
     if 'mmengine' in sys.modules:
         from mmengine.logging import print_log
 

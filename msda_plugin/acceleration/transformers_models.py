@@ -11,14 +11,13 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msda_plugin.acceleration.convert_model import change_class
+from msda_plugin.acceleration.convert_model import change_class, is_frozen_batch_norm
 from msda_plugin.ops import ms_deform_attn_fused, use_backend
 from msda_plugin.ops.functional import Shapes
 from msda_plugin.ops.points_per_level import ms_deform_attn_points_per_level
@@ -246,15 +245,12 @@ def examine(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
 def change_other_layers(model: nn.Module) -> None:
     """Make frozen batch norms run in one pass."""
     for module in model.modules():
-        if 'forward' not in vars(module) and _is_frozen_batch_norm(type(module)):
+        if 'forward' not in vars(module) and is_frozen_batch_norm(type(module)):
             change_class(module, FrozenBatchNorm)
 
 
-@cache
-def _is_frozen_batch_norm(stock: type[nn.Module]) -> bool:
+def has_results_of_frozen_batch_norm(stock: type[nn.Module]) -> bool:
     """Whether a class of transformers has the results of :class:`FrozenBatchNorm`."""
-    if not (stock.__name__.endswith('FrozenBatchNorm2d') and stock.__module__.startswith('transformers.')):
-        return False
     with _isolated():
         norm = stock(3).double()
         for value, name in enumerate(('weight', 'bias', 'running_mean', 'running_var'), start=1):

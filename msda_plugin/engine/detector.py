@@ -167,7 +167,8 @@ class Detector:
         checkpoint: Checkpoint for a config.
         device: Such as 'cpu' or 'cuda:1'. None: the GPU if there is one, otherwise the CPU.
         half: Run in mixed precision with ``torch.autocast``: float16 on GPUs, bfloat16 on CPUs.
-        accelerate: Run msda_plugin's operator in a stock model (`msda_plugin.accelerate`).
+        accelerate: Run msda_plugin's operator in a stock model, and convolutions in ``channels_last`` with folded batch
+            norms (`msda_plugin.accelerate` with ``inference=True``).
         nms: Non-maximum suppression per class. None: as in the config; a number: with this IoU threshold, above 0 and
             up to 1; True: with the threshold of the config, otherwise 0.7; False: without. A suppression that the
             model's config has changes its threshold, or is switched off with a threshold of 1.
@@ -212,7 +213,7 @@ class Detector:
         if accelerate:
             from msda_plugin.acceleration import accelerate as accelerate_model
 
-            accelerate_model(self.model)
+            accelerate_model(self.model, inference=True)
         class_names = self.model.dataset_meta.get('classes')
         if not class_names:
             raise ValueError(

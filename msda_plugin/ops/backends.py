@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
+from msda_plugin.libraries import LIBRARY_DIR
 from msda_plugin.ops.checks import VALUE_DTYPES
 
 NAMES = ('cuda', 'cpu', 'reference')
-LIBRARY_DIR = Path(os.environ.get('MSDA_LIBRARY_DIR') or Path(__file__).parent / 'lib')
 
 
 class Backend(NamedTuple):

@@ -179,6 +179,9 @@ def _shapes_from_pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -
         ) from None
     if torch.compiler.is_compiling():
         return torch.tensor(rows, dtype=torch.int64, device=device)
+    if torch.jit.is_tracing():  # sizes are tensors then, which stay dynamic
+        sizes = [torch.as_tensor(size, dtype=torch.int64, device=device) for row in rows for size in row]
+        return torch.stack(sizes).view(len(rows), 2)
     if not all(isinstance(size, int) for row in rows for size in row):
         raise TypeError(f'spatial_shapes is {pairs!r}, but its pairs (h, w) must be integers')
     return _cached_shapes(rows, device)

@@ -3,7 +3,8 @@
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,17 @@ from msda_plugin.ops.checks import check_fused, check_plain, prepare_levels
 from msda_plugin.ops.reference import accumulation_dtype, attend, attend_fused
 
 Shapes = Tensor | Sequence[tuple[int, int]]
+
+
+class Substitute(NamedTuple):
+    """Functions that run instead of the kernels, with the tensors of :func:`attend` and :func:`attend_fused`."""
+
+    plain: Callable[..., Tensor]
+    fused: Callable[..., Tensor]
+
+
+REFERENCE = Substitute(attend, attend_fused)
+substitute: Substitute | None = None  # set by msda_plugin.export.onnx_operator while it exports
 
 
 def ms_deform_attn(
@@ -58,9 +70,9 @@ def ms_deform_attn(
     """
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
     check_plain(value, spatial_shapes, sampling_locations, attention_weights)
-    if _uses_reference(value):
-        return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    sampling_locations, attention_weights = _unify(value, sampling_locations, attention_weights)
+    if instead := _substitute(value):
+        return instead.plain(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    sampling_locations, attention_weights = unify(value, sampling_locations, attention_weights)
     return torch.ops.msda.ms_deform_attn(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights, _deterministic(deterministic)
     )
@@ -99,11 +111,11 @@ def ms_deform_attn_fused(
     """
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
     check_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
-    if _uses_reference(value):
-        return attend_fused(
+    if instead := _substitute(value):
+        return instead.fused(
             value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
         )
-    sampling_offsets, attention_logits = _unify(value, sampling_offsets, attention_logits)
+    sampling_offsets, attention_logits = unify(value, sampling_offsets, attention_logits)
     if reference_points.dtype != sampling_offsets.dtype:
         reference_points = reference_points.to(accumulation_dtype(value))
     return torch.ops.msda.ms_deform_attn_fused(
@@ -132,12 +144,16 @@ def ms_deform_attn_reference(
     return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
-def _uses_reference(value: Tensor) -> bool:
-    # ONNX has no custom operator, so the reference is exported.
-    return torch.onnx.is_in_onnx_export() or not backends.runs_native(value.device, value.dtype)
+def _substitute(value: Tensor) -> Substitute | None:
+    # Unless told otherwise, an ONNX export decomposes the operator like the reference.
+    if substitute is not None:
+        return substitute
+    if torch.onnx.is_in_onnx_export() or not backends.runs_native(value.device, value.dtype):
+        return REFERENCE
+    return None
 
 
-def _unify(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+def unify(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Convert tensors to a dtype of the kernels: the value's if all tensors have it, else the accumulation dtype."""
     if all(tensor.dtype == value.dtype for tensor in tensors):
         return tensors

@@ -37,6 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument('--out', help='pickle file for the predictions (.pkl)')
     parser.add_argument('--show-dir', help='folder, below the results, for images with true and predicted boxes')
+    parser.add_argument(
+        '--report',
+        nargs='?',
+        const='',
+        metavar='DIR',
+        help='write report.html: accuracy of the classes, confusion matrix, worst mistakes (default DIR: the results)',
+    )
     args = parser.parse_args(argv)
     with user_errors('test'):
         cfg = load_config(args)
@@ -65,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
             cfg.setdefault('default_hooks', {})['visualization'] = dict(
                 type='msda_plugin.DrawnTestHook', test_out_dir=args.show_dir
             )
+        if args.report is not None:
+            check_folder(args.report, '--report')
+            cfg.custom_hooks = [
+                *(cfg.get('custom_hooks') or []),
+                dict(type='msda_plugin.DetectionReportHook', out_dir=args.report or None),
+            ]
         runner = build_runner(cfg, 'test')
     exit_if_loading_fails(runner, 'test')
     runner.test()
@@ -75,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             'log': results / f'{runner.timestamp}.log',
             'images': results / args.show_dir if args.show_dir else None,
             'predictions': args.out,
+            'report': None if args.report is None else Path(args.report or results, 'report.html'),
         }
         print('\n'.join(f'{name + ":":<13}{path}' for name, path in files.items() if path and Path(path).exists()))
     return 0

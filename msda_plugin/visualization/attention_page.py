@@ -4,16 +4,13 @@ The page contains JSON data and a script that draws an SVG, whose user units are
 inserted as text nodes only.
 """
 
-import base64
 import html
-import io
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from msda_plugin.visualization.attention import LayerView, QueryView
 from msda_plugin.visualization.attention_figure import (
@@ -27,9 +24,9 @@ from msda_plugin.visualization.attention_figure import (
     SMALLEST,
     layer_window,
 )
+from msda_plugin.visualization.data_uri import data_uri
 
 MAX_SIDE = 1600  # longer side of the embedded image, pixels; coordinates stay those of the original image
-LOSSLESS_SIDE = 640  # images up to this side are stored as PNG, larger ones as JPEG
 
 
 def attention_page(image: np.ndarray, queries: Sequence[QueryView], *, title: str) -> str:
@@ -48,7 +45,7 @@ def attention_page(image: np.ndarray, queries: Sequence[QueryView], *, title: st
     data = dict(
         width=image.shape[1],
         height=image.shape[0],
-        image=_data_uri(image),
+        image=data_uri(image, longer_side=MAX_SIDE),
         style=dict(
             colors=LEVEL_COLORS,
             ink=INK,
@@ -111,14 +108,6 @@ def _script_safe(text: str) -> str:
     for character in '<>&\u2028\u2029':
         text = text.replace(character, f'\\u{ord(character):04x}')
     return text
-
-
-def _data_uri(image: np.ndarray) -> str:
-    embedded, file = Image.fromarray(image), io.BytesIO()
-    kind = 'PNG' if max(image.shape[:2]) <= LOSSLESS_SIDE else 'JPEG'
-    embedded.thumbnail((MAX_SIDE, MAX_SIDE))
-    embedded.save(file, kind, quality=90)
-    return f'data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
 PAGE = r"""<!DOCTYPE html>

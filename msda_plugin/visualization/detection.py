@@ -199,6 +199,56 @@ def draw_sheet(
     return np.array(sheet)
 
 
+def draw_contact_sheet(
+    images: Sequence[np.ndarray],
+    truths: Sequence[tuple],
+    class_names: Sequence[str],
+    captions: Sequence[str],
+    *,
+    tile: int = 320,
+    columns: int = 4,
+) -> np.ndarray:
+    """Draw a sheet of images with their boxes, each with a caption below.
+
+    Args:
+        images: Each (H, W, 3) uint8, RGB; sizes can differ.
+        truths: (boxes, labels) of each image, as in `draw_boxes`.
+        class_names: Name of each label; the legend shows the labels on the sheet.
+        captions: Text below each image.
+        tile: Longer side of an image on the sheet, pixels.
+        columns: Images per row.
+
+    Returns:
+        The sheet, (H', W', 3) uint8, RGB.
+
+    Raises:
+        ValueError: If there is no image, the sequences differ in length, or `draw_boxes` refuses an array.
+    """
+    if not images or not len(images) == len(truths) == len(captions):
+        raise ValueError(
+            'expected at least one image, with boxes and a caption for each; got '
+            f'{len(images)} images, {len(truths)} boxes, {len(captions)} captions'
+        )
+    tiles = [
+        draw_boxes(image, *truth, class_names, longer_side=tile, caption=caption)
+        for image, truth, caption in zip(images, truths, captions, strict=True)
+    ]
+    columns = min(columns, len(tiles))
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    heights = [max(drawn.shape[0] for drawn in row) for row in rows]
+    width = columns * (tile + GAP) + GAP
+    labels = sorted({int(label) for _, labels in truths for label in labels})
+    legend = _legend(_font(max(12, round(tile / 22))), class_names, labels, width - 2 * GAP)
+    sheet = Image.new('RGB', (width, sum(heights) + (len(rows) + 1) * GAP + legend.height), PAPER)
+    y = GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, drawn in enumerate(row):
+            sheet.paste(Image.fromarray(drawn), (GAP + column * (tile + GAP), y))
+        y += height + GAP
+    sheet.paste(legend, (GAP, y - GAP // 2))
+    return np.array(sheet)
+
+
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write an image, (H, W, 3) uint8 RGB, as a PNG file. The file is replaced atomically."""
     with atomic_write(path) as unfinished:

@@ -427,3 +427,17 @@ def test_import_of_the_package_is_cheap():
     assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
     assert msda_plugin.accelerate is convert_model.accelerate
     assert not hasattr(importlib.import_module('msda_plugin'), 'no_such_name')
+
+
+@pytest.mark.parametrize('inference', [True, False])
+def test_steps_are_separate(inference):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
+    x = torch.rand(1, 3, 4, 4)
+    with torch.no_grad():
+        expected = net(x)
+        msda_plugin.accelerate(net, inference=inference, channels_last=not inference)
+        assert net(x).is_contiguous() == inference
+        assert (vars(net[0]).get('folded_norm') is net[1]) == inference
+        torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-6)
+        msda_plugin.restore(net)
+        assert torch.equal(net(x), expected)

@@ -33,7 +33,7 @@ LAYERS = dict.fromkeys(families.FAMILIES, 2) | dict.fromkeys(
 @pytest.fixture
 def log(monkeypatch):
     lines = []
-    monkeypatch.setattr(convert_model, '_log', lambda message, level=20: lines.append((level, message)))
+    monkeypatch.setattr(convert_model, 'log', lambda message, level=20: lines.append((level, message)))
     return lines
 
 
@@ -224,7 +224,7 @@ def test_checkpoint_folder_loads_into_the_stock_model(model, tmp_path):
 
 def test_comparison_leaves_no_trace(model, monkeypatch):
     monkeypatch.setattr(transformers_models, '_examined', {})
-    transformers_models._is_frozen_batch_norm.cache_clear()
+    convert_model.is_frozen_batch_norm.cache_clear()
     calls = []
     for module in model.modules():
         if 'attn' not in type(module).__name__ and list(module.parameters()):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LIBRARIES = sorted((ROOT / 'msda_plugin' / 'ops' / 'lib').glob('libmsda_*.so'))
+LIBRARIES = sorted((ROOT / 'msda_plugin' / 'ops' / 'lib').glob('libmsda_c*.so'))  # cpu, cuda
 
 
 @pytest.fixture(scope='module')
@@ -150,7 +150,12 @@ def test_one_cuda_library_for_each_nvcc(build, monkeypatch, tmp_path):
     monkeypatch.setattr(build._Builder, 'execute', record)
     paths = build.build(tmp_path / 'out', 'on')
     source = str(ROOT / 'csrc/cuda/ms_deform_attn.cu')
-    assert [path.name for path in paths] == ['libmsda_cpu.so', 'libmsda_cuda12.so', 'libmsda_cuda13.so']
+    assert [path.name for path in paths] == [
+        'libmsda_cpu.so',
+        'libmsda_onnxruntime.so',
+        'libmsda_cuda12.so',
+        'libmsda_cuda13.so',
+    ]
     for name, codes in zip(names, (('sm_75', 'sm_90', 'compute_90'), ('sm_90', 'sm_120', 'compute_120')), strict=True):
         [kernels] = [command for command in commands if command[0] == name and source in command]
         assert [part.rpartition('=')[2] for part in kernels if part.startswith('-gencode')] == list(codes)
@@ -169,15 +174,15 @@ def test_cuda_library_builds(build, monkeypatch, tmp_path, capfd):
     monkeypatch.setenv('MSDA_CUDA_ARCHS', '90')
     version = subprocess.run([build.find_nvcc(), '--version'], capture_output=True, text=True).stdout
     [major] = re.findall(r'release (\d+)', version)
-    names = ['libmsda_cpu.so', f'libmsda_cuda{major}.so']
+    names = ['libmsda_cpu.so', 'libmsda_onnxruntime.so', f'libmsda_cuda{major}.so']
     paths = build.build(tmp_path, 'on', verbose=True)
     kernels = ptxas_report(capfd.readouterr().out)
     assert len(kernels) > 40 and {'forward', 'backward', 'gather', 'scatter'} <= {name for name, _ in kernels}
     assert not [kernel for kernel in kernels if kernel[1] != (0, 0, 0)]
     assert [path.name for path in paths] == names
-    check_stable_abi(paths[1])
-    assert b'sm_90+compute_90\0' in paths[1].read_bytes()  # read by msda_plugin.ops.backends.cuda_architectures
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    check_stable_abi(paths[2])
+    assert b'sm_90+compute_90\0' in paths[2].read_bytes()  # read by msda_plugin.ops.backends.cuda_architectures
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 @pytest.mark.slow
@@ -189,7 +194,7 @@ def test_kernels_under_sanitizers(build, tmp_path, long_run):
     runtime = subprocess.run(where, capture_output=True, text=True).stdout.strip()
     if not Path(runtime).exists():
         pytest.skip('the compiler has no libasan.so')
-    (library,) = build.build(tmp_path, 'off', sanitize='address,undefined')
+    library, _ = build.build(tmp_path, 'off', sanitize='address,undefined')
     script = ROOT / 'tests' / 'ops' / 'exercise_kernels.py'
     environment = {
         **os.environ,

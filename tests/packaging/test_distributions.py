@@ -133,11 +133,17 @@ def test_wheel_has_a_cuda_library_for_each_nvcc_and_none_of_torch(tmp_path):
     assert re.fullmatch(r'msda_plugin-[0-9.]+-py3-none-linux_\w+\.whl', wheel.name)
     archive = zipfile.ZipFile(wheel)
     libraries = sorted(Path(name).name for name in archive.namelist() if '.so' in name)
-    assert re.fullmatch(r'libmsda_cpu.so libmsda_cuda12.so libmsda_cuda1[3-9].so', ' '.join(libraries))
+    names = r'libmsda_cpu.so libmsda_cuda12.so libmsda_cuda1[3-9].so libmsda_onnxruntime.so'
+    assert re.fullmatch(names, ' '.join(libraries))
     [tag] = [name for name in archive.namelist() if name.endswith('.dist-info/WHEEL')]
     assert b'Root-Is-Purelib: false' in archive.read(tag) and b'Tag: py3-none-linux_' in archive.read(tag)
     [metadata] = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
-    for extra, package in ('forks', 'onedl-mmcv'), ('upstream', 'mmcv-lite'), ('test', 'pytest'):
+    for extra, package in (
+        ('forks', 'onedl-mmcv'),
+        ('upstream', 'mmcv-lite'),
+        ('export', 'onnxruntime'),
+        ('test', 'pytest'),
+    ):
         assert re.search(f'Requires-Dist: {package}.*; extra == "{extra}"', archive.read(metadata).decode())
 
 
@@ -215,6 +221,8 @@ import sys; sys.path.insert(0, sys.argv[1])
 import torch
 from msda_plugin import ops
 assert ops.__file__.startswith(sys.argv[1])
+import ctypes, msda_plugin
+ctypes.CDLL(msda_plugin.onnxruntime_library()).RegisterCustomOps
 print(ops.backend_for('cpu', torch.float32).name)
 """
     done = subprocess.run(

@@ -61,3 +61,15 @@ def test_train_ap(config_of, tmp_path):
     path = tmp_path / 'config.py'
     path.write_text("model = dict(type='msda_plugin.ShuntedTransformer')\n")
     assert config_of(train, str(path), '--train-ap', '50').custom_hooks == [report]
+
+
+def test_report_of_a_test(config_of, tmp_path):
+    argv = [BCCD, str(tmp_path / 'epoch_1.pth')]
+    own = config_of(test_command, *argv).custom_hooks
+    page = dict(type='msda_plugin.DetectionReportHook', out_dir=None)
+    assert config_of(test_command, *argv, '--report').custom_hooks == [*own, page]
+    page['out_dir'] = str(tmp_path / 'page')
+    assert config_of(test_command, *argv, '--report', page['out_dir']).custom_hooks == [*own, page]
+    (tmp_path / 'file').touch()
+    with pytest.raises(IndexError):
+        config_of(test_command, *argv, '--report', str(tmp_path / 'file'))

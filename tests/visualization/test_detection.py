@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msda_plugin.visualization import class_colors, draw_boxes, draw_sheet, score_caption, write_png
+from msda_plugin.visualization import class_colors, draw_boxes, draw_contact_sheet, draw_sheet, score_caption, write_png
+from msda_plugin.visualization.detection import GAP
 
 GRAY = np.full((40, 60, 3), 128, np.uint8)
 NAMES = ('cat', 'dog')
@@ -149,3 +150,21 @@ def test_write_png(tmp_path):
     write_png(tmp_path / 'a.png', image)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'a.png')), image)
     assert [path.name for path in tmp_path.iterdir()] == ['a.png']
+
+
+def test_contact_sheet():
+    images = [np.full((40, 60, 3), (90, 90, 90), np.uint8), np.full((60, 30, 3), (0, 0, 250), np.uint8)] * 3
+    truths = [(np.array([[5.0, 5, 30, 30]]), np.array([1])), (np.empty((0, 4)), np.empty(0, int))] * 3
+    sheet = draw_contact_sheet(images, truths, ('cat', 'dog'), ['a.png: 60×40'] * 6, tile=120, columns=4)
+    assert sheet.shape[1] == 4 * 120 + 5 * GAP and sheet.dtype == np.uint8
+    assert (sheet[GAP : GAP + 80, GAP : GAP + 120] == 90).all(axis=-1).mean() > 0.5
+    assert (sheet[GAP + 60, 2 * GAP + 120 : 2 * GAP + 180] == (0, 0, 250)).all()
+    assert (sheet == class_colors(2)[1]).all(axis=-1).sum() > 3 * 100  # boxes and legend
+    assert not (sheet == class_colors(2)[0]).all(axis=-1).any()
+
+
+def test_contact_sheet_of_unequal_lengths():
+    with pytest.raises(ValueError, match='got 1 images, 0 boxes, 1 captions'):
+        draw_contact_sheet([np.zeros((4, 4, 3), np.uint8)], [], (), ['a'])
+    with pytest.raises(ValueError, match='at least one image'):
+        draw_contact_sheet([], [], (), [])

@@ -4,6 +4,7 @@ from msda_plugin.engine.hooks.accelerate_hook import AccelerateHook
 from msda_plugin.engine.hooks.attention_visualization import AttentionVisualizationHook
 from msda_plugin.engine.hooks.checkpoint import CheckpointHook
 from msda_plugin.engine.hooks.console import ConsoleHook
+from msda_plugin.engine.hooks.detection_report import DetectionReportHook
 from msda_plugin.engine.hooks.drawn_test import DrawnTestHook
 from msda_plugin.engine.hooks.fine_tuning import FineTuningHook
 from msda_plugin.engine.hooks.missed_validation import MissedValidationHook
@@ -16,6 +17,7 @@ __all__ = [
     'AttentionVisualizationHook',
     'CheckpointHook',
     'ConsoleHook',
+    'DetectionReportHook',
     'DrawnTestHook',
     'EpochSeedHook',
     'FineTuningHook',

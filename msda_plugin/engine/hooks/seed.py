@@ -102,7 +102,7 @@ def _seed_dataset(dataset: Dataset, seed: int, epoch: c_longlong, position: Call
         nonlocal current, count
         if epoch.value != current:
             current, count = epoch.value, 0
-        with _seeded(_mix(seed, current, position(count))):
+        with seeded(_mix(seed, current, position(count))):
             count += 1
             return kind.__getitem__(self, index)
 
@@ -113,7 +113,8 @@ def _seed_dataset(dataset: Dataset, seed: int, epoch: c_longlong, position: Call
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the generators of Python, NumPy and torch (CPU) for a block, and restore them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -16,8 +16,10 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.structures import BaseDataElement
 from torch.utils.data import DataLoader, Dataset
 
+from msda_plugin.engine.detection_report import Detections, write_report
 from msda_plugin.engine.hooks.missed_validation import forget_validation
 from msda_plugin.engine.messages import plain_metrics, short_metric, shown_path
 from msda_plugin.files import FULL, atomic_write
@@ -40,6 +42,8 @@ class TrainingReportHook(Hook):
       number of parameters; duration. It is updated after each validation, and continued by a resumed training.
     - ``curves.png``: losses by iteration, accuracy by epoch and minutes. It is updated with ``metrics.json``.
     - ``predictions.png``: the first validation images with true and predicted boxes, drawn at the end.
+    - ``report.html``: a page on the best validation of this process, written at the end: accuracy of the classes,
+      precision and recall, confusion matrix, worst mistakes as images, curves, settings.
 
     With ``num_train_images`` each validation also measures the AP on training images, as ``train_bbox_mAP``,
     ``train_bbox_mAP_50`` and ``train_bbox_mAP_75``: where it rises and the AP of the validation falls, the detector
@@ -54,6 +58,7 @@ class TrainingReportHook(Hook):
         monitor: The metric that selects the best validation, higher is better; without the prefix of the dataset
             (``coco/``). The curves show it, and ``{monitor}_50`` and ``{monitor}_75`` if they exist.
         num_train_images: Number of training images whose AP is measured at each validation; 0 measures none.
+        page: Whether to write ``report.html``.
         next_steps: Lines of the closing message, with the placeholders ``{config}``, ``{checkpoint}`` (the best one,
             otherwise the last) and ``{work_dir}``.
 
@@ -71,6 +76,7 @@ class TrainingReportHook(Hook):
         monitor: str = 'bbox_mAP',
         next_steps: Sequence[str] = NEXT_STEPS,
         num_train_images: int = 0,
+        page: bool = True,
     ) -> None:
         for name, number in dict(num_images=num_images, num_train_images=num_train_images).items():
             if number < 0:
@@ -91,6 +97,9 @@ class TrainingReportHook(Hook):
         self._train_sample: tuple[DataLoader, Evaluator] | None = None
         self._start: float | None = None  # time.monotonic(); None outside a training
         self._history: list[dict] = []
+        self.page = page
+        self._detections: Detections | None = None  # of the validation that runs; None if they cannot be collected
+        self._kept: tuple[dict, Detections | None] | None = None  # the best validation, with its entry in the history
 
     def before_train(self, runner: Runner) -> None:
         self._history = self._earlier(runner) if runner.iter > 0 else []
@@ -98,9 +107,24 @@ class TrainingReportHook(Hook):
             forget_validation(runner)  # the training was killed after the checkpoint, before the report
         self._start = time.monotonic() - (self._history[-1]['seconds'] if self._history else 0.0)
 
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._detections = Detections() if self.page else None
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: Sequence[BaseDataElement] = ()
+    ) -> None:
+        if self._start is None or self._detections is None:
+            return
+        detections, self._detections = self._detections, None  # None stays after an error
+        with _survive(runner, 'report.html'):
+            detections.add(outputs)
+            self._detections = detections
+
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if self._start is None:
             return
+        if self._detections is not None:
+            self._detections.gather(len(runner.val_dataloader.dataset))
         metrics = plain_metrics(metrics or {})
         if self.num_train_images:
             with _survive(runner, 'the AP on training images'):
@@ -108,6 +132,8 @@ class TrainingReportHook(Hook):
         # A validation that is repeated after a resume may already be in the report.
         self._history = [entry for entry in self._history if entry['iter'] != runner.iter]
         self._history.append(dict(epoch=runner.epoch, iter=runner.iter, seconds=self._seconds(), **metrics))
+        if self._kept is None or self._kept[0] is not self._best():
+            self._kept = self._history[-1], self._detections
         if is_main_process():
             with _survive(runner, 'metrics and curves'):
                 self._write(runner, finished=False)
@@ -126,6 +152,8 @@ class TrainingReportHook(Hook):
                 write_png(path, sheet)
                 written.append(path)
         if is_main_process():
+            with _survive(runner, 'report.html'):
+                written += self._write_page(runner)
             runner.logger.info(self._message(runner, seconds, written))
         self._start = None
 
@@ -246,6 +274,31 @@ class TrainingReportHook(Hook):
                 images.append(mmcv.imread(info['img_path'], channel_order='rgb'))
         return draw_sheet(images, truths, predictions, class_names, score_thr=self.score_thr) if images else None
 
+    # ---- the page ---------------------------------------------------------------------------------------------------
+    def _write_page(self, runner: Runner) -> list[Path]:
+        """Write report.html; return its path. There is none without a validation in this process."""
+        if self._kept is None or self._kept[1] is None:
+            return []
+        entry, detections = self._kept
+        path = Path(runner.work_dir, 'report.html')
+        top = _checkpoint(runner, 'best_ckpt') if entry is self._best() else None
+        last = _checkpoint(runner, 'last_ckpt') if entry is self._history[-1] else None
+        write_report(
+            path,
+            runner,
+            runner.val_dataloader.dataset,
+            detections,
+            facts={
+                'config': _config(runner),
+                'checkpoint': top or last,
+                'validation': f'after epoch {entry["epoch"]}, iteration {entry["iter"]}',
+                'training images': len(runner.train_dataloader.dataset),
+                'training time': f'{self._seconds() / 60:.1f} minutes',
+            },
+            curves=Path(runner.work_dir, 'curves.png'),
+        )
+        return [path]
+
     # ---- the closing message ----------------------------------------------------------------------------------------
     def _message(self, runner: Runner, seconds: float, written: Sequence[Path]) -> str:
         final, best = self._history[-1] if self._history else {}, self._best()
@@ -261,7 +314,12 @@ class TrainingReportHook(Hook):
                 f'iteration {best["iter"]}.'
             )
         last, top = (_checkpoint(runner, prefix) for prefix in ('last_ckpt', 'best_ckpt'))
-        what = {'metrics.json': 'metrics', 'curves.png': 'curves', 'predictions.png': 'true and predicted boxes'}
+        what = {
+            'metrics.json': 'metrics',
+            'curves.png': 'curves',
+            'predictions.png': 'true and predicted boxes',
+            'report.html': 'report, for a browser',
+        }
         files = {
             'best checkpoint': top,
             'last checkpoint': last,

@@ -20,6 +20,7 @@ from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco, formats
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, save_config
 from msda_plugin.tools.custom_data.starter import choose_weights
+from msda_plugin.tools.custom_data.training_images import draw_training_images
 
 
 def prepare(args: argparse.Namespace) -> Config:
@@ -96,7 +97,8 @@ def prepare(args: argparse.Namespace) -> Config:
     check_fields(cfg)
     cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
-    print('\n'.join([f'model: {model.config.stem}', *notes, saved, '']), flush=True)
+    images = draw_training_images(cfg, work_dir / 'training_images.png')
+    print('\n'.join([f'model: {model.config.stem}', *notes, saved, images, '']), flush=True)
     return cfg
 
 

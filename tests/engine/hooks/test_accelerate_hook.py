@@ -1,6 +1,7 @@
 """AccelerateHook in a stock config, run by MMEngine's runner."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 import msda_plugin
-from msda_plugin.engine.hooks import AccelerateHook
+from msda_plugin.engine.hooks import AccelerateHook, accelerate_hook
 from msda_plugin.layers import MultiScaleDeformableAttention
 from msda_plugin.registry import HOOKS
 from msda_plugin.tools.shapes import CLASSES, generate
@@ -109,3 +110,13 @@ def test_averaged_model_is_accelerated_too(cfg, log):
 
 def test_is_registered():
     assert HOOKS.get('msda_plugin.AccelerateHook') is AccelerateHook
+
+
+def test_switches(monkeypatch):
+    taken = {}
+    monkeypatch.setattr(accelerate_hook, 'accelerate', lambda model, **switches: taken.update(switches))
+    hook = HOOKS.build(dict(type='msda_plugin.AccelerateHook', inference=True, dtype='bfloat16'))
+    hook.before_run(SimpleNamespace(model=None))
+    assert taken == dict(inference=True, channels_last=None, fold=None, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="dtype is 'bf16'; expected the name of a dtype of torch"):
+        AccelerateHook(dtype='bf16')

@@ -1,0 +1,239 @@
+"""Faster convolutions that keep their parameters: folded batch norms, and the memory format ``channels_last``.
+
+A folded convolution multiplies its weight by the scale of the batch norm behind it, and the batch norm returns its
+input. Parameters, buffers and checkpoints stay those of the stock modules: the products are stored beside them, and
+computed again when a parameter, its dtype or its device changes, and after every ``train()`` and ``eval()``. Where a
+gradient is needed, or the batch norm is in training mode, both modules run their stock code.
+"""
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from copy import copy
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from msda_plugin.acceleration.convert_model import change_class, is_frozen_batch_norm, log, stock_class
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward
+Products = tuple[Tensor, Tensor | None]
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d``, with a batch norm folded into it or in ``channels_last``, or both.
+
+    Attributes:
+        folded_norm: The batch norm that only this convolution's output passes through. No child: the module with the
+            forward owns it.
+        channels_last: Whether input and output are in this memory format.
+    """
+
+    added_fields = ('folded_norm', 'channels_last')
+    folded_norm: nn.Module | None = None
+    channels_last = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(bs, in_channels, h, w) -> (bs, out_channels, h, w)."""
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        norm = self.folded_norm
+        if norm is not None and (norm.training or _needs_gradient(x, *_affine(self), *_affine(norm))):
+            return super().forward(x)
+        if norm is None and (not self.channels_last or _needs_gradient(x, *_affine(self))):
+            return super().forward(x)
+        return self._conv_forward(x, *self._products())
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As in ``nn.Module``; the next forward computes the products again."""
+        _products.pop(self, None)
+        return super().train(mode)
+
+    def _products(self) -> Products:
+        """Weight and bias of this convolution and its batch norm, in the memory format of the output."""
+        norm = self.folded_norm
+        tensors = [*_affine(self), *(() if norm is None else (*_affine(norm), norm.running_mean, norm.running_var))]
+        if any(tensor.is_inference() for tensor in tensors):  # these do not count their changes
+            return self._compute_products()
+        dtype = torch.get_autocast_dtype(self.weight.device.type) if _autocasts(self.weight) else None
+        state = (dtype, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
+        stored, products = _products.get(self, (None, None))
+        if stored != state:
+            products = tuple(t if t is None or dtype is None else t.to(dtype) for t in self._compute_products())
+            _products[self] = (state, products)
+        return products
+
+    @torch.no_grad()
+    def _compute_products(self) -> Products:
+        weight, bias, norm = self.weight, self.bias, self.folded_norm
+        if norm is not None:
+            # In float64, so that the only rounding is that of the product.
+            shift = norm.running_mean.double() if bias is None else norm.running_mean.double() - bias.double()
+            scale = (norm.running_var.double() + getattr(norm, 'eps', 1e-5)).rsqrt()
+            if norm.weight is not None:
+                scale = scale * norm.weight.double()
+            bias = -shift * scale if norm.bias is None else norm.bias.double() - shift * scale
+            weight, bias = (weight * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
+        if self.channels_last:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return weight, bias
+
+
+class FoldedBatchNorm(nn.Module):
+    """A batch norm that a :class:`Conv2d` before it has already applied."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(bs, channels, h, w) -> (bs, channels, h, w)."""
+        return super().forward(x) if self.training or _needs_gradient(x, *_affine(self)) else x
+
+
+_products: WeakKeyDictionary[nn.Module, tuple[tuple, Products]] = WeakKeyDictionary()
+
+
+def _affine(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (module.weight, module.bias) if tensor is not None]
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _autocasts(weight: Tensor) -> bool:
+    return torch.is_autocast_enabled(weight.device.type) and weight.dtype == torch.float32
+
+
+def fold_batch_norms(model: nn.Module) -> int:
+    """Fold each batch norm into the convolution before it, in place, for inference; ``restore`` undoes it.
+
+    Only classes of modules change: parameters and checkpoints stay as they are, and training still updates the
+    statistics. A pair is found by tracing the forward of the module that owns it, called with its default arguments:
+    the output of an ``nn.Conv2d`` must be used once, as the input of an ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, or
+    frozen batch norm of torchvision or transformers. Batch norms that stay are logged with the reason.
+
+    The folded weights are stored beside the parameters. They follow every change that PyTorch counts
+    (``load_state_dict``, ``copy_``, optimizers, ``to``); after writing to ``parameter.data``, call ``model.eval()``.
+
+    Returns:
+        The number of folded batch norms.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> fold_batch_norms(model)
+        1
+    """
+    uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    names = {module: name for name, module in model.named_modules()}
+    count, unchanged = 0, {}
+    for parent, norms in _owners(model):
+        convolutions, reason = _convolutions_before(parent)
+        for norm in norms:
+            conv = convolutions.get(norm)
+            why = (
+                reason
+                or (conv is None and 'its input is not the output of one convolution, used once')
+                or (conv is not None and uses[conv] + uses[norm] > 2 and 'a module occurs more than once')
+                or _why_not(conv, norm)
+            )
+            if why:
+                unchanged.setdefault(why, []).append(names[norm])
+                continue
+            change_class(conv, Conv2d)
+            vars(conv)['folded_norm'] = norm
+            change_class(norm, FoldedBatchNorm)
+            count += 1
+    stay = ' '.join(f'Not folded: {", ".join(names)} ({why}).' for why, names in unchanged.items())
+    log(
+        f'fold_batch_norms: {count} batch norms of {type(model).__name__} are folded in inference. {stay}'.strip(),
+        logging.WARNING if unchanged else logging.INFO,
+    )
+    return count
+
+
+def use_channels_last(model: nn.Module) -> int:
+    """Make each ``nn.Conv2d`` of a model compute in ``channels_last``, in place; ``restore`` undoes it.
+
+    Parameters keep their memory format. An input in another format is copied, so all convolutions of a chain but the
+    first have nothing to convert.
+
+    Returns:
+        The number of changed convolutions.
+    """
+    count = 0
+    for module in model.modules():
+        if stock_class(module) is nn.Conv2d and 'forward' not in vars(module) and not vars(module).get('channels_last'):
+            change_class(module, Conv2d)
+            vars(module)['channels_last'] = True
+            count += 1
+    return count
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Modules with a forward, and the batch norms that are their children, directly or in lists."""
+    for parent in list(model.modules()):
+        if not isinstance(parent, CONTAINERS):
+            norms = [child for child in _children(parent) if _is_batch_norm(child)]
+            if norms:
+                yield parent, norms
+
+
+def _children(parent: nn.Module) -> Iterator[nn.Module]:
+    for child in parent.children():
+        yield child
+        if isinstance(child, CONTAINERS):
+            yield from _children(child)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    if isinstance(module, FoldedBatchNorm):
+        return False
+    cls = stock_class(module)
+    return (
+        cls in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        or (cls.__module__, cls.__name__) == ('torchvision.ops.misc', 'FrozenBatchNorm2d')
+        or is_frozen_batch_norm(cls)
+    )
+
+
+def _why_not(conv: nn.Module, norm: nn.Module) -> str:
+    """The reason why a batch norm cannot be folded into a convolution, or an empty string."""
+    if stock_class(conv) is not nn.Conv2d:
+        return f'the convolution before it is a {type(conv).__name__}'
+    if isinstance(conv, Conv2d) and conv.folded_norm is not None:
+        return 'the convolution before it has another batch norm'
+    if any('forward' in vars(module) for module in (conv, norm)):
+        return 'a forward of its own'
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (conv, norm)):
+        return 'a hook reads the tensor between the two'
+    return 'no running statistics' if norm.running_mean is None else ''
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return True
+
+
+def _convolutions_before(parent: nn.Module) -> tuple[dict[nn.Module, nn.Module], str]:
+    """The module whose output is the input of each batch norm and goes nowhere else, and why tracing failed."""
+    clone = copy(parent)  # with the same children; keeps what the forward assigns to self
+    clone.training = False
+    parameters = inspect.signature(clone.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        nodes = _Tracer().trace(clone, defaults or None).nodes
+    except Exception as error:  # noqa: BLE001  (of any type: the code is not ours)
+        return {}, f'the forward of {type(parent).__name__} cannot be traced: {str(error).splitlines()[0]}'
+    modules = dict(clone.named_modules(remove_duplicate=False))
+    calls = Counter(modules[node.target] for node in nodes if node.op == 'call_module')
+    found = {}
+    for node in nodes:
+        if node.op != 'call_module' or not _is_batch_norm(modules[node.target]):
+            continue
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if not isinstance(source, fx.Node) or source.op != 'call_module' or len(source.users) > 1:
+            continue
+        norm, conv = modules[node.target], modules[source.target]
+        if calls[norm] == calls[conv] == 1 and isinstance(conv, nn.Conv2d):
+            found[norm] = conv
+    return found, ''

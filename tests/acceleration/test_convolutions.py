@@ -1,0 +1,236 @@
+"""Folded batch norms and channels_last: same results, same parameters and checkpoints, undone by restore."""
+
+import copy
+import logging
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule
+from mmdet.models.backbones import ResNet
+from torch import nn
+
+import msda_plugin
+from msda_plugin.acceleration import convolutions, fold_batch_norms, use_channels_last
+
+
+class Residual(nn.Module):
+    """Two pairs; the first convolution also has a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.Conv2d(8, 8, 1, bias=False)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)])
+
+    def forward(self, x, scale=2.0):
+        y = x
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            y = norm(conv(y)).relu()
+        return x + y if scale else x
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, padding_mode='reflect'), nn.BatchNorm2d(8), nn.ReLU(), Residual())
+    return randomize(net)
+
+
+def randomize(net):
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            if norm.affine:
+                nn.init.uniform_(norm.weight, 0.5, 2)
+                nn.init.normal_(norm.bias)
+    net.eval()
+    return net
+
+
+def images(size=16):
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def run(net, x=None):
+    return net(images() if x is None else x)
+
+
+def count_batch_norms(monkeypatch):
+    """A list with one entry per computed batch norm."""
+    calls, stock = [], torch.nn.functional.batch_norm
+    monkeypatch.setattr(torch.nn.functional, 'batch_norm', lambda *args, **kw: calls.append(1) or stock(*args, **kw))
+    return calls
+
+
+@pytest.mark.parametrize('change', [fold_batch_norms, use_channels_last, lambda net: fold_batch_norms(net.double())])
+def test_same_results_and_parameters_until_restored(change):
+    net = model()
+    stock, parameters = copy.deepcopy(net), list(net.parameters())
+    assert change(net) == 3
+    x = images().to(net[0].weight.dtype)
+    expected = run(stock.to(x.dtype), x)
+    torch.testing.assert_close(run(net, x), expected, rtol=1e-5, atol=1e-5)
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert repr(net) == repr(stock)
+    for (name, value), (key, original) in zip(net.state_dict().items(), stock.state_dict().items(), strict=True):
+        assert name == key and torch.equal(value, original) and value.stride() == original.stride()
+
+    msda_plugin.restore(net)
+    assert [(type(a), vars(a).keys()) for a in net.modules()] == [(type(b), vars(b).keys()) for b in stock.modules()]
+    assert torch.equal(run(net, x), expected)
+
+
+def test_folded_batch_norms_are_not_computed(monkeypatch):
+    net = model()
+    calls = count_batch_norms(monkeypatch)
+    fold_batch_norms(net)
+    run(net)
+    assert not calls
+    run(net.train())
+    assert len(calls) == 3
+
+
+def test_channels_last_output():
+    net = model()
+    assert run(net).is_contiguous()
+    assert use_channels_last(net) == 3 and use_channels_last(net) == 0
+    assert run(net).is_contiguous(memory_format=torch.channels_last)
+    output = net.train()(images())
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    output.sum().backward()
+    assert all(conv.weight.is_contiguous() for conv in net.modules() if isinstance(conv, nn.Conv2d))
+
+
+def test_training_is_the_stock_one():
+    net = model()
+    stock = copy.deepcopy(net)
+    fold_batch_norms(net)
+    for mode in (True, False):
+        outputs = [m.train(mode)(images()) for m in (net, stock)]
+        for output in outputs:
+            output.square().sum().backward()
+        assert torch.equal(*outputs)
+        for a, b in zip(net.parameters(), stock.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+    torch.testing.assert_close(run(net), run(stock), rtol=1e-5, atol=1e-5)  # statistics of the batch above
+
+
+def test_frozen_parts_are_folded_in_training():
+    net = model().requires_grad_(False)
+    x = images().requires_grad_()
+    stock = copy.deepcopy(net)
+    fold_batch_norms(net)
+    torch.testing.assert_close(net(images()), stock(images()), rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(m(x).sum(), x)[0] for m in (net, stock)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize('case', ['load', 'copy', 'optimizer', 'data', 'double', 'inference'])
+def test_folded_weights_follow_the_parameters(case):
+    net, other = model(), model(seed=1)
+    fold_batch_norms(net)
+    run(net)
+    x = images()
+    if case == 'load':
+        net.load_state_dict(other.state_dict())
+    elif case == 'copy':
+        for mine, new in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+            mine.copy_(new)
+    elif case == 'optimizer':
+        net(x).square().sum().backward()
+        torch.optim.SGD(net.parameters(), 0.01).step()
+        other = msda_plugin.restore(copied := copy.deepcopy(net)) or copied
+    elif case == 'data':
+        for mine, new in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+            mine.data.copy_(new)
+        net.eval()
+    elif case == 'double':
+        net, other, x = net.double(), model().double(), x.double()
+    else:
+        with torch.inference_mode():
+            net, other = copy.deepcopy(net), copy.deepcopy(other)
+            run(net)
+            net[0].weight.mul_(2)
+            other = msda_plugin.restore(copied := copy.deepcopy(net)) or copied
+    torch.testing.assert_close(run(net, x), run(other, x), rtol=1e-5, atol=1e-5)
+
+
+def test_copies_and_pickles_fold_their_own_parameters():
+    net = model()
+    fold_batch_norms(net)
+    use_channels_last(net)
+    expected = run(net)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(run(twin), expected)
+        assert twin[0].folded_norm is twin[1]
+        twin[1].bias.data.add_(1)
+        twin.eval()
+        assert not torch.equal(run(twin), expected) and torch.equal(run(net), expected)
+
+
+class SharedConvolution(Residual):
+    def forward(self, x):
+        y = self.convs[1](x)
+        return self.norms[0](y) + y
+
+
+class Twice(Residual):
+    def forward(self, x):
+        return self.norms[0](self.convs[0](self.norms[1](self.convs[0](x))))
+
+
+class Branches(Residual):
+    def forward(self, x):
+        return self.norms[0](self.convs[0](x)) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ('net', 'reason'),
+    [
+        (SharedConvolution(), 'its input is not the output of one convolution, used once'),
+        (Twice(), 'its input is not the output of one convolution, used once'),
+        (Branches(), 'the forward of Branches cannot be traced'),
+        (nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), 'its input is not the output of one convolution'),
+        (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, track_running_stats=False)), 'no running statistics'),
+        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), nn.BatchNorm2d(8)), 'before it is a'),
+        (nn.ModuleList([pair := nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)), pair]), 'more than once'),
+    ],
+)
+def test_other_batch_norms_stay_and_are_logged(net, reason, monkeypatch):
+    lines = []
+    monkeypatch.setattr(convolutions, 'log', lambda message, level: lines.append((level, message)))
+    classes = [type(module) for module in net.modules()]
+    assert fold_batch_norms(net) == 0
+    assert [type(module) for module in net.modules()] == classes
+    [(level, line)] = lines
+    assert level == logging.WARNING and reason in line and 'Not folded: ' in line
+
+
+def test_hooks_keep_a_pair():
+    net = model()
+    seen = []
+    net[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = run(net)
+    assert fold_batch_norms(net) == 2
+    run(net)
+    assert torch.equal(*seen)
+    torch.testing.assert_close(run(net), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'net',
+    [
+        lambda: ResNet(18, base_channels=8, deep_stem=True, norm_eval=True),
+        lambda: ResNet(50, base_channels=8),
+        lambda: nn.Sequential(*(ConvModule(a, b, 3, norm_cfg=dict(type='BN')) for a, b in pairwise([3, 8, 4]))),
+    ],
+)
+def test_mmdetection(net):
+    torch.manual_seed(0)
+    net = randomize(net())
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    expected = run(net, images(64))
+    assert fold_batch_norms(net) == norms
+    torch.testing.assert_close(run(net, images(64)), expected, rtol=1e-5, atol=1e-5)
