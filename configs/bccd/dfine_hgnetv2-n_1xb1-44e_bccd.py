@@ -1,6 +1,6 @@
 # D-FINE on blood cells at 320×240, from scratch on a CPU.
 _base_ = [
-    '../_base_/models/dfine_nano.py',
+    '../_base_/models/dfine_hgnetv2-n.py',
     '../_base_/datasets/bccd_detection.py',
     '../_base_/schedules/bccd_44e.py',
     '../_base_/default_runtime.py',

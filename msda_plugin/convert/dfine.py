@@ -85,7 +85,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
     """Rename every key; the sizes of the model follow from the keys.
 
     Raises:
-        ValueError: If a key is unknown, or the bins of the distributions are missing.
+        ValueError: If a key is unknown, or a part of the detector is missing.
     """
     if any(key.startswith('bbox_head.') for key in state_dict):
         return Conversion.unchanged(state_dict)
@@ -97,11 +97,6 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
     decoder = 'model.decoder' if transformers else 'decoder.decoder'
     num_layers = count(joined, rf'{re.escape(decoder)}\.layers\.(\d+)\.')
     scales = [f'{"model.decoder" if transformers else "decoder"}.{name}' for name in ('up', 'reg_scale')]
-    if missing := [key for key in scales if key not in joined]:
-        raise ValueError(
-            f'the state dict does not fit family {FAMILY!r}: missing keys {missing}, from which the distances of the '
-            'bins follow'
-        )
     unknown = []
     for key, value in joined.items():
         if reason := next((why for pattern, why in _DROPPED.items() if re.fullmatch(pattern, key)), None):
@@ -115,13 +110,25 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
             continue
         for source in sources[key]:
             conversion.take(source, new_key, value)
-    if unknown:
-        raise ValueError(f'the state dict does not fit family {FAMILY!r}: unexpected keys {sorted(unknown)}')
+    missing = [key for key in scales if key not in joined]  # the distances of the bins follow from them
+    missing += _missing_branches(conversion.state_dict, num_layers)
+    if missing or unknown:
+        raise ValueError(
+            f'the state dict does not fit family {FAMILY!r}: missing keys {missing}, unexpected keys {sorted(unknown)}'
+        )
     up, reg_scale = (joined[key].float().reshape(()) for key in scales)
     num_bins = conversion.state_dict['bbox_head.reg_branches.0.4.weight'].shape[0] // 4
     conversion.take(scales[1], 'bbox_head.reg_scale', reg_scale)
     conversion.take(scales[0], 'bbox_head.bin_values', bin_values(num_bins - 1, reg_scale, up))
     return conversion
+
+
+def _missing_branches(converted: Mapping[str, Tensor], num_layers: int) -> list[str]:
+    """Parts of a detector, by their new names, of which there is no key."""
+    parts = ['backbone', 'neck', 'memory_trans_fc', 'memory_trans_norm', 'decoder.query_pos_head']
+    parts += [f'bbox_head.{kind}_branches.{i}' for kind in ('cls', 'reg') for i in range(num_layers + 1)]
+    parts += [f'bbox_head.quality_branches.{i}' for i in range(num_layers)] + ['bbox_head.initial_branch']
+    return [f'{part}.*' for part in parts if not any(key.startswith(f'{part}.') for key in converted)]
 
 
 def bin_values(reg_max: int, reg_scale: Tensor, up: Tensor) -> Tensor:
