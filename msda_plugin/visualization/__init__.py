@@ -12,6 +12,7 @@ from msda_plugin.visualization.detection import (
     score_caption,
     write_png,
 )
+from msda_plugin.visualization.edge_distributions import draw_edges
 from msda_plugin.visualization.precision_recall import draw_precision_recall
 from msda_plugin.visualization.report_page import report_page
 
@@ -22,6 +23,7 @@ __all__ = [
     'draw_boxes',
     'draw_contact_sheet',
     'draw_curves',
+    'draw_edges',
     'draw_heads',
     'draw_precision_recall',
     'draw_query',

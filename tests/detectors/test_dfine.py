@@ -15,8 +15,10 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
+from msda_plugin import accelerate
 from msda_plugin.convert import convert
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
+from msda_plugin.heads.class_layers import adapt_class_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -216,3 +218,36 @@ def test_too_few_pixels_for_the_queries():
     model = build(small(num_levels=2)).eval()
     with pytest.raises(ValueError, match='num_queries=20 pixels are needed'):
         model(torch.rand(1, 3, 32, 32), mode='tensor')
+
+
+def test_fine_tuning_on_another_number_of_classes():
+    source = build(small())
+    cfg = small()
+    cfg['bbox_head']['num_classes'] = 3
+    cfg['test_cfg'] = dict(max_per_img=10)
+    model = build(cfg)
+    checkpoint = source.state_dict()
+    with pytest.raises(RuntimeError, match='another number of classes'):
+        model.load_state_dict(checkpoint)
+    adapted = adapt_class_layers(checkpoint, model)
+    layers = [f'bbox_head.cls_branches.{i}' for i in range(4)]
+    assert {name: adapted[name] for name in layers} == dict.fromkeys(layers, (CLASSES, 3))
+    model.load_state_dict(checkpoint)
+    assert torch.equal(model.bbox_head.reg_branches[0][0].weight, source.bbox_head.reg_branches[0][0].weight)
+
+
+def test_labels_that_are_no_class_are_one_clear_error():
+    cfg = small()
+    cfg['bbox_head']['num_classes'] = 3
+    with pytest.raises(ValueError, match='the ground truth has labels from 0 to 6, but with num_classes=3'):
+        build(cfg).train()(torch.rand(2, 3, 64, 96), samples(((64, 96),) * 2), mode='loss')
+
+
+def test_accelerate_keeps_the_results():
+    model = build(small()).eval()
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(image, mode='tensor')
+        accelerate(model)
+        outs = model(image, mode='tensor')
+    assert all(torch.allclose(out, wanted, atol=1e-5) for out, wanted in zip(outs, expected, strict=True))
