@@ -50,6 +50,17 @@ CHANGES = {
         "neck=dict(_delete_=True, type='msda_plugin.MFDSHSFPN', "
         'in_channels=[512, 1024, 2048], out_channels=256),' + SMALL_LAYERS,
     ),
+    'ResNetVD': (
+        DEFORMABLE_DETR,
+        "backbone=dict(_delete_=True, type='msda_plugin.ResNetVD', depth=18, out_indices=(1, 2, 3)), "
+        'neck=dict(in_channels=[128, 256, 512]),' + SMALL_LAYERS,
+    ),
+    'HybridEncoder': (
+        'retinanet/retinanet_r50_fpn_1x_coco.py',
+        "neck=dict(_delete_=True, type='msda_plugin.HybridEncoder', in_channels=[256, 512, 1024, 2048], "
+        'out_channels=64, feedforward_channels=64, num_blocks=1), '
+        'bbox_head=dict(in_channels=64, anchor_generator=dict(strides=[4, 8, 16, 32]))',
+    ),
     'DeformableDETRHead': (DEFORMABLE_DETR, "bbox_head=dict(type='msda_plugin.DeformableDETRHead')," + SMALL_LAYERS),
     'DETRHead': ('detr/detr_r50_8xb2-150e_coco.py', "bbox_head=dict(type='msda_plugin.DETRHead')," + SMALL_LAYERS),
     'DeformableDETR': (DEFORMABLE_DETR, "type='msda_plugin.DeformableDETR'," + SMALL_LAYERS),

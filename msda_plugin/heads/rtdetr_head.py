@@ -14,7 +14,6 @@ from torch import Tensor
 from msda_plugin.heads.deformable_detr_head import DeformableDETRHead
 from msda_plugin.heads.detr_head import GIOU, L1
 from msda_plugin.heads.matching import HungarianMatcher, Matches, Targets
-from msda_plugin.layers.deformable_detr_layers import refine
 from msda_plugin.layers.denoising import ContrastiveDenoising, DenoisingQueries
 from msda_plugin.registry import MODELS
 
@@ -182,20 +181,6 @@ class RTDETRHead(DeformableDETRHead):
         if enc_cls_scores is not None:
             loss_dict |= _named(self._losses(*groups[1], matches[1], num_boxes), 'enc_loss_')
         return loss_dict
-
-    def predict(
-        self,
-        hidden_states: Tensor,
-        references: list[Tensor],
-        batch_data_samples: list[DetDataSample],
-        rescale: bool = True,
-    ) -> list[InstanceData]:
-        """Predictions from the last layer of ``hidden_states``; arguments as for :meth:`forward`."""
-        last = len(hidden_states) - 1
-        logits = self.cls_branches[last](hidden_states[last])
-        boxes = refine(self.reg_branches[last](hidden_states[last]), references[last])
-        metas = [sample.metainfo for sample in batch_data_samples]
-        return self.predict_by_feat(logits[None], boxes[None], metas, rescale=rescale)
 
 
 def _ground_truth(samples: list[DetDataSample]) -> tuple[list[InstanceData], list[dict]]:

@@ -95,3 +95,55 @@ def test_golden(case):
             assert_close(name, make_rtdetr.sample(gradients[name]), expected)
     assert not losses
     assert {name.partition('.')[2] for name in golden if name.startswith('grad.')} == make_rtdetr.GRADIENTS
+
+
+def test_published_names_of_transformers():
+    """Files on the hub have older names than the models of transformers 5."""
+    transformers = pytest.importorskip('transformers')
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 32, 64],
+        depths=[1, 1, 1, 1],
+        layer_type='basic',
+        out_features=['stage2', 'stage3', 'stage4'],
+    )
+    sizes = dict(encoder_in_channels=[16, 32, 64], encoder_hidden_dim=32, d_model=32, decoder_in_channels=[32] * 3)
+    config = transformers.RTDetrV2Config(backbone_config=backbone, **sizes, decoder_layers=2, num_queries=10)
+    state_dict = transformers.RTDetrV2ForObjectDetection(config).state_dict()
+    older = {}
+    for key, value in state_dict.items():
+        key = re.sub(r'layers\.(\d+)\.mlp\.', r'layers.\1.', key.replace('o_proj', 'out_proj'))
+        older[key.replace('encoder.aifi.', 'encoder.encoder.')] = value
+    assert len(older.keys() - state_dict.keys()) > 20
+    conversion = convert(older, FAMILY)
+    assert conversion.taken.keys() | conversion.dropped.keys() == older.keys()
+    expected = convert(state_dict, FAMILY).state_dict
+    assert conversion.state_dict.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in conversion.state_dict.items())
+
+
+def test_averaged_weights_and_converted_state_dicts():
+    upstream = upstream_state_dict('v2_s')
+    upstream |= {'decoder.anchors': torch.zeros(1), 'decoder.valid_mask': torch.zeros(1)}
+    training = {'model': {'wrong': torch.zeros(1)}, 'ema': {'module': upstream, 'updates': 1}, 'last_epoch': 1}
+    conversion = convert(training, FAMILY)
+    assert {key for key in conversion.dropped if 'num_points_scale' not in key} == {
+        'decoder.anchors',
+        'decoder.valid_mask',
+    }
+    assert convert(conversion.state_dict, FAMILY).state_dict.keys() == conversion.state_dict.keys()
+
+
+def test_unsupported_state_dicts_are_refused():
+    upstream = upstream_state_dict('v2_s')
+    upstream['decoder.extra.weight'] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"unexpected keys \['decoder.extra.weight'\]"):
+        convert(upstream, FAMILY)
+    del upstream['decoder.extra.weight'], upstream['decoder.decoder.layers.1.norm2.bias']
+    with pytest.raises(ValueError, match=r"missing keys, by their new names, \['decoder.layers.1.norms.1.bias'\]"):
+        convert(upstream, FAMILY)
+    with pytest.raises(ValueError, match="does not fit family 'rtdetr'"):
+        convert({'encoder.weight': torch.zeros(1)}, FAMILY)
+    upstream = {'model.decoder.class_embed.0.weight': torch.zeros(1), 'model.x.q_proj.weight': torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"no \['k', 'v'\] projections"):
+        convert(upstream, FAMILY)
