@@ -19,7 +19,7 @@ _PARAMETER = r'(weight|bias)'
 _NORM = r'(weight|bias|running_mean|running_var|num_batches_tracked)'
 _DROPPED = {
     r'(?:.*\.)?num_points_scale': 'follows from the number of points',
-    r'decoder\.(?:anchors|valid_mask)|model\.(?:anchors|valid_mask)': 'computed for each size of images',
+    r'(?:decoder|model)\.(?:anchors|valid_mask)|encoder\.pos_embed\d+': 'computed from the size of the images',
     r'decoder\.decoder\.(?:up|reg_scale)': 'duplicate of decoder.up and decoder.reg_scale',
     r'(?:class_embed|bbox_embed)\..+': 'duplicate of the module of this name in model.decoder',
 }

@@ -157,7 +157,8 @@ class DFINEHead(RTDETRHead):
             right and lower edge.
         """
         logits = self.reg_branches[layer](hidden_state) + before
-        distances = logits.unflatten(-1, (4, -1)).softmax(-1) @ self.bin_values
+        # A sum instead of a matrix product, which would have low precision under autocast.
+        distances = (logits.unflatten(-1, (4, -1)).softmax(-1) * self.bin_values).sum(-1)
         return move_edges(initial, distances, self.reg_scale), logits
 
     def forward(
@@ -205,6 +206,7 @@ class DFINEHead(RTDETRHead):
                     branches[i] = nn.Identity()
         for i in range(used + 1, self.num_pred_layer - 1):
             self.reg_branches[i] = nn.Identity()
+        self.denoising = None
 
     # ---- losses ------------------------------------------------------------------------------------------------------
     def loss(

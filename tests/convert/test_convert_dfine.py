@@ -57,6 +57,13 @@ def test_bins_follow_from_the_scales_of_the_checkpoint():
     assert convert_state_dict(checkpoint, FAMILY)['bbox_head.bin_values'].max() == 8
 
 
+def test_tables_for_one_size_of_images_are_dropped():
+    # The authors' training stores them.
+    tables = {key: torch.empty(1) for key in ('decoder.anchors', 'decoder.valid_mask')}
+    conversion = convert(upstream('n') | tables, FAMILY)
+    assert tables.keys() <= conversion.dropped.keys()
+
+
 def test_averaged_weights_of_a_training_checkpoint_are_taken():
     model, averaged = upstream('n'), upstream('n')
     averaged['decoder.up'] = torch.tensor([1.0])
