@@ -157,8 +157,9 @@ class DFINEHead(RTDETRHead):
             right and lower edge.
         """
         logits = self.reg_branches[layer](hidden_state) + before
-        # A sum instead of a matrix product, which would have low precision under autocast.
-        distances = (logits.unflatten(-1, (4, -1)).softmax(-1) * self.bin_values).sum(-1)
+        # Not in low precision under autocast, as a matrix product would be.
+        probabilities = logits.unflatten(-1, (4, -1)).softmax(-1, dtype=self.bin_values.dtype)
+        distances = (probabilities * self.bin_values).sum(-1)
         return move_edges(initial, distances, self.reg_scale), logits
 
     def forward(
