@@ -44,16 +44,21 @@ inline void check_device(const Tensor& tensor, const char* name, const Tensor& v
                   " must be on the device of value");
 }
 
+using Points = std::vector<int64_t>;  // the number of points on each level; empty: equal on all levels
+
 // `reference_points` is null for the plain operator.
 inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-                                const Tensor* reference_points, const Tensor& coordinates, const Tensor& weights) {
+                                const Tensor* reference_points, const Tensor& coordinates, const Tensor& weights,
+                                const Points& num_points) {
   check_device(spatial_shapes, "spatial_shapes", value);
   check_device(level_start_index, "level_start_index", value);
   check_device(coordinates, "coordinates", value);
   check_device(weights, "weights", value);
   STD_TORCH_CHECK(value.dim() == 4, "value must be (bs, num_keys, num_heads, head_dim)");
-  STD_TORCH_CHECK(coordinates.dim() == 6,
-                  "coordinates must be (bs, num_queries, num_heads, num_levels, num_points, 2)");
+  const bool even = num_points.empty();
+  STD_TORCH_CHECK(coordinates.dim() == (even ? 6 : 5),
+                  "coordinates must be (bs, num_queries, num_heads, num_levels, num_points, 2), or with num_points "
+                  "(bs, num_queries, num_heads, points of all levels, 2)");
   STD_TORCH_CHECK(
       spatial_shapes.scalar_type() == ScalarType::Long && level_start_index.scalar_type() == ScalarType::Long,
       "spatial_shapes and level_start_index must have dtype int64");
@@ -63,15 +68,27 @@ inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shape
   p.heads = value.size(2);
   p.channels = value.size(3);
   p.queries = coordinates.size(1);
-  p.levels = coordinates.size(3);
-  p.points = coordinates.size(4);
-  STD_TORCH_CHECK(p.heads > 0 && p.channels > 0 && p.levels > 0 && p.points > 0,
+  p.levels = even ? coordinates.size(3) : static_cast<int64_t>(num_points.size());
+  p.points = even ? coordinates.size(4) : num_points[0];
+  for (const int64_t points : num_points) {
+    STD_TORCH_CHECK(points > 0 && points < (int64_t{1} << 26), "num_points must be 1 to 2^26 on each level");
+    if (points != num_points[0]) p.points = 0;
+  }
+  if (p.points == 0 && !even) {
+    STD_TORCH_CHECK(p.levels <= kMaxUnevenLevels, "num_points must have at most ", kMaxUnevenLevels, " levels");
+    for (int64_t level = 0; level < p.levels; ++level)
+      p.level_begin[level + 1] = static_cast<int32_t>(p.level_begin[level] + num_points[level]);
+  }
+  STD_TORCH_CHECK(p.heads > 0 && p.channels > 0 && p.levels > 0 && (!even || p.points > 0),
                   "num_heads, head_dim, num_levels and num_points must be at least 1");
   STD_TORCH_CHECK(p.keys < (int64_t{1} << 31) - 1, "num_keys must be below 2^31 - 1");
   check_sizes(spatial_shapes, "spatial_shapes", {p.levels, 2});
   check_sizes(level_start_index, "level_start_index", {p.levels});
-  check_sizes(coordinates, "coordinates", {p.batch, p.queries, p.heads, p.levels, p.points, 2});
-  check_sizes(weights, "weights", {p.batch, p.queries, p.heads, p.levels, p.points});
+  std::vector<int64_t> sizes{p.batch, p.queries, p.heads, p.samples()};
+  if (even) sizes = {p.batch, p.queries, p.heads, p.levels, p.points};
+  check_sizes(weights, "weights", sizes);
+  sizes.push_back(2);
+  check_sizes(coordinates, "coordinates", sizes);
 
   p.dtype = dtype_of(value, "value");
   p.coordinate_dtype = dtype_of(coordinates, "coordinates");
@@ -136,34 +153,35 @@ struct GradientTensors {
 template <class Backend>
 struct Operators {
   static Tensor ms_deform_attn(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-                               const Tensor& sampling_locations, const Tensor& attention_weights, bool) {
-    return forward(
-        make_arguments(value, spatial_shapes, level_start_index, nullptr, sampling_locations, attention_weights));
+                               const Tensor& sampling_locations, const Tensor& attention_weights, bool,
+                               const Points& num_points) {
+    return forward(make_arguments(value, spatial_shapes, level_start_index, nullptr, sampling_locations,
+                                  attention_weights, num_points));
   }
 
   static Tensor ms_deform_attn_fused(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
                                      const Tensor& reference_points, const Tensor& sampling_offsets,
-                                     const Tensor& attention_logits, bool) {
+                                     const Tensor& attention_logits, bool, const Points& num_points) {
     return forward(make_arguments(value, spatial_shapes, level_start_index, &reference_points, sampling_offsets,
-                                  attention_logits));
+                                  attention_logits, num_points));
   }
 
   static std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
       const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-      const Tensor& sampling_locations, const Tensor& attention_weights, bool deterministic) {
-    const GradientTensors g = backward(
-        make_arguments(value, spatial_shapes, level_start_index, nullptr, sampling_locations, attention_weights),
-        grad_output, deterministic);
+      const Tensor& sampling_locations, const Tensor& attention_weights, bool deterministic, const Points& num_points) {
+    const GradientTensors g = backward(make_arguments(value, spatial_shapes, level_start_index, nullptr,
+                                                      sampling_locations, attention_weights, num_points),
+                                       grad_output, deterministic);
     return {g.value, g.coordinates, g.weights};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
       const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
       const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-      bool deterministic) {
-    const GradientTensors g = backward(
-        make_arguments(value, spatial_shapes, level_start_index, &reference_points, sampling_offsets, attention_logits),
-        grad_output, deterministic);
+      bool deterministic, const Points& num_points) {
+    const GradientTensors g = backward(make_arguments(value, spatial_shapes, level_start_index, &reference_points,
+                                                      sampling_offsets, attention_logits, num_points),
+                                       grad_output, deterministic);
     return {g.value, g.reference_points, g.coordinates, g.weights};
   }
 

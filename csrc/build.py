@@ -164,6 +164,7 @@ class _Builder:
         isas = ISA_FLAGS if sysconfig.get_platform().endswith(('x86_64', 'amd64')) else {'portable': []}
         bindings = [
             self.compile('cpu/binding.cpp', binding + self.sanitize),
+            self.compile('cpu/schemas.cpp', binding + self.sanitize),
             self.compile('onnxruntime/library.cpp', self.sanitize),
         ]
         kernels = [self.compile('cpu/ms_deform_attn.cpp', self.sanitize)]
@@ -183,10 +184,10 @@ class _Builder:
         # The longest commands first, so that parallel jobs end together.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             list(pool.map(self.execute, [command for command, _ in [*sum(cuda.values(), []), *kernels, *bindings]]))
-        torch_binding, onnxruntime_binding, *objects = (target for _, target in [*bindings, *kernels])
+        torch_binding, schemas, node, *objects = (target for _, target in [*bindings, *kernels])
         results = [
-            self.link('libmsda_cpu.so', [torch_binding, *objects], self.links_to_torch()),
-            self.link('libmsda_onnxruntime.so', [onnxruntime_binding, *objects], []),
+            self.link('libmsda_cpu.so', [torch_binding, schemas, *objects], self.links_to_torch()),
+            self.link('libmsda_onnxruntime.so', [node, *objects], []),
         ]
         results += [self.link_cuda(nvcc, [target for _, target in objects]) for nvcc, objects in cuda.items()]
         return results

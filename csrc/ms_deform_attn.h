@@ -16,7 +16,10 @@ namespace msda {
 
 enum class DType { float64, float32, float16, bfloat16 };
 
-// All tensors are contiguous. A "sample" is one of the levels * points positions of one query and head.
+constexpr int kMaxUnevenLevels = 16;
+
+// All tensors are contiguous. A "sample" is one of the positions of one query and head: `points` on each level, or
+// another number on each level if `points` is 0.
 struct Problem {
   int64_t batch, keys, heads, channels, levels, queries, points;
   int reference_size;  // 0: plain operator; fused: 2 for reference points (x, y), 4 for boxes (cx, cy, w, h)
@@ -24,12 +27,23 @@ struct Problem {
   bool wide_reference;            // whether the reference points have the accumulation type instead of coordinate_dtype
   const void* value;              // (batch, keys, heads, channels), dtype
   const int64_t* spatial_shapes;  // (levels, 2): height, width
-  const int64_t* level_start_index;  // (levels)
-  const void* reference_points;      // fused: (batch, queries, levels, reference_size)
-  const void* coordinates;           // locations, fused: offsets, (batch, queries, heads, levels, points, 2)
-  const void* weights;               // weights, fused: logits, (batch, queries, heads, levels, points)
+  const int64_t* level_start_index;           // (levels)
+  const void* reference_points;               // fused: (batch, queries, levels, reference_size)
+  const void* coordinates;                    // locations, fused: offsets, (batch, queries, heads, samples, 2)
+  const void* weights;                        // weights, fused: logits, (batch, queries, heads, samples)
+  int32_t level_begin[kMaxUnevenLevels + 1];  // if points is 0: the first sample of each level, and samples()
 
-  MSDA_MEMBER int64_t samples() const { return levels * points; }
+  MSDA_MEMBER int64_t samples() const { return first_sample(levels); }
+  MSDA_MEMBER int64_t first_sample(int64_t level) const { return points != 0 ? level * points : level_begin[level]; }
+  MSDA_MEMBER int64_t points_on(int64_t level) const {
+    return points != 0 ? points : level_begin[level + 1] - level_begin[level];
+  }
+  MSDA_MEMBER int64_t level_of(int64_t sample) const {
+    if (points != 0) return static_cast<uint32_t>(sample) / static_cast<uint32_t>(points);
+    int64_t level = 0;
+    while (sample >= level_begin[level + 1]) ++level;
+    return level;
+  }
 };
 
 // Gradients, each with the shape of its input.

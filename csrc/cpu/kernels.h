@@ -104,21 +104,29 @@ inline void dot(const Tile<A, C>& tile, int64_t first, const Rows<T>& rows, int6
   });
 }
 
-// row of corner i of sample s += corner weight * grad, in the order of the samples. The rows are packed.
+// row of corner i of sample s += corner weight * grad, in the order of the samples. The rows are packed: the four
+// corners of a sample are different rows, so all are read before the first is written.
 template <class A, class C>
 inline void scatter(const Tile<A, C>& tile, int64_t first, char* base, int64_t stride, int64_t padded, const A* grad) {
-  for_channels<A>(padded, [&](auto vectors, int64_t c) {
+  for_channels<A>(padded, [=, samples = tile.samples, weights = tile.corner + 4 * first,
+                           rows = tile.row + kRowsPerSample<true> * first](auto vectors, int64_t c) {
     constexpr int V = decltype(vectors)::value;
+    const int64_t bytes = stride, count = samples;  // in registers: the compiler assumes that a store may change them
     Vector<A> g[V];
     for (int v = 0; v < V; ++v) g[v] = load(grad + c + v * kLanes<A>);
-    const A* weight = tile.corner + 4 * first;
-    const int32_t* row = tile.row + kRowsPerSample<true> * first;
+    const A* weight = weights;
+    const int32_t* row = rows;
     char* channel = base + c * sizeof(A);
-    for (int64_t s = 0; s < tile.samples; ++s, weight += 4, row += kRowsPerSample<true>)
+    for (int64_t s = 0; s < count; ++s, weight += 4, row += kRowsPerSample<true>) {
+      A* target[4];
+      Vector<A> sum[4][V];
       for (int i = 0; i < 4; ++i) {
-        A* target = reinterpret_cast<A*>(channel + corner_offset<true>(row, i, stride, 0));
-        for (int v = 0; v < V; ++v) store<A>(target + v * kLanes<A>, load(target + v * kLanes<A>) + weight[i] * g[v]);
+        target[i] = reinterpret_cast<A*>(channel + corner_offset<true>(row, i, bytes, 0));
+        for (int v = 0; v < V; ++v) sum[i][v] = load(target[i] + v * kLanes<A>) + weight[i] * g[v];
       }
+      for (int i = 0; i < 4; ++i)
+        for (int v = 0; v < V; ++v) store<A>(target[i] + v * kLanes<A>, sum[i][v]);
+    }
   });
 }
 
@@ -154,6 +162,37 @@ struct Kernels {
 
   static int64_t work(const Problem& p, int64_t queries) { return queries * p.samples() * 4 * p.channels; }
 
+  // Writes rows of channels to a tensor (batch, rows, heads, channels) in a task. If the tensor is large, they bypass
+  // the caches.
+  class Writer {
+   public:
+    Writer(const Problem& p, int64_t rows, const void* tensor)
+        : streams(kStreams && p.batch * rows * p.heads * p.channels * int64_t{sizeof(T)} >= kStreamedBytes &&
+                  p.channels * sizeof(T) % kVectorBytes == 0 &&
+                  reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0),
+          channels_(p.channels), narrowed_(p.channels) {}
+    ~Writer() {
+      if (streams) end_of_stream();
+    }
+
+    void write(const A* row, T* target) const {  // an aligned row
+      if (!streams) {
+        narrow(row, target, channels_);
+      } else if constexpr (std::is_same_v<T, A>) {
+        stream(row, target, channels_ * sizeof(T));
+      } else {
+        narrow(row, narrowed_, channels_);
+        stream(narrowed_.get(), target, channels_ * sizeof(T));
+      }
+    }
+
+    const bool streams;
+
+   private:
+    const int64_t channels_;
+    Buffer<T> narrowed_;
+  };
+
   static void forward(const Problem& p, void* output, const cpu::Pool& pool) {
     const Layout layout(p, packs(p));
     run(pool, tiles(p, p.queries), work(p, tile_capacity(p)), [&](int64_t begin, int64_t end) {
@@ -161,14 +200,12 @@ struct Kernels {
       Rows<T> rows(p, layout);
       Tile<A, C> tile(p, layout, 0, p.levels);
       Buffer<A> sum(padded);
-      Buffer<T> narrowed(p.channels);
       const int64_t bytes = p.channels * sizeof(T);
-      const bool streams = kStreams && p.batch * p.queries * p.heads * bytes >= kStreamedBytes &&
-                           bytes % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(output) % kVectorBytes == 0;
+      const Writer writer(p, p.queries, output);
       const auto run_tile = [&](int64_t image, int64_t head, int64_t query, int64_t count) {
         const int64_t step = p.heads * p.channels;
         T* target = static_cast<T*>(output) + (image * p.queries + query) * step + head * p.channels;
-        if (!streams)
+        if (!writer.streams)
           for (int64_t i = 0; i < count; ++i) prefetch<0, true>(target + i * step, bytes);
         rows.select(image, head);
         tile.plan(image, head, query, count);
@@ -178,18 +215,10 @@ struct Kernels {
             gather<T, true>(tile, i * tile.samples, rows, padded, sum.get());
           else
             gather<T, false>(tile, i * tile.samples, rows, padded, sum.get());
-          if (!streams) {
-            narrow(sum, target, p.channels);
-          } else if constexpr (std::is_same_v<T, A>) {
-            stream(sum.get(), target, bytes);
-          } else {
-            narrow(sum, narrowed, p.channels);
-            stream(narrowed.get(), target, bytes);
-          }
+          writer.write(sum, target);
         }
       };
       for_tiles(p, tile.capacity, layout.packed, 0, p.queries, begin, end, run_tile);
-      if (streams) end_of_stream();
     });
   }
 
@@ -211,9 +240,14 @@ struct Kernels {
     }
   }
 
-  static void load_grad(const Problem& p, const Gradients& g, int64_t image, int64_t head, int64_t query, A* target) {
+  // Widens the gradient of the output of one query and head, and prefetches the one `ahead` queries later: hardware
+  // prefetchers miss this stride.
+  static void load_grad(const Problem& p, const Gradients& g, int64_t image, int64_t head, int64_t query, int64_t ahead,
+                        A* target) {
     const int64_t unit = (image * p.queries + query) * p.heads + head;
-    widen(static_cast<const T*>(g.output) + unit * p.channels, target, p.channels);
+    const T* source = static_cast<const T*>(g.output) + unit * p.channels;
+    prefetch<0>(source + ahead * p.heads * p.channels, p.channels * sizeof(T));
+    widen(source, target, p.channels);
   }
 
   static void coordinate_gradients(const Problem& p, const Gradients& g, int64_t query_begin, int64_t query_end,
@@ -223,27 +257,33 @@ struct Kernels {
       const int64_t padded = padded_channels<A>(p), samples = p.samples();
       Rows<T> rows(p, layout);
       Tile<A, C> tile(p, layout, 0, p.levels);
-      Buffer<A> grad(padded), dots(4 * samples), grad_weight(samples), grad_xy(2 * samples), grad_pixel(2 * samples);
+      Buffer<A> grad(padded), dots(4 * tile.size), grad_weight(tile.size), grad_xy(2 * tile.size);
+      Buffer<A> grad_pixel(2 * tile.size);
       std::memset(grad, 0, padded * sizeof(A));
       const auto run_tile = [&](int64_t image, int64_t head, int64_t query, int64_t count) {
+        const auto unit_of = [&](int64_t i) { return (image * p.queries + query + i) * p.heads + head; };
+        for (int64_t i = 0; i < count; ++i) {
+          prefetch<0, true>(static_cast<C*>(g.weights) + unit_of(i) * samples, samples * sizeof(C));
+          prefetch<0, true>(static_cast<C*>(g.coordinates) + unit_of(i) * samples * 2, 2 * samples * sizeof(C));
+        }
         rows.select(image, head);
         tile.plan(image, head, query, count);
         if (!layout.packed) prefetch_rows(tile, count, rows, p.channels * sizeof(T));
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t first = i * samples;
-          load_grad(p, g, image, head, query + i, grad);
+        for (int64_t i = 0, first = 0; i < count; ++i, first += samples) {
+          load_grad(p, g, image, head, query + i, tile.capacity, grad);
           if (layout.packed)
-            dot<T, true>(tile, first, rows, padded, grad.get(), dots.get());
+            dot<T, true>(tile, first, rows, padded, grad.get(), dots + 4 * first);
           else
-            dot<T, false>(tile, first, rows, padded, grad.get(), dots.get());
-          sample_gradients(tile, first, dots, grad_weight, grad_pixel);
-          chain_rule(p, tile, first, grad_weight, grad_pixel, grad_xy);
-          const int64_t unit = (image * p.queries + query + i) * p.heads + head;
-          narrow(grad_weight, static_cast<C*>(g.weights) + unit * samples, samples);
-          narrow(grad_xy, static_cast<C*>(g.coordinates) + unit * samples * 2, 2 * samples);
+            dot<T, false>(tile, first, rows, padded, grad.get(), dots + 4 * first);
+        }
+        sample_gradients(tile, count, dots, grad_weight, grad_pixel);
+        chain_rule(p, tile, count, grad_weight, grad_pixel, grad_xy);
+        for (int64_t i = 0, first = 0; i < count; ++i, first += samples) {
+          narrow(grad_weight + first, static_cast<C*>(g.weights) + unit_of(i) * samples, samples);
+          narrow(grad_xy + 2 * first, static_cast<C*>(g.coordinates) + unit_of(i) * samples * 2, 2 * samples);
           if (parts != nullptr) {
             const int64_t part = (image * p.heads + head) * (query_end - query_begin) + query + i - query_begin;
-            reference_part(p, tile, first, grad_pixel, parts + part * p.levels * p.reference_size);
+            reference_part(p, tile, first, grad_pixel + 2 * first, parts + part * p.levels * p.reference_size);
           }
         }
       };
@@ -251,12 +291,12 @@ struct Kernels {
     });
   }
 
-  // Gradients with respect to the attention weights and to the positions in pixels.
-  static void sample_gradients(const Tile<A, C>& tile, int64_t first, const A* __restrict dots,
+  // Gradients of the samples of `count` queries with respect to the attention weights and to the positions in pixels.
+  static void sample_gradients(const Tile<A, C>& tile, int64_t count, const A* __restrict dots,
                                A* __restrict grad_weight, A* __restrict grad_pixel) {
-    const A *down = tile.down + first, *right = tile.right + first, *weight = tile.weight + first;
-    const int32_t* inside = tile.inside + first;
-    for (int64_t s = 0; s < tile.samples; ++s) {
+    const A *down = tile.down, *right = tile.right, *weight = tile.weight;
+    const int32_t* inside = tile.inside;
+    for (int64_t s = 0; s < count * tile.samples; ++s) {
       const SampleGradient<A> grad =
           sample_gradient(down[s], right[s], dots[4 * s], dots[4 * s + 1], dots[4 * s + 2], dots[4 * s + 3]);
       grad_weight[s] = grad.weight;
@@ -266,45 +306,47 @@ struct Kernels {
   }
 
   // Gradients with respect to the operator's arguments: locations or offsets, and logits.
-  static void chain_rule(const Problem& p, const Tile<A, C>& tile, int64_t first, A* __restrict grad_weight,
+  static void chain_rule(const Problem& p, const Tile<A, C>& tile, int64_t count, A* __restrict grad_weight,
                          const A* __restrict grad_pixel, A* __restrict grad_xy) {
-    const int32_t *width = tile.width + first, *height = tile.height + first, *inside = tile.inside + first;
-    const int64_t samples = tile.samples;
+    const int32_t *width = tile.width, *height = tile.height, *inside = tile.inside;
+    const int64_t total = count * tile.samples;
     if (p.reference_size != 2) {
-      for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t s = 0; s < total; ++s) {
         grad_xy[2 * s] = grad_pixel[2 * s] * static_cast<A>(width[s]);
         grad_xy[2 * s + 1] = grad_pixel[2 * s + 1] * static_cast<A>(height[s]);
       }
     } else {
-      for (int64_t s = 0; s < 2 * samples; ++s) grad_xy[s] = grad_pixel[s];
+      for (int64_t s = 0; s < 2 * total; ++s) grad_xy[s] = grad_pixel[s];
     }
     if (p.reference_size == 0) return;
     if (p.reference_size == 4) {
-      const A *box_width = tile.origin + 2 * tile.size + first, *box_height = tile.origin + 3 * tile.size + first;
-      const A unit = A(0.5) / static_cast<A>(p.points);
-      for (int64_t s = 0; s < samples; ++s) {
-        grad_xy[2 * s] = inside[s] ? grad_xy[2 * s] * box_width[s] * unit : A(0);
-        grad_xy[2 * s + 1] = inside[s] ? grad_xy[2 * s + 1] * box_height[s] * unit : A(0);
+      const A *box_width = tile.origin + 2 * tile.size, *box_height = tile.origin + 3 * tile.size;
+      const A* unit = tile.box_unit;
+      for (int64_t s = 0; s < total; ++s) {
+        grad_xy[2 * s] = inside[s] ? grad_xy[2 * s] * box_width[s] * unit[s] : A(0);
+        grad_xy[2 * s + 1] = inside[s] ? grad_xy[2 * s + 1] * box_height[s] * unit[s] : A(0);
       }
     }
-    const A* weight = tile.weight + first;
-    const A mean = dot_product<A>(grad_weight, weight, samples);
-    for (int64_t s = 0; s < samples; ++s) grad_weight[s] = weight[s] * (grad_weight[s] - mean);
+    for (int64_t first = 0; first < total; first += tile.samples) {
+      const A* weight = tile.weight + first;
+      A* grad = grad_weight + first;
+      const A mean = dot_product<A>(grad, weight, tile.samples);
+      for (int64_t s = 0; s < tile.samples; ++s) grad[s] = weight[s] * (grad[s] - mean);
+    }
   }
 
   // One head's part of the gradient of the reference points of one query: [levels][reference_size].
   static void reference_part(const Problem& p, const Tile<A, C>& tile, int64_t first, const A* grad_pixel, A* part) {
-    const A unit = A(0.5) / static_cast<A>(p.points);
-    for (int64_t level = 0; level < p.levels; ++level, part += p.reference_size) {
+    for (int64_t level = 0, s = 0; level < p.levels; ++level, part += p.reference_size) {
       A sum[4] = {};
-      for (int64_t s = level * p.points; s < (level + 1) * p.points; ++s) {
+      for (const int64_t end = p.first_sample(level + 1); s < end; ++s) {
         const A grad_x = grad_pixel[2 * s] * static_cast<A>(tile.width[s]);
         const A grad_y = grad_pixel[2 * s + 1] * static_cast<A>(tile.height[s]);
         sum[0] += grad_x;
         sum[1] += grad_y;
         if (p.reference_size == 4 && tile.inside[first + s]) {
-          sum[2] += grad_x * tile.raw[2 * (first + s)] * unit;
-          sum[3] += grad_y * tile.raw[2 * (first + s) + 1] * unit;
+          sum[2] += grad_x * tile.raw[2 * (first + s)] * tile.box_unit[s];
+          sum[3] += grad_y * tile.raw[2 * (first + s) + 1] * tile.box_unit[s];
         }
       }
       for (int64_t f = 0; f < p.reference_size; ++f) part[f] = sum[f];
@@ -342,6 +384,7 @@ struct Kernels {
       const int64_t padded = padded_channels<A>(p), stride = padded * sizeof(A);
       Buffer<A> rows(layout.rows * padded);
       Buffer<A> grad(padded);
+      const Writer writer(p, p.keys, g.value);
       std::memset(grad, 0, padded * sizeof(A));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / (p.heads * ranges), head = i / ranges % p.heads;
@@ -352,7 +395,7 @@ struct Kernels {
           const int64_t count = min_of(tile.capacity, p.queries - query);
           tile.plan(image, head, query, count);
           for (int64_t j = 0; j < count; ++j) {
-            load_grad(p, g, image, head, query + j, grad);
+            load_grad(p, g, image, head, query + j, tile.capacity, grad);
             scatter(tile, j * tile.samples, reinterpret_cast<char*>(rows.get()), stride, padded, grad.get());
           }
         }
@@ -361,7 +404,7 @@ struct Kernels {
             const A* source = rows + row * padded;
             T* target = static_cast<T*>(g.value) + ((image * p.keys + key) * p.heads + head) * p.channels;
             for (int64_t x = 0; x < layout.levels[level].width; ++x, source += padded, target += p.heads * p.channels)
-              narrow(source, target, p.channels);
+              writer.write(source, target);
           });
       }
     });

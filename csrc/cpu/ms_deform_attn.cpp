@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace msda {
 
@@ -46,13 +49,32 @@ InstructionSet choose(int64_t channels) {
   return kPortable;
 }
 
+// Requests huge pages for memory that is about to be written. It is often new, and page faults on small pages would
+// take longer than the kernels.
+void request_huge_pages(void* data, int64_t elements, DType dtype) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const int64_t size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + elements * size) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // optional: it may fail
+#endif
+}
+
 }  // namespace
 
 void forward(const Problem& problem, void* output, const Pool& pool) {
+  const Problem& p = problem;
+  request_huge_pages(output, p.batch * p.queries * p.heads * p.channels, p.dtype);
   choose(problem.channels).forward(problem, output, pool);
 }
 
 void backward(const Problem& problem, const Gradients& gradients, const Pool& pool) {
+  const Problem& p = problem;
+  const int64_t samples = p.batch * p.queries * p.heads * p.samples();
+  request_huge_pages(gradients.value, p.batch * p.keys * p.heads * p.channels, p.dtype);
+  request_huge_pages(gradients.coordinates, 2 * samples, p.coordinate_dtype);
+  request_huge_pages(gradients.weights, samples, p.coordinate_dtype);
   choose(problem.channels).backward(problem, gradients, pool);
 }
 

@@ -17,13 +17,17 @@ template <class A, class C>
 class Tile {
  public:
   Tile(const Problem& p, const Layout& layout, int64_t level_begin, int64_t level_end)
-      : samples((level_end - level_begin) * p.points), capacity(max_of(1, kTileSamples / samples)),
+      : samples(p.first_sample(level_end) - p.first_sample(level_begin)), capacity(max_of(1, kTileSamples / samples)),
         size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), corner(4 * size), row(4 * size), weight(size),
-        down(size), right(size), inside(size), width(size), height(size), raw(2 * size),
-        origin(p.reference_size * size), p_(p), packed_(layout.packed), first_(level_begin * p.points), x_(size),
-        y_(size), start_(size), pitch_(size), logits_(capacity * p.samples() + kLanes<A>) {
-    for (int64_t s = 0; s < size; ++s) {
-      const Level& level = layout.levels[level_begin + s % samples / p.points];
+        down(size), right(size), box_unit(size), inside(size), width(size), height(size), raw(2 * size),
+        origin(p.reference_size * size), p_(p), packed_(layout.packed), level_begin_(level_begin),
+        level_end_(level_end), first_(p.first_sample(level_begin)), x_(size), y_(size), start_(size), pitch_(size),
+        logits_(capacity * p.samples() + kLanes<A>) {
+    for (int64_t s = 0, l = level_begin, in_query = 0; s < size; ++s, ++in_query) {
+      if (in_query == samples) in_query = 0, l = level_begin;
+      while (first_ + in_query == p.first_sample(l + 1)) ++l;
+      const Level& level = layout.levels[l];
+      box_unit[s] = A(0.5) / static_cast<A>(p.points_on(l));
       height[s] = level.height;
       width[s] = level.width;
       start_[s] = level.origin;
@@ -58,6 +62,7 @@ class Tile {
   // place, [size][4], with -1 for a missing corner.
   Buffer<int32_t> row;
   Buffer<A> weight, down, right;
+  Buffer<A> box_unit;  // of an offset, in sizes of the box: half the box divided by the number of points
   Buffer<int32_t> inside, width, height;
   Buffer<A> raw;     // [size][2]: the given coordinates
   Buffer<A> origin;  // [reference_size][size]: reference point or box of each sample
@@ -92,25 +97,24 @@ class Tile {
       }
       return;
     }
-    const int64_t level_begin = first_ / p_.points, levels = samples / p_.points;
     for (int64_t i = 0, s = 0; i < count; ++i) {
-      const int64_t reference_begin = ((row + i) * p_.levels + level_begin) * features;
-      for (int64_t l = 0; l < levels; ++l) {
+      for (int64_t l = level_begin_; l < level_end_; ++l) {
+        const int64_t points = p_.points_on(l);
         for (int64_t f = 0; f < features; ++f) {
           A reference;
-          const int64_t index = reference_begin + l * features + f;
+          const int64_t index = ((row + i) * p_.levels + l) * features + f;
           if (p_.wide_reference)
             reference = static_cast<const A*>(p_.reference_points)[index];
           else
             widen(static_cast<const C*>(p_.reference_points) + index, &reference, 1);
           A* target = origin + f * size + s;
-          if (p_.points == 4) {  // a constant, for the compiler
+          if (points == 4) {  // a constant, for the compiler
             for (int k = 0; k < 4; ++k) target[k] = reference;
           } else {
-            for (int64_t k = 0; k < p_.points; ++k) target[k] = reference;
+            for (int64_t k = 0; k < points; ++k) target[k] = reference;
           }
         }
-        s += p_.points;
+        s += points;
       }
     }
     const A *ox = origin, *oy = origin + size;
@@ -120,11 +124,10 @@ class Tile {
         y[s] = pixel_of_point(oy[s], xy[2 * s + 1], static_cast<A>(h[s]));
       }
     } else {
-      const A *ow = origin + 2 * size, *oh = origin + 3 * size;
-      const A unit = A(0.5) / static_cast<A>(p_.points);
+      const A *ow = origin + 2 * size, *oh = origin + 3 * size, *unit = box_unit;
       for (int64_t s = 0; s < total; ++s) {
-        x[s] = pixel_of_box(ox[s], ow[s], xy[2 * s], unit, static_cast<A>(w[s]));
-        y[s] = pixel_of_box(oy[s], oh[s], xy[2 * s + 1], unit, static_cast<A>(h[s]));
+        x[s] = pixel_of_box(ox[s], ow[s], xy[2 * s], unit[s], static_cast<A>(w[s]));
+        y[s] = pixel_of_box(oy[s], oh[s], xy[2 * s + 1], unit[s], static_cast<A>(h[s]));
       }
     }
   }
@@ -158,6 +161,7 @@ class Tile {
 
   const Problem& p_;
   const bool packed_;
+  const int64_t level_begin_, level_end_;
   const int64_t first_;  // the query's sample at which the range of levels begins
   Buffer<A> x_, y_;
   Buffer<int32_t> start_, pitch_;

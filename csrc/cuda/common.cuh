@@ -22,7 +22,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
+extern __shared__ __align__(32) unsigned char shared_memory[];
 
 template <class T>
 struct AccumulatorOf {
@@ -185,7 +185,7 @@ __device__ __forceinline__ Cell<A, int32_t> cell_of(const Problem& p, int64_t ro
   if (p.reference_size == 2)
     return locate(pixel_of_point(reference[0], x, width), pixel_of_point(reference[1], y, height), shape.height,
                   shape.width);
-  const A unit = A(0.5) / static_cast<A>(p.points);
+  const A unit = A(0.5) / static_cast<A>(p.points_on(level));
   return locate(pixel_of_box(reference[0], reference[2], x, unit, width),
                 pixel_of_box(reference[1], reference[3], y, unit, height), shape.height, shape.width);
 }

@@ -50,9 +50,9 @@ template <class A, class C>
 __global__ void __launch_bounds__(kThreads) keys_kernel(const Problem p, SortBuffers b) {
   const int32_t segment = blockIdx.x / b.chunks, begin = blockIdx.x % b.chunks * kSortItems;
   const int32_t heads = static_cast<int32_t>(p.heads), image = segment / heads, head = segment % heads;
-  const int32_t samples = static_cast<int32_t>(p.samples()), points = static_cast<int32_t>(p.points);
+  const int32_t samples = static_cast<int32_t>(p.samples());
   for (int32_t i = begin + threadIdx.x; i < b.items && i < begin + kSortItems; i += kThreads) {
-    const int32_t query = i / samples, s = i % samples, level = s / points;
+    const int32_t query = i / samples, s = i % samples, level = static_cast<int32_t>(p.level_of(s));
     const int64_t row = image * p.queries + query;
     const Level shape = level_of(p, level);
     const Cell<A, int32_t> cell = cell_of<A, C>(p, row, (row * heads + head) * samples + s, level, shape);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int32_t key = keys - 1 - (blockIdx.x % tiles * kWarps + threadIdx.x / 32);
   if (key < 0) return;
   const int32_t image = segment / heads, head = segment % heads;
-  const int32_t samples = static_cast<int32_t>(p.samples()), points = static_cast<int32_t>(p.points);
+  const int32_t samples = static_cast<int32_t>(p.samples());
   const int32_t* begins = b.begins + int64_t{segment} * (keys + 1);
   const int32_t* indices = b.indices + int64_t{segment} * b.items;
   const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           const Cell<A, int32_t> cell = cell_of<A, C>(p, q, index, level, shape);
           const int32_t down = row - cell.row, right = column - cell.column;
           // Cells that begin outside the level have the key of a pixel inside, and levels may overlap in `value`.
-          if (down <= 1 && right <= 1 && s / points == level) {
+          if (down <= 1 && right <= 1 && p.level_of(s) == level) {
             query = item / samples;
             weight = corner_weight(cell.down, cell.right, 2 * down + right) *
                      (attention != nullptr ? attention[index] : widen<A>(static_cast<const C*>(p.weights)[index]));

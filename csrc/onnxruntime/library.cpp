@@ -1,8 +1,9 @@
-// The operator in onnxruntime, computed by the CPU kernels. Two nodes:
-// - MSDeformAttn (domain msda_plugin): value, spatial_shapes, sampling_locations, attention_weights
-//   -> (bs, num_queries, num_heads * head_dim)
-// - MultiscaleDeformableAttnPlugin_TRT (domain trt.plugins), TensorRT's inputs and output: value, spatial_shapes,
-//   level_start_index, sampling_locations, attention_weights -> (bs, num_queries, num_heads, head_dim)
+// The operator in onnxruntime, computed by the CPU kernels. Three nodes, whose inputs are listed in `kNodes`:
+// - MSDeformAttn and MSDeformAttnFused (domain msda_plugin), as msda_plugin.ops.ms_deform_attn and
+// ms_deform_attn_fused;
+//   the output is (bs, num_queries, num_heads * head_dim)
+// - MultiscaleDeformableAttnPlugin_TRT (domain trt.plugins), with TensorRT's inputs and output:
+//   (bs, num_queries, num_heads, head_dim)
 #include <algorithm>
 #include <atomic>
 #include <climits>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -71,19 +73,38 @@ Sizes sizes_of(const Api& api, const TypeAndShape* shape) {
   return sizes;
 }
 
-// An operator for one combination of the inputs' dtypes. onnxruntime chooses the one that fits the node.
+struct Node {
+  const char *domain, *name;
+  std::vector<const char*> inputs;  // the value and spatial_shapes first, coordinates and weights last
+
+  bool has(const char* input) const { return std::string_view(inputs[2]) == input; }
+  bool is_tensorrt() const { return has("level_start_index"); }
+  bool is_fused() const { return has("reference_points"); }
+};
+
+const Node kNodes[] = {
+    {"msda_plugin", "MSDeformAttn", {"value", "spatial_shapes", "sampling_locations", "attention_weights"}},
+    {"msda_plugin",
+     "MSDeformAttnFused",
+     {"value", "spatial_shapes", "reference_points", "sampling_offsets", "attention_logits"}},
+    {"trt.plugins",
+     "MultiscaleDeformableAttnPlugin_TRT",
+     {"value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights"}},
+};
+
+// A node for one combination of the inputs' dtypes. onnxruntime chooses the one that fits the file.
 struct Operator : CustomOp {
   Api api;
-  bool tensorrt;
+  const Node& node;
   std::vector<ElementType> types;  // of the inputs
 
-  Operator(const Api& api, bool tensorrt, std::vector<ElementType> types);
+  Operator(const Api& api, const Node& node, std::vector<ElementType> types);
 
-  size_t locations() const { return types.size() - 2; }  // the place of the sampling locations
-  // The output's sizes, from those of the value and the sampling locations.
-  Sizes output_sizes(const Sizes& value, const Sizes& locations) const {
-    if (tensorrt) return {value[0], locations[1], value[2], value[3]};
-    return {value[0], locations[1], value[2] * value[3]};
+  size_t coordinates() const { return types.size() - 2; }  // the place of the sampling locations or offsets
+  // The output's sizes, from those of the value and the coordinates.
+  Sizes output_sizes(const Sizes& value, const Sizes& coordinates) const {
+    if (node.is_tensorrt()) return {value[0], coordinates[1], value[2], value[3]};
+    return {value[0], coordinates[1], value[2] * value[3]};
   }
   void check_types() const;
 };
@@ -103,10 +124,9 @@ struct Run {
   void compute() const {
     std::vector<Tensor> inputs;
     for (size_t i = 0; i < op.types.size(); ++i) inputs.push_back(input(i));
-    const Tensor &value = inputs[0], &shapes = inputs[1], &locations = inputs[op.locations()], &weights = inputs.back();
-    Problem p = problem(value, shapes, locations, weights);
-    const Sizes spatial_shapes = integers(shapes), starts = level_starts(p, spatial_shapes);
-    if (op.tensorrt) {
+    Problem p = problem(inputs);
+    const Sizes spatial_shapes = integers(inputs[1]), starts = level_starts(p, spatial_shapes);
+    if (op.node.is_tensorrt()) {
       require(inputs[2].sizes == Sizes{p.levels},
               "level_start_index has shape " + text(inputs[2].sizes) + ", but " + text({p.levels}) + " is needed");
       const Sizes given = integers(inputs[2]);
@@ -116,7 +136,7 @@ struct Run {
     p.spatial_shapes = spatial_shapes.data();
     p.level_start_index = starts.data();
 
-    const Sizes sizes = op.output_sizes(value.sizes, locations.sizes);
+    const Sizes sizes = op.output_sizes(inputs[0].sizes, inputs[op.coordinates()].sizes);
     Value* output = nullptr;
     void* data = nullptr;
     check(api.output(context, 0, sizes.data(), sizes.size(), &output));
@@ -137,15 +157,18 @@ struct Run {
     return {op.types[i], data, sizes_of(api, shape)};
   }
 
-  Problem problem(const Tensor& value, const Tensor& shapes, const Tensor& locations, const Tensor& weights) const {
+  Problem problem(const std::vector<Tensor>& inputs) const {
+    const Tensor &value = inputs[0], &shapes = inputs[1], &coordinates = inputs[op.coordinates()],
+                 &weights = inputs.back();
+    const std::string coordinates_name = op.node.inputs[op.coordinates()], weights_name = op.node.inputs.back();
     require(value.sizes.size() == 4 && value.sizes[2] > 0 && value.sizes[3] > 0,
             "value has shape " + text(value.sizes) +
                 ", but (bs, num_keys, num_heads, head_dim) with at least one head and channel is needed");
     require(shapes.sizes.size() == 2 && shapes.sizes[0] > 0 && shapes.sizes[1] == 2,
             "spatial_shapes has shape " + text(shapes.sizes) +
                 ", but (num_levels, 2) with at least one level is needed: (h, w) of each level");
-    require(locations.sizes.size() == 6 && locations.sizes[4] > 0,
-            "sampling_locations has shape " + text(locations.sizes) +
+    require(coordinates.sizes.size() == 6 && coordinates.sizes[4] > 0,
+            coordinates_name + " has shape " + text(coordinates.sizes) +
                 ", but (bs, num_queries, num_heads, num_levels, num_points, 2) with at least one point is needed");
     Problem p{};
     p.batch = value.sizes[0];
@@ -153,20 +176,31 @@ struct Run {
     p.heads = value.sizes[2];
     p.channels = value.sizes[3];
     p.levels = shapes.sizes[0];
-    p.queries = locations.sizes[1];
-    p.points = locations.sizes[4];
+    p.queries = coordinates.sizes[1];
+    p.points = coordinates.sizes[4];
     Sizes expected{p.batch, p.queries, p.heads, p.levels, p.points, 2};
-    require(locations.sizes == expected, "sampling_locations has shape " + text(locations.sizes) + ", but " +
-                                             text(expected) + " is needed, to go with value " + text(value.sizes) +
-                                             " and the levels in spatial_shapes");
+    require(coordinates.sizes == expected, coordinates_name + " has shape " + text(coordinates.sizes) + ", but " +
+                                               text(expected) + " is needed, to go with value " + text(value.sizes) +
+                                               " and the levels in spatial_shapes");
     expected.pop_back();
-    require(weights.sizes == expected, "attention_weights has shape " + text(weights.sizes) + ", but " +
-                                           text(expected) + " is needed, to go with sampling_locations");
+    require(weights.sizes == expected, weights_name + " has shape " + text(weights.sizes) + ", but " + text(expected) +
+                                           " is needed, to go with " + coordinates_name);
     p.dtype = value.type == kFloat ? DType::float32 : DType::float16;
-    p.coordinate_dtype = locations.type == kFloat ? DType::float32 : DType::float16;
+    p.coordinate_dtype = coordinates.type == kFloat ? DType::float32 : DType::float16;
     p.value = value.data;
-    p.coordinates = locations.data;
+    p.coordinates = coordinates.data;
     p.weights = weights.data;
+    if (op.node.is_fused()) {
+      const Tensor& points = inputs[2];
+      expected = {p.batch, p.queries, p.levels};
+      p.reference_size = points.sizes.size() == 4 ? static_cast<int>(points.sizes[3]) : 0;
+      require((p.reference_size == 2 || p.reference_size == 4) &&
+                  std::equal(expected.begin(), expected.end(), points.sizes.begin()),
+              "reference_points has shape " + text(points.sizes) + ", but (bs, num_queries, num_levels) = " +
+                  text(expected) + " with 2 or 4 coordinates is needed, points (x, y) or boxes (cx, cy, w, h)");
+      p.reference_points = points.data;
+      p.wide_reference = points.type != coordinates.type;
+    }
     return p;
   }
 
@@ -278,14 +312,14 @@ void infer_shape(const Operator& op, ShapeInferenceContext* context) {
     check(api.names(shape, known.names.data(), known.names.size()));
     return known;
   };
-  const Known value = input(0), locations = input(op.locations());
-  if (value.sizes.size() != 4 || locations.sizes.size() != 6) return;  // not known, or the run will tell
+  const Known value = input(0), coordinates = input(op.coordinates());
+  if (value.sizes.size() != 4 || coordinates.sizes.size() != 6) return;  // not known, or the run will tell
   const auto is_known = [](const Known& known, size_t i) { return known.sizes[i] >= 0 || *known.names[i] != '\0'; };
-  if (!is_known(value, 0) || !is_known(locations, 1) || value.sizes[2] < 0 || value.sizes[3] < 0) return;
-  const Sizes sizes = op.output_sizes(value.sizes, locations.sizes);
+  if (!is_known(value, 0) || !is_known(coordinates, 1) || value.sizes[2] < 0 || value.sizes[3] < 0) return;
+  const Sizes sizes = op.output_sizes(value.sizes, coordinates.sizes);
   std::vector<const char*> names(sizes.size(), "");
   names[0] = value.names[0];
-  names[1] = locations.names[1];
+  names[1] = coordinates.names[1];
   TypeAndShape* shape = nullptr;
   check(api.create_shape(&shape));
   const ShapePointer owner(shape, ShapeDeleter{api});
@@ -299,17 +333,22 @@ const Operator& cast(const CustomOp* op) { return *static_cast<const Operator*>(
 
 void Operator::check_types() const {
   const auto name = [](ElementType type) { return type == kFloat ? "float32" : "float16"; };
-  const ElementType value = types[0], locations = types[types.size() - 2], weights = types.back();
-  require(locations == weights && (locations == value || (locations == kFloat && !tensorrt)),
-          std::string("value, sampling_locations and attention_weights are ") + name(value) + ", " + name(locations) +
-              " and " + name(weights) +
-              (tensorrt ? ", but one dtype is needed"
-                        : ", but locations and weights must both have the dtype of value or be float32"));
+  const ElementType value = types[0], sampling = types.back();
+  const auto is_valid = [&](ElementType type) { return type == value || (type == kFloat && !node.is_tensorrt()); };
+  const bool reference = !node.is_fused() || types[2] == sampling || types[2] == kFloat;
+  if (types[coordinates()] == sampling && is_valid(sampling) && reference) return;
+  std::string message;
+  for (size_t i = 0; i < types.size(); ++i)
+    if (types[i] == kFloat || types[i] == kFloat16)
+      message += std::string(message.empty() ? "" : ", ") + node.inputs[i] + " is " + name(types[i]);
+  require(false, message + (node.is_tensorrt() ? ", but one dtype is needed"
+                                               : ", but the others must have the dtype of value or be float32, and the "
+                                                 "last two must have the same"));
 }
 
-Operator::Operator(const Api& api, bool tensorrt, std::vector<ElementType> types)
-    : api(api), tensorrt(tensorrt), types(std::move(types)) {
-  name = [](const CustomOp* op) { return cast(op).tensorrt ? "MultiscaleDeformableAttnPlugin_TRT" : "MSDeformAttn"; };
+Operator::Operator(const Api& api, const Node& node, std::vector<ElementType> types)
+    : api(api), node(node), types(std::move(types)) {
+  name = [](const CustomOp* op) { return cast(op).node.name; };
   provider = [](const CustomOp*) { return "CPUExecutionProvider"; };
   input_count = [](const CustomOp* op) { return cast(op).types.size(); };
   input_type = [](const CustomOp* op, size_t i) -> int { return cast(op).types[i]; };
@@ -336,20 +375,13 @@ Operator::Operator(const Api& api, bool tensorrt, std::vector<ElementType> types
 class Domains {
  public:
   explicit Domains(const Api& api) : api_(api) {
-    // Combinations that check_types refuses too: its sentence is clearer than onnxruntime's.
-    for (const ElementType value : {kFloat, kFloat16})
-      for (const ElementType locations : {kFloat, kFloat16})
-        for (const ElementType weights : {kFloat, kFloat16})
-          for (const ElementType shapes : {kInt32, kInt64}) {
-            add(false, {value, shapes, locations, weights});
-            for (const ElementType starts : {kInt32, kInt64}) add(true, {value, shapes, starts, locations, weights});
-          }
-    for (const bool tensorrt : {false, true}) {
+    for (const Node& node : kNodes) add(node, {});
+    for (const char* name : {"msda_plugin", "trt.plugins"}) {
       CustomOpDomain* domain = nullptr;
-      check(api.create_domain(tensorrt ? "trt.plugins" : "msda_plugin", &domain));
+      check(api.create_domain(name, &domain));
       domains_.emplace_back(domain, [api](CustomOpDomain* domain) { api.release_domain(domain); });
       for (const auto& op : operators_)
-        if (op->tensorrt == tensorrt) check(api.add_operator(domain, op.get()));
+        if (std::string_view(op->node.domain) == name) check(api.add_operator(domain, op.get()));
     }
   }
 
@@ -361,8 +393,18 @@ class Domains {
   }
 
  private:
-  void add(bool tensorrt, std::vector<ElementType> types) {
-    operators_.emplace_back(new Operator(api_, tensorrt, std::move(types)));
+  // All combinations of dtypes, also those that check_types refuses: its sentence is clearer than onnxruntime's.
+  void add(const Node& node, std::vector<ElementType> types) {
+    if (types.size() == node.inputs.size()) {
+      operators_.emplace_back(new Operator(api_, node, std::move(types)));
+      return;
+    }
+    const bool integers = types.size() == 1 || (types.size() == 2 && node.is_tensorrt());
+    for (const ElementType type : {integers ? kInt32 : kFloat, integers ? kInt64 : kFloat16}) {
+      std::vector<ElementType> longer = types;
+      longer.push_back(type);
+      add(node, std::move(longer));
+    }
   }
 
   Api api_;

@@ -10,7 +10,8 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
 - In a model with transformers', frozen batch norms run in one pass in inference.
 - On request, convolutions run in ``channels_last`` and with the batch norms folded into them
-  (:mod:`msda_plugin.acceleration.convolutions`), and inference in bfloat16
+  (:mod:`msda_plugin.acceleration.convolutions`), dropouts draw their random numbers faster
+  (:mod:`msda_plugin.acceleration.fast_dropout`), and inference runs in bfloat16
   (:mod:`msda_plugin.acceleration.low_precision`).
 
 Each framework is imported only for a model with its layers, and none is needed for the others.
@@ -35,6 +36,7 @@ def accelerate(
     inference: bool = False,
     channels_last: bool | None = None,
     fold: bool | None = None,
+    fast_dropout: bool = False,
     dtype: torch.dtype | None = None,
 ) -> int:
     """Make every multi-scale deformable attention of mmcv and transformers run msda_plugin's operator, in place.
@@ -54,7 +56,9 @@ def accelerate(
             these say otherwise.
         channels_last: Run convolutions in this memory format, in training too. Code that calls ``view`` on feature maps
             may need ``reshape``.
-        fold: Fold batch norms into convolutions where no gradient is needed; see :func:`fold_batch_norms`.
+        fold: Fold batch norms in evaluation mode into convolutions, also the constant ones of a backbone in training,
+            which then takes less memory; see :func:`fold_batch_norms`.
+        fast_dropout: Draw the random numbers of ``nn.Dropout`` faster in training on a CPU. They differ from PyTorch's.
         dtype: Run the model in bfloat16 in evaluation mode, or in float16 on a GPU. Predictions of boxes and scores,
             reference points and post-processing stay in float32. Training is not affected. None: as the weights.
 
@@ -72,6 +76,7 @@ def accelerate(
         2
     """
     from msda_plugin.acceleration import convolutions, low_precision  # these import this module
+    from msda_plugin.acceleration import fast_dropout as dropout
 
     _refuse(model)
     if dtype is not None:
@@ -104,6 +109,8 @@ def accelerate(
         log(f'accelerate: {convolutions.use_channels_last(model)} convolutions now run in channels_last.')
     if inference if fold is None else fold:
         convolutions.fold_batch_norms(model)
+    if fast_dropout:
+        log(f'accelerate: {dropout.use_fast_dropout(model)} dropouts now draw other random numbers, faster.')
     if dtype is not None:
         low_precision.use_dtype(model, dtype)
         log(f'accelerate: {type(model).__name__} now runs in {dtype} in evaluation mode.')
@@ -180,6 +187,13 @@ def change_class(module: nn.Module, ours: type[nn.Module]) -> None:
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before :func:`change_class`."""
     return getattr(module, 'stock_class', type(module))
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module is exactly a ``cls`` of torch or mmcv's wrapper of it, with the forward of that class."""
+    stock = stock_class(module)
+    wrapped = stock.__module__ == 'mmcv.cnn.bricks.wrappers' and issubclass(stock, cls)
+    return (stock is cls or wrapped) and 'forward' not in vars(module)
 
 
 @cache

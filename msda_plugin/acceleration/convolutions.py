@@ -1,13 +1,13 @@
 """Faster convolutions that keep their parameters: folded batch norms, and the memory format ``channels_last``.
 
 A folded convolution multiplies its weight by the scale of the batch norm behind it, and the batch norm returns its
-input. Parameters, buffers and checkpoints stay those of the stock modules: the products are stored beside them, and
-computed again when a parameter, its dtype or its device changes, and after every ``train()`` and ``eval()``. Where a
-gradient is needed, or the batch norm is in training mode, both modules run their stock code.
+input. Parameters, buffers and checkpoints stay those of the stock modules. Where a gradient is needed, every forward
+computes the products, and the backward pass stores one feature map less (You et al., Efficient ConvBN Blocks, 2023,
+https://arxiv.org/abs/2305.11624). Elsewhere they are stored, and computed again when a parameter, its dtype or its
+device changes, and after every ``train()`` and ``eval()``. A batch norm in training mode runs its stock code.
 """
 
 import inspect
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from copy import copy
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from msda_plugin.acceleration.convert_model import change_class, is_frozen_batch_norm, log, stock_class
+from msda_plugin.acceleration.convert_model import change_class, is_frozen_batch_norm, is_plain, log, stock_class
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward
 Products = tuple[Tensor, Tensor | None]
@@ -40,11 +40,14 @@ class Conv2d(nn.Conv2d):
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         norm = self.folded_norm
-        if norm is not None and (norm.training or _needs_gradient(x, *_affine(self), *_affine(norm))):
+        if norm is not None and norm.training:
             return super().forward(x)
-        if norm is None and (not self.channels_last or _needs_gradient(x, *_affine(self))):
+        gradient = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (x, *_affine(self), *(() if norm is None else _affine(norm)))
+        )
+        if norm is None and (gradient or not self.channels_last):
             return super().forward(x)
-        return self._conv_forward(x, *self._products())
+        return self._conv_forward(x, *(self._compute_products() if gradient else self._products()))
 
     def train(self, mode: bool = True) -> nn.Module:
         """As in ``nn.Module``; the next forward computes the products again."""
@@ -61,21 +64,21 @@ class Conv2d(nn.Conv2d):
         state = (dtype, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
         stored, products = _products.get(self, (None, None))
         if stored != state:
-            products = tuple(t if t is None or dtype is None else t.to(dtype) for t in self._compute_products())
+            with torch.no_grad():
+                products = tuple(t if t is None or dtype is None else t.to(dtype) for t in self._compute_products())
             _products[self] = (state, products)
         return products
 
-    @torch.no_grad()
     def _compute_products(self) -> Products:
         weight, bias, norm = self.weight, self.bias, self.folded_norm
         if norm is not None:
-            # In float64, so that the only rounding is that of the product.
+            # The factors of the channels in float64: these are few. The backward pass stores the weight as it is.
             shift = norm.running_mean.double() if bias is None else norm.running_mean.double() - bias.double()
             scale = (norm.running_var.double() + getattr(norm, 'eps', 1e-5)).rsqrt()
             if norm.weight is not None:
                 scale = scale * norm.weight.double()
             bias = -shift * scale if norm.bias is None else norm.bias.double() - shift * scale
-            weight, bias = (weight * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
+            weight, bias = weight * scale.to(weight.dtype)[:, None, None, None], bias.to(weight.dtype)
         if self.channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, bias
@@ -86,7 +89,7 @@ class FoldedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(bs, channels, h, w) -> (bs, channels, h, w)."""
-        return super().forward(x) if self.training or _needs_gradient(x, *_affine(self)) else x
+        return super().forward(x) if self.training else x
 
 
 _products: WeakKeyDictionary[nn.Module, tuple[tuple, Products]] = WeakKeyDictionary()
@@ -96,21 +99,19 @@ def _affine(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (module.weight, module.bias) if tensor is not None]
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _autocasts(weight: Tensor) -> bool:
     return torch.is_autocast_enabled(weight.device.type) and weight.dtype == torch.float32
 
 
 def fold_batch_norms(model: nn.Module) -> int:
-    """Fold each batch norm into the convolution before it, in place, for inference; ``restore`` undoes it.
+    """Fold each batch norm in evaluation mode into the convolution before it, in place; ``restore`` undoes it.
 
-    Only classes of modules change: parameters and checkpoints stay as they are, and training still updates the
-    statistics. A pair is found by tracing the forward of the module that owns it, called with its default arguments:
-    the output of an ``nn.Conv2d`` must be used once, as the input of an ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, or
-    frozen batch norm of torchvision or transformers. Batch norms that stay are logged with the reason.
+    Only classes of modules change: parameters and checkpoints stay as they are, gradients reach the parameters of both,
+    and batch norms in training mode still update their statistics.
+
+    A pair is found by tracing the forward of the module that owns it, called with its default arguments: the output of
+    an ``nn.Conv2d`` must be used once, as the input of an ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, or frozen batch
+    norm of torchvision or transformers. Batch norms that stay are logged with the reason.
 
     The folded weights are stored beside the parameters. They follow every change that PyTorch counts
     (``load_state_dict``, ``copy_``, optimizers, ``to``); after writing to ``parameter.data``, call ``model.eval()``.
@@ -127,7 +128,7 @@ def fold_batch_norms(model: nn.Module) -> int:
     names = {module: name for name, module in model.named_modules()}
     count, unchanged = 0, {}
     for parent, norms in _owners(model):
-        convolutions, reason = _convolutions_before(parent)
+        convolutions, reason = _convolutions_before(parent, norms)
         for norm in norms:
             conv = convolutions.get(norm)
             why = (
@@ -145,8 +146,7 @@ def fold_batch_norms(model: nn.Module) -> int:
             count += 1
     stay = ' '.join(f'Not folded: {", ".join(names)} ({why}).' for why, names in unchanged.items())
     log(
-        f'fold_batch_norms: {count} batch norms of {type(model).__name__} are folded in inference. {stay}'.strip(),
-        logging.WARNING if unchanged else logging.INFO,
+        f'fold_batch_norms: {count} batch norms of {type(model).__name__} are folded in evaluation mode. {stay}'.strip()
     )
     return count
 
@@ -162,7 +162,7 @@ def use_channels_last(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if stock_class(module) is nn.Conv2d and 'forward' not in vars(module) and not vars(module).get('channels_last'):
+        if is_plain(module, nn.Conv2d) and not vars(module).get('channels_last'):
             change_class(module, Conv2d)
             vars(module)['channels_last'] = True
             count += 1
@@ -198,12 +198,12 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 def _why_not(conv: nn.Module, norm: nn.Module) -> str:
     """The reason why a batch norm cannot be folded into a convolution, or an empty string."""
-    if stock_class(conv) is not nn.Conv2d:
+    if any('forward' in vars(module) for module in (conv, norm)):
+        return 'a forward of its own'
+    if not is_plain(conv, nn.Conv2d):
         return f'the convolution before it is a {type(conv).__name__}'
     if isinstance(conv, Conv2d) and conv.folded_norm is not None:
         return 'the convolution before it has another batch norm'
-    if any('forward' in vars(module) for module in (conv, norm)):
-        return 'a forward of its own'
     if any(module._forward_hooks or module._forward_pre_hooks for module in (conv, norm)):
         return 'a hook reads the tensor between the two'
     return 'no running statistics' if norm.running_mean is None else ''
@@ -214,26 +214,33 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _convolutions_before(parent: nn.Module) -> tuple[dict[nn.Module, nn.Module], str]:
+def _convolutions_before(parent: nn.Module, norms: list[nn.Module]) -> tuple[dict[nn.Module, nn.Module], str]:
     """The module whose output is the input of each batch norm and goes nowhere else, and why tracing failed."""
     clone = copy(parent)  # with the same children; keeps what the forward assigns to self
     clone.training = False
     parameters = inspect.signature(clone.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    modes = [norm.training for norm in norms]
     try:
+        for norm in norms:  # a forward may read it, as that of Shunted Transformer does
+            norm.training = False
         nodes = _Tracer().trace(clone, defaults or None).nodes
     except Exception as error:  # noqa: BLE001  (of any type: the code is not ours)
         return {}, f'the forward of {type(parent).__name__} cannot be traced: {str(error).splitlines()[0]}'
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.training = mode
     modules = dict(clone.named_modules(remove_duplicate=False))
-    calls = Counter(modules[node.target] for node in nodes if node.op == 'call_module')
+    called = [(modules[node.target], node) for node in nodes if node.op == 'call_module']
+    calls = Counter(module for module, _ in called)
+    if not any(calls[norm] for norm in norms):
+        return {}, f'the forward of {type(parent).__name__} does not call it in evaluation mode'
     found = {}
-    for node in nodes:
-        if node.op != 'call_module' or not _is_batch_norm(modules[node.target]):
-            continue
+    for norm, node in called:
         source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        if not isinstance(source, fx.Node) or source.op != 'call_module' or len(source.users) > 1:
+        if norm not in norms or not isinstance(source, fx.Node) or source.op != 'call_module':
             continue
-        norm, conv = modules[node.target], modules[source.target]
-        if calls[norm] == calls[conv] == 1 and isinstance(conv, nn.Conv2d):
+        conv = modules[source.target]
+        if calls[norm] == calls[conv] == 1 == len(source.users) and isinstance(conv, nn.Conv2d):
             found[norm] = conv
     return found, ''

@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from msda_plugin.acceleration.convert_model import change_class, stock_class
+from msda_plugin.acceleration.convert_model import change_class, is_plain
 
 # Parts of the names of modules that predict boxes and scores, in MMDetection's and transformers' models.
 PREDICTORS = re.compile(r'bbox|box_|cls_|class_|score|reference_points|reg_branches')
@@ -73,7 +73,7 @@ def use_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     change_class(model, Autocast)
     vars(model)['inference_dtype'] = dtype
     for name, module in model.named_modules():
-        if stock_class(module) is nn.Linear and 'forward' not in vars(module) and PREDICTORS.search(name):
+        if is_plain(module, nn.Linear) and PREDICTORS.search(name):
             change_class(module, Float32Linear)
 
 

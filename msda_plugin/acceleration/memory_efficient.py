@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from msda_plugin.acceleration.fast_dropout import FastDropout, draw
+
 
 class Dropout(nn.Dropout):
     """``nn.Dropout`` that stores one byte per element for the backward pass, on every device."""
@@ -35,7 +37,8 @@ class LinearReLUDropout(Sequential):
         if not dropout.training or dropout.p == 1 or _has_hooks(relu) or _has_hooks(dropout):
             return dropout(relu(linear(x)))
         hidden = linear(x)
-        return _ReLUDropout.apply(hidden, dropout.p) if dropout.p else hidden.relu()
+        fast = isinstance(dropout, FastDropout) and hidden.device.type == 'cpu'
+        return _ReLUDropout.apply(hidden, dropout.p, fast) if dropout.p else hidden.relu()
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -51,16 +54,20 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 class _ReLUDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
-        output = F.dropout(x.relu(), p)
+    def forward(ctx, x: Tensor, p: float, fast: bool) -> Tensor:
+        if fast:
+            kept, ctx.scale = draw(x, p)
+            output = x.relu().mul_(kept).mul_(ctx.scale)
+        else:
+            output = F.dropout(x.relu(), p)
+            ctx.scale = 1 / (1 - p)
         ctx.save_for_backward(output)
-        ctx.scale = 1 / (1 - p)
         return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (output,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(grad, output, 0).mul_(ctx.scale), None
+        return torch.ops.aten.threshold_backward(grad, output, 0).mul_(ctx.scale), None, None
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 IOU_THR = 0.5  # of the matches
 MAX_DETECTIONS = 100  # per image and class, as in COCO's AP
 LOCATED = 0.1  # IoU above which an unmatched box belongs to an object, but is inaccurate
-DEFAULT_SCORE_THR = 0.3  # where no threshold has a true positive
+DEFAULT_SCORE_THR = 0.3  # where no threshold finds a box; as demo
 SCORE_THRS = np.arange(1, 100) / 100
 
 
@@ -75,6 +75,7 @@ class Analysis:
         precisions: (R, C), COCO's interpolated precision at IoU 0.5.
         num_images, num_boxes: (C,), images with a true box of the class, and true boxes.
         score_thr: Minimum score for all of the following.
+        has_best_f1: Whether that is the threshold with the highest F1; False if it was given, or all have an F1 of 0.
         hits, false_alarms: (C,), true and false positives of COCO at IoU 0.5.
         confusion: (C + 1, C + 1), rows true, columns predicted. The last row counts detections without an object, the
             last column objects without a detection.
@@ -90,6 +91,7 @@ class Analysis:
     num_images: np.ndarray
     num_boxes: np.ndarray
     score_thr: float
+    has_best_f1: bool
     hits: np.ndarray
     false_alarms: np.ndarray
     confusion: np.ndarray
@@ -109,7 +111,8 @@ def analyze(
         images: At least one image.
         num_classes: Number of classes.
         score_thr: Minimum score of a detection for precision, recall, the confusion matrix and misses; None: the one of
-            0.01, 0.02, … 0.99 with the highest F1 over all boxes; in the middle if several have it.
+            0.01, 0.02, … 0.99 with the highest F1 over all boxes, in the middle if several have it; 0.3 if none finds a
+            box.
         num_mistakes: Maximum number of false positives, and of misses, to return.
 
     Raises:
@@ -125,8 +128,8 @@ def analyze(
     precision = np.where(precision < 0, np.nan, precision)
     aps = precision.mean(axis=1)  # (IoU thresholds, C)
     matches = _Matches(images, evaluation)
-    if score_thr is None:
-        score_thr = matches.best_threshold()
+    best_f1 = matches.best_threshold() if score_thr is None else None
+    score_thr = next(value for value in (score_thr, best_f1, DEFAULT_SCORE_THR) if value is not None)
     counted = [image.labels[~image.ignored] for image in images]
     shown = [matches.counts[i] & (image.scores >= score_thr) for i, image in enumerate(images)]
     right = [shown[i] & (matches.truth[i] >= 0) for i in range(len(images))]
@@ -154,6 +157,7 @@ def analyze(
         num_images=per_class([np.unique(labels) for labels in counted]),
         num_boxes=per_class(counted),
         score_thr=score_thr,
+        has_best_f1=best_f1 is not None,
         hits=per_class([image.found_labels[right[i]] for i, image in enumerate(images)]),
         false_alarms=per_class([image.found_labels[shown[i] & ~right[i]] for i, image in enumerate(images)]),
         confusion=confusion,
@@ -234,13 +238,13 @@ class _Matches:
             self.truth[i][detections] = np.where((matched > 0) & ~ignored, matched - 1 - first_true[i], -1)
             self.counts[i][detections] = ~ignored
 
-    def best_threshold(self) -> float:
-        """The score threshold with the highest F1: 2 TP / (detections + true boxes)."""
+    def best_threshold(self) -> float | None:
+        """The score threshold with the highest F1, 2 TP / (detections + true boxes); None if all have an F1 of 0."""
         counts, hits = np.concatenate(self.counts), np.concatenate(self.truth) >= 0
         detections = np.array([(counts & (self._scores >= score)).sum() for score in SCORE_THRS])
         right = np.array([(hits & (self._scores >= score)).sum() for score in SCORE_THRS])
         if not right.any():
-            return DEFAULT_SCORE_THR
+            return None
         f1 = 2 * right / (detections + self._num_boxes)
         best = np.flatnonzero(f1 == f1.max())
         return float(SCORE_THRS[best[len(best) // 2]])

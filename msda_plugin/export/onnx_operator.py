@@ -15,9 +15,10 @@ from msda_plugin.ops import functional
 from msda_plugin.ops.backends import runs_native
 from msda_plugin.ops.reference import accumulation_dtype, attend, attend_fused
 
-DOMAIN, NAME = 'msda_plugin', 'MSDeformAttn'
+DOMAIN, NAME, FUSED_NAME = 'msda_plugin', 'MSDeformAttn', 'MSDeformAttnFused'
 # The domain in which onnxruntime's TensorRT provider looks for plugins. TensorRT itself accepts no other.
 TENSORRT_DOMAIN, TENSORRT_NAME = 'trt.plugins', 'MultiscaleDeformableAttnPlugin_TRT'
+_PLAIN, _FUSED = torch.ops.msda.ms_deform_attn, torch.ops.msda.ms_deform_attn_fused
 
 
 @contextmanager
@@ -32,15 +33,14 @@ def operator_as(form: str) -> Iterator[None]:
 
             - ``'grid_sample'``: one ``GridSample`` for each level. Needs ``opset_version=16`` or higher.
             - ``'gather'``: gathers and arithmetic, without ``GridSample``.
-            - ``'custom'``: the node ``MSDeformAttn`` of the domain ``msda_plugin``, which the library at
-              :func:`msda_plugin.onnxruntime_library` computes. Inputs: ``value`` (bs, num_keys, num_heads, head_dim),
-              ``spatial_shapes`` (num_levels, 2) int64 or int32, ``sampling_locations`` (bs, num_queries, num_heads,
-              num_levels, num_points, 2) and ``attention_weights`` (bs, num_queries, num_heads, num_levels,
-              num_points). Output: (bs, num_queries, num_heads * head_dim). The value is float32 or float16; locations
-              and weights have its dtype or are float32. No attributes.
-            - ``'tensorrt'``: the node ``MultiscaleDeformableAttnPlugin_TRT`` of the domain ``trt.plugins``, in float32:
-              the inputs of ``'custom'`` with ``level_start_index`` (num_levels,) after ``spatial_shapes``, both int32.
-              Output: (bs, num_queries, num_heads, head_dim). Runs in TensorRT and with the same library.
+            - ``'custom'``: the nodes ``MSDeformAttn`` and ``MSDeformAttnFused`` of the domain ``msda_plugin``, which
+              the library at :func:`msda_plugin.onnxruntime_library` computes. Their inputs are those of
+              ``ms_deform_attn`` and ``ms_deform_attn_fused`` without ``level_start_index``; the shapes are a tensor of
+              int64 or int32. The value is float32 or float16. Locations and weights, or offsets and logits, have its
+              dtype or are float32; reference points have the dtype of the offsets or are float32. No attributes.
+            - ``'tensorrt'``: the node ``MultiscaleDeformableAttnPlugin_TRT`` of the domain ``trt.plugins``, in float32,
+              with the inputs of ``ms_deform_attn``, shapes and starts in int32. Its output is (bs, num_queries,
+              num_heads, head_dim). Runs in TensorRT, and in onnxruntime with the same library.
 
     Raises:
         ValueError: If there is no such form.
@@ -106,15 +106,16 @@ class _Node(torch.autograd.Function):
     """Computes the operator; an ONNX export writes one node for it, with the inputs as they come."""
 
     @staticmethod
-    def forward(ctx, value, spatial_shapes, sampling_locations, attention_weights):
-        return _compute(value, spatial_shapes, sampling_locations, attention_weights)
+    def forward(ctx, value, spatial_shapes, *rest):
+        operator, definition = (_PLAIN, attend) if len(rest) == 2 else (_FUSED, attend_fused)
+        return _compute(operator, definition, value, spatial_shapes, *rest)
 
     @staticmethod
-    def symbolic(graph, value, spatial_shapes, sampling_locations, attention_weights):
-        inputs = value, spatial_shapes, sampling_locations, attention_weights
-        batch, heads, head_dim = _sizes(value, 0, 2, 3)
+    def symbolic(graph, *inputs):
+        batch, heads, head_dim = _sizes(inputs[0], 0, 2, 3)
         channels = None if None in (heads, head_dim) else heads * head_dim
-        return _node(graph, DOMAIN, NAME, inputs, [batch, *_sizes(sampling_locations, 1), channels])
+        name = NAME if len(inputs) == 4 else FUSED_NAME
+        return _node(graph, DOMAIN, name, inputs, [batch, *_sizes(inputs[-2], 1), channels])
 
 
 class _TensorRTNode(torch.autograd.Function):
@@ -122,7 +123,8 @@ class _TensorRTNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-        return _compute(value, spatial_shapes, sampling_locations, attention_weights).unflatten(-1, value.shape[2:])
+        output = _compute(_PLAIN, attend, value, spatial_shapes, sampling_locations, attention_weights)
+        return output.unflatten(-1, value.shape[2:])
 
     @staticmethod
     def symbolic(graph, *inputs):
@@ -132,8 +134,14 @@ class _TensorRTNode(torch.autograd.Function):
 
 def _custom(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
     _check_dtype(value, 'custom')
-    sampling = functional.unify(value, sampling_locations, attention_weights)
-    return _Node.apply(value, spatial_shapes, *sampling)
+    return _Node.apply(value, spatial_shapes, *functional.unify(value, sampling_locations, attention_weights))
+
+
+def _custom_fused(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits):
+    _check_dtype(value, 'custom')
+    return _Node.apply(
+        value, spatial_shapes, *functional.unify_fused(value, reference_points, sampling_offsets, attention_logits)
+    )
 
 
 def _tensorrt(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
@@ -153,12 +161,12 @@ def _check_dtype(value: Tensor, form: str) -> None:
         )
 
 
-def _compute(value, spatial_shapes, sampling_locations, attention_weights):
+def _compute(operator, definition, value, spatial_shapes, *rest):
     shapes = spatial_shapes.long()
     levels = shapes, shapes.prod(1).cumsum(0) - shapes.prod(1)
     if runs_native(value.device, value.dtype):
-        return torch.ops.msda.ms_deform_attn(value, *levels, sampling_locations, attention_weights, False)
-    return attend(value, *levels, sampling_locations, attention_weights)
+        return operator(value, *levels, *rest, False)
+    return definition(value, *levels, *rest)
 
 
 def _sizes(tensor: torch.Value, *dims: int) -> list[int | None]:
@@ -176,6 +184,6 @@ def _node(graph, domain: str, name: str, inputs, sizes: list[int | None]) -> tor
 _FORMS = {
     'grid_sample': _fused(_grid_sample),
     'gather': functional.Substitute(attend, attend_fused),
-    'custom': _fused(_custom),
+    'custom': functional.Substitute(_custom, _custom_fused),
     'tensorrt': _fused(_tensorrt),
 }

@@ -7,20 +7,41 @@ import torch
 from torch import Tensor
 
 VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_UNEVEN_LEVELS = 16  # kMaxUnevenLevels in csrc/ms_deform_attn.h
 
 
-def check_plain(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> None:
-    """Raise TypeError or ValueError unless dtypes, devices and sizes fit :func:`msda_plugin.ops.ms_deform_attn`."""
+def check_plain(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int] | None,
+) -> list[int]:
+    """Raise TypeError or ValueError unless dtypes, devices and sizes fit :func:`msda_plugin.ops.ms_deform_attn`.
+
+    Returns:
+        ``num_points``, empty for None.
+    """
+    points = _check_num_points(num_points, spatial_shapes)
     _check_sizes(
-        value, spatial_shapes, 'sampling_locations', sampling_locations, 'attention_weights', attention_weights
+        value, spatial_shapes, 'sampling_locations', sampling_locations, 'attention_weights', attention_weights, points
     )
+    return points
 
 
 def check_fused(
-    value: Tensor, spatial_shapes: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor
-) -> None:
-    """Raise TypeError or ValueError unless dtypes, devices and sizes fit ``ms_deform_attn_fused``."""
-    _check_sizes(value, spatial_shapes, 'sampling_offsets', sampling_offsets, 'attention_logits', attention_logits)
+    value: Tensor,
+    spatial_shapes: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    num_points: Sequence[int] | None,
+) -> list[int]:
+    """:func:`check_plain` for ``ms_deform_attn_fused``."""
+    points = _check_num_points(num_points, spatial_shapes)
+    _check_sizes(
+        value, spatial_shapes, 'sampling_offsets', sampling_offsets, 'attention_logits', attention_logits, points
+    )
     _check_float(reference_points, 'reference_points', value)
     expected = (value.shape[0], sampling_offsets.shape[1], spatial_shapes.shape[0])
     if (
@@ -33,6 +54,7 @@ def check_fused(
             f'or 4) = ({", ".join(map(str, expected))}, 2 or 4) is needed: points (x, y) or boxes (cx, '
             'cy, w, h) between 0 and 1, one per level (repeat them over the levels if they have none)'
         )
+    return points
 
 
 def prepare_levels(
@@ -106,6 +128,27 @@ def check_levels(spatial_shapes: Tensor, level_start_index: Tensor | None, num_k
         )
 
 
+def _check_num_points(num_points: Sequence[int] | None, spatial_shapes: Tensor) -> list[int]:
+    if num_points is None:
+        return []
+    levels = spatial_shapes.shape[0]
+    if (
+        not isinstance(num_points, Sequence)
+        or len(num_points) != levels
+        or not all(isinstance(points, int) and points >= 1 for points in num_points)
+    ):
+        raise ValueError(
+            f'num_points is {num_points!r}, but a list of {levels} integers >= 1 is needed, one for each level in '
+            'spatial_shapes, such as [3, 6, 3]; None: as many on each level as sampling_locations or sampling_offsets '
+            'have'
+        )
+    if levels > MAX_UNEVEN_LEVELS and len(set(num_points)) > 1:
+        raise ValueError(
+            f'num_points has {levels} levels, but different numbers of points need at most {MAX_UNEVEN_LEVELS} levels'
+        )
+    return list(num_points)
+
+
 def _check_sizes(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -113,6 +156,7 @@ def _check_sizes(
     coordinates: Tensor,
     weights_name: str,
     weights: Tensor,
+    num_points: Sequence[int],
 ) -> None:
     if value.dtype not in VALUE_DTYPES:
         raise TypeError(
@@ -126,23 +170,24 @@ def _check_sizes(
         raise ValueError(
             f'value has shape {_shape(value)}, but num_heads and head_dim (sizes 2 and 3) must be at least 1'
         )
-    if coordinates.dim() != 6:
+    samples = 'sum(num_points)' if num_points else 'num_levels, num_points'
+    if coordinates.dim() != (5 if num_points else 6):
         raise ValueError(
             f'{coordinates_name} has shape {_shape(coordinates)}, but (bs, num_queries, num_heads, '
-            'num_levels, num_points, 2) is needed'
+            f'{samples}, 2) is needed'
         )
-    num_queries, num_points = coordinates.shape[1], coordinates.shape[4]
-    expected = (batch, num_queries, num_heads, spatial_shapes.shape[0], num_points, 2)
-    if tuple(coordinates.shape) != expected or num_points < 1:
+    counts = (sum(num_points),) if num_points else (spatial_shapes.shape[0], coordinates.shape[4])
+    expected = (batch, coordinates.shape[1], num_heads, *counts, 2)
+    if tuple(coordinates.shape) != expected or counts[-1] < 1:
         raise ValueError(
             f'{coordinates_name} has shape {_shape(coordinates)}, but (bs, num_queries, num_heads, '
-            f'num_levels, num_points, 2) = {expected} with num_points >= 1 is needed, to go with value '
+            f'{samples}, 2) = {expected} with num_points >= 1 is needed, to go with value '
             f'{_shape(value)} and {spatial_shapes.shape[0]} levels in spatial_shapes'
         )
-    if tuple(weights.shape) != expected[:5]:
+    if tuple(weights.shape) != expected[:-1]:
         raise ValueError(
-            f'{weights_name} has shape {_shape(weights)}, but (bs, num_queries, num_heads, num_levels, '
-            f'num_points) = {expected[:5]} is needed, to go with {coordinates_name} {_shape(coordinates)}'
+            f'{weights_name} has shape {_shape(weights)}, but (bs, num_queries, num_heads, '
+            f'{samples}) = {expected[:-1]} is needed, to go with {coordinates_name} {_shape(coordinates)}'
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msda_plugin.ops import backends, library  # noqa: F401  (library registers torch.ops.msda)
 from msda_plugin.ops.checks import check_fused, check_plain, prepare_levels
-from msda_plugin.ops.reference import accumulation_dtype, attend, attend_fused
+from msda_plugin.ops.reference import accumulation_dtype, attend, attend_fused, pad_points
 
 Shapes = Tensor | Sequence[tuple[int, int]]
 
@@ -34,6 +34,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
+    num_points: Sequence[int] | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
     """Multi-scale deformable attention: the output of each query is a weighted sum of bilinear samples of the value.
@@ -48,6 +49,9 @@ def ms_deform_attn(
             contribute nothing and get gradient 0.
         attention_weights: (bs, num_queries, num_heads, num_levels, num_points), usually summing to 1 per query and
             head.
+        num_points: Number of points on each level, where levels have different numbers, such as [3, 6, 3]; at most 16
+            levels. Then sampling_locations is (bs, num_queries, num_heads, sum(num_points), 2) and attention_weights
+            (bs, num_queries, num_heads, sum(num_points)), level by level.
         deterministic: Whether results are bitwise repeatable; None follows
             :func:`torch.use_deterministic_algorithms`. The CPU kernels are always deterministic.
 
@@ -69,12 +73,20 @@ def ms_deform_attn(
         torch.Size([1, 5, 32])
     """
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
-    check_plain(value, spatial_shapes, sampling_locations, attention_weights)
+    num_points = check_plain(value, spatial_shapes, sampling_locations, attention_weights, num_points)
     if instead := _substitute(value):
+        if num_points:
+            sampling_locations, attention_weights = pad_points(num_points, sampling_locations, attention_weights)
         return instead.plain(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     sampling_locations, attention_weights = unify(value, sampling_locations, attention_weights)
     return torch.ops.msda.ms_deform_attn(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, _deterministic(deterministic)
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        _deterministic(deterministic),
+        num_points,
     )
 
 
@@ -86,6 +98,7 @@ def ms_deform_attn_fused(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
     *,
+    num_points: Sequence[int] | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
     """:func:`ms_deform_attn` with the softmax and the location arithmetic inside the kernel.
@@ -99,6 +112,8 @@ def ms_deform_attn_fused(
             the number of points: ``location = xy + offset / num_points * wh * 0.5``.
         attention_logits: (bs, num_queries, num_heads, num_levels, num_points); their softmax over all levels
             and points is the attention weight.
+        num_points: As for :func:`ms_deform_attn`. Then sampling_offsets is (bs, num_queries, num_heads,
+            sum(num_points), 2) and attention_logits (bs, num_queries, num_heads, sum(num_points)).
 
     The reference points may have another float dtype than offsets and logits, as under autocast, where layers return 16
     bits: nothing is converted then if the reference points are float32.
@@ -110,22 +125,18 @@ def ms_deform_attn_fused(
         TypeError, ValueError, RuntimeError: As :func:`ms_deform_attn`.
     """
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
-    check_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    num_points = check_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, num_points)
     if instead := _substitute(value):
+        if num_points:
+            sampling_offsets, attention_logits = pad_points(
+                num_points, sampling_offsets, attention_logits, reference_points
+            )
         return instead.fused(
             value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
         )
-    sampling_offsets, attention_logits = unify(value, sampling_offsets, attention_logits)
-    if reference_points.dtype != sampling_offsets.dtype:
-        reference_points = reference_points.to(accumulation_dtype(value))
+    rest = unify_fused(value, reference_points, sampling_offsets, attention_logits)
     return torch.ops.msda.ms_deform_attn_fused(
-        value,
-        spatial_shapes,
-        level_start_index,
-        reference_points,
-        sampling_offsets,
-        attention_logits,
-        _deterministic(deterministic),
+        value, spatial_shapes, level_start_index, *rest, _deterministic(deterministic), num_points
     )
 
 
@@ -136,11 +147,14 @@ def ms_deform_attn_reference(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
+    num_points: Sequence[int] | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
     """:func:`ms_deform_attn` in plain PyTorch: the definition. Same arguments; always deterministic."""
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
-    check_plain(value, spatial_shapes, sampling_locations, attention_weights)
+    num_points = check_plain(value, spatial_shapes, sampling_locations, attention_weights, num_points)
+    if num_points:
+        sampling_locations, attention_weights = pad_points(num_points, sampling_locations, attention_weights)
     return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
@@ -158,6 +172,14 @@ def unify(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     if all(tensor.dtype == value.dtype for tensor in tensors):
         return tensors
     return tuple(tensor.to(accumulation_dtype(value)) for tensor in tensors)
+
+
+def unify_fused(value: Tensor, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    """:func:`unify` for the fused operator, whose reference points may be of the accumulation dtype."""
+    offsets, logits = unify(value, offsets, logits)
+    if reference_points.dtype != offsets.dtype:
+        reference_points = reference_points.to(accumulation_dtype(value))
+    return reference_points, offsets, logits
 
 
 def _deterministic(deterministic: bool | None) -> bool:

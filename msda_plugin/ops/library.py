@@ -10,13 +10,13 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from msda_plugin.costs.formulas import MACS_PER_SAMPLE
-from msda_plugin.ops.reference import attend, attend_fused
+from msda_plugin.ops.reference import attend, attend_fused, pad_points
 
 torch.library.define(
     'msda::ms_deform_attn',
     (
         '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
-        'Tensor attention_weights, bool deterministic) -> Tensor'
+        'Tensor attention_weights, bool deterministic, int[] num_points=[]) -> Tensor'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -24,7 +24,8 @@ torch.library.define(
     'msda::ms_deform_attn_backward',
     (
         '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, '
-        'Tensor sampling_locations, Tensor attention_weights, bool deterministic) -> (Tensor, Tensor, Tensor)'
+        'Tensor sampling_locations, Tensor attention_weights, bool deterministic, int[] num_points=[]) '
+        '-> (Tensor, Tensor, Tensor)'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -32,7 +33,7 @@ torch.library.define(
     'msda::ms_deform_attn_fused',
     (
         '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, '
-        'Tensor sampling_offsets, Tensor attention_logits, bool deterministic) -> Tensor'
+        'Tensor sampling_offsets, Tensor attention_logits, bool deterministic, int[] num_points=[]) -> Tensor'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -40,49 +41,52 @@ torch.library.define(
     'msda::ms_deform_attn_fused_backward',
     (
         '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, '
-        'Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, bool deterministic) '
-        '-> (Tensor, Tensor, Tensor, Tensor)'
+        'Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, bool deterministic, '
+        'int[] num_points=[]) -> (Tensor, Tensor, Tensor, Tensor)'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-# Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic). Its backward
-# takes grad_output before these, and returns the gradients of the value, the coordinates and the weights.
-def _register(name: str, definition) -> None:
+# Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic, num_points).
+# Its backward takes grad_output before these, and returns the gradients of the value, the coordinates and the weights.
+# The dispatcher leaves out an argument that is equal to its default, here num_points.
+def _register(name: str, definition, num_floats: int) -> None:
     operator, backward_operator = getattr(torch.ops.msda, name), getattr(torch.ops.msda, f'{name}_backward')
     backward_op = backward_operator.default
+    sampling = num_floats - 2  # in `rest`: (bs, num_queries, num_heads, num_levels, num_points, 2)
 
     @torch.library.register_fake(f'msda::{name}')
     def fake(value, spatial_shapes, level_start_index, *rest):
-        sampling = rest[-3]  # (bs, num_queries, num_heads, num_levels, num_points, 2)
-        return value.new_empty(value.shape[0], sampling.shape[1], value.shape[2] * value.shape[3])
+        return value.new_empty(value.shape[0], rest[sampling].shape[1], value.shape[2] * value.shape[3])
 
     @torch.library.register_fake(f'msda::{name}_backward')
     def fake_backward(grad_output, value, spatial_shapes, level_start_index, *rest):
-        return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (value, *rest[:-1]))
+        tensors = (value, *rest[:num_floats])
+        return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
     def keep_inputs(ctx, inputs, output):
-        *tensors, ctx.deterministic = inputs
+        *tensors, ctx.deterministic, ctx.num_points = inputs
         ctx.save_for_backward(*tensors)
 
     def backward(ctx, grad_output):
-        value, shapes, starts, *rest = ctx.saved_tensors
-        grad_value, *grads = backward_op(grad_output, value, shapes, starts, *rest, ctx.deterministic)
-        return grad_value, None, None, *grads, None
+        grad_value, *grads = backward_op(grad_output, *ctx.saved_tensors, ctx.deterministic, ctx.num_points)
+        return grad_value, None, None, *grads, None, None
 
     def double_backward(ctx, *grad_grads):
         with torch.enable_grad():
             grad_output, value, shapes, starts, *rest = ctx.saved_tensors
             leaves = [t.detach().requires_grad_() for t in (grad_output, value, *rest)]
-            output = definition(leaves[1], shapes, starts, *leaves[2:])
+            arguments = leaves[2:]
+            if ctx.num_points:
+                arguments[-2:] = pad_points(ctx.num_points, *arguments[-2:], *arguments[:-2])
+            output = definition(leaves[1], shapes, starts, *arguments)
             grads = torch.autograd.grad(output, leaves[1:], leaves[0], create_graph=True)
         result = torch.autograd.grad(grads, leaves, grad_grads, allow_unused=True, materialize_grads=True)
-        return result[0], result[1], None, None, *result[2:], None
+        return result[0], result[1], None, None, *result[2:], None, None
 
     def flops(value, spatial_shapes, level_start_index, *rest, out_shape=None):
-        # The arguments are shapes. rest[-3] is (bs, num_queries, num_heads, num_levels, num_points, 2).
-        return 2 * MACS_PER_SAMPLE * math.prod(rest[-3][:5]) * value[3]
+        return 2 * MACS_PER_SAMPLE * math.prod(rest[sampling][:-1]) * value[3]  # the arguments are shapes
 
     def backward_flops(grad_output, *args, out_shape=None):
         # As for a matrix product, one part for the gradient of the value and one for those of the samples.
@@ -94,5 +98,5 @@ def _register(name: str, definition) -> None:
     torch.library.register_autograd(f'msda::{name}_backward', double_backward, setup_context=keep_inputs)
 
 
-_register('ms_deform_attn', attend)
-_register('ms_deform_attn_fused', attend_fused)
+_register('ms_deform_attn', attend, num_floats=2)
+_register('ms_deform_attn_fused', attend_fused, num_floats=3)

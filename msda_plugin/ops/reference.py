@@ -4,6 +4,8 @@ Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, equation 
 number of times, does not read tensor values on the host, and computes in float32 (float64 for a float64 value).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,33 @@ from torch import Tensor
 def accumulation_dtype(value: Tensor) -> torch.dtype:
     """The dtype that every backend computes in: float64 for a float64 value, else float32."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def pad_points(
+    num_points: Sequence[int], coordinates: Tensor, weights: Tensor, reference_points: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same samples with equally many points on each level: the additional ones have no weight.
+
+    Args:
+        num_points: number of points on each level.
+        coordinates: (bs, num_queries, num_heads, sum(num_points), 2), sampling locations or offsets.
+        weights: (bs, num_queries, num_heads, sum(num_points)), attention weights or logits.
+        reference_points: as in ``ms_deform_attn_fused``, whose offsets and logits the other arguments are then. None:
+            they are locations and weights.
+
+    Returns:
+        (bs, num_queries, num_heads, num_levels, max(num_points), 2) and (bs, ..., num_levels, max(num_points)).
+    """
+    num_points, most = list(num_points), max(num_points)
+    # Additional locations are outside of the level, and additional offsets are 0, whatever the reference.
+    location, weight = (-1.0, 0.0) if reference_points is None else (0.0, -torch.inf)
+    levels = list(coordinates.split(num_points, 3))
+    if reference_points is not None and reference_points.shape[-1] == 4:
+        # Offsets from boxes are divided by the number of points.
+        levels = [offsets * (most / n) for offsets, n in zip(levels, num_points, strict=True)]
+    levels = [F.pad(t, (0, 0, 0, most - t.shape[3]), value=location) for t in levels]
+    weights = [F.pad(t, (0, most - t.shape[3]), value=weight) for t in weights.split(num_points, 3)]
+    return torch.stack(levels, 3), torch.stack(weights, 3)
 
 
 def attend(

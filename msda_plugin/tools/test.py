@@ -35,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         help='remove duplicate boxes by non-maximum suppression within each class, which a DETR needs until a long '
         'training has taught it to predict each object once (default: as in the config)',
     )
+    parser.add_argument(
+        '--accelerate',
+        choices=('float32', 'bfloat16'),
+        help='run faster in this dtype: msda_plugin.accelerate with inference=True (default: as in the config)',
+    )
     parser.add_argument('--out', help='pickle file for the predictions (.pkl)')
     parser.add_argument('--show-dir', help='folder, below the results, for images with true and predicted boxes')
     parser.add_argument(
@@ -57,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f'{args.config} has no test data; add test_dataloader, test_evaluator and test_cfg')
         if args.verbose:
             cfg.verbose = True
+        if args.accelerate:
+            dtype = None if args.accelerate == 'float32' else args.accelerate
+            hook = dict(type='msda_plugin.AccelerateHook', inference=True, dtype=dtype)
+            cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
         if args.nms is not None:
             set_nms(cfg.model, args.nms)
         cfg.load_from, cfg.resume = args.checkpoint, False

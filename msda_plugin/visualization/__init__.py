@@ -12,9 +12,12 @@ from msda_plugin.visualization.detection import (
     score_caption,
     write_png,
 )
+<<<<<<< HEAD
 from msda_plugin.visualization.edge_distributions import draw_edges
 from msda_plugin.visualization.precision_recall import draw_precision_recall
 from msda_plugin.visualization.report_page import report_page
+=======
+>>>>>>> main
 
 __all__ = [
     'Recording',
@@ -25,11 +28,9 @@ __all__ = [
     'draw_curves',
     'draw_edges',
     'draw_heads',
-    'draw_precision_recall',
     'draw_query',
     'draw_sheet',
     'record_attention',
-    'report_page',
     'score_caption',
     'write_attention_page',
     'write_png',

@@ -1,5 +1,6 @@
 """Training curves: losses by iteration, and accuracy by epoch and minutes."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,7 +51,9 @@ def draw_curves(
         _draw_losses(axes[0], losses)
     if accuracy:
         _draw_accuracy(axes[-1], accuracy, positions, train_accuracy or {})
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from font', UserWarning)  # of the title
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 

@@ -35,14 +35,16 @@ def draw_edges(probabilities: np.ndarray, distances: np.ndarray, *, title: str =
         figure.suptitle(title)
     places = np.arange(len(distances))  # bins at equal distances: near 0 they are too narrow to see
     ticks = np.unique(np.linspace(0, len(distances) - 1, 9).round().astype(int))
-    for edge, axis in enumerate(figure.subplots(1, 4, sharey=True)):
+    axes = figure.subplots(1, 4, sharey=True)
+    for edge, axis in enumerate(axes):
         for layer, probability in enumerate(probabilities[:, edge]):
             color = LEVEL_COLORS[layer % len(LEVEL_COLORS)]
             mean = probability @ distances
             axis.plot(places, probability, color=color, linewidth=1.4, label=f'layer {layer}: {100 * mean:+.1f} %')
             axis.axvline(np.interp(mean, distances, places), color=color, linestyle='--', linewidth=0.9)
-        axis.set(title=f'{EDGES[edge]} edge', xlabel='moves outwards by % of the box', ylim=(0, None))
+        axis.set(title=f'{EDGES[edge]} edge', xlabel='moves outwards by % of the box')
         axis.set_xticks(ticks, [f'{100 * distances[tick]:.0f}' for tick in ticks])
         axis.legend(fontsize=7)
+    axes[0].set(ylabel='probability', ylim=(0, 1.05 * probabilities.max()))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -26,10 +26,10 @@ def draw_precision_recall(
     known = ~np.isnan(precisions).any(axis=0)
     for label in sorted(np.flatnonzero(known), key=lambda label: label in colors):  # colors above gray
         color = tuple(channel / 255 for channel in colors[label]) if label in colors else '0.8'
-        axis.plot(recalls, precisions[:, label], color=color, linewidth=1.5 if label in colors else 0.8)
+        axis.plot(recalls, precisions[:, label], color=color, linewidth=1.5 if label in colors else 0.8, clip_on=False)
     if known.sum() > 1:
-        axis.plot(recalls, precisions[:, known].mean(axis=1), color='black', linewidth=3)
-    axis.set(xlabel='recall', ylabel='precision', xlim=(0, 1.01), ylim=(0, 1.02))
+        axis.plot(recalls, precisions[:, known].mean(axis=1), color='black', linewidth=3, clip_on=False)
+    axis.set(xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1))
     axis.grid(alpha=0.3)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -56,6 +56,8 @@ def report_page(
         located=LOCATED,
         max_detections=MAX_DETECTIONS,
         score_thr=f'{analysis.score_thr:.2f}',
+        has_best_f1=analysis.has_best_f1,
+        num_right=int(analysis.hits.sum()),
         num_images=len(images),
         data=f'{counted(len(images), "image")} with {counted(int(analysis.num_boxes.sum()), "box", "boxes")}',
         num_empty=sum(not (~image.ignored).any() for image in images),
@@ -320,8 +322,12 @@ matrix</a><a href="#false-positives">False positives</a><a href="#misses">Misses
 0.50 to 0.95; AP50 and AP75 use one threshold. 1 is perfect. A high AP50 with a low AP75 means that objects are found
 with inaccurate boxes. The AP of a class with few boxes is uncertain.</p>
 <p><b>Precision</b> is the share of the detections that are right, <b>recall</b> the share of the objects that are
-found, with score ≥ {{ score_thr }} and IoU ≥ {{ iou_thr }}. This score threshold has the highest F1, the harmonic mean
-of both, on these images.</p>
+found, with score ≥ {{ score_thr }} and IoU ≥ {{ iou_thr }}.
+{% if has_best_f1 %}
+This score threshold has the highest F1, the harmonic mean of both, on these images.
+{% elif not num_right %}
+No detection reaches this score threshold and matches an object.
+{% endif %}</p>
 <div class="scroll"><table>
 <thead><tr><th>class</th><th>AP</th><th>AP50</th><th>AP75</th><th>precision</th><th>recall</th><th>right</th>
 <th>false positives</th><th>missed</th><th>boxes</th><th>images</th></tr></thead>

@@ -123,6 +123,15 @@ def test_torchs_counter_sees_the_plain_operator():
     }
 
 
+def test_torchs_counter_sees_points_per_level():
+    value = torch.rand(2, 129, 4, 8)
+    with FlopCounterMode(display=False) as counter:
+        ops.ms_deform_attn(
+            value, [(9, 11), (5, 6)], None, torch.rand(2, 40, 4, 6, 2), torch.rand(2, 40, 4, 6), num_points=[2, 4]
+        )
+    assert counter.get_total_flops() == 2 * 2 * costs.deformable_attention(40, 129, 32, 4, 2, 3).mixing
+
+
 def test_views_of_parameters_may_be_arguments():
     class Model(nn.Module):
         def __init__(self):

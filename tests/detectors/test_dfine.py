@@ -100,7 +100,7 @@ def samples(shapes=((SIDE, SIDE), (SIDE, SIDE)), num_objects=(5, 3), batch_shape
     return out
 
 
-@pytest.mark.parametrize('size', ['n', 's', 'l'])
+@pytest.mark.parametrize('size', ['n', 's', pytest.param('l', marks=pytest.mark.slow)])
 def test_outputs_are_those_of_the_authors(size):
     golden = np.load(GOLDEN / 'dfine.npz')
     model, _ = with_authors_weights(size)

@@ -46,7 +46,8 @@ PAGES = sorted(
         if path.name != 'CHANGELOG.md' and re.search(r'^ *```', path.read_text(), re.M)
     }
 )
-NEEDS = {'tensorboard': 'tensorboard', 'accelerate_transformers': 'transformers'}  # page -> optional package
+# page -> optional package
+NEEDS = {'tensorboard': 'tensorboard', 'accelerate_transformers': 'transformers', 'export': 'onnxruntime'}
 LANGUAGES = r'(?P<language>python|bash|sh)(?: title="(?P<file>[^"]+)")?$\n'
 FENCE = RawFencedCodeBlockLexer(re.compile(LANGUAGES, re.M))
 OWN = ('python', '-m', 'msda_plugin')

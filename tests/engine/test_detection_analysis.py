@@ -84,9 +84,11 @@ def test_the_threshold_has_the_highest_f1():
         image([(CAT, A), (CAT, B)], [(CAT, 0.805, A), (CAT, 0.605, B), (CAT, 0.4, C), (CAT, 0.3, (90, 0, 99, 9))])
     ]
     # F1: 1 with two detections, between the scores 0.4 and 0.605; 0.41 to 0.6, of which 0.51 is in the middle.
-    assert analyze(images, 1).score_thr == pytest.approx(0.51)
-    wrong = [image([(CAT, A)], [(CAT, 0.9, C)])]
-    assert analyze(wrong, 1).score_thr == 0.3
+    best = analyze(images, 1)
+    assert best.score_thr == pytest.approx(0.51) and best.has_best_f1
+    wrong = analyze([image([(CAT, A)], [(CAT, 0.9, C)])], 1)
+    assert wrong.score_thr == 0.3 and not wrong.has_best_f1
+    assert not analyze(images, 1, score_thr=0.5).has_best_f1
 
 
 def test_ignored_objects_are_neither_right_nor_wrong():

@@ -11,13 +11,22 @@ import torch
 from operator_cases import grid_sample_attention, locations_and_weights, make_case
 from torch import nn
 
+import msda_plugin
 from msda_plugin.export.onnx_operator import operator_as
+from msda_plugin.libraries import LIBRARY_DIR
 from msda_plugin.ops import ms_deform_attn, ms_deform_attn_fused
 
 onnxruntime = pytest.importorskip('onnxruntime')
 
+built = (LIBRARY_DIR / 'libmsda_onnxruntime.so').exists()
+needs_library = pytest.mark.skipif(not built, reason='libmsda_onnxruntime.so is not built')
+
 FORMS = ('grid_sample', 'gather', 'custom', 'tensorrt')
-NODES = {'custom': ('msda_plugin', 'MSDeformAttn'), 'tensorrt': ('trt.plugins', 'MultiscaleDeformableAttnPlugin_TRT')}
+TENSORRT = 'MultiscaleDeformableAttnPlugin_TRT'
+NODES = {  # of the plain and the fused operator
+    'custom': [('msda_plugin', 'MSDeformAttn'), ('msda_plugin', 'MSDeformAttnFused')],
+    'tensorrt': [('trt.plugins', TENSORRT)] * 2,
+}
 # Odd sizes, levels of one pixel, one row and one column.
 SHAPES = ((7, 5), (3, 4), (1, 6), (5, 1), (1, 1))
 
@@ -32,6 +41,7 @@ class Both(nn.Module):
 
 
 NAMES = ['value', 'shapes', 'locations', 'weights', 'reference_points', 'offsets', 'logits']
+AXES = {'value': {0: 'batch', 1: 'keys'}} | {name: {0: 'batch', 1: 'queries'} for name in NAMES[2:]}
 
 
 def make_inputs(shapes=SHAPES, dtype=torch.float32, reference_size=2, **sizes):
@@ -61,8 +71,11 @@ def export(model, inputs, form, **options):
     return onnx.load_from_string(file.getvalue())
 
 
-def run(model, inputs):
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
+def run(model, inputs, library=None):
+    options = onnxruntime.SessionOptions()
+    if library:
+        options.register_custom_ops_library(library)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
     arrays = {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)}
     return [torch.from_numpy(output) for output in session.run(None, arrays)]
 
@@ -98,9 +111,7 @@ def test_decompositions_in_onnxruntime(form, reference_size, opset):
 def test_dynamic_sizes(form):
     """Batch, queries and the sizes of the levels, which come as a tensor."""
     inputs, _ = make_inputs()
-    rows = {'locations', 'weights', 'reference_points', 'offsets', 'logits'}
-    axes = {'value': {0: 'batch', 1: 'keys'}} | {name: {0: 'batch', 1: 'queries'} for name in rows}
-    model = export(Both(), inputs, form, input_names=NAMES, dynamic_axes=axes)
+    model = export(Both(), inputs, form, input_names=NAMES, dynamic_axes=AXES)
     for sizes in (
         {'batch': 1, 'queries': 3},
         {'batch': 3, 'queries': 9, 'shapes': ((4, 9), (2, 2), (1, 1), (1, 3), (6, 5)), 'seed': 1},
@@ -149,12 +160,26 @@ def test_float16_computes_in_float32(form):
 def test_one_node(form, dtype):
     inputs, _ = make_inputs(dtype=dtype)
     model = export(Both(), inputs, form, input_names=NAMES)
-    assert counts(model)[NODES[form]] == 2
+    assert [(node.domain, node.op_type) for node in model.graph.node if node.domain] == NODES[form]
     assert counts(model)['', 'GridSample'] == 0
-    assert {o.domain: o.version for o in model.opset_import} == {'': 16, NODES[form][0]: 1}
+    assert {o.domain: o.version for o in model.opset_import} == {'': 16, NODES[form][0][0]: 1}
     # The sizes of the output are known to what follows.
     sizes = [[size.dim_value for size in output.type.tensor_type.shape.dim] for output in model.graph.output]
     assert sizes == [[2, 4, 12]] * 2
+
+
+@needs_library
+@pytest.mark.parametrize('form', FORMS[2:])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-5), (torch.float16, 1e-3)])
+@pytest.mark.parametrize('reference_size', [2, 4])
+def test_one_node_in_onnxruntime(form, dtype, tolerance, reference_size):
+    """With the library; the batch, the queries and the sizes of the levels change after the export."""
+    inputs, _ = make_inputs(dtype=dtype, reference_size=reference_size)
+    model = export(Both(), inputs, form, input_names=NAMES, dynamic_axes=AXES)
+    for sizes in ({}, {'batch': 3, 'queries': 9, 'shapes': ((4, 9), (2, 2), (1, 1), (1, 3), (6, 5)), 'seed': 1}):
+        other, expected = make_inputs(dtype=dtype, reference_size=reference_size, **sizes)
+        for output, e in zip(run(model, other, msda_plugin.onnxruntime_library()), expected, strict=True):
+            torch.testing.assert_close(output, e.to(dtype), rtol=tolerance, atol=tolerance)
 
 
 def test_tensorrt_inputs():
@@ -163,7 +188,7 @@ def test_tensorrt_inputs():
     model = export(Both(), inputs, 'tensorrt', input_names=NAMES)
     known = onnx.shape_inference.infer_shapes(model).graph.value_info
     types = {info.name: info.type.tensor_type.elem_type for info in known}
-    nodes = [node for node in model.graph.node if node.op_type == NODES['tensorrt'][1]]
+    nodes = [node for node in model.graph.node if node.op_type == TENSORRT]
     float32, int32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
     assert [[types[name] for name in node.input] for node in nodes] == [[float32, int32, int32, float32, float32]] * 2
 

@@ -13,11 +13,11 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from operator_cases import grid_sample_attention, make_case
+from operator_cases import grid_sample_attention, locations_and_weights, make_case
 
 import msda_plugin
-from msda_plugin.export.onnx_operator import DOMAIN, NAME, TENSORRT_DOMAIN, TENSORRT_NAME
-from msda_plugin.ops import backend_for, ms_deform_attn
+from msda_plugin.export.onnx_operator import DOMAIN, FUSED_NAME, NAME, TENSORRT_DOMAIN, TENSORRT_NAME
+from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
 
 onnxruntime = pytest.importorskip('onnxruntime')
 if not msda_plugin.libraries.LIBRARY_DIR.joinpath('libmsda_onnxruntime.so').exists():
@@ -32,14 +32,24 @@ TYPES = {
 }
 NAMES = {
     NAME: ('value', 'spatial_shapes', 'sampling_locations', 'attention_weights'),
+    FUSED_NAME: ('value', 'spatial_shapes', 'reference_points', 'sampling_offsets', 'attention_logits'),
     TENSORRT_NAME: ('value', 'spatial_shapes', 'level_start_index', 'sampling_locations', 'attention_weights'),
 }
-RANKS = dict(value=4, spatial_shapes=2, level_start_index=1, sampling_locations=6, attention_weights=5)
+RANKS = dict(
+    value=4,
+    spatial_shapes=2,
+    level_start_index=1,
+    reference_points=4,
+    sampling_locations=6,
+    sampling_offsets=6,
+    attention_weights=5,
+    attention_logits=5,
+)
 
 
 def make_model(arrays, operator=NAME, shapes=None):
     """A file with one node. Its inputs have the given shapes, or unknown sizes; its output has no shape."""
-    domain = DOMAIN if operator == NAME else TENSORRT_DOMAIN
+    domain = TENSORRT_DOMAIN if operator == TENSORRT_NAME else DOMAIN
     inputs = [
         helper.make_tensor_value_info(name, TYPES[arrays[name].dtype], (shapes or {}).get(name, [None] * RANKS[name]))
         for name in NAMES[operator]
@@ -60,7 +70,7 @@ def make_session(model, threads=1):
 
 
 def make_arrays(dtype='float32', sampling=None, shapes_dtype='int64', seed=0, **sizes):
-    """The inputs of both nodes by name, and the case."""
+    """The inputs of all nodes by name, and the case."""
     case = make_case(seed=seed, **sizes).to(getattr(torch, dtype))
     shapes = torch.tensor(case.shapes)
     starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
@@ -70,6 +80,9 @@ def make_arrays(dtype='float32', sampling=None, shapes_dtype='int64', seed=0, **
         level_start_index=starts.numpy().astype(shapes_dtype),
         sampling_locations=case.locations.numpy().astype(sampling or dtype),
         attention_weights=case.weights.numpy().astype(sampling or dtype),
+        reference_points=case.reference_points.numpy(),
+        sampling_offsets=case.offsets.numpy().astype(sampling or dtype),
+        attention_logits=case.logits.numpy().astype(sampling or dtype),
     )
     return arrays, case
 
@@ -79,8 +92,11 @@ def run(arrays, operator=NAME, threads=1, session=None):
     return session.run(None, {name: arrays[name] for name in NAMES[operator]})[0]
 
 
-def expected(case):
+def expected(case, operator=NAME):
     exact = case.to(torch.float64)
+    if operator == FUSED_NAME:
+        locations, weights = locations_and_weights(case.shapes, *exact.fused()[1:])
+        return grid_sample_attention(exact.value, case.shapes, locations, weights).numpy()
     return grid_sample_attention(exact.value, case.shapes, exact.locations, exact.weights).numpy()
 
 
@@ -94,11 +110,26 @@ def test_float32(head_dim, shapes):
 
 
 @pytest.mark.parametrize('sampling', ['float16', 'float32'])
-def test_float16(sampling):
+@pytest.mark.parametrize('operator', [NAME, FUSED_NAME])
+def test_float16(sampling, operator):
     arrays, case = make_arrays('float16', sampling, head_dim=24)
-    output = run(arrays)
+    arrays['reference_points'] = arrays['reference_points'].astype(sampling)
+    output = run(arrays, operator)
     assert output.dtype == np.float16
-    np.testing.assert_allclose(output, expected(case), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(output, expected(case, operator), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('reference_size', [2, 4])
+@pytest.mark.parametrize('points', [1, 3, 4])
+def test_fused_node(reference_size, points):
+    arrays, case = make_arrays(reference_size=reference_size, points=points, head_dim=8)
+    np.testing.assert_allclose(run(arrays, FUSED_NAME), expected(case, FUSED_NAME), rtol=1e-4, atol=1e-5)
+
+
+def test_fused_node_with_float32_reference_points():
+    arrays, case = make_arrays('float16')
+    arrays['reference_points'] = arrays['reference_points'].astype('float32')
+    np.testing.assert_allclose(run(arrays, FUSED_NAME), expected(case, FUSED_NAME), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-6), ('float16', 1e-3)])
@@ -116,12 +147,13 @@ def test_tensorrt_node(dtype, tolerance, shapes_dtype):
 def test_bitwise_equal_to_torch_for_any_number_of_threads(threads, batch, heads):
     """The sizes are large enough for several slices of each head."""
     arrays, case = make_arrays(shapes=((29, 31), (11, 13)), batch=batch, heads=heads, queries=1201, head_dim=16)
-    tensors = [torch.from_numpy(arrays[name]) for name in ('value', 'sampling_locations', 'attention_weights')]
-    value, locations, weights = tensors
-    assert np.array_equal(run(arrays, threads=threads), ms_deform_attn(value, case.shapes, None, locations, weights))
+    for operator, function in ((NAME, ms_deform_attn), (FUSED_NAME, ms_deform_attn_fused)):
+        value, _, *rest = (torch.from_numpy(arrays[name]) for name in NAMES[operator])
+        output = function(value, case.shapes, None, *rest)
+        assert np.array_equal(run(arrays, operator, threads), output.numpy())
 
 
-@pytest.mark.parametrize('operator', [NAME, TENSORRT_NAME])
+@pytest.mark.parametrize('operator', NAMES)
 @pytest.mark.parametrize('empty', ['batch', 'queries'])
 def test_empty(operator, empty):
     arrays, _ = make_arrays(**{empty: 0})
@@ -200,6 +232,13 @@ BAD_INPUTS = {
         ((2,), 'level_start_index has shape (2), but (3) is needed'),
         (np.array([0, 35, 40]), 'level_start_index is (0, 35, 40), but the running sum of the levels'),
     ],
+    'reference_points': [
+        ((2, 4, 3), 'reference_points has shape (2, 4, 3), but (bs, num_queries, num_levels) = (2, 4, 3) with 2 or 4'),
+        ((2, 4, 3, 3), 'reference_points has shape (2, 4, 3, 3), but'),
+        ((2, 4, 1, 2), 'reference_points has shape (2, 4, 1, 2), but'),
+    ],
+    'sampling_offsets': [((2, 4, 2, 3, 3, 3), 'sampling_offsets has shape (2, 4, 2, 3, 3, 3), but (2, 4, 2, 3, 3, 2)')],
+    'attention_logits': [((2, 4, 2, 3, 4), 'attention_logits has shape (2, 4, 2, 3, 4), but (2, 4, 2, 3, 3) is')],
     'sampling_locations': [
         ((2, 4, 2, 3, 3), 'sampling_locations has shape (2, 4, 2, 3, 3), but (bs, num_queries, num_heads, num_levels'),
         ((2, 4, 2, 3, 0, 2), 'with at least one point'),
@@ -218,13 +257,13 @@ def test_bad_input_is_one_sentence(name, bad, message):
     arrays, case = make_arrays()
     good = make_arrays()[0]
     arrays[name] = np.zeros(bad, arrays[name].dtype) if isinstance(bad, tuple) else bad
-    operator = TENSORRT_NAME if name == 'level_start_index' else NAME
+    operator = next(operator for operator, names in NAMES.items() if name in names)
     unknown = {name: None for name in NAMES[operator]}
     session = make_session(make_model(arrays, operator, shapes=unknown))
     with pytest.raises(Exception, match=re.escape(message)):
         run(arrays, operator, session=session)
     output = run(good, operator, session=session)
-    np.testing.assert_allclose(output.reshape(2, 4, 12), expected(case), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(output.reshape(2, 4, 12), expected(case, operator), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +271,10 @@ def test_bad_input_is_one_sentence(name, bad, message):
     [
         (NAME, dict(value='float64', sampling_locations='float64', attention_weights='float64'), 'tensor(double)'),
         (NAME, dict(attention_weights='float64'), 'tensor(double)'),
-        (
-            NAME,
-            dict(sampling_locations='float16', attention_weights='float16'),
-            'are float32, float16 and float16, but',
-        ),
-        (NAME, dict(value='float16', attention_weights='float16'), 'are float16, float32 and float16, but'),
-        (TENSORRT_NAME, dict(value='float16'), 'are float16, float32 and float32, but one dtype is needed'),
+        (NAME, dict(sampling_locations='float16', attention_weights='float16'), 'value is float32, sampling_locations'),
+        (NAME, dict(value='float16', attention_weights='float16'), 'sampling_locations is float32, attention_weights'),
+        (TENSORRT_NAME, dict(value='float16'), 'attention_weights is float32, but one dtype is needed'),
+        (FUSED_NAME, dict(reference_points='float16'), 'reference_points is float16, sampling_offsets is float32, '),
     ],
 )
 def test_mismatching_dtypes_are_refused_by_the_session(operator, types, message):

@@ -5,10 +5,12 @@
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -40,6 +42,7 @@ Barrier block_barrier;
 std::function<void()> body;
 std::mt19937 order_generator;  // the same for each kernel, so that runs repeat
 cudaError_t launch_error = cudaSuccess;
+unsigned every_block = 1;  // 10: only every 10th block of a kernel runs
 
 void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -98,19 +101,22 @@ void run_block() {
 constexpr size_t kSharedBytes = 1 << 18, kGuardBytes = 4096;
 unsigned char* shared();  // memory of kSharedBytes
 
+std::map<const void*, int> granted;  // bytes of shared memory that kernels have opted in to
+
 // A block starts with shared memory full of NaNs (negative integers), and must not write past its end.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
-  body = std::move(kernel);
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> call) {
+  body = std::move(call);
   block_size = block;
   order_generator.seed(1);
-  // No device runs it without opting in to more shared memory, and a warp-wide operation needs whole warps.
-  if (shared_bytes > 48 * 1024 || block.x * block.y > 1024 || block.x * block.y % 32 != 0) {
+  // Without opting in, no device grants more shared memory. A warp-wide operation needs whole warps.
+  const size_t most = std::max(48 * 1024, granted[kernel]);
+  if (shared_bytes > most || block.x * block.y > 1024 || block.x * block.y % 32 != 0) {
     launch_error = cudaErrorInvalidConfiguration;
     return;
   }
   unsigned char* const guard = shared() + shared_bytes;
-  for (unsigned i = 0; i < grid.x; ++i) {
-    block_index = {i, 0, 0};
+  for (unsigned i = 0; i < grid.x * grid.y * grid.z; i += every_block) {
+    block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     std::memset(shared(), 0xff, shared_bytes + kGuardBytes);
     run_block();
     for (size_t byte = 0; byte < kGuardBytes; ++byte)
@@ -152,20 +158,44 @@ inline unsigned __match_any_sync(unsigned, int value) {
   __syncwarp();
   return result;
 }
+template <class V>
+V __shfl_up_sync(unsigned, V value, int step) {
+  const int lane = emulator::current->lane;
+  return emulator::exchange(value, lane < step ? lane : lane - step);
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const unsigned equal = __match_any_sync(0xffffffffu, value);
+  return value ? equal : ~equal;
+}
+inline int __clz(unsigned x) { return __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static int64_t reductions = 0;  // of numbers in memory
+inline int atomicAdd(int* target, int x) { return std::exchange(*target, *target + x); }
+inline int atomicCAS(int* target, int expected, int x) {
+  return std::exchange(*target, *target == expected ? x : *target);
+}
 template <class A>
 void atomicAdd(A* target, A x) {
+  ++reductions;
   *target += x;
 }
 
 static int launches_until_failure = -1;  // -1: never
 
 extern "C" {
+__attribute__((visibility("default"))) void emulate_every_block(unsigned every) { emulator::every_block = every; }
+__attribute__((visibility("default"))) int64_t emulate_reductions() { return std::exchange(reductions, 0); }
 __attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
 // As on a device, the error of a launch is returned once.
 cudaError_t cudaGetLastError() {
   if (launches_until_failure >= 0 && launches_until_failure-- == 0) return cudaErrorInvalidConfiguration;
   return std::exchange(emulator::launch_error, cudaSuccess);
+}
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  // Compute capability 7.5 has the smallest maximum.
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > 64 * 1024) return cudaErrorInvalidValue;
+  emulator::granted[kernel] = value;
+  return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) {
   if (target == nullptr) return cudaErrorInvalidValue;
@@ -180,7 +210,7 @@ cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) 
 #define MSDA_CHECK_ALIGNED(pointer, bytes) \
   if (reinterpret_cast<uintptr_t>(pointer) % (bytes) != 0) std::abort()
 #define MSDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  emulator::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
+  emulator::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
 #include "../../csrc/cuda/ms_deform_attn.cu"
 
 namespace msda::cuda {
@@ -191,25 +221,29 @@ alignas(16) unsigned char shared_memory[emulator::kSharedBytes];
 unsigned char* emulator::shared() { return msda::cuda::shared_memory; }
 
 // sizes: batch, keys, heads, channels, levels, queries, points, reference_size, dtype, coordinate_dtype,
-// wide_reference; inputs: value, spatial_shapes, level_start_index, reference_points, coordinates, weights.
+// wide_reference and, if points is 0, the points on each level; inputs: value, spatial_shapes, level_start_index,
+// reference_points, coordinates, weights.
 static msda::Problem problem_of(const int64_t* sizes, void* const* inputs) {
-  return {sizes[0],
-          sizes[1],
-          sizes[2],
-          sizes[3],
-          sizes[4],
-          sizes[5],
-          sizes[6],
-          static_cast<int>(sizes[7]),
-          static_cast<msda::DType>(sizes[8]),
-          static_cast<msda::DType>(sizes[9]),
-          sizes[10] != 0,
-          inputs[0],
-          static_cast<const int64_t*>(inputs[1]),
-          static_cast<const int64_t*>(inputs[2]),
-          inputs[3],
-          inputs[4],
-          inputs[5]};
+  msda::Problem p{sizes[0],
+                  sizes[1],
+                  sizes[2],
+                  sizes[3],
+                  sizes[4],
+                  sizes[5],
+                  sizes[6],
+                  static_cast<int>(sizes[7]),
+                  static_cast<msda::DType>(sizes[8]),
+                  static_cast<msda::DType>(sizes[9]),
+                  sizes[10] != 0,
+                  inputs[0],
+                  static_cast<const int64_t*>(inputs[1]),
+                  static_cast<const int64_t*>(inputs[2]),
+                  inputs[3],
+                  inputs[4],
+                  inputs[5]};
+  for (int64_t level = 0; level < p.levels && p.points == 0; ++level)
+    p.level_begin[level + 1] = static_cast<int32_t>(p.level_begin[level] + sizes[11 + level]);
+  return p;
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t emulate_sort_elements(const int64_t* sizes) {
@@ -223,8 +257,8 @@ extern "C" __attribute__((visibility("default"))) int emulate_blocks(const int64
   const msda::Problem p = problem_of(sizes, inputs);
   return msda::cuda::dispatch(p, aligned ? 0 : 1, [&](auto t, auto, auto width) {
     constexpr int kWidth = decltype(width)::value;
-    for (const auto& shape :
-         {msda::cuda::forward_shape<decltype(t), kWidth>(p), msda::cuda::backward_shape<decltype(t), kWidth>(p)}) {
+    for (const auto& shape : {msda::cuda::forward_shape<decltype(t), kWidth>(p),
+                              msda::cuda::backward_shape<decltype(t), kWidth>(p, true)}) {
       *out++ = shape.block.x;
       *out++ = shape.block.y;
       *out++ = static_cast<int64_t>(shape.shared_bytes);

@@ -1,5 +1,6 @@
 """Inputs for tests of the operator, and two definitions that are independent of the package."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ class Case:
     reference_points: Tensor
     offsets: Tensor
     logits: Tensor
+    num_points: list[int] | None = None
 
     def plain(self) -> tuple[Tensor, ...]:
         return self.value, self.locations, self.weights
@@ -27,7 +29,7 @@ class Case:
 
     def to(self, *args) -> 'Case':
         tensors = [t.detach().to(*args) for t in (*self.plain(), *self.fused()[1:])]
-        return Case(self.shapes, *tensors)
+        return Case(self.shapes, *tensors, self.num_points)
 
     def requires_grad(self) -> 'Case':
         for tensor in (*self.plain(), *self.fused()[1:]):
@@ -47,10 +49,15 @@ def make_case(
     dtype=torch.float64,
     spread=0.3,
 ) -> Case:
-    """Random inputs; ``spread`` is how far locations reach outside of the level, as a fraction of its size."""
+    """Random inputs.
+
+    ``points`` is the number on each level, or a list with one number for each level. ``spread`` is how far locations
+    reach outside of the level, as a fraction of its size.
+    """
     g = torch.Generator().manual_seed(seed)
     levels, keys = len(shapes), sum(h * w for h, w in shapes)
-    sampling = (batch, queries, heads, levels, points)
+    uneven = not isinstance(points, int)
+    sampling = (batch, queries, heads, *((sum(points),) if uneven else (levels, points)))
 
     def rand(*size):
         return torch.rand(*size, generator=g, dtype=torch.float64).to(dtype)
@@ -63,26 +70,42 @@ def make_case(
         reference_points=rand(batch, queries, levels, reference_size),
         offsets=(rand(*sampling, 2) - 0.5) * 6,
         logits=(rand(*sampling) - 0.5) * 4,
+        num_points=points if uneven else None,
     )
 
 
-def grid_sample_attention(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def grid_sample_attention(
+    value: Tensor, shapes, locations: Tensor, weights: Tensor, num_points: Sequence[int] | None = None
+) -> Tensor:
     """The operator in terms of ``grid_sample``."""
     batch, _, heads, head_dim = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
+    queries = locations.shape[1]
+    locations, weights = (t.split(num_points, 3) if num_points else t.unbind(3) for t in (locations, weights))
     output = value.new_zeros(batch * heads, head_dim, queries)
     parts = value.split([h * w for h, w in shapes], 1)
     for level, (part, (height, width)) in enumerate(zip(parts, shapes, strict=True)):
         image = part.permute(0, 2, 3, 1).reshape(batch * heads, head_dim, height, width)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(batch * heads, queries, points, 2)
+        points = locations[level].shape[3]
+        grid = (2 * locations[level] - 1).transpose(1, 2).reshape(batch * heads, queries, points, 2)
         sampled = F.grid_sample(image, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
-        weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
+        weight = weights[level].transpose(1, 2).reshape(batch * heads, 1, queries, points)
         output = output + (sampled * weight).sum(-1)
     return output.view(batch, heads * head_dim, queries).transpose(1, 2)
 
 
-def locations_and_weights(shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def locations_and_weights(
+    shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor, num_points: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Sampling locations and attention weights of the fused operator."""
+    if num_points:  # as many levels as samples, with one point each
+        counts = torch.tensor(num_points)
+        level = torch.arange(len(shapes)).repeat_interleave(counts)
+        if reference_points.shape[-1] == 4:
+            offsets = offsets / counts[level][:, None]
+        locations, weights = locations_and_weights(
+            [shapes[i] for i in level], reference_points[:, :, level], offsets[..., None, :], logits[..., None]
+        )
+        return locations[..., 0, :], weights[..., 0]
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
     if reference_points.shape[-1] == 2:
         size = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)

@@ -60,7 +60,7 @@ def emulator(build, emulator_object):
     linked = ['-shared', '-Wl,-Bsymbolic', str(emulator_object), '-o', str(path)]
     subprocess.run([*build.find_compiler(), *linked], check=True)
     library = ctypes.CDLL(str(path))
-    library.emulate_sort_elements.restype = ctypes.c_int64
+    library.emulate_sort_elements.restype = library.emulate_reductions.restype = ctypes.c_int64
     return library
 
 
@@ -102,15 +102,16 @@ def pointers(*tensors):
     return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
 
 
-def emulate(library, shapes, value, reference_points, coordinates, weights, grad, deterministic):
+def emulate(library, shapes, value, reference_points, coordinates, weights, grad, deterministic, num_points=None):
     """Return (output, gradients of the float arguments) as the binding would compute them."""
     batch, keys, heads, channels = value.shape
-    queries, points = coordinates.shape[1], coordinates.shape[4]
+    queries, points = coordinates.shape[1], 0 if num_points else coordinates.shape[4]
+    per_level = num_points or []
     levels = torch.tensor(shapes)
     areas = levels.prod(1)
     starts = areas.cumsum(0) - areas
     reference_size = 0 if reference_points is None else reference_points.shape[-1]
-    sizes = (ctypes.c_int64 * 11)(
+    sizes = (ctypes.c_int64 * (11 + len(per_level)))(
         batch,
         keys,
         heads,
@@ -122,6 +123,7 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
         DTYPES[value.dtype],
         DTYPES[coordinates.dtype],
         reference_points is not None and reference_points.dtype != coordinates.dtype,
+        *per_level,
     )
     inputs = pointers(value, levels, starts, reference_points, coordinates, weights)
     output = value.new_full((batch, queries, heads * channels), float('nan'))
@@ -161,6 +163,8 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
         {'head_dim': 1, 'points': 1},
         {'head_dim': 32, 'queries': 9},
         {'head_dim': 3, 'points': 37, 'queries': 2},
+        {'points': [3, 6, 1], 'queries': 9},
+        {'points': [2, 40, 33], 'queries': 3},  # in chunks of 32 samples
         {'head_dim': 71, 'heads': 1},
         {'shapes': [(12, 13), (1, 1)], 'head_dim': 16, 'queries': 70, 'batch': 1},
         {'shapes': [(11, 9), (3, 2), (1, 1)], 'queries': 106, 'head_dim': 8, 'batch': 1},  # an encoder's: in bands
@@ -199,12 +203,14 @@ def test_against_grid_sample(emulator, deterministic, reference_size, sizes, dty
     grad = torch.linspace(-1, 1, batch * queries * width).view(batch, queries, width).to(dtype)
 
     def exact(value, *rest):
-        rest = locations_and_weights(case.shapes, *rest) if reference_size else rest
-        return grid_sample_attention(value, case.shapes, *rest)
+        rest = locations_and_weights(case.shapes, *rest, case.num_points) if reference_size else rest
+        return grid_sample_attention(value, case.shapes, *rest, case.num_points)
 
     expected = value_and_grads(exact, [t.double() for t in arguments], grad.double())
     reference_points = arguments[1] if reference_size else None
-    actual = emulate(emulator, case.shapes, arguments[0], reference_points, *arguments[-2:], grad, deterministic)
+    actual = emulate(
+        emulator, case.shapes, arguments[0], reference_points, *arguments[-2:], grad, deterministic, case.num_points
+    )
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}[dtype]
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert a.isfinite().all(), f'tensor {index}'
@@ -244,7 +250,7 @@ def test_more_than_2_to_the_31_elements(emulator):
 
 
 def test_no_launch_exceeds_a_block(emulator):
-    """Each block has whole warps, and shared memory that every device grants without opting in."""
+    """Each block has whole warps, and no more shared memory than compute capability 7.5 grants."""
     found = (ctypes.c_int64 * 6)()
     for dtype, head_dim, samples, aligned in itertools.product(
         DTYPES.values(), range(1, 257), (*range(1, 41), *range(48, 161, 8)), (0, 1)
@@ -253,7 +259,7 @@ def test_no_launch_exceeds_a_block(emulator):
             sizes = (ctypes.c_int64 * 11)(2, 20000, 8, head_dim, 1, 20000, samples, reference_size, dtype, dtype)
             assert emulator.emulate_blocks(sizes, aligned, found) == 0
             for lanes, units, shared_bytes in (found[:3], found[3:]):
-                assert shared_bytes <= 48 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)
+                assert shared_bytes <= 64 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)
                 assert lanes * units % 32 == 0 and lanes * units <= 1024, (dtype, head_dim, samples, aligned)
 
 
@@ -290,6 +296,42 @@ def test_infinite_weight_of_excluded_sample(emulator):
     for deterministic in (False, True):
         output, *grads = emulate(emulator, case.shapes, case.value, None, locations, weights, grad, deterministic)
         assert output.isfinite().all() and all(tensor.isfinite().all() for tensor in grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('local, most', [(True, 0.2), (False, 0.7)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_added_up_within_a_block(emulator, dtype, local, most):
+    """Reductions per row that a sample adds to, in an encoder whose queries sample around themselves or anywhere."""
+    shapes, batch, heads, head_dim = [(64, 64), (32, 32), (16, 16), (8, 8)], 13, 1, 32
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)
+    keys = sum(h * w for h, w in shapes)
+    points = torch.cat(
+        [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in shapes]
+    )
+    sampling = (batch, keys, heads, len(shapes), 4)
+    if local:
+        offsets = torch.arange(1, 5)[:, None] * torch.tensor([1.0, 0.0])
+        offsets = offsets + torch.randn(*sampling, 2, generator=generator)
+        pixels = points[:, None, None, None] * sizes[:, None] + offsets - 0.5
+    else:
+        pixels = torch.rand(*sampling, 2, generator=generator) * sizes[:, None] - 0.5
+    corners = torch.tensor([(0, 0), (1, 0), (0, 1), (1, 1)])
+    neighbors = pixels.floor()[..., None, :] + corners
+    rows = ((neighbors >= 0) & (neighbors < sizes[:, None, None])).all(-1).sum().item()
+    value = torch.randn(batch, keys, heads, head_dim, generator=generator).to(dtype)
+    weights = torch.full(sampling, 1 / 16)
+    grad = torch.randn(batch, keys, heads * head_dim, generator=generator)
+    every = 13  # with 85 blocks per image, each part of an image once
+    emulator.emulate_every_block(every)
+    try:
+        emulator.emulate_reductions()  # forgets those of other tests
+        emulate(emulator, shapes, value, None, (pixels + 0.5) / sizes[:, None], weights, grad, False)
+    finally:
+        emulator.emulate_every_block(1)
+    ratio = emulator.emulate_reductions() / head_dim / (rows / every)
+    assert 0.05 < ratio <= most
 
 
 @pytest.mark.parametrize('deterministic', [False, True])

@@ -71,8 +71,16 @@ def test_no_kernel_spills(sass, library):
     assert found and not [one for one in found if one[2]]
 
 
-def test_forward_loads_are_not_predicated_by_branches(sass, library):
-    wide = [kernel for kernel in sass.kernels(library, 'sm_90') if re.match('forward_kernelI.*Li[48]E', kernel.name)]
+def test_forward_loop(sass, library):
+    """Loads that wait for nothing but each other; two samples at a time in float32."""
+    wide = {k.name: k.loops for k in sass.kernels(library, 'sm_90') if re.match('forward_kernelI.*Li[48]E', k.name)}
     assert len(wide) == 5
-    for kernel in wide:
-        assert kernel.loops and all(loop['LDG'] in (4, 8) and loop['BRA'] == 1 for loop in kernel.loops), kernel
+    for name, loops in wide.items():
+        assert loops and all(loop['LDG'] in (4, 8) and loop['BRA'] == 1 for loop in loops), name
+    assert all(loop['LDG'] == 8 and loop.total() <= 80 for loop in wide['forward_kernelIffLi4E'])
+
+
+def test_backward_loop(sass, library):
+    (kernel,) = [k for k in sass.kernels(library, 'sm_90') if k.name.startswith('backward_kernelIffLi4ELb1ELi8')]
+    dots = kernel.loops[0]  # of two samples
+    assert dots['LDG'] == 8 and dots['BRA'] == 1 and dots.total() <= 100, dots

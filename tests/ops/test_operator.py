@@ -1,5 +1,6 @@
 """The operator against definitions in float64, on every backend and instruction set."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,24 @@ def assert_all_close(actual, expected, rtol=1e-9, atol=1e-10):
 
 
 def plain_pair(case):
-    actual = value_and_grads(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), case.plain())
-    expected = value_and_grads(lambda v, p, w: grid_sample_attention(v, case.shapes, p, w), case.plain())
+    points = case.num_points
+    actual = value_and_grads(
+        lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w, num_points=points), case.plain()
+    )
+    expected = value_and_grads(lambda v, p, w: grid_sample_attention(v, case.shapes, p, w, points), case.plain())
     return actual, expected
 
 
 def fused_pair(case):
-    actual = value_and_grads(lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest), case.fused())
+    points = case.num_points
+    actual = value_and_grads(
+        lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest, num_points=points), case.fused()
+    )
     expected = value_and_grads(
-        lambda v, *rest: grid_sample_attention(v, case.shapes, *locations_and_weights(case.shapes, *rest)), case.fused()
+        lambda v, *rest: grid_sample_attention(
+            v, case.shapes, *locations_and_weights(case.shapes, *rest, points), points
+        ),
+        case.fused(),
     )
     return actual, expected
 
@@ -83,6 +93,45 @@ def test_points(backend, points):
     case = make_case(points=points, queries=9, reference_size=4)
     assert_all_close(*plain_pair(case))
     assert_all_close(*fused_pair(case))
+
+
+@pytest.mark.parametrize('reference_size', [2, 4])
+@pytest.mark.parametrize('points', [[3, 6, 1], [2, 40, 33], [4, 4, 4]], ids=str)
+def test_points_per_level(backend, points, reference_size):
+    case = make_case(points=points, queries=9, reference_size=reference_size, head_dim=16)
+    assert case.logits.shape == (2, 9, 2, sum(points))
+    assert_all_close(*plain_pair(case))
+    assert_all_close(*fused_pair(case))
+
+
+@pytest.mark.parametrize('reference_size', [2, 4])
+def test_excluded_samples_with_points_per_level(backend, reference_size):
+    case = make_case(points=[3, 6, 1], reference_size=reference_size)
+    case.locations[0, 0, 0, 2] = 7.0
+    case.offsets[0, 0, 0, 5] = float('nan')
+    output, *grads = value_and_grads(
+        lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest, num_points=case.num_points), case.fused()
+    )
+    assert all(t.isfinite().all() for t in (output, *grads)) and (grads[2][0, 0, 0, 5] == 0).all()
+    assert_all_close(*plain_pair(case))
+
+
+def test_more_levels_than_uneven_ones(backend):
+    """Equal numbers on any number of levels; different numbers on up to 16."""
+    for points, levels in (([2] * 20, 20), ([1] * 15 + [3], 16)):
+        case = make_case(shapes=[(2, 3)] * levels, points=points)
+        assert_all_close(*plain_pair(case))
+        assert_all_close(*fused_pair(case))
+
+
+def test_reference_form_with_points_per_level():
+    case = make_case(points=[3, 6, 1])
+    actual = ms_deform_attn_reference(
+        case.value, case.shapes, None, case.locations, case.weights, num_points=case.num_points
+    )
+    torch.testing.assert_close(
+        actual, grid_sample_attention(case.value, case.shapes, case.locations, case.weights, case.num_points)
+    )
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
@@ -279,13 +328,14 @@ def test_mixed_dtypes_are_not_rounded_to_half(backend):
     assert weights.grad.dtype == torch.float64
 
 
+@pytest.mark.parametrize('points', [2, [1, 3, 2]], ids=str)
 @pytest.mark.parametrize('fused', [0, 2, 4], ids=['plain', 'points', 'boxes'])
-def test_gradcheck_and_gradgradcheck(backend, fused):
-    case = make_case(batch=1, queries=2, head_dim=3, points=2, reference_size=fused or 2, seed=3).requires_grad()
+def test_gradcheck_and_gradgradcheck(backend, fused, points):
+    case = make_case(batch=1, queries=2, head_dim=3, points=points, reference_size=fused or 2, seed=3).requires_grad()
     operator, inputs = (ms_deform_attn_fused, case.fused()) if fused else (ms_deform_attn, case.plain())
 
     def function(value, *rest):
-        return operator(value, case.shapes, None, *rest)
+        return operator(value, case.shapes, None, *rest, num_points=case.num_points)
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
@@ -361,18 +411,26 @@ def test_scratch_memory_does_not_grow_with_the_samples():
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('queries', [7, 333])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_bitwise_equal_for_any_number_of_threads(batch, queries, dtype):
+@pytest.mark.parametrize('points', [3, [2, 5]], ids=str)
+def test_bitwise_equal_for_any_number_of_threads(batch, queries, dtype, points):
     case = make_case(
-        shapes=[(12, 13), (5, 6)], batch=batch, queries=queries, head_dim=32, dtype=dtype, reference_size=4
+        shapes=[(12, 13), (5, 6)],
+        batch=batch,
+        queries=queries,
+        head_dim=32,
+        dtype=dtype,
+        reference_size=4,
+        points=points,
     )
+    plain, fused = (partial(f, num_points=case.num_points) for f in (ms_deform_attn, ms_deform_attn_fused))
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3, 5, 16):
             torch.set_num_threads(count)
             results.append(
-                value_and_grads(lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), case.plain())
-                + value_and_grads(lambda v, *rest: ms_deform_attn_fused(v, case.shapes, None, *rest), case.fused())
+                value_and_grads(lambda v, p, w: plain(v, case.shapes, None, p, w), case.plain())
+                + value_and_grads(lambda v, *rest: fused(v, case.shapes, None, *rest), case.fused())
             )
     finally:
         torch.set_num_threads(threads)

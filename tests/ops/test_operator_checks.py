@@ -111,6 +111,33 @@ def test_fused(error, match, changes):
     raises(ms_deform_attn_fused, FUSED, error, match, **changes)
 
 
+@pytest.mark.parametrize('function, names', [(ms_deform_attn, PLAIN), (ms_deform_attn_fused, FUSED)])
+@pytest.mark.parametrize(
+    'num_points, match',
+    [
+        ([3, 3], r'num_points is \[3, 3\], but a list of 3 integers >= 1 .*one for each level'),
+        ([4, 0, 5], r'num_points is \[4, 0, 5\]'),
+        ([4, 2.5, 2.5], r'num_points is \[4, 2.5, 2.5\]'),
+        (9, r'num_points is 9'),
+        ([4, 3, 1], r'sampling_\w+ has shape \(2, 4, 2, 9, 2\).*sum\(num_points\), 2\) = \(2, 4, 2, 8, 2\)'),
+    ],
+)
+def test_num_points(function, names, num_points, match):
+    given = list(arguments(names).values())
+    given[-2:] = given[-2].flatten(3, 4), given[-1].flatten(3)  # 9 points
+    with pytest.raises(ValueError, match=match):
+        function(*given, num_points=num_points)
+    function(*given, num_points=[4, 3, 2])
+    with pytest.raises(ValueError, match=r'\w+ has shape \(2, 4, 2, 3, 3\).*sum\(num_points\)\) = \(2, 4, 2, 9\)'):
+        function(*given[:-1], given[-1].unflatten(3, (3, 3)), num_points=[4, 3, 2])
+
+
+def test_at_most_16_levels_with_different_numbers_of_points():
+    case = make_case(shapes=[(2, 3)] * 17, points=[1] * 16 + [2])
+    with pytest.raises(ValueError, match='num_points has 17 levels, but .* at most 16 levels'):
+        ms_deform_attn(case.value, case.shapes, None, case.locations, case.weights, num_points=case.num_points)
+
+
 def test_check_levels():
     check_levels(torch.tensor([[2, 3], [1, 1]]), None, 7)
     with pytest.raises(ValueError, match='add up to 7.*num_keys = 8'):
@@ -148,3 +175,11 @@ def test_operator_without_the_checks_keeps_memory_safe():
     ):
         with pytest.raises(RuntimeError):
             op(*(bad if i == index else t for i, t in enumerate(good)), False)
+    flat = (*good[:3], case.locations.flatten(3, 4), case.weights.flatten(3))
+    assert op(*flat, False, [4, 3, 2]).shape == (2, 4, 12)
+    for bad in ([4, 3, 3], [4, 5], [4, 6, -1], [9, 0, 0], [2**31, 3, 2], []):
+        with pytest.raises(RuntimeError):
+            op(*flat, False, bad)
+    many = make_case(shapes=[(1, 1)] * 17, points=[1] * 16 + [2], dtype=torch.float32)
+    with pytest.raises(RuntimeError, match='16'):
+        op(many.value, torch.ones(17, 2).long(), torch.arange(17), many.locations, many.weights, False, many.num_points)

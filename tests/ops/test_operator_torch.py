@@ -13,13 +13,13 @@ from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused, u
 needs_cpu = pytest.mark.skipif(backend_for('cpu', torch.float32).name != 'cpu', reason='libmsda_cpu is not built')
 
 
-def op_arguments(name, dtype=torch.float32, requires_grad=True, reference_size=2):
-    case = make_case(dtype=dtype, reference_size=reference_size, head_dim=8)
+def op_arguments(name, dtype=torch.float32, requires_grad=True, reference_size=2, points=3):
+    case = make_case(dtype=dtype, reference_size=reference_size, head_dim=8, points=points)
     if requires_grad:
         case.requires_grad()
     levels = (torch.tensor(case.shapes), torch.tensor([0, 35, 41]))
     tensors = case.fused() if 'fused' in name else case.plain()
-    arguments = (tensors[0], *levels, *tensors[1:], False)
+    arguments = (tensors[0], *levels, *tensors[1:], False, *([] if case.num_points is None else [case.num_points]))
     return (torch.rand(2, 4, 16).to(dtype), *arguments) if name.endswith('backward') else arguments
 
 
@@ -27,10 +27,10 @@ def op_arguments(name, dtype=torch.float32, requires_grad=True, reference_size=2
 @pytest.mark.parametrize(
     'name', ['ms_deform_attn', 'ms_deform_attn_backward', 'ms_deform_attn_fused', 'ms_deform_attn_fused_backward']
 )
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_opcheck(name, dtype):
+@pytest.mark.parametrize('dtype, points', [(torch.float32, 3), (torch.bfloat16, 3), (torch.float32, [2, 4, 1])])
+def test_opcheck(name, dtype, points):
     # A second derivative is not traced ahead of time, so the backward operators are checked without gradients.
-    arguments = op_arguments(name, dtype, requires_grad=not name.endswith('backward'))
+    arguments = op_arguments(name, dtype, requires_grad=not name.endswith('backward'), points=points)
     torch.library.opcheck(getattr(torch.ops.msda, name).default, arguments)
 
 
@@ -92,14 +92,17 @@ def test_compile_with_inductor():
 
 
 @needs_cpu
-def test_compile_with_pairs_and_choices():
+@pytest.mark.parametrize('points', [3, [2, 4, 1]], ids=str)
+def test_compile_with_pairs_and_choices(points):
     """Levels as pairs. A compiled function follows a later choice of backend."""
     torch._dynamo.reset()
-    case = make_case(dtype=torch.float32)
+    case = make_case(dtype=torch.float32, points=points)
     compiled = torch.compile(
-        lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w), fullgraph=True, backend='eager'
+        lambda v, p, w: ms_deform_attn(v, case.shapes, None, p, w, num_points=case.num_points),
+        fullgraph=True,
+        backend='eager',
     )
-    expected = grid_sample_attention(case.value, case.shapes, case.locations, case.weights)
+    expected = grid_sample_attention(case.value, case.shapes, case.locations, case.weights, case.num_points)
     torch.testing.assert_close(compiled(*case.plain()), expected)
     with use_backend('reference'):
         torch.testing.assert_close(compiled(*case.plain()), expected)

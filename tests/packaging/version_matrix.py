@@ -4,11 +4,11 @@
     python tests/packaging/version_matrix.py [--rows NAME …] [--checks NAME …] [--out table.md] [--dist DIR]
     python tests/packaging/version_matrix.py --list
 
-A row installs torch from PyPI and the wheel, loads the libraries, and runs the operator's tests; then it adds the stack
-and mmcv's operators from msda_plugin, runs ``python -m msda_plugin env``, and trains. All this happens in a folder
-without the package's sources, with nothing but the environment on PATH. At last the sdist is installed with a compiler,
-against the row's torch, with CUDA if nvcc is found. A row needs 8 GB of disk, which it frees. The results are kept next
-to the table, so that rows and checks can be run one by one.
+A row installs torch from PyPI and the wheel, loads the libraries, and runs the operator's tests, also in onnxruntime;
+then it adds the stack and mmcv's operators from msda_plugin, runs ``python -m msda_plugin env``, and trains. All this
+happens in a folder without the package's sources, with nothing but the environment on PATH. At last the sdist is
+installed with a compiler, against the row's torch, with CUDA if nvcc is found. A row needs 8 GB of disk, which it
+frees. The results are kept next to the table, so that rows and checks can be run one by one.
 """
 
 import argparse
@@ -32,8 +32,9 @@ OPERATOR = [
     'tests/ops/test_operator_torch.py',
     'tests/ops/test_operator_backends.py',
 ]
+ONNXRUNTIME = ['tests/export/test_onnx_operator.py', 'tests/export/test_onnxruntime_library.py']
 TRAINING = ['tests/test_end_to_end.py', '-k', 'own_commands']
-CHECKS = ('operator', 'training', 'sources')
+CHECKS = ('operator', 'onnxruntime', 'training', 'sources')
 COMPILERS = ('gcc', 'g++', 'cc', 'c++', 'clang', 'clang++', 'nvcc')
 
 
@@ -47,6 +48,7 @@ class Row:
         stack: OpenMMLab packages, 'forks' or 'upstream'.
         setuptools: Allowed versions of setuptools.
         numpy: Allowed versions of numpy.
+        onnxruntime: Allowed versions of onnxruntime.
     """
 
     python: str = '3.11'
@@ -54,12 +56,14 @@ class Row:
     stack: str = 'forks'
     setuptools: str = ''
     numpy: str = ''
+    onnxruntime: str = ''
 
     @property
     def name(self) -> str:
         names = [f'python{self.python}', f'torch{self.torch}', self.stack]
         names += [f'setuptools{self.setuptools}'] if self.setuptools else []
         names += [f'numpy{self.numpy}'] if self.numpy else []
+        names += [f'onnxruntime{self.onnxruntime}'] if self.onnxruntime else []
         return '-'.join(names)
 
 
@@ -73,7 +77,8 @@ ROWS = (
     Row('3.13', '2.15.0'),
     Row(setuptools='==80.*'),  # the oldest that onedl-mim supports
     Row(setuptools='>=82'),
-    Row(numpy='==1.26.*'),
+    Row(numpy='==1.26.*', onnxruntime='==1.17.*'),  # the oldest that the library supports
+    Row(onnxruntime='==1.20.*'),
     Row(stack='upstream', setuptools='==77.*'),
     Row(stack='upstream', setuptools='>=82'),
 )
@@ -151,6 +156,12 @@ print(json.dumps(dict(
             raise StepError(f'only {result["libraries"]} is loaded')
         return dict(result, libraries=result['libraries'].replace('libmsda_', ''))
 
+    def check_onnxruntime(self) -> str:
+        """Install onnxruntime and run the library's tests. Returns its version and the counts."""
+        self.pip(*self.held, 'onnx', f'onnxruntime{self.row.onnxruntime}')
+        version = self.run('python', '-c', 'import onnxruntime; print(onnxruntime.__version__)').strip()
+        return f'{version}: {self.pytest(*ONNXRUNTIME)}'
+
     def check_training(self, wheel: Path) -> str:
         """Install the stack and mmcv's operators, as docs/install.md says; train and test."""
         self.pip(*self.held, f'{wheel}[{self.row.stack}]', 'tensorboard')
@@ -194,6 +205,7 @@ def run_row(row: Row, checks: Sequence[str], wheel: Path, sdist: Path, tree: Pat
         result |= env.check_libraries()
         functions = dict(
             operator=lambda: env.pytest('-m', 'not slow', *OPERATOR),
+            onnxruntime=env.check_onnxruntime,
             training=lambda: env.check_training(wheel),
             sources=lambda: env.check_sources(sdist),
         )
@@ -244,6 +256,7 @@ COLUMNS = {
     'wheel installs in': 'wheel',
     'libraries loaded': 'libraries',
     'operator tests': 'operator',
+    'onnxruntime': 'onnxruntime',
     'training': 'training',
     'built from source': 'sources',
 }

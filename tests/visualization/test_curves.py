@@ -88,3 +88,8 @@ def test_long_curves_are_averaged():
     assert len(x) == len(y) == MAX_POINTS
     np.testing.assert_allclose(y, 2 * x)
     np.testing.assert_allclose(x.mean(), iterations.mean())
+
+
+def test_a_title_without_glyphs_does_not_warn(recwarn):
+    draw_curves(LOSSES, {}, POSITIONS, title='猫')
+    assert not list(recwarn)

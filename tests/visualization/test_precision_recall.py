@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from msda_plugin.visualization import draw_precision_recall
+from msda_plugin.visualization.precision_recall import draw_precision_recall
 
 RECALLS = np.linspace(0, 1, 101)
 RED, BLUE, GRAY, BLACK = (230, 20, 20), (20, 20, 230), (204, 204, 204), (0, 0, 0)

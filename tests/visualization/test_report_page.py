@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from msda_plugin.engine.detection_analysis import DetectedImage, analyze
-from msda_plugin.visualization import report_page
+from msda_plugin.visualization.report_page import report_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 EVIL = '</td><script>document.title="broken"</script><img src=x onerror=alert(1)> "quoted" \' & 猫'
@@ -159,6 +159,7 @@ def test_an_unreadable_image():
     'images, said',
     [
         ([image([(0, (1, 1, 9, 9))])], 'predicts no box at all'),
+        ([image([(0, (1, 1, 9, 9))])], 'No detection reaches this score threshold and matches an object.'),
         ([image()], 'There is no true box'),
         ([image([(0, (1, 1, 9, 9))], [(0, 0.9, (1, 1, 9, 9))])], 'None: every detection matches a true box.'),
     ],

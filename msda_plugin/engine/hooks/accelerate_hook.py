@@ -16,8 +16,7 @@ class AccelerateHook(Hook):
     optimizer stay compatible.
 
     Args:
-        inference, channels_last, fold: As in :func:`msda_plugin.accelerate`. Folding affects only what needs no
-            gradient, such as validation and frozen stages.
+        inference, channels_last, fold, fast_dropout: As in :func:`msda_plugin.accelerate`.
         dtype: As there, or its name: ``'bfloat16'``. Validation and test run in it, training does not.
 
     Raises:
@@ -31,13 +30,16 @@ class AccelerateHook(Hook):
         inference: bool = False,
         channels_last: bool | None = None,
         fold: bool | None = None,
+        fast_dropout: bool = False,
         dtype: str | torch.dtype | None = None,
     ) -> None:
         if isinstance(dtype, str):
             if not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise ValueError(f"dtype is '{dtype}'; expected the name of a dtype of torch, such as 'bfloat16'")
             dtype = getattr(torch, dtype)
-        self.switches = dict(inference=inference, channels_last=channels_last, fold=fold, dtype=dtype)
+        self.switches = dict(
+            inference=inference, channels_last=channels_last, fold=fold, fast_dropout=fast_dropout, dtype=dtype
+        )
 
     def before_run(self, runner: Runner) -> None:
         accelerate(runner.model, **self.switches)

@@ -28,7 +28,8 @@ class Comparison:
         run: How it is run: 'forward', 'training step'.
         sides: Names of the two implementations, such as ('mmcv', 'ours').
         stock, ours: Their measurements.
-        difference: Largest difference between their results, relative to the largest result; None: not compared.
+        difference: Largest difference between their results, relative to the largest result, and of a model's raw
+            outputs absolute; None: not compared.
     """
 
     case: str

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
 from msda_plugin.ops.reference import attend, attend_fused
 from msda_plugin.tools.benchmarks import mmcv_kernels
 from msda_plugin.tools.benchmarks.op import PYRAMID, Shape
+from msda_plugin.tools.benchmarks.options import named_function
 from msda_plugin.tools.benchmarks.timing import EventTimer
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -224,7 +224,7 @@ def peers(args: argparse.Namespace) -> list[Form]:
         ]
     for name in args.peer:
         try:
-            forms.append(Form(name.rsplit(':', 1)[-1], _values_first(_named(name)), PLAIN, one_dtype=True))
+            forms.append(Form(name.rsplit(':', 1)[-1], _values_first(named_function(name)), PLAIN, one_dtype=True))
         except (ImportError, AttributeError, ValueError) as error:
             print(f'--peer {name}: skipped, because it cannot be imported ({error})')
     return forms
@@ -237,13 +237,6 @@ def _deformops(
 
     # Its weights have one dimension for levels and points.
     return msda(value, shapes, starts, locations, weights.flatten(-2), backend=Backend[backend.upper()])
-
-
-def _named(name: str) -> Callable[..., Tensor]:
-    module, separator, function = name.partition(':')
-    if not separator:
-        raise ValueError('expected MODULE:FUNCTION')
-    return getattr(import_module(module), function)
 
 
 def _values_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -664,4 +657,4 @@ def measure_model(args: argparse.Namespace, accelerated: bool, training: bool, a
     from msda_plugin.tools.benchmarks import model
 
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=autocast):
-        return model.measure(args, accelerated, training)
+        return model.measure(args, 'accelerated' if accelerated else None, training)

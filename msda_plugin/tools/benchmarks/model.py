@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from msda_plugin.acceleration import accelerate
+from msda_plugin.acceleration.low_precision import check_dtype
 from msda_plugin.acceleration.mmcv_models import STOCK_FORWARD
 from msda_plugin.engine.config_walk import rebuild, without_pretrained
 from msda_plugin.ops import backend_for
@@ -37,6 +38,15 @@ from msda_plugin.tools.common.errors import user_errors
 
 NUM_OBJECTS = transformers_model.NUM_OBJECTS
 TRANSFORMERS = 'hf:'  # begins the name of a model of transformers
+# The keyword arguments of accelerate.
+VARIANTS = {
+    'accelerated': {},
+    'channels_last': dict(channels_last=True),
+    'fold': dict(fold=True),
+    'fast_dropout': dict(fast_dropout=True),
+    'float32': dict(inference=True, fast_dropout=True),
+    'bfloat16': dict(inference=True, dtype=torch.bfloat16),
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -53,6 +63,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument('--batch', type=int, default=1, help='images per batch (default: %(default)s)')
     parser.add_argument('--runs', type=int, default=3, help='timed runs, after one warm-up run (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: %(default)s)')
+    parser.add_argument(
+        '--variants',
+        nargs='+',
+        choices=VARIANTS,
+        default=['accelerated', 'float32', 'bfloat16'],
+        metavar='VARIANT',
+        help='compared with the stock model: accelerated: accelerate(model); channels_last, fold, fast_dropout: with '
+        'this argument; float32: with inference=True and fast_dropout=True; bfloat16: with inference=True and '
+        'dtype=torch.bfloat16, inference only (default: accelerated float32 bfloat16)',
+    )
     parser.add_argument('--skip-training', action='store_true', help='only inference')
     return parser
 
@@ -71,7 +91,7 @@ def image_width(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print seconds, peak memory and ratios of inference and training step, and the largest output difference.
+    """Print seconds, peak memory, ratios and largest output difference of inference, and of the training step.
 
     Weights, images and objects are random; nothing is downloaded. Each row is measured in a fresh process for its peak
     memory.
@@ -80,44 +100,63 @@ def run(args: argparse.Namespace) -> int:
         build(args)
         head = f'{args.config}\n{conditions(args)}'
     print(head)
-    print(f'{"":<16}{"":<14}{"seconds":>9}{"MB":>8}{"speed":>8}{"memory":>8}{"attention s":>13}')
+    print(f'{"":<16}{"":<14}{"seconds":>9}{"MB":>8}{"speed":>8}{"memory":>8}{"difference":>12}{"attention s":>13}')
+    printed = set()
     for item in comparisons(args):
         if isinstance(item, str):
             print(item)
             continue
         for side, columns, measured in item.lines():
-            attention = '' if measured.attention is None else f'{measured.attention:>13.3f}'
-            print(f'{item.run:<16}{side:<14}{columns}{attention}', flush=True)
+            if (item.run, side) in printed:
+                continue
+            printed.add((item.run, side))
+            difference = '' if item.difference is None or side == 'stock' else f'{item.difference:.1e}'
+            attention = '' if measured.attention is None else f'{measured.attention:.3f}'
+            print(f'{item.run:<16}{side:<14}{columns}{difference:>12}{attention:>13}'.rstrip(), flush=True)
     return 0
 
 
 def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
     """Inference and training step, each side in a fresh process, and sentences about the attention layers."""
     name = Path(args.config.split('::')[-1]).stem
-    inference = None
-    for training in [False] if args.skip_training else [False, True]:
-        sides = [in_a_process(measure, args, accelerated, training) for accelerated in (False, True)]
-        inference = inference or sides
-        yield Comparison(name, 'training step' if training else 'inference', ('stock', 'accelerated'), *sides)
-    count, difference, choices, otherwise = in_a_process(compare, args)
-    yield (
-        f'{count} attention layers take {inference[0].attention:.3f} s of the stock inference, and '
-        f'{inference[1].attention:.3f} s of the accelerated one; the rest is stock code.'
-    )
-    yield f'Largest difference of the raw outputs: {difference:.1e}'
-    if choices:
+    runs = [False] if args.skip_training else [False, True]
+    stock = [in_a_process(measure, args, None, training) for training in runs]
+    for variant in args.variants:
+        dtype = VARIANTS[variant].get('dtype')
+        try:
+            if dtype is not None:
+                check_dtype(nn.Linear(1, 1, device=args.device), dtype)
+        except ValueError as error:
+            yield f'{variant} was not measured: {error}'
+            continue
+        for training in runs if dtype is None else [False]:  # training does not use the dtype
+            measured = in_a_process(measure, args, variant, training)
+            if not training:
+                inference = measured
+                count, difference, choices, otherwise = in_a_process(compare, args, variant)
+            run = 'training step' if training else 'inference'
+            yield Comparison(name, run, ('stock', variant), stock[training], measured, None if training else difference)
         yield (
-            f'(both models use the proposals of the stock model; the accelerated model would rank {otherwise} of '
-            f'{choices} differently, near ties)'
+            f'{variant}: {count} attention layers take {stock[0].attention:.3f} s of the stock inference, and '
+            f'{inference.attention:.3f} s here. Largest difference of the raw outputs: {difference:.1e}'
+            + (
+                f' (both models use the proposals of the stock model; this one would rank {otherwise} of {choices} '
+                'differently, near ties)'
+                if choices
+                else ''
+            )
         )
 
 
-def measure(args: argparse.Namespace, accelerated: bool, training: bool) -> Measurement:
-    """Measure one model in this process: time, peak memory and, for inference, the time in attention layers."""
+def measure(args: argparse.Namespace, variant: str | None, training: bool) -> Measurement:
+    """Measure a variant, or None: the stock model, in this process.
+
+    Time, peak memory and, for inference, the time in attention layers.
+    """
     device = torch.device(args.device)
     model = build(args)
-    if accelerated:
-        accelerate(model)
+    if variant:
+        accelerate(model, **VARIANTS[variant])
     model.train(training)
     batch = batch_for(args, model, training)
 
@@ -138,7 +177,7 @@ def measure(args: argparse.Namespace, accelerated: bool, training: bool) -> Meas
     return Measurement(seconds, peak, attention)
 
 
-def compare(args: argparse.Namespace) -> tuple[int, float, int, int]:
+def compare(args: argparse.Namespace, variant: str = 'accelerated') -> tuple[int, float, int, int]:
     """Run one model before and after ``accelerate``.
 
     Returns:
@@ -149,7 +188,7 @@ def compare(args: argparse.Namespace) -> tuple[int, float, int, int]:
     choices = SameChoices()
     with torch.no_grad(), choices:
         expected = list(tensors_in(run_model(model, batch, 'tensor')))
-        count = accelerate(model)
+        count = accelerate(model, **VARIANTS[variant])
         choices.replay()
         outputs = list(tensors_in(run_model(model, batch, 'tensor')))
     # Grounding DINO's logits are infinite where the prompt has no token.

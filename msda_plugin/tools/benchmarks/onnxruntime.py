@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from msda_plugin.libraries import onnxruntime_library
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
-from msda_plugin.tools.benchmarks.op import SHAPES, Shape, make_inputs, plain
+from msda_plugin.tools.benchmarks.op import SHAPES, Shape, fused, make_inputs, plain
 from msda_plugin.tools.benchmarks.options import describe_machine
 from msda_plugin.tools.benchmarks.timing import Timer
 from msda_plugin.tools.common.errors import user_errors
 
-NAMES = ('value', 'locations', 'weights')
+INPUTS = {'plain': ('value', 'locations', 'weights'), 'fused': ('value', 'points', 'offsets', 'logits')}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -44,43 +44,48 @@ def run(args: argparse.Namespace) -> int:
 
     print(f'{describe_machine(args)}, onnxruntime {onnxruntime.__version__}; median of {args.repeats} runs')
     for sides in (('grid_sample', 'custom'), ('torch', 'custom')):
-        print(f'{"shape":<14}' + ''.join(f'{side + " ms":>16}' for side in sides) + f'{"ratio":>9}{"difference":>13}')
+        print(
+            f'{"shape":<14}{"operator":<10}'
+            + ''.join(f'{side + " ms":>16}' for side in sides)
+            + f'{"ratio":>9}{"difference":>13}'
+        )
         for item in comparisons(args, sides):
             times = ''.join(f'{measured.seconds * 1e3:>16.2f}' for measured in (item.stock, item.ours))
-            print(f'{item.case:<14}{times}{item.speed:>8.2f}x{item.difference:>13.1e}', flush=True)
+            print(f'{item.case:<14}{item.run:<10}{times}{item.speed:>8.2f}x{item.difference:>13.1e}', flush=True)
     return 0
 
 
 def comparisons(
     args: argparse.Namespace, sides: tuple[str, str], shapes: tuple[Shape, ...] = SHAPES
 ) -> Iterator[Comparison]:
-    """The operator at each shape on both sides: a form for onnxruntime, or 'torch' for the kernels in torch."""
+    """Both operators at each shape on both sides: a form for onnxruntime, or 'torch' for the kernels in torch."""
     torch.set_num_threads(args.threads)
     timer = Timer(torch.device('cpu'), args.repeats)
     for shape in shapes:
         tensors = make_inputs(shape, timer.device)
-        inputs = tuple(tensors[name] for name in NAMES)
-        functions = [_function(side, shape, inputs, args.threads) for side in sides]
-        stock, ours = (function() for function in functions)
-        difference = ((stock - ours).abs().max() / stock.abs().max()).item()
-        yield Comparison(shape.name, 'forward', sides, *map(Measurement, timer(*functions)), difference)
+        for form, names in INPUTS.items():
+            inputs = {name: tensors[name] for name in names}
+            functions = [_function(side, Operator(form, shape), inputs, args.threads) for side in sides]
+            stock, ours = (function() for function in functions)
+            difference = ((stock - ours).abs().max() / stock.abs().max()).item()
+            yield Comparison(shape.name, form, sides, *map(Measurement, timer(*functions)), difference)
 
 
 class Operator(nn.Module):
-    """The plain operator at fixed levels."""
+    """The plain or the fused operator at fixed levels."""
 
-    def __init__(self, levels: tuple[tuple[int, int], ...]) -> None:
+    def __init__(self, form: str, shape: Shape) -> None:
         super().__init__()
-        self.register_buffer('levels', torch.tensor(levels))
+        self.operator = dict(plain=plain, fused=fused)[form]
+        self.register_buffer('levels', torch.tensor(shape.levels))
 
-    def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return plain(self.levels, value, locations, weights)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.operator(self.levels, *inputs)
 
 
-def _function(side: str, shape: Shape, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], Tensor]:
-    operator = Operator(shape.levels)
+def _function(side: str, operator: Operator, inputs: dict[str, Tensor], threads: int) -> Callable[[], Tensor]:
     if side == 'torch':
-        return torch.no_grad()(partial(operator, *inputs))
+        return torch.no_grad()(partial(operator, *inputs.values()))
     import onnxruntime
 
     from msda_plugin.export.onnx_operator import operator_as
@@ -88,10 +93,10 @@ def _function(side: str, shape: Shape, inputs: tuple[Tensor, ...], threads: int)
     file = io.BytesIO()
     with operator_as(side), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        torch.onnx.export(operator, inputs, file, input_names=NAMES, dynamo=False, opset_version=16)
+        torch.onnx.export(operator, tuple(inputs.values()), file, input_names=[*inputs], dynamo=False, opset_version=16)
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(onnxruntime_library())
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=['CPUExecutionProvider'])
-    arrays = {name: tensor.numpy() for name, tensor in zip(NAMES, inputs, strict=True)}
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     return lambda: torch.from_numpy(session.run(None, arrays)[0])

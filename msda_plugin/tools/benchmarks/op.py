@@ -15,7 +15,7 @@ from torch import Tensor
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 from msda_plugin.tools.benchmarks.fresh_process import in_a_process, status_bytes
-from msda_plugin.tools.benchmarks.options import add_options, describe_machine
+from msda_plugin.tools.benchmarks.options import add_options, describe_machine, named_function
 from msda_plugin.tools.benchmarks.timing import Timer
 
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
@@ -51,7 +51,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     """Add the subcommand ``op``, whose namespace `run` takes."""
     parser = subparsers.add_parser('op', help="the operator against mmcv's on the same device")
     add_options(parser, repeats=15)
-    parser.add_argument('--quick', action='store_true', help="only the comparison with mmcv's operator")
+    parser.add_argument('--quick', action='store_true', help="only the comparison with mmcv's operator and peers")
+    parser.add_argument(
+        '--peer',
+        action='append',
+        default=[],
+        type=_peer,
+        metavar='MODULE:FUNCTION',
+        help='another implementation to compare with, such as torch_ms_deform_attn:ms_deform_attn: function(value, '
+        'spatial_shapes, level_start_index, locations, weights), as in ms_deform_attn',
+    )
     return parser
 
 
@@ -64,7 +73,7 @@ def conditions(args: argparse.Namespace) -> str:
 def run(args: argparse.Namespace) -> int:
     """Print the comparison with mmcv and, without ``--quick``, the other measurements."""
     print(conditions(args))
-    sides = None
+    sides, own = None, ('parts', 'float32')
     for item in comparisons(args):
         if isinstance(item, str):
             print(item, flush=True)
@@ -72,12 +81,20 @@ def run(args: argparse.Namespace) -> int:
         if item.sides != sides:
             sides = item.sides
             print(
-                f'{"shape" if sides[0] == "mmcv" else "":<14}{"":<20}'
+                f'{"" if sides[0] in own else "shape":<14}{"":<20}'
                 + ''.join(f'{_column(side):>10}' for side in sides)
                 + f'{"ratio":>8}'
             )
         print(f'{item.case:<14}{item.run:<20}{item.milliseconds()}', flush=True)
     return 0
+
+
+def _peer(name: str) -> tuple[str, Callable[..., Tensor]]:
+    """The argument of ``--peer`` and the function that it names."""
+    try:
+        return name, named_function(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f'{name} cannot be imported ({error})') from None
 
 
 def _column(side: str) -> str:
@@ -89,7 +106,10 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     timer = Timer(device, args.repeats)
-    yield from compare_with_mmcv(timer, device)
+    yield from compare(timer, device, 'mmcv', mmcv_path(device))
+    for name, function in args.peer:
+        yield f'peer: {name}'
+        yield from compare(timer, device, 'peer', peer_path(function))
     if not args.quick:
         yield from compare_forms(timer, device)
         yield from growth(timer, device)
@@ -159,17 +179,27 @@ def mmcv_path(device: torch.device) -> Form:
     return form
 
 
-def compare_with_mmcv(timer: Timer, device: torch.device) -> Iterator[Comparison]:
-    """The operator against mmcv's, forward and with the gradients."""
+def peer_path(function: Callable[..., Tensor]) -> Form:
+    """A function with the arguments of :func:`msda_plugin.ops.ms_deform_attn`."""
+
+    def form(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        areas = levels.prod(1)
+        return function(value, levels, areas.cumsum(0) - areas, locations, weights)
+
+    return form
+
+
+def compare(timer: Timer, device: torch.device, name: str, other: Form) -> Iterator[Comparison]:
+    """The operator against another implementation of this name, forward and with the gradients."""
     for shape in SHAPES:
         inputs = make_inputs(shape, device)
         for what, backward in (('forward', False), ('forward + backward', True)):
             yield _compare(
                 timer,
-                ('mmcv', 'ours'),
+                (name, 'ours'),
                 shape,
                 what,
-                tuple(partial(call, form, shape, inputs, backward) for form in (mmcv_path(device), plain)),
+                tuple(partial(call, form, shape, inputs, backward) for form in (other, plain)),
             )
 
 
@@ -186,7 +216,7 @@ def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
                 ('parts', 'fused'),
                 shape,
                 what,
-                tuple(partial(_call_fused, form, shape, inputs, backward) for form in (_parts, _fused)),
+                tuple(partial(_call_fused, form, shape, inputs, backward) for form in (_parts, fused)),
             )
     for shape in SHAPES:
         yield _compare(
@@ -207,7 +237,7 @@ def _parts(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logit
     return ms_deform_attn(value, levels, None, locations, weights)
 
 
-def _fused(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+def fused(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
     return ms_deform_attn_fused(value, levels, None, points, offsets, logits)
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import platform
+from collections.abc import Callable
+from importlib import import_module
 
 import torch
 
@@ -13,6 +15,19 @@ def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument(
         '--repeats', type=int, default=repeats, help='timed runs, after one warm-up run (default: %(default)s)'
     )
+
+
+def named_function(name: str) -> Callable:
+    """Import ``MODULE:FUNCTION``.
+
+    Raises:
+        ImportError, AttributeError: If there is no such module or function.
+        ValueError: If the name has no colon.
+    """
+    module, separator, function = name.partition(':')
+    if not separator:
+        raise ValueError('expected MODULE:FUNCTION')
+    return getattr(import_module(module), function)
 
 
 def describe_machine(args: argparse.Namespace) -> str:

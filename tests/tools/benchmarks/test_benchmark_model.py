@@ -8,6 +8,7 @@ import torch
 from mmengine.logging import MMLogger
 
 from msda_plugin.__main__ import main
+from msda_plugin.acceleration import low_precision
 from msda_plugin.tools.benchmarks import model as benchmark
 
 
@@ -30,7 +31,7 @@ def args(tiny_stock_config):
 
 @pytest.mark.parametrize('training', [False, True])
 def test_measures(args, training):
-    measured = benchmark.measure(args, accelerated=True, training=training)
+    measured = benchmark.measure(args, 'float32', training)
     assert 0 < measured.seconds and measured.peak > 50e6
     if training:
         assert measured.attention is None
@@ -38,14 +39,24 @@ def test_measures(args, training):
         assert 0 < measured.attention < 10 * measured.seconds
 
 
-def test_compares_raw_outputs(args):
-    count, difference, choices, otherwise = benchmark.compare(args)
+@pytest.mark.parametrize(('variant', 'lowest', 'highest'), [('float32', 0, 1e-4), ('bfloat16', 1e-4, 0.1)])
+def test_compares_raw_outputs(args, variant, lowest, highest, monkeypatch):
+    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: True)
+    count, difference, choices, otherwise = benchmark.compare(args, variant)
     assert (count, choices, otherwise) == (4, 0, 0)
-    assert 0 < difference < 1e-4
+    assert lowest < difference < highest
+
+
+def test_variants_are_the_steps(args):
+    for variant, channels_last, folded in (('channels_last', True, False), ('fold', False, True)):
+        model = benchmark.build(args)
+        benchmark.accelerate(model, **benchmark.VARIANTS[variant])
+        assert model.backbone.conv1.channels_last == channels_last
+        assert (vars(model.backbone.conv1).get('folded_norm') is model.backbone.bn1) == folded
 
 
 def test_difference_of_changed_model(args, monkeypatch):
-    def worsen(model):
+    def worsen(model, **switches):
         with torch.no_grad():
             model.bbox_head.cls_branches[0].bias += 0.5
         return 0
@@ -87,12 +98,16 @@ def test_second_pass_replays_choices():
 
 
 def test_table(args, monkeypatch, capsys):
+    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: False)
+
     def run_here(function, *given):
         if function is benchmark.compare:
-            return 12, 2e-6, 900, 2
-        _, accelerated, training = given
+            return 12, 2e-6 if given[1] == 'accelerated' else 3e-6, 900, 2
+        _, variant, training = given
         return benchmark.Measurement(
-            1.0 if accelerated else 3.0, 5e8 if accelerated else 1e9, None if training else 0.25
+            {None: 3.0, 'accelerated': 1.0, 'float32': 0.5}[variant],
+            5e8 if variant else 1e9,
+            None if training else 0.25,
         )
 
     monkeypatch.setattr(benchmark, 'in_a_process', run_here)
@@ -100,10 +115,17 @@ def test_table(args, monkeypatch, capsys):
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert '2x3x64x96' in lines[1] and 'backend cpu' in lines[1]
-    rows = [line.split() for line in lines[3:7]]
-    assert rows[0] == ['inference', 'stock', '3.000', '1000', '1.00x', '100%', '0.250']
-    assert rows[3] == ['training', 'step', 'accelerated', '1.000', '500', '3.00x', '50%']
-    assert '2.0e-06' in out and 'rank 2 of 900' in out and 'take 0.250 s of the stock inference' in out
+    rows = [line.split() for line in lines if line.startswith(('inference', 'training'))]
+    assert rows == [
+        ['inference', 'stock', '3.000', '1000', '1.00x', '100%', '0.250'],
+        ['inference', 'accelerated', '1.000', '500', '3.00x', '50%', '2.0e-06', '0.250'],
+        ['training', 'step', 'stock', '3.000', '1000', '1.00x', '100%'],
+        ['training', 'step', 'accelerated', '1.000', '500', '3.00x', '50%'],
+        ['inference', 'float32', '0.500', '500', '6.00x', '50%', '3.0e-06', '0.250'],
+        ['training', 'step', 'float32', '0.500', '500', '6.00x', '50%'],
+    ]
+    assert 'rank 2 of 900' in out and 'take 0.250 s of the stock inference' in out
+    assert 'bfloat16 was not measured: this CPU has no bfloat16 instructions' in out
 
 
 def test_invalid_config(tmp_path, capsys):

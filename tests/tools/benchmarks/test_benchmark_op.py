@@ -25,7 +25,7 @@ def test_both_sides_compute_same_result(inputs):
 def test_parts_and_fused_form_compute_same_result(inputs):
     levels = torch.tensor(SHAPE.levels)
     tensors = [inputs[name] for name in ('value', 'points', 'offsets', 'logits')]
-    torch.testing.assert_close(op._parts(levels, *tensors), op._fused(levels, *tensors))
+    torch.testing.assert_close(op._parts(levels, *tensors), op.fused(levels, *tensors))
 
 
 def test_corner_bytes():
@@ -52,3 +52,20 @@ def test_prints_the_tables(monkeypatch, capsys):
     rows = [line for line in lines if line.endswith('x')]
     assert len(rows) == 5 and sum('forward + backward' in row for row in rows) == 2
     assert lines[-3:] == ['growth', 'bound', 'memory']
+
+
+def test_peers(monkeypatch, capsys):
+    monkeypatch.setattr(op, 'SHAPES', (SHAPE,))
+    parser = argparse.ArgumentParser()
+    op.add_parser(parser.add_subparsers())
+    command = ['op', '--quick', '--repeats', '1', '--threads', '1']
+    peer = 'msda_plugin.ops:ms_deform_attn_reference'
+    assert op.run(parser.parse_args([*command, '--peer', peer])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index(f'peer: {peer}')
+    assert lines[start + 1].split() == ['shape', 'peer', 'ms', 'ours', 'ms', 'ratio']
+    assert [line.endswith('x') for line in lines[start + 2 :]] == [True, True]
+    for wrong in ('no_such_module:f', 'msda_plugin.ops:no_such_function', 'msda_plugin.ops'):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*command, '--peer', wrong])
+        assert f'argument --peer: {wrong} cannot be imported' in capsys.readouterr().err

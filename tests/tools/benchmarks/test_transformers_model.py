@@ -49,7 +49,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize('training', [False, True])
 def test_measures(args, tiny, training):
-    measured = benchmark.measure(args, accelerated=True, training=training)
+    measured = benchmark.measure(args, 'float32', training)
     assert 0 < measured.seconds and measured.peak > 50e6
     assert training == (measured.attention is None)
 
