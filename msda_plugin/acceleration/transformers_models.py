@@ -188,49 +188,12 @@ def _attend_per_level(
     total = (*queries.shape[:2], layer.n_heads, sum(points))
     offsets = layer.sampling_offsets(queries).view(*total, 2)
     logits = layer.attention_weights(queries).view(total)
-<<<<<<< HEAD
     output = ms_deform_attn_points_per_level(
         _split_heads(value, layer.n_heads), shapes, boxes, offsets, logits, points, scale * layer.offset_scale, method
-=======
-    scale = scale.to(queries.dtype)[:, None]
-    if method == 'discrete':
-        # The offset from the corner of the level to the center of a pixel is exact in floating point, and so is the
-        # sample. Positions have no gradient.
-        offsets = _centers(offsets.detach(), scale * layer.offset_scale, boxes.detach(), shapes, points)
-        boxes = offsets.new_zeros(()).expand(*boxes.shape[:3], 2)
-    else:
-        # The operator divides by the level's number of points, and multiplies by half the box.
-        counts = torch.tensor(points, dtype=scale.dtype, device=scale.device)[_levels(points), None]
-        offsets = offsets * (scale * counts * (2 * layer.offset_scale))
-    output = ms_deform_attn_fused(
-        _split_heads(value, layer.n_heads),
-        shapes,
-        None,
-        boxes.expand(*total[:2], len(points), -1),
-        offsets,
-        logits,
-        num_points=points,
->>>>>>> main
     )
     return output, logits.softmax(-1)
 
 
-<<<<<<< HEAD
-=======
-def _centers(offsets: Tensor, scale: Tensor, boxes: Tensor, shapes: Shapes, points: Sequence[int]) -> Tensor:
-    """Offsets (x, y) in pixels from the corner of the level to the centers of the pixels that 'discrete' samples."""
-    locations = boxes[:, :, None, :, :2] + offsets * scale * boxes[:, :, None, :, 2:]
-    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[_levels(points)]  # (w, h) for each point
-    pixels = (locations * sizes + 0.5).long()
-    return torch.minimum(pixels.clamp(min=0), sizes - 1).to(torch.promote_types(offsets.dtype, torch.float32)) + 0.5
-
-
-def _levels(points: Sequence[int]) -> list[int]:
-    """The level of each point."""
-    return [level for level, count in enumerate(points) for _ in range(count)]
-
-
->>>>>>> main
 def _split_heads(value: Tensor, num_heads: int) -> Tensor:
     return value.unflatten(-1, (num_heads, -1))
 

@@ -1,7 +1,6 @@
 """Deformable attention around boxes with another number of points on every level: RT-DETRv2 and D-FINE.
 
 Sources: Lv et al., RT-DETRv2, https://arxiv.org/abs/2407.17140; Peng et al., D-FINE, https://arxiv.org/abs/2410.13842.
-The levels are padded to the same number of points, with attention weights of zero.
 """
 
 from collections.abc import Sequence
@@ -42,8 +41,7 @@ def ms_deform_attn_points_per_level(
     Returns:
         (bs, num_queries, num_heads * head_dim) in the value's dtype.
     """
-    scale = scale.to(offsets.dtype)[:, None]
-    levels = len(num_points)
+    scale, levels = scale.to(offsets.dtype)[:, None], _levels(num_points)
     if method == 'discrete':
         # The offset from the corner of the level to the center of a pixel is exact in floating point, and so is the
         # sample. Positions have no gradient.
@@ -51,35 +49,37 @@ def ms_deform_attn_points_per_level(
         offsets = pixels.to(torch.promote_types(offsets.dtype, torch.float32)) + 0.5
         boxes = offsets.new_zeros(()).expand(*boxes.shape[:3], 2)
     else:
-        # The operator divides by the number of points, and multiplies by half the box.
-        offsets = by_level(offsets * (scale * (2 * max(num_points))), num_points)
+        # The operator divides by the level's number of points, and multiplies by half the box.
+        counts = torch.tensor(num_points, dtype=scale.dtype, device=scale.device)[levels, None]
+        offsets = offsets * (scale * counts * 2)
     return ms_deform_attn_fused(
         value,
         spatial_shapes,
         None,
-        boxes.expand(-1, -1, levels, -1),
+        boxes.expand(-1, -1, len(num_points), -1),
         offsets,
-        by_level(logits[..., None], num_points, -torch.inf)[..., 0],
+        logits,
+        num_points=tuple(num_points),
     )
 
 
-def by_level(tensor: Tensor, num_points: Sequence[int], fill: float = 0.0) -> Tensor:
-    """(bs, num_queries, num_heads, points of all levels, n) -> (..., num_levels, most points of a level, n), filled."""
+def by_level(tensor: Tensor, num_points: Sequence[int]) -> Tensor:
+    """(bs, num_queries, num_heads, points of all levels, n) -> (..., num_levels, most points of a level, n), zeros."""
     if len(set(num_points)) == 1:
         return tensor.unflatten(3, (len(num_points), num_points[0]))
     most = max(num_points)
-    return torch.stack(
-        [F.pad(t, (0, 0, 0, most - t.shape[3]), value=fill) for t in tensor.split(tuple(num_points), 3)], 3
-    )
+    return torch.stack([F.pad(t, (0, 0, 0, most - t.shape[3])) for t in tensor.split(tuple(num_points), 3)], 3)
 
 
 def discrete_pixels(offsets: Tensor, scale: Tensor, boxes: Tensor, shapes: Shapes, num_points: Sequence[int]) -> Tensor:
-    """Pixels (x, y) that 'discrete' samples, int64, with the shape of :func:`by_level`; ``scale`` is (points, 1)."""
-    if boxes.shape[2] > 1:
-        levels = [level for level, count in enumerate(num_points) for _ in range(count)]
-        boxes = boxes[:, :, levels]
-    boxes = boxes[:, :, None]  # (bs, num_queries, 1, points of all levels or 1, 4)
+    """Pixels (x, y) that 'discrete' samples, int64, with the shape of ``offsets``; ``scale`` is (points, 1)."""
+    levels = _levels(num_points)
+    boxes = boxes[:, :, None, levels] if boxes.shape[2] > 1 else boxes[:, :, None]
     locations = boxes[..., :2] + offsets * scale * boxes[..., 2:]
-    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[:, None]  # (num_levels, 1, 2), (w, h)
-    pixels = (by_level(locations, num_points) * sizes + 0.5).long()
-    return torch.minimum(pixels.clamp(min=0), sizes - 1)
+    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[levels]  # (w, h) of each point's level
+    return torch.minimum((locations * sizes + 0.5).long().clamp(min=0), sizes - 1)
+
+
+def _levels(num_points: Sequence[int]) -> list[int]:
+    """The level of each point."""
+    return [level for level, count in enumerate(num_points) for _ in range(count)]

@@ -12,12 +12,7 @@ from msda_plugin.visualization.detection import (
     score_caption,
     write_png,
 )
-<<<<<<< HEAD
 from msda_plugin.visualization.edge_distributions import draw_edges
-from msda_plugin.visualization.precision_recall import draw_precision_recall
-from msda_plugin.visualization.report_page import report_page
-=======
->>>>>>> main
 
 __all__ = [
     'Recording',

@@ -64,14 +64,10 @@ def assert_same(results, expected, tolerance=1e-5):
 def test_same_outputs_and_undone(name, log, monkeypatch):
     calls = []
     fused = transformers_models.ms_deform_attn_fused
-<<<<<<< HEAD
     for module in (transformers_models, points_per_level):
-        monkeypatch.setattr(module, 'ms_deform_attn_fused', lambda *arguments: calls.append(1) or fused(*arguments))
-=======
-    monkeypatch.setattr(
-        transformers_models, 'ms_deform_attn_fused', lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs)
-    )
->>>>>>> main
+        monkeypatch.setattr(
+            module, 'ms_deform_attn_fused', lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs)
+        )
     model, inputs = families.build(name)
     model.eval()
     modules, classes = list(model.modules()), [type(module) for module in model.modules()]
