@@ -15,6 +15,7 @@ COMMANDS = {
     'train': 'train a detector from a config, or on your data (COCO, YOLO, Pascal VOC)',
     'test': 'evaluate a checkpoint',
     'demo': 'draw detected boxes on images, folders and videos',
+    'export': 'write a detector for ONNX, AOTInductor or OpenVINO, and compare the file with PyTorch',
     'visualize': 'visualize the attention of a detector as images and an HTML page',
     'models': 'list the models and published weights that --model takes',
     'convert': 'convert a published checkpoint, with a report on every key',

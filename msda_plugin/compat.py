@@ -7,7 +7,7 @@ original. `restore` does so for all replacements. Importing msda_plugin calls on
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -261,4 +261,45 @@ def redirect_pycocotools(write: Callable[[str], object]) -> Replaced:
     for name in ('pycocotools.coco', 'pycocotools.cocoeval', 'mmdet.datasets.api_wrappers.cocoeval_mp'):
         if name in sys.modules:  # shadows the built-in function
             replaced.set(sys.modules[name], 'print', lambda *values, **_: write(' '.join(map(str, values))))
+    return replaced
+
+
+def trace_sizes_of_unflatten() -> Replaced:
+    """Let ``torch.jit.trace`` record the sizes of tensors that pass ``Tensor.unflatten``.
+
+    It records them as numbers, so a graph for images of any size keeps those of its example.
+
+    Ends with: torch's TorchScript exporter; 2.10 to 2.13 need it.
+    """
+
+    def unflatten(tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        dim = dim % tensor.dim()
+        return tensor.view(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
+
+    replaced = Replaced()
+    replaced.set(torch.Tensor, 'unflatten', unflatten)
+    return replaced
+
+
+def export_stock_detectors() -> Replaced:
+    """Let ``torch.export`` trace MMDetection's Deformable DETR and the detectors derived from it, such as DINO.
+
+    They keep the sizes of their maps in a tensor (``torch._shape_as_tensor``), whose numbers the layers read; while
+    exporting, tensors have none ("its data is not allocated yet"). In the replaced code the sizes are numbers.
+
+    Ends with: an mmdet whose sizes are numbers; 3.3.0 and onedl-mmdetection 3.5.1 have tensors.
+    """
+    from mmdet.models.detectors import DeformableDETR
+
+    original = DeformableDETR.pre_transformer
+
+    def pre_transformer(self, mlvl_feats, batch_data_samples=None):
+        inputs = original(self, mlvl_feats, batch_data_samples)
+        for part in inputs:
+            part['spatial_shapes'] = tuple(tuple(feat.shape[-2:]) for feat in mlvl_feats)
+        return inputs
+
+    replaced = Replaced()
+    replaced.set(torch, '_shape_as_tensor', lambda tensor: torch.tensor(tensor.shape))
+    replaced.set(DeformableDETR, 'pre_transformer', pre_transformer)
     return replaced

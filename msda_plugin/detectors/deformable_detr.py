@@ -19,7 +19,7 @@ from msda_plugin.compat import pretrained_last
 from msda_plugin.detectors.build_checks import NeckInputCheck, check_given, check_parts
 from msda_plugin.detectors.padding import is_padded, padding_masks
 from msda_plugin.layers.deformable_detr_layers import DeformableDetrTransformerDecoder, DeformableDetrTransformerEncoder
-from msda_plugin.layers.reference_points import pixel_centers
+from msda_plugin.layers.reference_points import pixel_centers, sizes_tensor
 from msda_plugin.layers.transformer_parts import build_or_default
 from msda_plugin.registry import MODELS
 
@@ -154,10 +154,10 @@ class DeformableDETR(NeckInputCheck, MMDetDeformableDETR):
         batch, device = sizes[0][0], mlvl_feats[0].device
         spatial_shapes = tuple(size[-2:] for size in sizes)
         starts = [0, *accumulate(height * width for height, width in spatial_shapes[:-1])]
-        level_start_index = torch.tensor(starts).to(device, non_blocking=True)
+        level_start_index = sizes_tensor(starts, device)
 
         if is_padded(batch_data_samples):
-            masks, valid_ratios = padding_masks(spatial_shapes, batch_data_samples, device)
+            masks, valid_ratios = padding_masks(spatial_shapes, batch, batch_data_samples, device)
             positions = [self.positional_encoding(mask) for mask in masks]
             feat_mask = torch.cat([mask.flatten(1) for mask in masks], 1)
         else:
@@ -243,7 +243,7 @@ class DeformableDETR(NeckInputCheck, MMDetDeformableDETR):
             position = self.get_proposal_pos_embed(coord_logits, num_pos_feats=self.embed_dims // 2)
             query_pos, query = self.pos_trans_norm(self.pos_trans_fc(position)).chunk(2, -1)
         else:
-            query_pos, query = self.query_embedding.weight.expand(len(memory), -1, -1).chunk(2, -1)
+            query_pos, query = self.query_embedding.weight.expand(memory.shape[0], -1, -1).chunk(2, -1)
             reference_points = self.reference_points_fc(query_pos).sigmoid()
         head_inputs = dict(enc_outputs_class=enc_class, enc_outputs_coord=enc_coord) if self.training else {}
         return dict(query=query, query_pos=query_pos, memory=memory, reference_points=reference_points), head_inputs
@@ -267,7 +267,7 @@ class DeformableDETR(NeckInputCheck, MMDetDeformableDETR):
                 for level, (height, width) in enumerate(spatial_shapes)
             ]
         )
-        proposals = torch.cat([centers, sides[:, None].expand(len(centers), -1, 2)], -1)
+        proposals = torch.cat([centers, sides[:, None].expand(centers.shape[0], -1, 2)], -1)
         invalid = ((proposals <= 0.01) | (proposals >= 0.99)).any(-1, keepdim=True)
         if memory_mask is not None:
             invalid = invalid | memory_mask[..., None]

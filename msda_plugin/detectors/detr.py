@@ -110,11 +110,11 @@ class DETR(NeckInputCheck, MMDetDETR):
             )
         (feat,) = img_feats
         if is_padded(batch_data_samples):
-            [mask], _ = padding_masks([feat.shape[-2:]], batch_data_samples, feat.device)
+            [mask], _ = padding_masks([feat.shape[-2:]], feat.shape[0], batch_data_samples, feat.device)
             position, mask = self.positional_encoding(mask), mask.flatten(1)
         else:
             # Without padding, positions are the same for every image.
-            position, mask = self.positional_encoding(None, input=feat[:1]).expand(len(feat), -1, -1, -1), None
+            position, mask = self.positional_encoding(None, input=feat[:1]).expand(feat.shape[0], -1, -1, -1), None
         # (bs, embed_dims, h, w) -> (bs, h * w, embed_dims)
         feat, position = feat.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2)
         return dict(feat=feat, feat_mask=mask, feat_pos=position), dict(memory_mask=mask, memory_pos=position)

@@ -7,10 +7,12 @@ from mmdet.structures import DetDataSample
 from torch import Tensor
 from torch.nn import functional as F
 
+from msda_plugin.layers.reference_points import sizes_tensor
+
 
 def is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
-    """Whether an image is smaller than the batch. False without samples, and in an export to ONNX."""
-    if batch_data_samples is None or torch.onnx.is_in_onnx_export():
+    """Whether an image is smaller than the batch. False without samples."""
+    if batch_data_samples is None:
         return False
     return any(
         tuple(sample.img_shape[:2]) != tuple(batch_data_samples[0].batch_input_shape) for sample in batch_data_samples
@@ -18,19 +20,21 @@ def is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
 
 
 def padding_masks(
-    shapes: Sequence[tuple[int, int]], batch_data_samples: list[DetDataSample], device: torch.device
+    shapes: Sequence[tuple[int, int]], batch: int, batch_data_samples: list[DetDataSample], device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
     """Padding masks and valid ratios of the maps of a batch.
 
     Args:
         shapes: (h, w) of each map.
-        batch_data_samples: hold ``batch_input_shape`` and ``img_shape`` of each image, (h, w) in pixels.
+        batch: number of images.
+        batch_data_samples: hold ``batch_input_shape`` and ``img_shape`` of each image, (h, w) in pixels; a single one
+            stands for all images.
 
     Returns:
         A mask (bs, h, w) for each map, True on padding; and valid ratios (bs, num_maps, 2), the fractions of width and
         height that are not padding.
     """
-    extents = torch.tensor([sample.img_shape[:2] for sample in batch_data_samples]).to(device, non_blocking=True)
+    extents = sizes_tensor([sample.img_shape[:2] for sample in batch_data_samples], device).expand(batch, 2)
     # Images fill the top left corner, so rows and columns can be resized separately, by nearest neighbor.
     beyond = [
         (torch.arange(size, device=device) >= extent[:, None]).float()[None]

@@ -58,7 +58,7 @@ class DetectionResult:
     @property
     def image(self) -> np.ndarray:
         """The image, (height, width, 3) uint8, RGB. That of a file is read again; others are kept."""
-        from msda_plugin.engine.inference import read_image
+        from msda_plugin.engine.images import read_image
 
         return read_image(self.path) if self._image is None else self._image
 
@@ -158,10 +158,11 @@ class Detector:
     """A detector that is ready for images.
 
     Args:
-        source: A checkpoint (path or URL), a Python config file, the work dir of a training, or the name of a model
-            with published weights, which are downloaded once (``python -m msda_plugin models`` lists the names). With a
-            config or work dir, the best checkpoint of the training is taken. None: ``checkpoint``, or that of the last
-            `make train`.
+        source: A checkpoint (path or URL), a Python config file, the work dir of a training, the name of a model
+            with published weights, which are downloaded once (``python -m msda_plugin models`` lists the names), or a
+            file of ``python -m msda_plugin export`` (.onnx, .pt2 or .xml), which takes no other arguments and runs on
+            the CPU, without MMDetection. With a config or work dir, the best checkpoint of the training is taken. None:
+            ``checkpoint``, or that of the last `make train`.
         config: Python config file. None: the config that the checkpoint contains, which is parsed, not executed; if
             it contains none, or one that needs other packages, the only Python file next to the checkpoint.
         checkpoint: Checkpoint for a config.
@@ -175,15 +176,17 @@ class Detector:
         image_size: Side, or (width, height), in pixels that images are fitted into. None: as in the config.
 
     Attributes:
-        model: The model, a ``torch.nn.Module`` in evaluation mode.
+        model: The model, a ``torch.nn.Module`` in evaluation mode; of an exported file, a
+            `msda_plugin.export.runtimes.ExportedModel`.
         class_names: Names of the labels.
         config: Path of the config file; None if the checkpoint contained it.
-        checkpoint: Path or URL of the checkpoint.
+        checkpoint: Path or URL of the checkpoint, or of the exported file.
 
     Raises:
+        ImportError: If the runtime of an exported file is not installed.
         OSError: If a file cannot be found, read or downloaded.
-        ValueError: If the checkpoint has no usable config, contains code, or does not fit the config; or an argument
-            is out of its range.
+        ValueError: If the checkpoint has no usable config, contains code, or does not fit the config; an argument is
+            out of its range; or an exported file is broken, or other arguments come with it.
     """
 
     def __init__(
@@ -198,6 +201,21 @@ class Detector:
         nms: bool | float | None = None,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
+        from msda_plugin.export.runtimes import is_exported
+
+        self.half, self._nms = half, None
+        if is_exported(source):
+            given = dict(
+                config=config,
+                checkpoint=checkpoint,
+                device=None if str(device) == 'cpu' else device,
+                half=half or None,
+                accelerate=accelerate or None,
+                nms=nms,
+                image_size=image_size,
+            )
+            self._load_exported(source, [name for name, value in given.items() if value is not None])
+            return
         from msda_plugin.engine.inference import build_detector, find_checkpoint, find_source, read_checkpoint
 
         _check_device(device)
@@ -209,7 +227,6 @@ class Detector:
         if image_size is not None:
             _set_image_size(cfg, image_size)
         self.model = build_detector(cfg, loaded, self.checkpoint, device)
-        self.half = half
         if accelerate:
             from msda_plugin.acceleration import accelerate as accelerate_model
 
@@ -222,10 +239,23 @@ class Detector:
             )
         self.class_names = tuple(class_names)
 
+    def _load_exported(self, path: str | os.PathLike, others: Sequence[str]) -> None:
+        from msda_plugin.export.runtimes import open_exported
+
+        if others:
+            raise ValueError(
+                f"'{path}' is an exported model, which runs on the CPU as it is; leave out {', '.join(others)}, or "
+                'export it again'
+            )
+        self.model = open_exported(path)
+        self.config, self.checkpoint, self.class_names = None, str(path), self.model.card.class_names
+
     @property
     def device(self) -> 'torch.device':
         """The device of the model."""
-        return next(self.model.parameters()).device
+        import torch
+
+        return next(self.model.parameters()).device if isinstance(self.model, torch.nn.Module) else torch.device('cpu')
 
     def __call__(
         self,
@@ -320,6 +350,13 @@ class Detector:
         kept: Sequence[np.ndarray | None],
     ) -> list[DetectionResult]:
         """Detect objects in (height, width, 3) uint8 RGB images; ``kept`` are the images that the results hold."""
+        from msda_plugin.export.runtimes import ExportedModel
+
+        if isinstance(self.model, ExportedModel):
+            return [
+                _exported_result(found, score_threshold, self.class_names, path, image)
+                for found, path, image in zip(self.model(images), paths, kept, strict=True)
+            ]
         import torch
 
         from msda_plugin.engine.inference import predict_batch
@@ -363,6 +400,17 @@ class Detector:
             path=path,
             _image=image,
         )
+
+
+def _exported_result(
+    found: tuple[np.ndarray, ...],
+    score_threshold: float,
+    class_names: tuple[str, ...],
+    path: str | None,
+    image: np.ndarray | None,
+) -> DetectionResult:
+    boxes, scores, labels = (part[found[1] >= score_threshold] for part in found)
+    return DetectionResult(boxes, scores, labels, class_names, path=path, _image=image)
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -442,7 +490,7 @@ def _read(image: object, channel_order: str) -> np.ndarray:
     """An image as (height, width, 3) uint8, RGB."""
     from PIL import Image
 
-    from msda_plugin.engine.inference import read_image
+    from msda_plugin.engine.images import read_image
 
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)

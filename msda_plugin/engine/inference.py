@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import cv2
-import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import Compose
@@ -24,6 +22,7 @@ from torch import nn
 
 from msda_plugin import compat
 from msda_plugin.convert.conversion import unwrap
+from msda_plugin.engine.images import read_image as read_image
 from msda_plugin.engine.model_zoo import download_weights, find_model
 from msda_plugin.engine.recorded_config import NotSelfContainedError, RecordedConfig, recorded_config
 from msda_plugin.registry import MODELS
@@ -220,24 +219,6 @@ def _test_pipeline(cfg: Config) -> Compose:
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8, RGB, rotated according to its EXIF data.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file cannot be read as an image.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'the image {path} does not exist; give the path of an image file')
-    try:
-        image = mmcv.imread(str(path))
-    except cv2.error:  # the file is empty, or has too many pixels
-        image = None
-    if image is None:
-        raise ValueError(f'{path} cannot be read as an image; give a JPEG or PNG file')
-    return np.ascontiguousarray(image[..., ::-1])
-
-
 def predict(model: nn.Module, image: np.ndarray) -> DetDataSample:
     """Detect objects in one image, through the test pipeline of the model's config.
 

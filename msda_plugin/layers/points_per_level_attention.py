@@ -149,12 +149,13 @@ class PointsPerLevelAttention(MultiScaleDeformableAttention):
         Levels with fewer points than another one are filled with points of weight 0.
         """
         offsets, logits = self._project(_batch_first_queries(self, query, query_pos))
-        weights = logits.float().softmax(-1)
+        weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         scale, boxes = self.offset_scale[:, None], reference_points
         if self.method == 'discrete':
             sizes = as_shape_tensor(spatial_shapes, offsets.device).flip(-1)[:, None]
             pixels = discrete_pixels(offsets, scale, boxes, spatial_shapes, self.points_per_level)
-            locations = (by_level(pixels, self.points_per_level) + 0.5) / sizes
+            centers = pixels.to(torch.promote_types(offsets.dtype, torch.float32)) + 0.5
+            locations = by_level(centers, self.points_per_level) / sizes
         else:
             boxes = boxes[:, :, None, :, None]  # (bs, num_queries, 1, num_levels, 1, 4)
             locations = boxes[..., :2] + by_level(offsets * scale, self.points_per_level) * boxes[..., 2:]

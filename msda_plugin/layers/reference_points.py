@@ -37,7 +37,18 @@ def as_shape_tensor(spatial_shapes: Shapes, device: torch.device) -> Tensor:
     """
     if isinstance(spatial_shapes, Tensor):
         return spatial_shapes
-    return torch.tensor(spatial_shapes, dtype=torch.int64).to(device, non_blocking=True)
+    return sizes_tensor(spatial_shapes, device)
+
+
+def sizes_tensor(sizes: Sequence, device: torch.device) -> Tensor:
+    """Convert integers, or nested sequences of them, to an int64 tensor on ``device``, without synchronization."""
+    if torch.jit.is_tracing():  # sizes are tensors then, and torch.tensor would make them constants
+        return torch.stack([size if isinstance(size, Tensor) else _traced(size, device) for size in sizes])
+    return torch.tensor(sizes, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _traced(size: int | Sequence, device: torch.device) -> Tensor:
+    return torch.tensor(size, device=device) if isinstance(size, int) else sizes_tensor(size, device)
 
 
 def sampling_locations(reference_points: Tensor, sampling_offsets: Tensor, spatial_shapes: Shapes) -> Tensor:

@@ -41,7 +41,7 @@ def ms_deform_attn_points_per_level(
     Returns:
         (bs, num_queries, num_heads * head_dim) in the value's dtype.
     """
-    scale, levels = scale.to(offsets.dtype)[:, None], _levels(num_points)
+    scale = scale.to(offsets.dtype)[:, None]
     if method == 'discrete':
         # The offset from the corner of the level to the center of a pixel is exact in floating point, and so is the
         # sample. Positions have no gradient.
@@ -50,23 +50,15 @@ def ms_deform_attn_points_per_level(
         boxes = offsets.new_zeros(()).expand(*boxes.shape[:3], 2)
     else:
         # The operator divides by the level's number of points, and multiplies by half the box.
-        counts = torch.tensor(num_points, dtype=scale.dtype, device=scale.device)[levels, None]
+        counts = torch.tensor(num_points, dtype=scale.dtype, device=scale.device)[_levels(num_points), None]
         offsets = offsets * (scale * counts * 2)
     return ms_deform_attn_fused(
-        value,
-        spatial_shapes,
-        None,
-        boxes.expand(-1, -1, len(num_points), -1),
-        offsets,
-        logits,
-        num_points=tuple(num_points),
+        value, spatial_shapes, None, boxes.expand(-1, -1, len(num_points), -1), offsets, logits, num_points=num_points
     )
 
 
 def by_level(tensor: Tensor, num_points: Sequence[int]) -> Tensor:
-    """(bs, num_queries, num_heads, points of all levels, n) -> (..., num_levels, most points of a level, n), zeros."""
-    if len(set(num_points)) == 1:
-        return tensor.unflatten(3, (len(num_points), num_points[0]))
+    """(bs, num_queries, num_heads, points of all levels, n) -> (..., num_levels, most points of a level, n), with zeros."""
     most = max(num_points)
     return torch.stack([F.pad(t, (0, 0, 0, most - t.shape[3])) for t in tensor.split(tuple(num_points), 3)], 3)
 
@@ -74,10 +66,13 @@ def by_level(tensor: Tensor, num_points: Sequence[int]) -> Tensor:
 def discrete_pixels(offsets: Tensor, scale: Tensor, boxes: Tensor, shapes: Shapes, num_points: Sequence[int]) -> Tensor:
     """Pixels (x, y) that 'discrete' samples, int64, with the shape of ``offsets``; ``scale`` is (points, 1)."""
     levels = _levels(num_points)
-    boxes = boxes[:, :, None, levels] if boxes.shape[2] > 1 else boxes[:, :, None]
+    if boxes.shape[2] > 1:
+        boxes = boxes[:, :, levels]
+    boxes = boxes[:, :, None]  # (bs, num_queries, 1, points of all levels or 1, 4)
     locations = boxes[..., :2] + offsets * scale * boxes[..., 2:]
-    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[levels]  # (w, h) of each point's level
-    return torch.minimum((locations * sizes + 0.5).long().clamp(min=0), sizes - 1)
+    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[levels]  # (points, 2), (w, h)
+    pixels = (locations * sizes + 0.5).long()
+    return torch.minimum(pixels.clamp(min=0), sizes - 1)
 
 
 def _levels(num_points: Sequence[int]) -> list[int]:

@@ -102,7 +102,7 @@ class Demo:
         Returns:
             One message for each file that cannot be read or written.
         """
-        from msda_plugin.engine.inference import read_image
+        from msda_plugin.engine.images import read_image
 
         images, skipped = {}, []
         for path in files:
@@ -257,7 +257,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         '--model',
         metavar='NAME|PATH',
-        help='name of a model with published weights (python -m msda_plugin models), a checkpoint, or a work dir',
+        help='name of a model with published weights (python -m msda_plugin models), a checkpoint, a work dir, or a '
+        'file of python -m msda_plugin export (.onnx, .pt2, .xml)',
     )
     parser.add_argument('--config', help='Python config file (default: the one that the checkpoint contains)')
     parser.add_argument(
@@ -285,11 +286,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument('--half', action='store_true', help='mixed precision: float16 on GPUs, bfloat16 on CPUs')
     args = parser.parse_args(argv)
     with user_errors('demo'):
-        from msda_plugin.tools.common.launch import check_device
-
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr must be from 0 to 1, got {args.score_thr}')
         if args.device:
+            from msda_plugin.tools.common.launch import check_device  # imports MMDetection
+
             check_device(args.device)
         if args.batch_size < 1:
             raise ValueError(f'--batch-size must be at least 1, got {args.batch_size}')

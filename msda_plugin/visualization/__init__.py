@@ -1,8 +1,7 @@
 """Figures of detections, training curves and attention."""
 
-from msda_plugin.visualization.attention import Recording, record_attention
-from msda_plugin.visualization.attention_figure import draw_heads, draw_query
-from msda_plugin.visualization.attention_page import attention_page, write_attention_page
+from typing import TYPE_CHECKING
+
 from msda_plugin.visualization.curves import draw_curves
 from msda_plugin.visualization.detection import (
     class_colors,
@@ -13,6 +12,11 @@ from msda_plugin.visualization.detection import (
     write_png,
 )
 from msda_plugin.visualization.edge_distributions import draw_edges
+
+if TYPE_CHECKING:
+    from msda_plugin.visualization.attention import Recording, record_attention
+    from msda_plugin.visualization.attention_figure import draw_heads, draw_query
+    from msda_plugin.visualization.attention_html import attention_page, write_attention_page
 
 __all__ = [
     'Recording',
@@ -30,3 +34,19 @@ __all__ = [
     'write_attention_page',
     'write_png',
 ]
+
+_ATTENTION = {
+    'attention': ('Recording', 'record_attention'),
+    'attention_figure': ('draw_heads', 'draw_query'),
+    'attention_html': ('attention_page', 'write_attention_page'),
+}
+
+
+def __getattr__(name: str) -> object:
+    # Attention needs MMDetection, and boxes do not.
+    for module, names in _ATTENTION.items():
+        if name in names:
+            from importlib import import_module
+
+            return getattr(import_module(f'{__name__}.{module}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,241 @@
+"""A detector as a function of raw images, with its pre- and post-processing: what an exported file computes."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from mmdet.models.dense_heads import DETRHead, RPNHead
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
+from mmdet.models.detectors.base_detr import DetectionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from msda_plugin.detectors.build_checks import NeckInputCheck
+from msda_plugin.export.suppression import NO_SCORE, keep_best
+from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
+from msda_plugin.heads.set_prediction import SetPrediction
+
+Detections = tuple[Tensor, Tensor, Tensor]
+Samples = list[SimpleNamespace]
+
+
+class CannotExportError(ValueError):
+    """A detector, or a part of it, that cannot be exported."""
+
+
+class DeployableDetector(nn.Module):
+    """Raw images in, detections out; made of plain tensor operations, so that it can be exported.
+
+    Args:
+        model: A detector of MMDetection or msda_plugin, from `msda_plugin.engine.inference.load_detector`: a detection
+            transformer, a detector with a dense head such as RetinaNet, or Faster R-CNN.
+
+    Raises:
+        CannotExportError: If the detector, its head or its preprocessor is of another kind.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._predict = _predictor(model)
+        preprocessor = model.data_preprocessor
+        if not hasattr(preprocessor, 'pad_size_divisor') or not hasattr(preprocessor, '_channel_conversion'):
+            raise CannotExportError(
+                f'the data_preprocessor is a {type(preprocessor).__name__}; expected a DetDataPreprocessor'
+            )
+        # Files are read as BGR, and a model that converts them was trained on RGB.
+        self.bgr = not preprocessor._channel_conversion
+        self.divisor, self.pad_value = preprocessor.pad_size_divisor, float(preprocessor.pad_value)
+        mean, std = torch.zeros(3), torch.ones(3)
+        if preprocessor._enable_normalize:
+            mean, std = preprocessor.mean.flatten().cpu(), preprocessor.std.flatten().cpu()
+        self.register_buffer('mean', mean.view(-1, 1, 1).clone(), persistent=False)
+        self.register_buffer('std', std.view(-1, 1, 1).clone(), persistent=False)
+
+    @property
+    def max_detections(self) -> int:
+        """Number of rows of the outputs."""
+        head = self.model.roi_head if hasattr(self.model, 'roi_head') else self.model.bbox_head
+        cfg = head.test_cfg
+        return cfg.get('max_per_img') or self.model.num_queries
+
+    @property
+    def pad_color(self) -> tuple[int, ...]:
+        """RGB color, 0-255, of a pixel that equals the detector's padding after normalization."""
+        color = (self.mean + self.std * self.pad_value).flatten().round().clamp(0, 255).int().tolist()
+        return tuple(color[::-1] if self.bgr else color)
+
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Raise CannotExportError for images (height, width), None if of any size, that need a mask of padding."""
+        masked = isinstance(self.model, DetectionTransformer) and not isinstance(self.model, NeckInputCheck)
+        if masked and any(side is None or side % self.divisor for side in size or (None,)) and self.divisor > 1:
+            raise CannotExportError(
+                f'{type(self.model).__name__} pads images to multiples of {self.divisor}, and MMDetection leaves the '
+                'mask of the padding out of exported graphs; choose --size with sides that are multiples of '
+                f'{self.divisor}'
+            )
+
+    def forward(self, images: Tensor) -> Detections:
+        """Detect objects.
+
+        Args:
+            images: (bs, height, width, 3) uint8, RGB, resized as in the config. Normalization, order of channels and
+                padding to a multiple of ``pad_size_divisor`` are part of this function.
+
+        Returns:
+            ``boxes`` (bs, n, 4) float32, x1 y1 x2 y2 in pixels of ``images``; ``scores`` (bs, n) float32, 0-1, from
+            high to low; ``labels`` (bs, n) int64. n is the maximum number of detections per image; the rows after the
+            last detection have label -1, score 0 and box 0.
+        """
+        height, width = images.shape[1], images.shape[2]
+        inputs = images.permute(0, 3, 1, 2)
+        if self.bgr:
+            inputs = inputs.flip(1)
+        inputs = (inputs.float() - self.mean) / self.std
+        if self.divisor > 1:
+            inputs = F.pad(inputs, (0, -width % self.divisor, 0, -height % self.divisor), value=self.pad_value)
+        sample = SimpleNamespace(
+            img_shape=(height, width),
+            ori_shape=(height, width),
+            batch_input_shape=(inputs.shape[2], inputs.shape[3]),
+            pad_shape=(inputs.shape[2], inputs.shape[3]),
+            scale_factor=(1.0, 1.0),
+        )
+        sample.metainfo = vars(sample).copy()
+        boxes, scores, labels = self._predict(self.model, inputs, [sample])
+        return boxes.float(), scores.float(), labels
+
+
+def _predictor(model: nn.Module) -> Callable[[nn.Module, Tensor, Samples], Detections]:
+    """The function that computes the detections of a model."""
+    if isinstance(model, DetectionTransformer):
+        head = model.bbox_head
+        own = type(head)._predict_by_feat_single
+        if own not in (DETRHead._predict_by_feat_single, SetPrediction._predict_by_feat_single):
+            raise CannotExportError(
+                f'{type(head).__name__} computes its detections in a way of its own, which cannot be exported'
+            )
+        return _detection_transformer
+    if isinstance(model, TwoStageDetector):
+        raise CannotExportError(f'{type(model).__name__} cannot be exported: it is a two-stage detector')
+    if isinstance(model, SingleStageDetector):
+        _check_dense_head(model.bbox_head)
+        return _dense_detector
+    raise CannotExportError(
+        f'{type(model).__name__} cannot be exported; expected a detection transformer, a detector with a dense head '
+        'such as RetinaNet, or Faster R-CNN'
+    )
+
+
+def _clip(boxes: Tensor, sample: SimpleNamespace) -> Tensor:
+    """Boxes (..., 4), xyxy, inside the image."""
+    height, width = sample.img_shape
+    x, y = boxes[..., 0::2].clamp(min=0), boxes[..., 1::2].clamp(min=0)
+    if isinstance(height, Tensor):  # an image of any size, while a graph is traced
+        x, y = torch.minimum(x, width.to(x.dtype)), torch.minimum(y, height.to(y.dtype))
+    else:
+        x, y = x.clamp(max=width), y.clamp(max=height)
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1)
+
+
+def _nms_threshold(cfg: dict) -> float | None:
+    """IoU threshold of the suppression in a test_cfg; None if it has none.
+
+    Raises:
+        CannotExportError: If it is another kind of suppression.
+    """
+    nms = cfg.get('nms')
+    if nms is None:
+        return None
+    if nms.get('type', 'nms') != 'nms' or nms.get('class_agnostic') or nms.get('offset'):
+        raise CannotExportError(
+            f"test_cfg.nms is {dict(nms)}; only dict(type='nms', iou_threshold=…) within each class can be exported"
+        )
+    return float(nms.get('iou_threshold', nms.get('iou_thr')))
+
+
+# ---- detection transformers -----------------------------------------------------------------------------------------
+def _detection_transformer(model: DetectionTransformer, inputs: Tensor, samples: Samples) -> Detections:
+    head = model.bbox_head
+    outputs = head(**model.forward_transformer(model.extract_feat(inputs), samples))
+    logits, boxes = outputs[0][-1].float(), outputs[1][-1].float()  # of the last layer
+    count = head.test_cfg.get('max_per_img', logits.shape[1])
+    if head.loss_cls.use_sigmoid:
+        scores, index = logits.sigmoid().flatten(1).topk(count, 1)
+        labels = index % head.num_classes
+        query = index // head.num_classes
+    else:
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        scores, query = scores.topk(count, 1)
+        labels = labels.gather(1, query)
+    boxes = box_cxcywh_to_xyxy(boxes.gather(1, query[..., None].expand(-1, -1, 4)))
+    height, width = samples[0].img_shape
+    if isinstance(height, Tensor):
+        size = torch.stack([width, height, width, height]).to(boxes.dtype)
+    else:
+        size = boxes.new_tensor([width, height, width, height])
+    boxes = _clip(boxes * size, samples[0])
+    threshold = _nms_threshold(head.test_cfg)
+    return (boxes, scores, labels) if threshold is None else keep_best(boxes, scores, labels, count, threshold)
+
+
+# ---- dense heads ----------------------------------------------------------------------------------------------------
+def _check_dense_head(head: nn.Module) -> None:
+    kept = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
+    base = RPNHead if isinstance(head, RPNHead) else BaseDenseHead
+    if not isinstance(head, BaseDenseHead) or any(
+        getattr(type(head), name) is not getattr(base, name) for name in kept
+    ):
+        raise CannotExportError(
+            f'{type(head).__name__} computes its detections in a way of its own, which cannot be exported'
+        )
+    _nms_threshold(head.test_cfg)
+
+
+def _dense_candidates(
+    head: BaseDenseHead, feats: tuple[Tensor, ...], sample: SimpleNamespace, cfg: dict
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best boxes of each level: boxes (bs, n, 4), scores (bs, n), labels (bs, n), levels (n,)."""
+    maps, deltas, *factors = head(feats)
+    batch = maps[0].shape[0]
+    priors = head.prior_generator.grid_priors(
+        [level.shape[-2:] for level in maps], dtype=maps[0].dtype, device=maps[0].device
+    )
+    found = []
+    for number, (level, delta, prior) in enumerate(zip(maps, deltas, priors, strict=True)):
+        logits = level.permute(0, 2, 3, 1).reshape(batch, -1, head.cls_out_channels).float()
+        scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[..., :-1]
+        num_classes = scores.shape[-1]
+        scores = scores.flatten(1)  # (bs, priors * classes)
+        count = cfg.get('nms_pre', -1)
+        count = scores.shape[1] if count <= 0 else _at_most(count, scores.shape[1])
+        scores, index = scores.topk(count, 1)
+        place = index // num_classes
+        delta = delta.permute(0, 2, 3, 1).reshape(batch, -1, head.bbox_coder.encode_size).float()
+        delta = delta.gather(1, place[..., None].expand(-1, -1, delta.shape[-1]))
+        prior = prior.float()[place.flatten()]
+        boxes = head.bbox_coder.decode(prior, delta.flatten(0, 1)).view(batch, -1, 4)
+        scores = torch.where(scores > cfg.get('score_thr', 0), scores, NO_SCORE)
+        if factors:
+            factor = factors[0][number].permute(0, 2, 3, 1).reshape(batch, -1).float().sigmoid().gather(1, place)
+            scores = torch.where(scores > NO_SCORE, scores * factor, NO_SCORE)
+        found.append((_clip(boxes, sample), scores, index % num_classes, torch.full_like(index, number)))
+    boxes, scores, labels, levels = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    smallest = cfg.get('min_bbox_size', -1)
+    if smallest >= 0:
+        large = ((boxes[..., 2:] - boxes[..., :2]) > smallest).all(-1)
+        scores = torch.where(large, scores, NO_SCORE)
+    return boxes, scores, labels, levels
+
+
+def _at_most(count: int, available: int | Tensor) -> int | Tensor:
+    if isinstance(available, Tensor):
+        return torch.minimum(torch.tensor(count), available)
+    return min(count, available)
+
+
+def _dense_detector(model: SingleStageDetector, inputs: Tensor, samples: Samples) -> Detections:
+    head = model.bbox_head
+    boxes, scores, labels, _ = _dense_candidates(head, model.extract_feat(inputs), samples[0], head.test_cfg)
+    return keep_best(boxes, scores, labels, head.test_cfg.max_per_img, _nms_threshold(head.test_cfg))

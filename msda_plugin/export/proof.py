@@ -1,0 +1,198 @@
+"""Compares an exported file with PyTorch: the same detections, and the time of both."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from msda_plugin.engine.images import read_image
+from msda_plugin.export.runtimes import Detections
+
+# Largest difference of a box, relative to the longer side of the image, and of a score.
+TOLERANCE = 1e-3
+HALF_TOLERANCE = 3e-2
+SECONDS = 2.0  # of runs that are timed
+IMPOSSIBLE = 1e6  # cost of a pair with different labels
+
+
+@dataclass
+class Agreement:
+    """How far the detections of a file are from PyTorch's.
+
+    Attributes:
+        tolerance: Largest allowed difference of a box relative to the longer side of the image, and of a score.
+        matched: Pairs of detections with the same label.
+        exchanged: Pairs of different boxes whose scores tie with the lowest one: rounding decides which of them are in
+            the top-k.
+        box: Largest difference of a coordinate of a pair, pixels.
+        relative_box: The same, relative to the longer side of the image.
+        score: Largest difference of the scores of a pair.
+        missing: Other detections without a counterpart.
+    """
+
+    tolerance: float
+    matched: int = 0
+    exchanged: int = 0
+    box: float = 0.0
+    relative_box: float = 0.0
+    score: float = 0.0
+    missing: int = 0
+
+    @property
+    def holds(self) -> bool:
+        compared = self.matched > 0 or self.exchanged == 0
+        return compared and self.missing == 0 and max(self.relative_box, self.score) <= self.tolerance
+
+    def add(self, expected: Detections, found: Detections, side: int) -> None:
+        """Match the detections of an image by box, score and label, not by row.
+
+        Args:
+            expected, found: Boxes (n, 4) in pixels, scores (n,) and labels (n,); rows with label -1 are none.
+            side: Longer side of the image, pixels.
+        """
+        expected, found = (tuple(part[detections[2] >= 0] for part in detections) for detections in (expected, found))
+        cost = np.abs(expected[0][:, None] - found[0]).max(-1, initial=0) / side + np.abs(
+            expected[1][:, None] - found[1]
+        )
+        cost = np.where(expected[2][:, None] == found[2], cost, IMPOSSIBLE)
+        rows, columns = linear_sum_assignment(cost)
+        floor = max((scores.min() for scores in (expected[1], found[1]) if len(scores)), default=0.0)
+
+        def ties(score: float) -> bool:
+            return score <= floor + self.tolerance
+
+        for row, column in zip(rows, columns, strict=True):
+            box = float(np.abs(expected[0][row] - found[0][column]).max())
+            score = float(abs(expected[1][row] - found[1][column]))
+            same = expected[2][row] == found[2][column]
+            within = same and box / side <= self.tolerance and score <= self.tolerance
+            if not within and ties(expected[1][row]) and ties(found[1][column]):
+                self.exchanged += 1
+            elif not same:
+                self.missing += 1
+            else:
+                self.matched += 1
+                self.box, self.score = max(self.box, box), max(self.score, score)
+                self.relative_box = max(self.relative_box, box / side)
+        self.missing += abs(len(expected[1]) - len(found[1]))
+
+
+def predict_inputs(model: nn.Module, inputs: Sequence[np.ndarray]) -> list[Detections]:
+    """The detections of the model's own code in inputs of one size, as the file takes them.
+
+    Args:
+        model: From `msda_plugin.engine.inference.load_detector`.
+        inputs: Each (height, width, 3) uint8, RGB.
+    """
+    samples = []
+    for pixels in inputs:
+        size = pixels.shape[:2]
+        samples.append(DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), img_id=0)))
+    tensors = [torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1))) for pixels in inputs]
+    with torch.no_grad():
+        found = [sample.pred_instances for sample in model.test_step(dict(inputs=tensors, data_samples=samples))]
+    return [
+        (sample.bboxes.float().cpu().numpy(), sample.scores.float().cpu().numpy(), sample.labels.cpu().numpy())
+        for sample in found
+    ]
+
+
+def compare(
+    expected: Sequence[Detections], found: Sequence[Detections], inputs: Sequence[np.ndarray], tolerance: float
+) -> Agreement:
+    """Compare the detections in several inputs."""
+    agreement = Agreement(tolerance)
+    for first, second, pixels in zip(expected, found, inputs, strict=True):
+        agreement.add(first, second, max(pixels.shape[:2]))
+    return agreement
+
+
+def median_time(run: Callable[[Sequence[np.ndarray]], object], batches: Sequence[Sequence[np.ndarray]]) -> float:
+    """Median time of a batch in seconds, of at least three runs, in :data:`SECONDS`."""
+    measured, start = [], time.perf_counter()
+    while len(measured) < 3 or (time.perf_counter() - start < SECONDS and len(measured) < 50):
+        batch = batches[len(measured) % len(batches)]
+        before = time.perf_counter()
+        run(batch)
+        measured.append(time.perf_counter() - before)
+    return statistics.median(measured)
+
+
+# ---- average precision ----------------------------------------------------------------------------------------------
+class LabeledImages:
+    """Images with ground truth from a COCO annotation file.
+
+    Args:
+        annotations: The file.
+        folder: Folder of the images; None: that of the file.
+        class_names: Class names of the detector.
+        limit: Maximum number of images; None: all.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the file is no COCO annotation file, or has none of the classes.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike,
+        folder: str | os.PathLike | None,
+        class_names: Sequence[str],
+        limit: int | None = None,
+    ) -> None:
+        path = Path(annotations)
+        if not path.is_file():
+            raise FileNotFoundError(f'the annotation file {path} does not exist; give a COCO JSON file')
+        try:
+            content = json.loads(path.read_text())
+            images = content['images'][:limit]
+            ids = {category['name']: category['id'] for category in content['categories']}
+            objects = content['annotations']
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{path} is not a COCO annotation file ({error!r})') from None
+        if not ids.keys() & set(class_names):
+            raise ValueError(
+                f'{path} has the classes {", ".join(list(ids)[:5])}, and the detector {", ".join(class_names[:5])}; '
+                'choose the data that it was trained for'
+            )
+        self.ids = [ids.get(name) for name in class_names]
+        folder = Path(folder or path.parent)
+        self.files = {image['id']: folder / image['file_name'] for image in images}
+        kept = [item for item in objects if item['image_id'] in self.files]
+        self.truth = dict(images=images, categories=content['categories'], annotations=kept)
+
+    def average_precision(self, detect: Callable[[np.ndarray], Detections]) -> float:
+        """AP (COCO's, 0.50:0.95) of a function that returns the detections in an image."""
+        from contextlib import redirect_stdout
+        from io import StringIO
+
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        results = []
+        for image_id, path in self.files.items():
+            for (x1, y1, x2, y2), score, label in zip(*detect(read_image(path)), strict=True):
+                category = self.ids[label]
+                if category is not None:
+                    box = [float(value) for value in (x1, y1, x2 - x1, y2 - y1)]
+                    results.append(dict(image_id=image_id, category_id=category, bbox=box, score=float(score)))
+        with redirect_stdout(StringIO()):
+            truth = COCO()
+            truth.dataset = self.truth
+            truth.createIndex()
+            if not results or not self.truth['annotations']:
+                return 0.0
+            evaluation = COCOeval(truth, truth.loadRes(results), 'bbox')
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return float(evaluation.stats[0])

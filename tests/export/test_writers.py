@@ -1,0 +1,151 @@
+"""Exported files compute what the detector computes, and say what they are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from msda_plugin.acceleration import accelerate
+from msda_plugin.export import proof
+from msda_plugin.export.deployable import CannotExportError, DeployableDetector
+from msda_plugin.export.runtimes import open_exported
+from msda_plugin.export.writers import SUFFIXES, make_card, write
+from msda_plugin.libraries import LIBRARY_DIR
+from msda_plugin.tools.shape_images import draw_image
+
+KINDS = ('base', 'refine', 'two-stage', 'detr', 'dino', 'stock-two-stage', 'retinanet')
+# Each takes seconds, and torch's compilation a minute.
+FAST = [('onnx', 'dino'), ('onnx-gather', 'detr'), ('onnx-custom', 'refine'), ('openvino', 'detr')]
+CASES = [
+    pytest.param(format, kind, marks=[] if (format, kind) in FAST else pytest.mark.slow)
+    for format in SUFFIXES
+    for kind in KINDS
+]
+
+
+def drawn(count: int, width: int, height: int) -> list[np.ndarray]:
+    return [draw_image(seed, (width, height))[0] for seed in range(count)]
+
+
+def export(model: nn.Module, format: str, folder, **options):
+    """Write an accelerated model, and load the file."""
+    pytest.importorskip('onnx')
+    pytest.importorskip('openvino' if format == 'openvino' else 'onnxruntime')
+    if format == 'onnx-custom' and not Path(LIBRARY_DIR, 'libmsda_onnxruntime.so').is_file():
+        pytest.skip('the library for onnxruntime was not built')
+    accelerate(model)
+    detector = DeployableDetector(model).eval()
+    card = make_card(detector, format, **options)
+    path = folder / f'model{SUFFIXES[format]}'
+    nodes = write(detector, card, path)
+    exported = open_exported(path, threads=1)
+    assert exported.card == card
+    assert nodes.total() > 100
+    return exported, nodes
+
+
+def assert_same(expected, found, images):
+    agreement = proof.compare(expected, found, images, proof.TOLERANCE)
+    assert agreement.holds and not agreement.exchanged, agreement
+    assert agreement.matched == sum(len(labels) for _, _, labels in expected)
+
+
+@pytest.mark.parametrize('format, kind', CASES)
+def test_a_file_computes_what_the_detector_computes(format, kind, build, tmp_path):
+    """At an odd size, which is padded, and with a batch of two."""
+    model, images = build(kind), drawn(2, 101, 75)
+    expected = proof.predict_inputs(model, images)
+    assert all(len(labels) for _, _, labels in expected)
+    exported, nodes = export(model, format, tmp_path, batch=2, size=(75, 101))
+    assert_same(expected, exported.run_all(images), images)
+    assert ('GridSample' in nodes) == (format in ('onnx', 'openvino') and kind not in ('detr', 'retinanet'))
+
+
+@pytest.mark.parametrize(
+    'format, kind',
+    [
+        ('onnx', 'two-stage'),
+        *(pytest.param('onnx', kind, marks=pytest.mark.slow) for kind in KINDS if kind != 'two-stage'),
+        pytest.param('openvino', 'two-stage', marks=pytest.mark.slow),
+    ],
+)
+def test_a_dynamic_file_takes_images_and_batches_of_any_size(format, kind, build, tmp_path):
+    model = build(kind)
+    cases = [(1, 101, 75), (3, 96, 128)]
+    expected = [proof.predict_inputs(model, drawn(*case)) for case in cases]
+    exported, _ = export(model, format, tmp_path, batch=None, dynamic=True)
+    for case, detections in zip(cases, expected, strict=True):
+        assert_same(detections, exported.run_all(drawn(*case)), drawn(*case))
+
+
+def test_rows_without_a_detection(build, tmp_path):
+    model = build('retinanet')
+    model.bbox_head.test_cfg.score_thr = 1.0
+    exported, _ = export(model, 'onnx', tmp_path, size=(64, 96))
+    boxes, scores, labels = exported.run(np.stack(drawn(1, 96, 64)))
+    assert labels.shape == (1, 15) and (labels == -1).all() and not scores.any() and not boxes.any()
+    [(boxes, scores, labels)] = exported(drawn(1, 300, 200))
+    assert boxes.shape == (0, 4) and len(scores) == len(labels) == 0
+
+
+def test_half_precision(build, tmp_path):
+    onnx = pytest.importorskip('onnx')
+    model, images = build('refine'), drawn(1, 101, 75)
+    expected = proof.predict_inputs(model, images)
+    exported, _ = export(model, 'onnx', tmp_path, size=(75, 101), half=True)
+    found = exported.run_all(images)
+    assert proof.compare(expected, found, images, 5e-3).holds
+    assert not np.array_equal(found[0][1], expected[0][1])
+    weights = onnx.load(exported.path).graph.initializer
+    half = sum(np.prod(weight.dims) for weight in weights if weight.data_type == onnx.TensorProto.FLOAT16)
+    assert half > 0.9 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_preprocessing_is_in_the_file(build):
+    """Order of channels, normalization and padding are those of the detector."""
+    model = build('retinanet')
+    detector = DeployableDetector(model).eval()
+    assert detector.pad_color == (124, 116, 104)
+    image = draw_image(0, (101, 75))[0]
+    with torch.no_grad():
+        boxes, scores, labels = detector(torch.from_numpy(image[None]))
+    [expected] = proof.predict_inputs(model, [image])
+    number = len(expected[1])
+    np.testing.assert_allclose(boxes[0, :number].numpy(), expected[0], atol=1e-3)
+    np.testing.assert_allclose(scores[0, :number].numpy(), expected[1], atol=1e-5)
+    assert (labels[0, number:] == -1).all()
+    model.data_preprocessor._channel_conversion = False  # a model that was trained on BGR
+    assert DeployableDetector(model).bgr and DeployableDetector(model).pad_color == (104, 116, 124)
+
+
+def test_an_operator_that_onnx_cannot_express(build, tmp_path):
+    model = build('detr')
+    neck = model.neck.forward
+    model.neck.forward = lambda maps: tuple(part.lgamma() for part in neck(maps))
+    detector = DeployableDetector(model).eval()
+    with pytest.raises(CannotExportError, match='ONNX cannot express a part of the detector'):
+        write(detector, make_card(detector, 'onnx', size=(64, 64)), tmp_path / 'model.onnx')
+    assert not list(tmp_path.glob('*.onnx'))
+
+
+def test_detectors_that_cannot_be_exported(build):
+    model = build('two-stage')
+    model.bbox_head.__class__ = type(
+        'OwnHead', (type(model.bbox_head),), dict(_predict_by_feat_single=lambda self, *args: None)
+    )
+    with pytest.raises(CannotExportError, match='OwnHead computes its detections in a way of its own'):
+        DeployableDetector(model)
+    with pytest.raises(CannotExportError, match='Linear cannot be exported; expected a detection transformer'):
+        DeployableDetector(nn.Linear(1, 1))
+    model = build('retinanet')
+    model.bbox_head.test_cfg.nms.type = 'soft_nms'
+    with pytest.raises(CannotExportError, match="only dict\\(type='nms', iou_threshold=…\\)"):
+        DeployableDetector(model)
+
+
+def test_format_and_suffix_belong_together(build, tmp_path):
+    detector = DeployableDetector(build('detr')).eval()
+    with pytest.raises(ValueError, match=r'the format onnx is written to a \.onnx file, got model\.xml'):
+        write(detector, make_card(detector, 'onnx'), Path('model.xml'))
