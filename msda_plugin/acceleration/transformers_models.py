@@ -188,8 +188,9 @@ def _attend_per_level(
     total = (*queries.shape[:2], layer.n_heads, sum(points))
     offsets = layer.sampling_offsets(queries).view(*total, 2)
     logits = layer.attention_weights(queries).view(total)
+    scale = scale.to(queries.dtype) * layer.offset_scale  # converted first, as in the stock layer
     output = ms_deform_attn_points_per_level(
-        _split_heads(value, layer.n_heads), shapes, boxes, offsets, logits, points, scale * layer.offset_scale, method
+        _split_heads(value, layer.n_heads), shapes, boxes, offsets, logits, points, scale, method
     )
     return output, logits.softmax(-1)
 

@@ -58,7 +58,7 @@ def ms_deform_attn_points_per_level(
 
 
 def by_level(tensor: Tensor, num_points: Sequence[int]) -> Tensor:
-    """(bs, num_queries, num_heads, points of all levels, n) -> (..., num_levels, most points, n), with zeros."""
+    """(bs, num_queries, num_heads, points of all levels, n) -> (..., num_levels, most points of a level, n)."""
     most = max(num_points)
     return torch.stack([F.pad(t, (0, 0, 0, most - t.shape[3])) for t in tensor.split(tuple(num_points), 3)], 3)
 
