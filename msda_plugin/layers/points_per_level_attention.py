@@ -154,8 +154,8 @@ class PointsPerLevelAttention(MultiScaleDeformableAttention):
         if self.method == 'discrete':
             sizes = as_shape_tensor(spatial_shapes, offsets.device).flip(-1)[:, None]
             pixels = discrete_pixels(offsets, scale, boxes, spatial_shapes, self.points_per_level)
-            centers = pixels.to(torch.promote_types(offsets.dtype, torch.float32)) + 0.5
-            locations = by_level(centers, self.points_per_level) / sizes
+            pixels = by_level(pixels, self.points_per_level).to(torch.promote_types(offsets.dtype, torch.float32))
+            locations = (pixels + 0.5) / sizes
         else:
             boxes = boxes[:, :, None, :, None]  # (bs, num_queries, 1, num_levels, 1, 4)
             locations = boxes[..., :2] + by_level(offsets * scale, self.points_per_level) * boxes[..., 2:]
