@@ -212,7 +212,7 @@ class RTDETR(NeckInputCheck, DetectionTransformer):
         starts = [0, *accumulate(height * width for height, width in spatial_shapes[:-1])]
         level_start_index = torch.tensor(starts).to(device, non_blocking=True)
         if is_padded(batch_data_samples):
-            masks, valid_ratios = padding_masks(spatial_shapes, batch_data_samples, device)
+            masks, valid_ratios = padding_masks(spatial_shapes, len(feats[0]), batch_data_samples, device)
             mask = torch.cat([mask.flatten(1) for mask in masks], 1)
         else:
             mask, valid_ratios = None, torch.ones(len(feats[0]), len(feats), 2, device=device)
