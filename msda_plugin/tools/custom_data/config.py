@@ -14,6 +14,7 @@ from msda_plugin.engine.model_zoo import config_folder
 from msda_plugin.engine.nms import set_nms, supports_nms
 from msda_plugin.files import atomic_write
 from msda_plugin.tools.custom_data.recipe import (
+    NARROWEST,
     TRAIN_SAMPLE,
     WEAK_PART,
     Objects,
@@ -266,8 +267,12 @@ def _set_data(
             dataset=dataset,
         )
 
-    # The switch-off of the strong transforms, a hook for YOLOX, needs a head here.
-    transforms, mixing = train_pipeline(replace(recipe, mixes=recipe.mixes and 'bbox_head' in cfg.model), size)
+    # The hook that ends the mixing, one of YOLOX, needs the head there. A two-stage model needs a pixel of the feature
+    # maps for each query, also in the narrowest crop.
+    enough = NARROWEST * size[0] * size[1] / 8**2 >= cfg.model.get('num_queries', 0)
+    transforms, mixing = train_pipeline(
+        replace(recipe, mixes=recipe.mixes and 'bbox_head' in cfg.model and enough), size
+    )
     loading = [image, boxes]
     train = dataset('train', loading if mixing else loading + transforms, filter_cfg=dict(filter_empty_gt=False))
     if mixing:

@@ -17,6 +17,7 @@ EPOCHS = (12, 100)
 FINE_TUNING_SEEN, FINE_TUNING_EPOCHS = 4_000, (12, 36)
 WEAK_PART = 0.15  # of the epochs, at the end, without the strong augmentations
 TRAIN_SAMPLE = 32  # training images whose AP is measured
+NARROWEST = 0.4  # of the area of the image size, that a crop covers: 1:2, scaled by 0.8
 GRAY = 114.0  # padding of mixed images, as in YOLOX
 
 

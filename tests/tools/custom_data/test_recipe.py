@@ -69,6 +69,7 @@ def test_images_are_mixed_until_the_last_epochs():
     assert switch.num_last_epochs == 6
     kinds = [step.type for step in cfg.train_dataloader.dataset.pipeline]
     assert set(switch.skip_type_keys) < set(kinds) and 'Mosaic' in switch.skip_type_keys
+    assert config(image_size=(64, 64))[0].train_dataloader.dataset.type == 'CocoDataset'  # 60 queries need more pixels
     assert 'RandomResize' not in switch.skip_type_keys and kinds[-1] == 'PackDetInputs'
 
 
@@ -121,9 +122,7 @@ def test_long_epochs_are_divided():
 
 
 def test_too_little_time():
-    with pytest.raises(
-        ValueError, match='--minutes leaves 6 seconds for the training, but an iteration takes 1,'
-    ):
+    with pytest.raises(ValueError, match='--minutes leaves 6 seconds for the training, but an iteration takes 1,'):
         plan_training(0.1, Speed(train=1.0, val=0.5), num_images=10, batch_size=1, val_iterations=40)
 
 
@@ -134,7 +133,7 @@ def shapes(tmp_path_factory):
     return folder
 
 
-OPTIONS = ['--image-size', '64', '--workers', '0', '--device', 'cpu']
+OPTIONS = ['--image-size', '128', '--workers', '0', '--device', 'cpu']
 
 
 def test_training_data_of_the_recipe(shapes, tmp_path, capsys):
@@ -155,7 +154,7 @@ def test_training_data_of_the_recipe(shapes, tmp_path, capsys):
         boxes = found.bboxes.tensor
         counts.append(len(boxes))
         assert len(found.labels) == len(boxes) and (boxes >= 0).all()
-        assert (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all() and max(height, width) <= 77
+        assert (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all() and max(height, width) <= 154
     assert len(set(counts)) > 3
     dataset.update_skip_type_keys([hook for hook in cfg.custom_hooks if 'skip_type_keys' in hook][0].skip_type_keys)
     annotated = [len(dataset.get_data_info(index)['instances']) for index in range(8)]
