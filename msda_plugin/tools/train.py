@@ -27,6 +27,7 @@ CUSTOM_DATA = (
     'effective_batch',
     'lr',
     'image_size',
+    'augment',
     'workers',
     'seed',
     'device',
@@ -198,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         '--patience', type=int, metavar='N', help='stop after N validations without a higher AP (default: never)'
     )
     custom.add_argument(
-        '--batch-size', type=int, metavar='N', help='images per iteration (default: 1, 2 or 4, by the number of images)'
+        '--batch-size', type=int, metavar='N', help='images per iteration (default: 1 to 4, by the objects in an image)'
     )
     effective = custom.add_mutually_exclusive_group()
     effective.add_argument('--accumulate', type=int, metavar='N', help='iterations per optimizer step (default: 1)')
@@ -210,6 +211,12 @@ def _parser() -> argparse.ArgumentParser:
         '--image-size',
         metavar='S|WxH',
         help='size in pixels that images are fitted into (default: from the objects, or as in the config of the model)',
+    )
+    custom.add_argument(
+        '--augment',
+        choices=('weak', 'medium', 'strong'),
+        help='weak: sizes and flips; medium: also crops and colors; strong: also mosaics (default: medium; weak for '
+        'published weights)',
     )
     custom.add_argument(
         '--workers', type=int, metavar='N', help='data-loading processes (default: half of the cores, at most 4)'

@@ -37,7 +37,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         '--models', nargs='+', default=[DEFAULT_MODEL, STOCK], help='names or configs (default: ours and MMDetection)'
     )
     parser.add_argument('--work-dir', default='work_dirs/own_data', help='gets one folder per training')
-    parser.add_argument('--from-scratch', action='store_true', help='start all models from random weights')
+    parser.add_argument(
+        '--options', nargs=argparse.REMAINDER, default=[], help='more options of train --data, such as --from-scratch'
+    )
     return parser
 
 
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 def _train(data: str, model: str, seed: int, work_dir: Path, args: argparse.Namespace) -> int:
     command = [sys.executable, '-c', TRAIN, '--data', data, '--model', model, '--minutes', str(args.minutes)]
     command += ['--seed', str(seed), '--workers', '0', '--device', 'cpu', '--work-dir', str(work_dir)]
-    command += ['--skip-bad-images', *(['--from-scratch'] if args.from_scratch else [])]
+    command += ['--skip-bad-images', *args.options]
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / 'output.txt').open('w') as output:
         return subprocess.run(

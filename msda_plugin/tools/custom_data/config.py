@@ -27,8 +27,7 @@ from msda_plugin.tools.custom_data.recipe import (
 )
 
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
-# For the models in _base_/models, which have no schedule: settings that train the default model from scratch.
-BASE_LR, BASE_BATCH = 3e-4, 1
+BASE_BATCH = 4  # of a config that does not say
 KEPT = (
     'model',
     'optim_wrapper',
@@ -57,6 +56,7 @@ class Choices:
     effective_batch: int | None = None  # instead of accumulate; a multiple of the batch size
     lr: float | None = None
     image_size: tuple[int, int] | None = None  # (width, height), pixels
+    augmentation: str | None = None  # one of recipe.AUGMENTATIONS
     workers: int = 2
     seed: int = 0
     load_from: str | None = None
@@ -109,14 +109,17 @@ def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = 
     cfg = Config.fromfile(str(config_folder() / '_base_' / 'default_runtime.py'))
     cfg = Config({**cfg.to_dict(), **{key: source[key] for key in KEPT if source.get(key) is not None}})
     complete = source.get('optim_wrapper') is not None
-    recipe = choose_recipe(data.num_images, fine_tuning=complete and choices.load_from is not None)
+    fine_tuning = complete and choices.load_from is not None
+    recipe = choose_recipe(data.num_images, data.objects.per_image, fine_tuning)
+    if choices.augmentation:
+        recipe = replace(recipe, augmentation=choices.augmentation)
     notes = _fit_model(cfg.model, model, data)
     choices, reduced = _fit_batch(data, _fill(choices, recipe, plan))
     size, chosen = choices.image_size or _image_size(source), []
     if size is None:
         side = choose_side(data.objects)
         size, chosen = (side, side), [f'image size: {side}, chosen from the sizes of images and objects']
-    notes = [*reduced, *_set_optimizer(cfg, source, choices), *chosen, *notes]
+    notes = [*reduced, *_set_optimizer(cfg, source, choices, recipe), *chosen, *notes]
     mixing = _set_data(cfg, data, choices, recipe, size, plan)
     _set_schedule(cfg, data, choices, plan, mixing)
     cfg.runner_type = 'msda_plugin.DetectionRunner'
@@ -185,14 +188,14 @@ def _fit_batch(data: Data, choices: Choices) -> tuple[Choices, list[str]]:
     return replace(choices, batch_size=batch, accumulate=accumulate), [note]
 
 
-def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
+def _set_optimizer(cfg: Config, source: Config, choices: Choices, recipe: Recipe) -> list[str]:
     if source.get('optim_wrapper') is None:
         cfg.optim_wrapper = dict(
             type='OptimWrapper',
-            optimizer=dict(type='AdamW', lr=BASE_LR, weight_decay=1e-4),
+            optimizer=dict(type='AdamW', lr=recipe.lr, weight_decay=1e-4),
             clip_grad=dict(max_norm=0.1, norm_type=2),
         )
-        base = BASE_BATCH
+        base = recipe.batch_size
     else:
         base = (
             (source.get('auto_scale_lr') or {}).get('base_batch_size')
@@ -270,9 +273,9 @@ def _set_data(
     # The hook that ends the mixing, one of YOLOX, needs the head there. A two-stage model needs a pixel of the feature
     # maps for each query, also in the narrowest crop.
     enough = NARROWEST * size[0] * size[1] / 8**2 >= cfg.model.get('num_queries', 0)
-    transforms, mixing = train_pipeline(
-        replace(recipe, mixes=recipe.mixes and 'bbox_head' in cfg.model and enough), size
-    )
+    if 'bbox_head' not in cfg.model or not enough:
+        recipe = replace(recipe, augmentation='weak')
+    transforms, mixing = train_pipeline(recipe, size)
     loading = [image, boxes]
     train = dataset('train', loading if mixing else loading + transforms, filter_cfg=dict(filter_empty_gt=False))
     if mixing:
@@ -326,7 +329,7 @@ def _set_schedule(cfg: Config, data: Data, choices: Choices, plan: Plan | None, 
         dict(
             type='EMAHook',
             ema_type='ExpMomentumEMA',
-            momentum=float(f'{min(0.01, max(0.0005, 5 / (epochs * iterations))):.2g}'),
+            momentum=float(f'{min(0.02, max(0.0005, 10 / (epochs * iterations))):.2g}'),
             gamma=max(1, epochs * iterations // 10),
             update_buffers=True,
         ),

@@ -10,7 +10,8 @@ import numpy as np
 
 SIDES = (320, 384, 448, 512, 576, 640)  # image sizes in pixels
 SMALL = 24  # pixels that a small object should have in the resized image
-FEW_IMAGES, MANY_IMAGES = 500, 2000
+OBJECTS_PER_STEP, LARGEST_BATCH = 6, 4
+AUGMENTATIONS = ('weak', 'medium', 'strong')
 SEEN = 10_000  # images that a short training from starter weights sees, with repetitions
 EPOCHS = (12, 100)
 # A published detector already finds objects.
@@ -29,10 +30,12 @@ class Objects:
         small: Size of small objects: the 5th percentile of the square root of their area, as a fraction of the longer
             side of their image; 0 without boxes.
         image_side: Longer side of the images in pixels, the median.
+        per_image: Mean number of objects in an image.
     """
 
     small: float = 0.0
     image_side: int = SIDES[0]
+    per_image: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,16 @@ class Recipe:
     Attributes:
         epochs: Number of epochs.
         batch_size: Images per iteration.
+        lr: Learning rate of this batch size, for models whose config has none.
         scales: Smallest and largest random image size, as a factor.
-        mixes: Whether images are cropped and combined (mosaic), except in the last epochs.
+        augmentation: One of ``AUGMENTATIONS``, see `train_pipeline`.
     """
 
     epochs: int
     batch_size: int
+    lr: float
     scales: tuple[float, float]
-    mixes: bool
+    augmentation: str
 
 
 @dataclass(frozen=True)
@@ -69,20 +74,24 @@ class Plan:
     epoch_images: int | None
 
 
-def choose_recipe(num_images: int, fine_tuning: bool) -> Recipe:
-    """The recipe for a number of training images.
+def choose_recipe(num_images: int, per_image: float, fine_tuning: bool) -> Recipe:
+    """The recipe for a data set.
 
     Args:
         num_images: Number of training images.
+        per_image: Mean number of objects in an image. A step learns from the objects, so few in an image need a larger
+            batch.
         fine_tuning: Whether the training starts from a published detector, which needs less: fewer epochs, sizes that
-            do not exceed the given one, and no mixed images.
+            do not exceed the given one, and no crops.
     """
     seen, (fewest, most) = (FINE_TUNING_SEEN, FINE_TUNING_EPOCHS) if fine_tuning else (SEEN, EPOCHS)
+    batch = min(LARGEST_BATCH, max(1, round(OBJECTS_PER_STEP / max(per_image, 1.0))))
     return Recipe(
         epochs=min(most, max(fewest, round(seen / num_images))),
-        batch_size=1 if num_images < FEW_IMAGES else 2 if num_images < MANY_IMAGES else 4,
+        batch_size=batch,
+        lr=4e-4 if batch > 1 else 3e-4,
         scales=(0.6, 1.0) if fine_tuning else (0.8, 1.2),
-        mixes=not fine_tuning,
+        augmentation='weak' if fine_tuning else 'medium',
     )
 
 
@@ -90,7 +99,11 @@ def measure_objects(images: Sequence[dict], annotations: Sequence[dict]) -> Obje
     """Measure the ``images`` and ``annotations`` of a COCO file, without crowds."""
     sides = {image['id']: max(image['width'], image['height']) for image in images}
     sizes = [(a['bbox'][2] * a['bbox'][3]) ** 0.5 / sides[a['image_id']] for a in annotations if not a.get('iscrowd')]
-    return Objects(float(np.quantile(sizes, 0.05)) if sizes else 0.0, int(np.median(list(sides.values()))))
+    return Objects(
+        small=float(np.quantile(sizes, 0.05)) if sizes else 0.0,
+        image_side=int(np.median(list(sides.values()))),
+        per_image=len(sizes) / len(images),
+    )
 
 
 def choose_side(objects: Objects) -> int:
@@ -108,13 +121,19 @@ def load_pipeline() -> list[dict]:
 def train_pipeline(recipe: Recipe, size: tuple[int, int]) -> tuple[list[dict], list[str]]:
     """Transforms after `load_pipeline`, for images that fit into ``size`` (width, height).
 
+    ``weak`` varies sizes and flips, ``medium`` also crops and changes colors, ``strong`` also makes mosaics.
+
     Returns:
-        The transforms, and the types of those that need ``MultiImageMixDataset`` and end before the last epochs.
+        The transforms, and the types of those that end before the last epochs, which need ``MultiImageMixDataset``.
     """
-    resize = dict(type='RandomResize', scale=size, ratio_range=recipe.scales, keep_ratio=True)
-    strong = [
-        dict(type='Mosaic', img_scale=size, pad_val=GRAY, prob=0.3),
-        dict(type='MinIoURandomCrop', min_ious=(0.3, 0.5, 0.7, 0.9), min_crop_size=0.4),
+    mosaic = [dict(type='Mosaic', img_scale=size, pad_val=GRAY, prob=0.3)]
+    crop = dict(type='MinIoURandomCrop', min_ious=(0.3, 0.5, 0.7, 0.9), min_crop_size=0.4)
+    strength = AUGMENTATIONS.index(recipe.augmentation)
+    ending = [*(mosaic if strength > 1 else []), *([dict(type='RandomApply', transforms=[crop])] if strength else [])]
+    lasting = [
+        dict(type='RandomResize', scale=size, ratio_range=recipe.scales, keep_ratio=True),
+        *([dict(type='YOLOXHSVRandomAug')] if strength else []),
+        dict(type='RandomFlip', prob=0.5),
+        dict(type='PackDetInputs'),
     ]
-    weak = [resize, dict(type='YOLOXHSVRandomAug'), dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
-    return ([*strong, *weak], [step['type'] for step in strong]) if recipe.mixes else (weak, [])
+    return [*ending, *lasting], [step['type'] for step in ending]

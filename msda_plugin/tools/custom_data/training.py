@@ -64,6 +64,7 @@ def prepare(args: argparse.Namespace) -> Config:
         effective_batch=args.effective_batch,
         lr=args.lr,
         image_size=_size(args.image_size),
+        augmentation=args.augment,
         seed=args.seed or 0,
         workers=min(4, (os.cpu_count() or 1) // 2) if args.workers is None else args.workers,
         load_from=args.load_from,

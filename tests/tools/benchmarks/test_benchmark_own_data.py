@@ -50,9 +50,9 @@ def test_a_row_per_model_and_data(trainings, tmp_path, capsys):
 
 
 def test_stops_after_a_failed_training(trainings, tmp_path, capsys):
-    options = ('--seeds', 1, '--from-scratch', '--work-dir', tmp_path)
+    options = ('--seeds', 1, '--work-dir', tmp_path, '--options', '--from-scratch', '--augment', 'strong')
     assert own_data.run(arguments('bad', 'a', *options)) == 3
-    assert len(trainings) == 1 and trainings[0].from_scratch
+    assert len(trainings) == 1 and trainings[0].from_scratch and trainings[0].augment == 'strong'
     assert 'on bad ended with status 3; see' in capsys.readouterr().err
 
 

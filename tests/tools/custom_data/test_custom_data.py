@@ -354,12 +354,12 @@ def config(model=DEFAULT_MODEL, classes=CLASSES, most_boxes=5, num_images=100, *
 
 
 def test_learning_rate_scales_with_batch():
-    for batch, accumulate, factor in ((1, 1, 1), (4, 1, 2), (2, 2, 2), (4, 4, 4)):
+    for batch, accumulate, factor in ((4, 1, 1), (1, 1, 0.5), (4, 4, 2), (16, 4, 4)):
         cfg, notes = config(batch_size=batch, accumulate=accumulate)
-        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(3e-4 * factor)
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(4e-4 * factor)
         assert cfg.optim_wrapper.get('accumulative_counts', 1) == accumulate
         assert cfg.train_dataloader.batch_size == batch == cfg.auto_scale_lr.base_batch_size
-        assert any(f'√({batch * accumulate} / 1)' in note for note in notes)
+        assert any(f'√({batch * accumulate} / 4)' in note for note in notes)
     assert config(batch_size=64, lr=1e-3)[0].optim_wrapper.optimizer.lr == 1e-3
 
 
@@ -375,16 +375,16 @@ def test_learning_rate_of_sgd_is_proportional_to_the_batch(tmp_path):
 
 
 def test_learning_rate_does_not_grow_without_a_limit():
-    cfg, notes = config(batch_size=64)
-    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(12e-4)
-    said = 'learning rate: 0.0012 = 0.0003 × 4, the maximum; the batch size alone gives √(64 / 1); set another'
+    cfg, notes = config(batch_size=100)
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(16e-4)
+    said = 'learning rate: 0.0016 = 0.0004 × 4, the maximum; the batch size alone gives √(100 / 4); set another'
     assert any(said in note for note in notes)
 
 
 def test_batch_is_not_larger_than_the_data_set():
     cfg, notes = config(batch_size=100_000, num_images=9)
     assert cfg.train_dataloader.batch_size == cfg.val_dataloader.batch_size == 9
-    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(9e-4)
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(6e-4)
     assert notes[0] == 'batch size: 9 instead of 100000, because there are 9 training images'
     cfg, notes = config(batch_size=4, accumulate=100, num_images=10)  # an epoch has 3 iterations
     assert cfg.optim_wrapper.accumulative_counts == 3 and 'batch size: 12 instead of 400' in notes[0]
@@ -448,7 +448,7 @@ def test_image_size_and_schedule():
         (resize,) = [step for step in dataset.pipeline if step['type'] == kind]
         assert tuple(resize['scale']) == (320, 240)
     warm_up, cosine = cfg.param_scheduler
-    assert (warm_up.end, cosine.T_max, cosine.end, cfg.train_cfg.val_interval) == (24, 30, 30, 3)
+    assert (warm_up.end, cosine.T_max, cosine.end, cfg.train_cfg.val_interval) == (6, 30, 30, 3)
     assert not cfg.train_dataloader.persistent_workers
 
 
@@ -532,7 +532,7 @@ def test_dry_run_writes_complete_config(tmp_path, monkeypatch, capsys):
     assert (len(train), len(val)) == (8, 2) and train.metainfo['classes'] == val.metainfo['classes'] == CLASSES
     assert train[0]['inputs'].shape[0] == 3 and val[0]['inputs'].shape == (3, 240, 320)
     METRICS.build(cfg.val_evaluator)
-    assert cfg.optim_wrapper.accumulative_counts == 8 and cfg.load_from is None  # 8 of 1 image
+    assert cfg.optim_wrapper.accumulative_counts == 4 and cfg.load_from is None  # 4 × 2 images
 
 
 def test_a_dry_run_leaves_a_training_as_it_is(tmp_path, monkeypatch, capsys):
