@@ -494,6 +494,8 @@ def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     assert "unknown model 'yolo'" in sentence(['--data', '.', '--model', 'yolo'], capsys)
     assert 'use 8 or 12' in sentence(['--data', '.', '--batch-size', 4, '--effective-batch', 10], capsys)
     assert '--lr must be positive, got inf' in sentence(['--data', '.', '--lr', 'inf'], capsys)
+    assert '--minutes must be positive, got 0.0' in sentence(['--data', '.', '--minutes', 0], capsys)
+    assert 'not allowed with argument --epochs' in sentence(['--data', '.', '--epochs', 3, '--minutes', 1], capsys)
     assert '--seed must be from 0 to 4294967295, got -1' in sentence(['--data', '.', '--seed', -1], capsys)
     (tmp_path / 'file').touch()
     assert '--work-dir: file cannot be a folder' in sentence(['--data', '.', '--work-dir', 'file'], capsys)
