@@ -215,8 +215,8 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument(
         '--augment',
         choices=('weak', 'medium', 'strong'),
-        help='weak: sizes and flips; medium: also crops and colors; strong: also mosaics (default: medium; weak for '
-        'published weights)',
+        help='weak: sizes and flips; medium: also crops and colors; strong: also mosaics (default: medium from 20 '
+        'passes through the data; weak for fewer, and for published weights)',
     )
     custom.add_argument(
         '--workers', type=int, metavar='N', help='data-loading processes (default: half of the cores, at most 4)'

@@ -20,6 +20,7 @@ from msda_plugin.tools.custom_data.recipe import (
     Objects,
     Plan,
     Recipe,
+    choose_augmentation,
     choose_recipe,
     choose_side,
     load_pipeline,
@@ -111,16 +112,19 @@ def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = 
     complete = source.get('optim_wrapper') is not None
     fine_tuning = complete and choices.load_from is not None
     recipe = choose_recipe(data.num_images, data.objects.per_image, fine_tuning)
-    if choices.augmentation:
-        recipe = replace(recipe, augmentation=choices.augmentation)
     notes = _fit_model(cfg.model, model, data)
     choices, reduced = _fit_batch(data, _fill(choices, recipe, plan))
+    passes = choices.epochs * _epoch_images(data, plan) / data.num_images
+    augmentation = choices.augmentation or choose_augmentation(passes, fine_tuning)
     size, chosen = choices.image_size or _image_size(source), []
     if size is None:
         side = choose_side(data.objects)
         size, chosen = (side, side), [f'image size: {side}, chosen from the sizes of images and objects']
     notes = [*reduced, *_set_optimizer(cfg, source, choices, recipe), *chosen, *notes]
-    mixing = _set_data(cfg, data, choices, recipe, size, plan)
+    augmentation = augmentation if _can_crop(cfg.model, size) else 'weak'
+    notes.append(f'augmentation: {augmentation}')
+    transforms, mixing = train_pipeline(augmentation, recipe.scales, size)
+    _set_data(cfg, data, choices, transforms, bool(mixing), size, plan)
     _set_schedule(cfg, data, choices, plan, mixing)
     cfg.runner_type = 'msda_plugin.DetectionRunner'
     cfg.work_dir = choices.work_dir
@@ -238,10 +242,28 @@ def _image_size(source: Config) -> tuple[int, int] | None:
     return None
 
 
+def _epoch_images(data: Data, plan: Plan | None) -> int:
+    return plan.epoch_images if plan and plan.epoch_images else data.num_images
+
+
+def _can_crop(model: ConfigDict, size: tuple[int, int]) -> bool:
+    """Whether images can be cropped and mixed until the last epochs.
+
+    The hook that ends it, one of YOLOX, needs ``bbox_head``. A two-stage model needs a pixel of the feature maps for
+    each query, also in the narrowest crop.
+    """
+    return 'bbox_head' in model and NARROWEST * size[0] * size[1] / 8**2 >= model.get('num_queries', 0)
+
+
 def _set_data(
-    cfg: Config, data: Data, choices: Choices, recipe: Recipe, size: tuple[int, int], plan: Plan | None
-) -> list[str]:
-    """Returns the types of the transforms that the last epochs leave out."""
+    cfg: Config,
+    data: Data,
+    choices: Choices,
+    transforms: list[dict],
+    mixing: bool,
+    size: tuple[int, int],
+    plan: Plan | None,
+) -> None:
     image, boxes = load_pipeline()
     test_pipeline = [
         image,
@@ -270,12 +292,6 @@ def _set_data(
             dataset=dataset,
         )
 
-    # The hook that ends the mixing, one of YOLOX, needs the head there. A two-stage model needs a pixel of the feature
-    # maps for each query, also in the narrowest crop.
-    enough = NARROWEST * size[0] * size[1] / 8**2 >= cfg.model.get('num_queries', 0)
-    if 'bbox_head' not in cfg.model or not enough:
-        recipe = replace(recipe, augmentation='weak')
-    transforms, mixing = train_pipeline(recipe, size)
     loading = [image, boxes]
     train = dataset('train', loading if mixing else loading + transforms, filter_cfg=dict(filter_empty_gt=False))
     if mixing:
@@ -293,12 +309,10 @@ def _set_data(
         cfg[f'{split}_evaluator'] = dict(
             type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', classwise=True, format_only=False
         )
-    return mixing
 
 
 def _set_schedule(cfg: Config, data: Data, choices: Choices, plan: Plan | None, mixing: list[str]) -> None:
-    images = plan.epoch_images if plan and plan.epoch_images else data.num_images
-    epochs, iterations = choices.epochs, -(-images // choices.batch_size)  # iterations per epoch
+    epochs, iterations = choices.epochs, -(-_epoch_images(data, plan) // choices.batch_size)  # iterations per epoch
     interval = plan.val_interval if plan else max(1, epochs // 10)
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=interval)
     cfg.val_cfg = dict(type='ValLoop')

@@ -16,6 +16,7 @@ SEEN = 10_000  # images that a short training from starter weights sees, with re
 EPOCHS = (12, 100)
 # A published detector already finds objects.
 FINE_TUNING_SEEN, FINE_TUNING_EPOCHS = 4_000, (12, 36)
+MANY_PASSES = 20  # through the data
 WEAK_PART = 0.15  # of the epochs, at the end, without the strong augmentations
 TRAIN_SAMPLE = 32  # training images whose AP is measured
 NARROWEST = 0.4  # of the area of the image size, that a crop covers: 1:2, scaled by 0.8
@@ -47,14 +48,12 @@ class Recipe:
         batch_size: Images per iteration.
         lr: Learning rate of this batch size, for models whose config has none.
         scales: Smallest and largest random image size, as a factor.
-        augmentation: One of ``AUGMENTATIONS``, see `train_pipeline`.
     """
 
     epochs: int
     batch_size: int
     lr: float
     scales: tuple[float, float]
-    augmentation: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def choose_recipe(num_images: int, per_image: float, fine_tuning: bool) -> Recip
         per_image: Mean number of objects in an image. A step learns from the objects, so few in an image need a larger
             batch.
         fine_tuning: Whether the training starts from a published detector, which needs less: fewer epochs, sizes that
-            do not exceed the given one, and no crops.
+            do not exceed the given one.
     """
     seen, (fewest, most) = (FINE_TUNING_SEEN, FINE_TUNING_EPOCHS) if fine_tuning else (SEEN, EPOCHS)
     batch = min(LARGEST_BATCH, max(1, round(OBJECTS_PER_STEP / max(per_image, 1.0))))
@@ -91,8 +90,12 @@ def choose_recipe(num_images: int, per_image: float, fine_tuning: bool) -> Recip
         batch_size=batch,
         lr=4e-4 if batch > 1 else 3e-4,
         scales=(0.6, 1.0) if fine_tuning else (0.8, 1.2),
-        augmentation='weak' if fine_tuning else 'medium',
     )
+
+
+def choose_augmentation(passes: float, fine_tuning: bool) -> str:
+    """The augmentation for a number of passes through the data. In a few, a detector does not learn it by heart."""
+    return 'medium' if passes >= MANY_PASSES and not fine_tuning else 'weak'
 
 
 def measure_objects(images: Sequence[dict], annotations: Sequence[dict]) -> Objects:
@@ -118,7 +121,9 @@ def load_pipeline() -> list[dict]:
     return [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
 
 
-def train_pipeline(recipe: Recipe, size: tuple[int, int]) -> tuple[list[dict], list[str]]:
+def train_pipeline(
+    augmentation: str, scales: tuple[float, float], size: tuple[int, int]
+) -> tuple[list[dict], list[str]]:
     """Transforms after `load_pipeline`, for images that fit into ``size`` (width, height).
 
     ``weak`` varies sizes and flips, ``medium`` also crops and changes colors, ``strong`` also makes mosaics.
@@ -128,10 +133,10 @@ def train_pipeline(recipe: Recipe, size: tuple[int, int]) -> tuple[list[dict], l
     """
     mosaic = [dict(type='Mosaic', img_scale=size, pad_val=GRAY, prob=0.3)]
     crop = dict(type='MinIoURandomCrop', min_ious=(0.3, 0.5, 0.7, 0.9), min_crop_size=0.4)
-    strength = AUGMENTATIONS.index(recipe.augmentation)
+    strength = AUGMENTATIONS.index(augmentation)
     ending = [*(mosaic if strength > 1 else []), *([dict(type='RandomApply', transforms=[crop])] if strength else [])]
     lasting = [
-        dict(type='RandomResize', scale=size, ratio_range=recipe.scales, keep_ratio=True),
+        dict(type='RandomResize', scale=size, ratio_range=scales, keep_ratio=True),
         *([dict(type='YOLOXHSVRandomAug')] if strength else []),
         dict(type='RandomFlip', prob=0.5),
         dict(type='PackDetInputs'),

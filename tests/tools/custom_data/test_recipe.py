@@ -75,10 +75,22 @@ def test_strong_augmentations_end_before_the_last_epochs():
         assert switch.num_last_epochs == 6 and switch.skip_type_keys == ending
         kinds = [step.type for step in cfg.train_dataloader.dataset.pipeline]
         assert kinds == [*ending, 'RandomResize', 'YOLOXHSVRandomAug', 'RandomFlip', 'PackDetInputs']
-    for choices in (dict(augmentation='weak'), dict(image_size=(64, 64))):  # 60 queries need more pixels
+    for choices in (
+        dict(augmentation='weak'),
+        dict(epochs=19),
+        dict(image_size=(64, 64)),
+    ):  # 60 queries need more pixels
         cfg, _ = config(**choices)
         kinds = [step.type for step in cfg.train_dataloader.dataset.pipeline]
         assert kinds[2:] == ['RandomResize', 'RandomFlip', 'PackDetInputs'] and not hooks(cfg, 'YOLOXModeSwitchHook')
+
+
+def test_augmentation_by_the_passes_through_the_data():
+    divided = plan_training(60, Speed(train=1.0, val=0.5), num_images=300, batch_size=1, val_iterations=10)
+    assert divided.epoch_images and divided.epochs > 19  # 12 passes
+    for choices in (dict(epochs=19), dict(plan=divided, num_images=300, minutes=60)):
+        assert 'augmentation: weak' in config(**choices)[1]
+    assert 'augmentation: medium' in config(epochs=20)[1]
 
 
 def test_published_detectors_are_tuned_gently():
