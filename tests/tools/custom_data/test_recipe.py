@@ -9,7 +9,7 @@ from mmengine.config import Config
 from msda_plugin.engine.model_zoo import find_model
 from msda_plugin.tools.custom_data.budget import Speed, earlier_plan, plan_training
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config
-from msda_plugin.tools.custom_data.recipe import Objects, choose_recipe, choose_side, measure_objects
+from msda_plugin.tools.custom_data.recipe import Objects, Plan, choose_recipe, choose_side, measure_objects
 from msda_plugin.tools.shapes import generate
 from msda_plugin.tools.train import main
 
@@ -86,8 +86,7 @@ def test_strong_augmentations_end_before_the_last_epochs():
 
 
 def test_augmentation_by_the_passes_through_the_data():
-    divided = plan_training(60, Speed(train=1.0, val=0.5), num_images=300, batch_size=1, val_iterations=10)
-    assert divided.epoch_images and divided.epochs > 19  # 12 passes
+    divided = Plan(epochs=25, val_interval=5, val_epochs=0.1, epoch_images=60)  # 5 passes
     for choices in (dict(epochs=19), dict(plan=divided, num_images=300, minutes=60)):
         assert 'augmentation: weak' in config(**choices)[1]
     assert 'augmentation: medium' in config(epochs=20)[1]
