@@ -91,8 +91,8 @@ def make_card(
         raise ValueError('the model has no class names; add metainfo=dict(classes=(…)) to test_dataloader.dataset')
     if format == 'torch' and isinstance(detector.model, TwoStageDetector):
         raise CannotExportError(
-            f'torch.export cannot express the adaptive number of samples of RoIAlign in {type(detector.model).__name__}; '
-            'choose another format'
+            f'torch.export cannot express the adaptive number of samples of RoIAlign in '
+            f'{type(detector.model).__name__}; choose another format'
         )
     if dynamic and format == 'torch':
         raise CannotExportError('torch.export fixes the size of the images; choose it with --size, without --dynamic')
