@@ -28,6 +28,7 @@ from msda_plugin.detectors.build_checks import (
 from msda_plugin.detectors.deformable_detr import DeformableDETR, Pairs
 from msda_plugin.detectors.padding import is_padded, padding_masks
 from msda_plugin.layers.denoising import DenoisingQueries
+from msda_plugin.layers.reference_points import sizes_tensor
 from msda_plugin.layers.rep_vgg import RepVGGBlock
 from msda_plugin.layers.rtdetr_layers import RTDETRTransformerDecoder
 from msda_plugin.layers.transformer_parts import build_or_default
@@ -207,15 +208,15 @@ class RTDETR(NeckInputCheck, DetectionTransformer):
         feats = [proj(feat) for proj, feat in zip(self.input_proj, mlvl_feats, strict=False)]
         for i in range(len(feats), self.num_feature_levels):
             feats.append(self.input_proj[i](mlvl_feats[-1] if i == len(mlvl_feats) else feats[-1]))
-        device = feats[0].device
+        batch, device = feats[0].shape[0], feats[0].device
         spatial_shapes = tuple(tuple(feat.shape[-2:]) for feat in feats)
         starts = [0, *accumulate(height * width for height, width in spatial_shapes[:-1])]
-        level_start_index = torch.tensor(starts).to(device, non_blocking=True)
+        level_start_index = sizes_tensor(starts, device)
         if is_padded(batch_data_samples):
-            masks, valid_ratios = padding_masks(spatial_shapes, len(feats[0]), batch_data_samples, device)
+            masks, valid_ratios = padding_masks(spatial_shapes, batch, batch_data_samples, device)
             mask = torch.cat([mask.flatten(1) for mask in masks], 1)
         else:
-            mask, valid_ratios = None, torch.ones(len(feats[0]), len(feats), 2, device=device)
+            mask, valid_ratios = None, torch.ones(batch, len(feats), 2, device=device)
         # (bs, embed_dims, h, w) -> (bs, num_keys, embed_dims)
         memory = torch.cat([feat.flatten(2).transpose(1, 2) for feat in feats], 1)
         shared = dict(memory=memory, memory_mask=mask, spatial_shapes=spatial_shapes, valid_ratios=valid_ratios)
@@ -262,7 +263,9 @@ class RTDETR(NeckInputCheck, DetectionTransformer):
         chosen = output_memory.gather(1, best.expand(-1, -1, output_memory.shape[-1]))
         coord_logits = self.bbox_head.reg_branches[last](chosen) + proposals.gather(1, best.expand(-1, -1, 4))
 
-        query = self.query_embedding.weight.expand(len(memory), -1, -1) if self.learn_query_content else chosen.detach()
+        query = (
+            self.query_embedding.weight.expand(memory.shape[0], -1, -1) if self.learn_query_content else chosen.detach()
+        )
         reference_logits, mask = coord_logits.detach(), None
         head_inputs = {}
         if self.training:

@@ -8,9 +8,12 @@ from mmdet.structures import DetDataSample
 from rtdetr_cases import build, samples
 from torch import nn
 
+from msda_plugin import accelerate
+from msda_plugin.acceleration.convolutions import FoldedBatchNorm
 from msda_plugin.convert import convert
 from msda_plugin.heads.class_layers import adapt_class_layers
 from msda_plugin.layers.denoising import ContrastiveDenoising
+from msda_plugin.visualization import record_attention
 
 SHAPE = (96, 160)
 PER_LEVEL = 'msda_plugin.PointsPerLevelAttention'
@@ -316,6 +319,30 @@ def test_denoising_replaces_labels():
     queries = denoising(torch.full((1, 1000), 7), torch.full((1, 1000, 4), 0.4), [1000], 1)
     assert 0.7 < (queries.content == 7).float().mean() < 0.8  # a quarter is drawn again
     assert torch.allclose(queries.boxes.sigmoid(), torch.tensor(0.4))
+
+
+@pytest.mark.parametrize('cross_attn', [{}, dict(type=PER_LEVEL, num_points=[2, 1, 3])])
+def test_attention_is_recorded(cross_attn):
+    """What `visualize` draws: the points that the query of a detection samples."""
+    model = randomize(build(cross_attn=cross_attn)).eval()
+    with record_attention(model) as recording, torch.no_grad():
+        [sample] = model.predict(torch.randn(1, 3, *SHAPE), samples(objects((1,)), SHAPE))
+    view = recording.at_detection(0, sample, [str(i) for i in range(5)])
+    assert [layer.kind for layer in view.layers] == ['decoder', 'decoder']
+    for layer in view.layers:
+        assert layer.box is not None and abs(layer.weight.sum() - 4) < 1e-4  # one for each head
+
+
+def test_accelerate_for_inference_folds_the_batch_norms():
+    model = randomize(build()).eval()
+    image = torch.randn(1, 3, *SHAPE)
+    with torch.no_grad():
+        expected = model(image, mode='tensor')
+        accelerate(model, inference=True)
+        norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+        assert norms and all(isinstance(norm, FoldedBatchNorm) for norm in norms)
+        for actual, other in zip(model(image, mode='tensor'), expected, strict=True):
+            assert_close(actual, other, 1e-4)
 
 
 def test_works_as_a_head_of_deformable_detr():

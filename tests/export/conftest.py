@@ -25,6 +25,7 @@ LAYERS = """
         ffn_cfg=dict(embed_dims=32, feedforward_channels=48))),
     positional_encoding=dict(num_feats=16), num_queries=20, test_cfg=dict(max_per_img=10),
     bbox_head=dict(embed_dims=32, num_classes=6),"""
+DECODER = LAYERS[LAYERS.index('    decoder') :].replace('positional_encoding=dict(num_feats=16), ', '') + ')'
 NANO = f"""
 _base_ = '{CONFIGS}/_base_/models/deformable-detr-two-stage_shunted-nano.py'
 model = dict(
@@ -46,6 +47,11 @@ model = dict({R18} neck=dict(in_channels=[16, 32, 64], out_channels=32, norm_cfg
     'stock-two-stage': f"""
 _base_ = 'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py'
 model = dict({R18} neck=dict(in_channels=[16, 32, 64]), {LAYERS.replace('=32', '=256').replace('=16', '=128')})""",
+    'rtdetr': f"""
+_base_ = '{CONFIGS}/_base_/models/rtdetr_r18vd-nano.py'
+model = dict(
+    backbone=dict(base_channels=8),
+    neck=dict(in_channels=[16, 32, 64], out_channels=32, num_heads=4, feedforward_channels=48), {DECODER}""",
     'retinanet': f"""
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 model = dict(

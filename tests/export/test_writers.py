@@ -16,9 +16,9 @@ from msda_plugin.export.writers import SUFFIXES, make_card, write
 from msda_plugin.libraries import LIBRARY_DIR
 from msda_plugin.tools.shape_images import draw_image
 
-KINDS = ('base', 'refine', 'two-stage', 'detr', 'dino', 'stock-two-stage', 'retinanet', 'faster-rcnn')
+KINDS = ('base', 'refine', 'two-stage', 'detr', 'dino', 'stock-two-stage', 'rtdetr', 'retinanet', 'faster-rcnn')
 # Each takes seconds, and torch's compilation a minute.
-FAST = [('onnx', 'dino'), ('onnx-gather', 'detr'), ('onnx-custom', 'refine'), ('openvino', 'detr')]
+FAST = [('onnx', 'dino'), ('onnx', 'rtdetr'), ('onnx-gather', 'detr'), ('onnx-custom', 'refine'), ('openvino', 'detr')]
 CASES = [
     pytest.param(format, kind, marks=[] if (format, kind) in FAST else pytest.mark.slow)
     for format in SUFFIXES
