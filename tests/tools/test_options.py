@@ -61,3 +61,11 @@ def test_train_ap(config_of, tmp_path):
     path = tmp_path / 'config.py'
     path.write_text("model = dict(type='msda_plugin.ShuntedTransformer')\n")
     assert config_of(train, str(path), '--train-ap', '50').custom_hooks == [report]
+
+
+@pytest.mark.parametrize(('value', 'dtype'), [('float32', None), ('bfloat16', 'bfloat16')])
+def test_accelerate_of_a_test(config_of, tmp_path, value, dtype):
+    argv = [CONFIG, str(tmp_path / 'epoch_1.pth')]
+    hook = dict(type='msda_plugin.AccelerateHook', inference=True, dtype=dtype)
+    before = config_of(test_command, *argv).get('custom_hooks') or []
+    assert config_of(test_command, *argv, '--accelerate', value).custom_hooks == [*before, hook]
