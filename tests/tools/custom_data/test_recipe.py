@@ -195,3 +195,14 @@ def test_trains_for_minutes_and_resumes(shapes, tmp_path, capsys):
     options[options.index('0.6')] = '0.9'
     assert main([*options, '--resume']) == 0
     assert json.loads((tmp_path / 'metrics.json').read_text())['final']['epoch'] > metrics['final']['epoch']
+
+
+@pytest.mark.slow
+def test_the_last_epochs_see_whole_images(shapes, tmp_path):
+    options = ['--data', str(shapes), '--work-dir', str(tmp_path), '--epochs', '20', '--batch-size', '8', *OPTIONS]
+    options[options.index('--workers') + 1] = '1'  # whose process has a copy of the pipeline
+    assert main([*options, '--augment', 'strong', '--cfg-options', 'train_cfg.val_interval=20']) == 0
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['finished'] and metrics['final']['epoch'] == 20
+    (log,) = tmp_path.glob('*/*.log')
+    assert log.read_text().count('No mosaic and mixup aug now!') == 1
