@@ -7,6 +7,7 @@ root, from ``mmdet`` and from every other project, without ``custom_imports``.
 Importing this module adds types to torch's allow-list of checkpoint types, and changes nothing else process-wide.
 """
 
+from mmengine.registry import DATA_SAMPLERS as ROOT_DATA_SAMPLERS
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import RUNNERS as ROOT_RUNNERS
@@ -23,6 +24,9 @@ MODELS = Registry(
     locations=[f'{SCOPE}.{package}' for package in ('layers', 'backbones', 'necks', 'heads', 'detectors')],
 )
 HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=[f'{SCOPE}.engine.hooks'])
+DATA_SAMPLERS = Registry(
+    'data sampler', parent=ROOT_DATA_SAMPLERS, scope=SCOPE, locations=[f'{SCOPE}.engine.part_sampler']
+)
 RUNNERS = Registry('runner', parent=ROOT_RUNNERS, scope=SCOPE, locations=[f'{SCOPE}.engine.runner'])
 
 # Configs with types of msda_plugin import this module before any checkpoint is opened, whichever tool runs them, so

@@ -74,8 +74,10 @@ def test_builds_trains_and_predicts(path):
         assert accelerate(model) > 0
 
     # One image with objects and one without.
-    two_stage = cfg.model.get('as_two_stage') or cfg.model.type == 'msda_plugin.RTDETR'
+    two_stage = cfg.model.get('as_two_stage') or cfg.model.type in ('msda_plugin.RTDETR', 'msda_plugin.DFINE')
     size = SIZE_TWO_STAGE if two_stage and cfg.model.num_queries > 100 else SIZE
+    if cfg.model.type == 'msda_plugin.DFINE' and len(cfg.model.neck.in_channels) == 2:
+        size = (256, 320)  # two coarse maps have fewer pixels
     batch = {
         'inputs': [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(2)],
         'data_samples': [sample(size, 2, len(classes)), sample(size, 0, len(classes))],

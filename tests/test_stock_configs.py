@@ -55,6 +55,11 @@ CHANGES = {
         "backbone=dict(_delete_=True, type='msda_plugin.ResNetVD', depth=18, out_indices=(1, 2, 3)), "
         'neck=dict(in_channels=[128, 256, 512]),' + SMALL_LAYERS,
     ),
+    'HGNetV2': (
+        DEFORMABLE_DETR,
+        "backbone=dict(_delete_=True, type='msda_plugin.HGNetV2', arch='B0', use_lab=True), "
+        'neck=dict(in_channels=[256, 512, 1024]),' + SMALL_LAYERS,
+    ),
     'HybridEncoder': (
         'retinanet/retinanet_r50_fpn_1x_coco.py',
         "neck=dict(_delete_=True, type='msda_plugin.HybridEncoder', in_channels=[256, 512, 1024, 2048], "

@@ -389,7 +389,10 @@ struct Kernels {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / (p.heads * ranges), head = i / ranges % p.heads;
         const int64_t level_begin = by_level ? i % ranges : 0, level_end = by_level ? level_begin + 1 : p.levels;
-        std::memset(rows, 0, layout.rows * stride);
+        const Level &first = layout.levels[level_begin], &last = layout.levels[level_end - 1];
+        const int64_t clear_begin = first.origin - first.pitch - 2;  // the row that excluded samples have
+        const int64_t clear_end = last.origin + (last.height + 1) * last.pitch;
+        std::memset(rows + clear_begin * padded, 0, (clear_end - clear_begin) * stride);
         Tile<A, C> tile(p, layout, level_begin, level_end);
         for (int64_t query = 0; query < p.queries; query += tile.capacity) {
           const int64_t count = min_of(tile.capacity, p.queries - query);

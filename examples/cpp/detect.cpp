@@ -53,10 +53,11 @@ int main(int argc, char** argv) try {
   const torch::Tensor boxes = outputs[0][0].contiguous(), scores = outputs[1][0], labels = outputs[2][0];
   for (int64_t i = 0; i < scores.size(0); ++i) {
     const double score = scores[i].item<double>();
-    if (score < min_score) continue;
+    const auto label = labels[i].item<int64_t>();
+    if (score < min_score || label < 0) continue;  // -1: no further detections
     const float* box = boxes[i].data_ptr<float>();
-    std::printf("%lld %.6f %.3f %.3f %.3f %.3f\n", static_cast<long long>(labels[i].item<int64_t>()), score, box[0],
-                box[1], box[2], box[3]);
+    std::printf("%lld %.6f %.3f %.3f %.3f %.3f\n", static_cast<long long>(label), score, box[0], box[1], box[2],
+                box[3]);
   }
   return 0;
 } catch (const c10::Error& error) {

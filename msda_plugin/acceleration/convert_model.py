@@ -53,7 +53,7 @@ def accelerate(
     Args:
         model: any module, including wrappers (DistributedDataParallel, MMEngine's, averaged models).
         inference: Take the steps that make inference faster with equal results: ``channels_last`` and ``fold``, unless
-            these say otherwise.
+            these say otherwise, and activations that overwrite their input.
         channels_last: Run convolutions in this memory format, in training too. Code that calls ``view`` on feature maps
             may need ``reshape``.
         fold: Fold batch norms in evaluation mode into convolutions, also the constant ones of a backbone in training,
@@ -109,6 +109,8 @@ def accelerate(
         log(f'accelerate: {convolutions.use_channels_last(model)} convolutions now run in channels_last.')
     if inference if fold is None else fold:
         convolutions.fold_batch_norms(model)
+    if inference:
+        log(f'accelerate: {convolutions.use_inplace_relu(model)} ReLUs now overwrite their input in inference.')
     if fast_dropout:
         log(f'accelerate: {dropout.use_fast_dropout(model)} dropouts now draw other random numbers, faster.')
     if dtype is not None:

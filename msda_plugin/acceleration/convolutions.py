@@ -8,6 +8,7 @@ device changes, and after every ``train()`` and ``eval()``. A batch norm in trai
 """
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from copy import copy
@@ -90,6 +91,14 @@ class FoldedBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(bs, channels, h, w) -> (bs, channels, h, w)."""
         return super().forward(x) if self.training else x
+
+
+class InplaceReLU(nn.ReLU):
+    """``nn.ReLU`` that overwrites its input where no gradient is needed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) -> (...)."""
+        return super().forward(x) if x.requires_grad else x.relu_()
 
 
 _products: WeakKeyDictionary[nn.Module, tuple[tuple, Products]] = WeakKeyDictionary()
@@ -185,8 +194,9 @@ def _children(parent: nn.Module) -> Iterator[nn.Module]:
             yield from _children(child)
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
-    if isinstance(module, FoldedBatchNorm):
+def _is_batch_norm(module: nn.Module, folded: bool = False) -> bool:
+    """Whether a module is a batch norm that can be folded, or also one that is."""
+    if isinstance(module, FoldedBatchNorm) and not folded:
         return False
     cls = stock_class(module)
     return (
@@ -214,33 +224,86 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _convolutions_before(parent: nn.Module, norms: list[nn.Module]) -> tuple[dict[nn.Module, nn.Module], str]:
-    """The module whose output is the input of each batch norm and goes nowhere else, and why tracing failed."""
+def _trace(parent: nn.Module, modes: list[nn.Module]) -> list[tuple[nn.Module | None, fx.Node]] | str:
+    """The calls in the forward in evaluation mode, with the module of each if there is one; or why it has no trace.
+
+    The mode of ``modes`` is that of evaluation, too: a forward may read it, as that of Shunted Transformer does.
+    """
     clone = copy(parent)  # with the same children; keeps what the forward assigns to self
     clone.training = False
     parameters = inspect.signature(clone.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    modes = [norm.training for norm in norms]
+    before = [module.training for module in modes]
     try:
-        for norm in norms:  # a forward may read it, as that of Shunted Transformer does
-            norm.training = False
+        for module in modes:
+            module.training = False
         nodes = _Tracer().trace(clone, defaults or None).nodes
     except Exception as error:  # noqa: BLE001  (of any type: the code is not ours)
-        return {}, f'the forward of {type(parent).__name__} cannot be traced: {str(error).splitlines()[0]}'
+        return f'the forward of {type(parent).__name__} cannot be traced: {str(error).splitlines()[0]}'
     finally:
-        for norm, mode in zip(norms, modes, strict=True):
-            norm.training = mode
+        for module, mode in zip(modes, before, strict=True):
+            module.training = mode
     modules = dict(clone.named_modules(remove_duplicate=False))
-    called = [(modules[node.target], node) for node in nodes if node.op == 'call_module']
-    calls = Counter(module for module, _ in called)
-    if not any(calls[norm] for norm in norms):
+    return [(modules[node.target] if node.op == 'call_module' else None, node) for node in nodes]
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    """The only argument of a call, if nothing else uses it."""
+    source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+    return source if isinstance(source, fx.Node) and len(source.users) == 1 else None
+
+
+def _convolutions_before(parent: nn.Module, norms: list[nn.Module]) -> tuple[dict[nn.Module, nn.Module], str]:
+    """The module whose output is the input of each batch norm and goes nowhere else, and why there is none."""
+    calls = _trace(parent, norms)
+    if isinstance(calls, str):
+        return {}, calls
+    modules = {node: module for module, node in calls}
+    times = Counter(modules.values())
+    if not any(times[norm] for norm in norms):
         return {}, f'the forward of {type(parent).__name__} does not call it in evaluation mode'
     found = {}
-    for norm, node in called:
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        if norm not in norms or not isinstance(source, fx.Node) or source.op != 'call_module':
-            continue
-        conv = modules[source.target]
-        if calls[norm] == calls[conv] == 1 == len(source.users) and isinstance(conv, nn.Conv2d):
+    for norm, node in calls:
+        conv = modules.get(_input(node)) if norm in norms else None
+        if isinstance(conv, nn.Conv2d) and times[norm] == times[conv] == 1:
             found[norm] = conv
     return found, ''
+
+
+def use_inplace_relu(model: nn.Module) -> int:
+    """Make each ``nn.ReLU`` overwrite its input where no gradient is needed, in place; ``restore`` undoes it.
+
+    Only after a convolution, linear layer, batch norm or sum whose result the forward uses nowhere else; found as in
+    :func:`fold_batch_norms`.
+
+    Returns:
+        The number of changed modules.
+    """
+    count = 0
+    for parent in list(model.modules()):
+        if isinstance(parent, CONTAINERS):
+            continue
+        relus = [child for child in _children(parent) if type(child) is nn.ReLU and not child.inplace]
+        calls = _trace(parent, []) if relus else ''
+        if isinstance(calls, str):
+            continue
+        modules = {node: module for module, node in calls}
+        for relu in relus:
+            inputs = [_input(node) for module, node in calls if module is relu]
+            if inputs and all(node is not None and _is_new(node, modules) for node in inputs):
+                change_class(relu, InplaceReLU)
+                count += 1
+    return count
+
+
+def _is_new(node: fx.Node, modules: dict[fx.Node, nn.Module | None]) -> bool:
+    """Whether a result is a tensor that nothing else holds."""
+    if node.op == 'call_function' and node.target in (operator.add, torch.add):
+        return True
+    if node.op == 'call_function' and node.target is operator.iadd:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and len(source.users) == 1 and source.op == 'call_module'
+    module = modules[node]
+    if module is None or module._forward_hooks:
+        return False
+    return is_plain(module, nn.Conv2d) or is_plain(module, nn.Linear) or _is_batch_norm(module, folded=True)

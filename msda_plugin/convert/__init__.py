@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msda_plugin.convert.conversion import Conversion, load_checkpoint_file, unwrap
 
-FAMILIES = ('dat', 'deformable_detr', 'detr', 'hs_fpn', 'rtdetr', 'shunted_transformer', 'vision_transformer')
+FAMILIES = ('dat', 'deformable_detr', 'detr', 'dfine', 'hs_fpn', 'rtdetr', 'shunted_transformer', 'vision_transformer')
 
 __all__ = ['FAMILIES', 'Conversion', 'convert', 'convert_state_dict', 'load_checkpoint_file']
 

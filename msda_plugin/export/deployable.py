@@ -8,10 +8,14 @@ from mmdet.models.dense_heads import DETRHead, RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 from mmdet.models.detectors.base_detr import DetectionTransformer
+from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msda_plugin.detectors.build_checks import NeckInputCheck
+from msda_plugin.export.roi_align import align_rois
 from msda_plugin.export.suppression import NO_SCORE, keep_best
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
 from msda_plugin.heads.set_prediction import SetPrediction
@@ -89,7 +93,7 @@ class DeployableDetector(nn.Module):
             last detection have label -1, score 0 and box 0.
         """
         height, width = images.shape[1], images.shape[2]
-        inputs = images.permute(0, 3, 1, 2)
+        inputs = images.permute(0, 3, 1, 2).contiguous()  # mmcv's RoIAlign misreads channels-last maps on the CPU
         if self.bgr:
             inputs = inputs.flip(1)
         inputs = (inputs.float() - self.mean) / self.std
@@ -118,8 +122,10 @@ def _predictor(model: nn.Module) -> Callable[[nn.Module, Tensor, Samples], Detec
             )
         return _detection_transformer
     if isinstance(model, TwoStageDetector):
-        raise CannotExportError(f'{type(model).__name__} cannot be exported: it is a two-stage detector')
-    if isinstance(model, SingleStageDetector):
+        _check_dense_head(model.rpn_head)
+        _check_roi_head(model.roi_head)
+        return _two_stage_detector
+    if isinstance(model, SingleStageDetector) and hasattr(model, 'bbox_head'):
         _check_dense_head(model.bbox_head)
         return _dense_detector
     raise CannotExportError(
@@ -239,3 +245,44 @@ def _dense_detector(model: SingleStageDetector, inputs: Tensor, samples: Samples
     head = model.bbox_head
     boxes, scores, labels, _ = _dense_candidates(head, model.extract_feat(inputs), samples[0], head.test_cfg)
     return keep_best(boxes, scores, labels, head.test_cfg.max_per_img, _nms_threshold(head.test_cfg))
+
+
+# ---- Faster R-CNN ---------------------------------------------------------------------------------------------------
+def _check_roi_head(head: nn.Module) -> None:
+    if type(head) is not StandardRoIHead or type(head.bbox_roi_extractor) is not SingleRoIExtractor:
+        raise CannotExportError(f'{type(head).__name__} cannot be exported; expected the RoI head of Faster R-CNN')
+    if head.with_mask:
+        raise CannotExportError('the detector predicts masks, which cannot be exported; expected a Faster R-CNN')
+    box_head = type(head.bbox_head)
+    own = any(
+        getattr(box_head, name) is not getattr(BBoxHead, name)
+        for name in ('predict_by_feat', '_predict_by_feat_single')
+    )
+    if own or head.bbox_head.custom_cls_channels or not head.bbox_head.with_reg:
+        raise CannotExportError(
+            f'{box_head.__name__} computes its detections in a way of its own, which cannot be exported'
+        )
+    _nms_threshold(head.test_cfg)
+
+
+def _two_stage_detector(model: TwoStageDetector, inputs: Tensor, samples: Samples) -> Detections:
+    feats, cfg = model.extract_feat(inputs), model.rpn_head.test_cfg
+    boxes, scores, _, levels = _dense_candidates(model.rpn_head, feats, samples[0], cfg)
+    rois, _, found = keep_best(boxes, scores, levels, cfg.max_per_img, _nms_threshold(cfg))
+    batch, count = rois.shape[0], rois.shape[1]
+    image = torch.arange(batch, device=rois.device).to(rois.dtype).view(-1, 1, 1).expand(-1, count, 1)
+    pooled = align_rois(model.roi_head.bbox_roi_extractor, feats, torch.cat([image, rois], -1).flatten(0, 1))
+    if model.roi_head.with_shared_head:
+        pooled = model.roi_head.shared_head(pooled)
+    head, cfg = model.roi_head.bbox_head, model.roi_head.test_cfg
+    logits, deltas = head(pooled)
+    scores = logits.float().softmax(-1)[:, :-1]
+    num_classes = scores.shape[1]
+    scores = torch.where(scores > cfg.score_thr, scores, NO_SCORE).view(batch, count, num_classes)
+    scores = torch.where(found[..., None] >= 0, scores, NO_SCORE)  # the last rows may be empty
+    kinds = 1 if head.reg_class_agnostic else num_classes
+    starts = rois.flatten(0, 1)[:, None].expand(-1, kinds, 4).reshape(-1, 4)
+    boxes = head.bbox_coder.decode(starts, deltas.float().reshape(-1, 4)).view(batch, count, kinds, 4)
+    boxes = _clip(boxes, samples[0]).expand(-1, -1, num_classes, 4)
+    labels = torch.arange(num_classes, device=boxes.device).expand_as(scores)
+    return keep_best(boxes.flatten(1, 2), scores.flatten(1), labels.flatten(1), cfg.max_per_img, _nms_threshold(cfg))

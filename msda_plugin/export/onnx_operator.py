@@ -70,12 +70,20 @@ def _fused(plain) -> functional.Substitute:
     def fused(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits):
         dtype = accumulation_dtype(value)
         weights = attention_logits.to(dtype).flatten(-2).softmax(-1).view(attention_logits.shape)
-        points, offsets = reference_points.to(dtype)[:, :, None, :, None], sampling_offsets.to(dtype)
-        if reference_points.shape[-1] == 2:
-            locations = points + offsets / spatial_shapes.flip(-1)[:, None].to(dtype)  # (L, 1, 2), (w, h)
+        # Runtimes broadcast slowly over last dimensions that are short: (x, y) of all levels and points are joined.
+        batch, queries, heads, _, points, _ = sampling_offsets.shape
+        offsets = sampling_offsets.to(dtype).reshape(batch, queries, heads, -1)
+        references = reference_points.to(dtype)
+
+        def per_sample(tensor):  # (..., L, 2) -> (..., L * P * 2)
+            return tensor[..., None, :].expand(*tensor.shape[:-1], points, 2).flatten(-3)
+
+        centers = per_sample(references[..., :2])[:, :, None]
+        if references.shape[-1] == 2:
+            locations = centers + offsets / per_sample(spatial_shapes.flip(-1).to(dtype))
         else:
-            locations = points[..., :2] + offsets * points[..., 2:] * (0.5 / offsets.shape[-2])
-        return plain(value, spatial_shapes, level_start_index, locations, weights)
+            locations = centers + offsets * per_sample(references[..., 2:] * (0.5 / points))[:, :, None]
+        return plain(value, spatial_shapes, level_start_index, locations.view(sampling_offsets.shape), weights)
 
     return functional.Substitute(plain, fused)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
+from mmdet.models.detectors import TwoStageDetector
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from torch import Tensor
@@ -81,12 +82,20 @@ def make_card(
         half: 16-bit weights.
 
     Raises:
-        CannotExportError: If the test pipeline does more than resize and pad, which no runtime would do.
+        CannotExportError: If the test pipeline does more than resize and pad, which no runtime would do, or the format
+            'torch' cannot express the detector or its dynamic size.
         ValueError: If the config has no class names.
     """
     cfg, names = detector.model.cfg, detector.model.dataset_meta.get('classes')
     if not names:
         raise ValueError('the model has no class names; add metainfo=dict(classes=(…)) to test_dataloader.dataset')
+    if format == 'torch' and isinstance(detector.model, TwoStageDetector):
+        raise CannotExportError(
+            f'torch.export cannot express the adaptive number of samples of RoIAlign in '
+            f'{type(detector.model).__name__}; choose another format'
+        )
+    if dynamic and format == 'torch':
+        raise CannotExportError('torch.export fixes the size of the images; choose it with --size, without --dynamic')
     scale, keep_ratio = _resizing(cfg)
     size = None if dynamic else size or scale[::-1]
     detector.check_size(size)
@@ -250,14 +259,7 @@ def _write_openvino(detector: DeployableDetector, card: ModelCard, path: Path) -
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
 def _write_torch(detector: DeployableDetector, card: ModelCard, path: Path) -> Counter:
-    dynamic = None
-    if card.batch is None or card.size is None:
-        sizes = {}
-        if card.batch is None:
-            sizes[0] = torch.export.Dim('batch', min=1, max=1024)
-        if card.size is None:
-            sizes |= {1: torch.export.Dim('height', min=32, max=8192), 2: torch.export.Dim('width', min=32, max=8192)}
-        dynamic = (sizes,)
+    dynamic = ({0: torch.export.Dim('batch', min=1, max=1024)},) if card.batch is None else None
     half = torch.autocast('cpu', torch.bfloat16) if card.half else nullcontext()
     try:
         with half, compat.export_stock_detectors():

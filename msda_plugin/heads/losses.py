@@ -113,6 +113,36 @@ class VarifocalLoss(nn.Module):
         return self.loss_weight * varifocal_loss(logits, positives, qualities, self.alpha, self.gamma)
 
 
+@MODELS.register_module()
+class MatchabilityAwareLoss(nn.Module):
+    """DEIM's classification loss: like :class:`VarifocalLoss`, but poor matches count as much as good ones.
+
+    Source: Huang et al., DEIM, https://arxiv.org/abs/2412.04234, equation 3. The targets of the positives are powers of
+    their IoUs.
+
+    Args:
+        gamma: exponent of the IoUs, and of the scores of the negatives.
+        alpha: weight of the negatives.
+        loss_weight: factor of the loss.
+    """
+
+    use_sigmoid = True
+    reduction = 'mean'
+
+    def __init__(self, gamma: float = 1.5, alpha: float = 1.0, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.alpha = alpha
+        self.loss_weight = loss_weight
+
+    def forward(self, logits: Tensor, positives: Tensor, qualities: Tensor) -> Tensor:
+        """Weighted sums per row; arguments as for :func:`varifocal_loss`."""
+        chosen, targets = logits.gather(1, positives), qualities.pow(self.gamma)
+        negatives = _varifocal_negative(logits, self.alpha, self.gamma).sum(1)
+        correction = F.softplus(chosen) - targets * chosen - _varifocal_negative(chosen, self.alpha, self.gamma)
+        return self.loss_weight * (negatives + correction.sum(1))
+
+
 def cross_entropy(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Softmax cross-entropy in which queries without an object belong to the last class, summed per row.
 

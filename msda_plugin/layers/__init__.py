@@ -14,6 +14,7 @@ from msda_plugin.layers.detr_layers import (
     DetrTransformerEncoder,
     DetrTransformerEncoderLayer,
 )
+from msda_plugin.layers.dfine_layers import DFINETransformerDecoder
 from msda_plugin.layers.grounding_dino_layers import GroundingDinoImageEncoder, GroundingDinoImageEncoderLayer
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
 from msda_plugin.layers.points_per_level_attention import PointsPerLevelAttention
@@ -23,6 +24,7 @@ from msda_plugin.layers.shunted_self_attention import ShuntedSelfAttention
 from msda_plugin.layers.spatial_reduction_attention import SpatialReductionAttention
 
 __all__ = [
+    'DFINETransformerDecoder',
     'DeformableAttention',
     'DeformableDetrTransformerDecoder',
     'DeformableDetrTransformerDecoderLayer',

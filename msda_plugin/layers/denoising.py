@@ -114,7 +114,8 @@ class ContrastiveDenoising(nn.Module):
             boxes = boxes.new_tensor([0.5, 0.5, 0.1, 0.1]).expand(batch, 1, 4)
         else:
             boxes = boxes.masked_fill(~known[..., None], 0)
-        labels = labels.masked_fill(~known, self.num_classes).repeat(1, 2 * num_groups)
+        # Labels that are no class index are clamped here; the matching reports them.
+        labels = labels.clamp(0, self.num_classes - 1).masked_fill(~known, self.num_classes).repeat(1, 2 * num_groups)
         boxes, known = boxes.repeat(1, 2 * num_groups, 1), known.repeat(1, 2 * num_groups)
 
         if self.label_noise_ratio > 0:

@@ -82,8 +82,9 @@ class PointsPerLevelAttention(MultiScaleDeformableAttention):
             self.attention_weights.weight.zero_()
             self.attention_weights.bias.zero_()
         for projection in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
+            if isinstance(projection, nn.Linear):
+                nn.init.xavier_uniform_(projection.weight)
+                nn.init.zeros_(projection.bias)
         self._is_init = True
 
     def forward(

@@ -20,11 +20,14 @@ CUSTOM_DATA = (
     'skip_bad_images',
     'model',
     'epochs',
+    'minutes',
+    'patience',
     'batch_size',
     'accumulate',
     'effective_batch',
     'lr',
     'image_size',
+    'augment',
     'workers',
     'seed',
     'device',
@@ -127,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog='examples:\n'
         '  python -m msda_plugin train configs/shapes/deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes.py\n'
         '  python -m msda_plugin train --data data/mine --epochs 30 --batch-size 4\n'
+        '  python -m msda_plugin train --data data/mine --minutes 40\n'
         '  python -m msda_plugin train --data data/mine --resume\n'
         '  python -m msda_plugin train --data data/mine --epochs 60 --batch-size 4 --resume --extend',
     )
@@ -136,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         '--train-ap',
         type=int,
         metavar='N',
-        help='at each validation, also measure the AP on N training images, which shows overfitting (default: 0)',
+        help='at each validation, also measure the AP on N training images, which shows overfitting (default: 0; '
+        'with --data up to 32)',
     )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
@@ -185,8 +190,17 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument(
         '--from-scratch', action='store_true', help='start from random weights, not from published or starter weights'
     )
-    custom.add_argument('--epochs', type=int, metavar='N', help='default: 50')
-    custom.add_argument('--batch-size', type=int, metavar='N', help='images per iteration (default: 4)')
+    budget = custom.add_mutually_exclusive_group()
+    budget.add_argument(
+        '--epochs', type=int, metavar='N', help='default: from the number of images, between 12 and 100'
+    )
+    budget.add_argument('--minutes', type=float, metavar='M', help='instead of --epochs: as many as fit into M minutes')
+    custom.add_argument(
+        '--patience', type=int, metavar='N', help='stop after N validations without a higher AP (default: never)'
+    )
+    custom.add_argument(
+        '--batch-size', type=int, metavar='N', help='images per iteration (default: 1 to 4, by the objects in an image)'
+    )
     effective = custom.add_mutually_exclusive_group()
     effective.add_argument('--accumulate', type=int, metavar='N', help='iterations per optimizer step (default: 1)')
     effective.add_argument(
@@ -196,7 +210,13 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument(
         '--image-size',
         metavar='S|WxH',
-        help='size in pixels that images are fitted into (default: 320, or as in the config of the model)',
+        help='size in pixels that images are fitted into (default: from the objects, or as in the config of the model)',
+    )
+    custom.add_argument(
+        '--augment',
+        choices=('weak', 'medium', 'strong'),
+        help='weak: sizes and flips; medium: also crops and colors; strong: also mosaics (default: medium from 20 '
+        'passes through the data; weak for fewer, and for published weights)',
     )
     custom.add_argument(
         '--workers', type=int, metavar='N', help='data-loading processes (default: half of the cores, at most 4)'

@@ -4,7 +4,8 @@ Output files:
 
 - ``IMAGE.html``: all chosen queries and layers, with selectors; opens in a browser without a server;
 - ``IMAGE_QUERY.png``: all layers, for each query;
-- ``IMAGE_QUERY_LAYER.png``: head by head, for each layer of ``--layer``.
+- ``IMAGE_QUERY_LAYER.png``: head by head, for each layer of ``--layer``;
+- ``IMAGE_QUERY_edges.png``: D-FINE's distributions of the edges of a detection, layer by layer.
 """
 
 import argparse
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         from msda_plugin.engine.inference import predict, read_image
         from msda_plugin.tools.common.launch import check_device
         from msda_plugin.visualization import (
+            draw_edges,
             draw_heads,
             draw_query,
             record_attention,
@@ -137,10 +139,15 @@ def main(argv: list[str] | None = None) -> int:
     if reason:
         print(f'{reason}: the query is the center of the image')
     written = []
+    edges = {
+        query.label: recording.edges_of(number, sample) for number, query in zip(detections, queries, strict=False)
+    }
     for query in queries:
         figures = {'': draw_query(image, query, title=name)}
         if args.layer:
             figures |= {f'_{view.name}': draw_heads(image, query, view, title=name) for view in query.layers}
+        if edges.get(query.label) is not None:
+            figures['_edges'] = draw_edges(edges[query.label], recording.edge_distances, title=f'{name}: {query.label}')
         for suffix, figure in figures.items():
             written.append(out / f'{name}_{slug(query.label)}{suffix}.png')
             write_png(written[-1], figure)

@@ -11,6 +11,7 @@ from msda_plugin.visualization.detection import (
     score_caption,
     write_png,
 )
+from msda_plugin.visualization.edge_distributions import draw_edges
 
 if TYPE_CHECKING:
     from msda_plugin.visualization.attention import Recording, record_attention
@@ -24,6 +25,7 @@ __all__ = [
     'draw_boxes',
     'draw_contact_sheet',
     'draw_curves',
+    'draw_edges',
     'draw_heads',
     'draw_query',
     'draw_sheet',

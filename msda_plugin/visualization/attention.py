@@ -22,6 +22,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
+from msda_plugin.heads.dfine_head import DFINEHead
 from msda_plugin.layers.attention_weights import attention_weights
 from msda_plugin.layers.deformable_multi_head_attention import AttentionInputs, DeformableMultiHeadAttention
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
@@ -363,10 +364,27 @@ class Recording:
         records: one per call of an attention layer, in the order of the calls.
         boxes: (bs, num_queries, 4) as (cx, cy, w, h), 0-1 over the resized image: the head's boxes for the decoder
             queries; None: the model has no DETR head.
+        edge_logits: (bs, num_queries, 4 * num_bins) of each decoder layer of D-FINE, which changes the distributions of
+            the edges by them; empty for other detectors.
+        edge_distances: (num_bins,), how far each bin moves an edge, as a share of the box.
     """
 
     records: list[Record] = field(default_factory=list)
     boxes: Tensor | None = None
+    edge_logits: list[Tensor] = field(default_factory=list)
+    edge_distances: np.ndarray | None = None
+
+    def edges_of(self, number: int, sample: DetDataSample, image: int = 0) -> np.ndarray | None:
+        """D-FINE's distributions of the edges of detection ``number``, (num_layers, 4, num_bins); None: no D-FINE.
+
+        Raises:
+            ValueError: If the detection does not exist.
+        """
+        if not self.edge_logits:
+            return None
+        query = self.query_of(number, sample, image)
+        logits = torch.stack([logits[image, query] for logits in self.edge_logits]).cumsum(0)
+        return to_numpy(logits.unflatten(-1, (4, -1)).softmax(-1))
 
     def at_point(
         self, at: Sequence[float], sample: DetDataSample, layers: Sequence[str] | None = None, image: int = 0
@@ -517,6 +535,9 @@ def record_attention(model: nn.Module) -> Iterator[Recording]:
             f'{", ".join(kind.__name__ for kind in recorders)}'
         )
     found += [(name, module, _record_boxes) for name, module in model.named_modules() if isinstance(module, DETRHead)]
+    for head in (module for module in model.modules() if isinstance(module, DFINEHead)):
+        # The last branch is that of the proposals.
+        found += [('', branch, partial(_record_edges, head)) for branch in head.reg_branches[:-1]]
     recording = Recording()
     with ExitStack() as hooks:
         for name, module, recorder in found:
@@ -574,6 +595,13 @@ def _record_boxes(
     recording: Recording, name: str, module: DETRHead, args: tuple, kwargs: dict, output: tuple[Tensor, Tensor]
 ) -> None:
     recording.boxes = output[1][-1].detach()  # of the last decoder layer
+
+
+def _record_edges(
+    head: DFINEHead, recording: Recording, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+) -> None:
+    recording.edge_logits.append(output.detach())
+    recording.edge_distances = to_numpy(head.bin_values / head.reg_scale)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

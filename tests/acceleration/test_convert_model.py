@@ -20,7 +20,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import msda_plugin
-from msda_plugin.acceleration import convert_model
+from msda_plugin.acceleration import convert_model, low_precision
 from msda_plugin.layers import MultiScaleDeformableAttention
 from msda_plugin.ops import use_backend
 from msda_plugin.registry import MODELS
@@ -331,7 +331,8 @@ MODELS_OF_MMDET = {
 
 
 @pytest.mark.parametrize('name', MODELS_OF_MMDET)
-def test_models_of_mmdetection(name):
+def test_models_of_mmdetection(name, monkeypatch):
+    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: True)
     count, changes = MODELS_OF_MMDET[name]
     cfg = get_config(f'mmdet::{name}')
     init_default_scope('mmdet')
@@ -344,10 +345,23 @@ def test_models_of_mmdetection(name):
     with torch.no_grad(), SameChoices() as choices:
         expected = list(tensors_in(model.eval()(**batch, mode='tensor')))
         assert msda_plugin.accelerate(model) == count
+        for step in ({}, dict(inference=True)):
+            msda_plugin.accelerate(model, **step)
+            choices.replay()
+            outputs = list(tensors_in(model(**batch, mode='tensor')))
+            for output, wanted in zip(outputs, expected, strict=True):
+                torch.testing.assert_close(output, wanted, rtol=0, atol=1e-4)
+        assert model.backbone.conv1.channels_last and model.backbone.conv1.folded_norm is model.backbone.bn1
+        msda_plugin.accelerate(model, dtype=torch.bfloat16)
         choices.replay()
         outputs = list(tensors_in(model(**batch, mode='tensor')))
-    for output, wanted in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(output, wanted, rtol=0, atol=1e-4)
+        assert all(output.dtype == torch.float32 for output in outputs)
+        errors = [
+            (output - wanted).abs().mean() / wanted.abs().mean()
+            for output, wanted in zip(outputs, expected, strict=True)
+        ]
+        assert 0 < max(errors) and (name.startswith('ddq') or max(errors) < 0.05)  # DDQ suppresses other proposals
+    model(**batch, mode='predict')
 
     batch = make_batch(model, height=64, width=96, batch=1, training=True)
     losses = []

@@ -254,3 +254,39 @@ def test_mmdetection(net):
     expected = run(net, images(64))
     assert fold_batch_norms(net) == norms
     torch.testing.assert_close(run(net, images(64)), expected, rtol=1e-5, atol=1e-5)
+
+
+class ReLUs(nn.Module):
+    """Five inputs of an activation: new ones, a value used twice, an argument, and a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.conv = nn.Linear(4, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.relus = nn.ModuleList(nn.ReLU() for _ in range(5))
+
+    def forward(self, x):
+        first, second, third, fourth, fifth = self.relus
+        y = first(self.linear(x)) + second(x)
+        z = self.linear(y)
+        y = third(z) + z
+        y += x
+        return fifth(fourth(y) + self.norm(self.conv(y)))
+
+
+def test_inplace_relu():
+    torch.manual_seed(0)
+    net = ReLUs().eval()
+    x = torch.randn(2, 4, 4, 4)
+    before = x.clone()
+    expected = run(net, x)
+    assert convolutions.use_inplace_relu(net) == 2
+    assert [isinstance(relu, convolutions.InplaceReLU) for relu in net.relus] == [True, False, False, False, True]
+    fold_batch_norms(net)
+    addresses = []
+    net.linear.register_forward_hook(lambda module, args, output: addresses.append(output.data_ptr()))
+    net.relus[0].register_forward_hook(lambda module, args, output: addresses.append(output.data_ptr()))
+    torch.testing.assert_close(run(net, x), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, before) and addresses[0] == addresses[1]
+    net(x).sum().backward()
+    msda_plugin.restore(net)
+    assert torch.equal(run(net, x), expected) and {type(relu) for relu in net.relus} == {nn.ReLU}

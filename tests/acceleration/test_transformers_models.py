@@ -17,7 +17,7 @@ pytest.importorskip('transformers')
 from transformers.models.deformable_detr import modeling_deformable_detr as deformable_detr
 
 import msda_plugin
-from msda_plugin.acceleration import convert_model, transformers_models
+from msda_plugin.acceleration import convert_model, low_precision, transformers_models
 from msda_plugin.ops import points_per_level
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -357,3 +357,21 @@ print(accelerate(torch.nn.Linear(2, 2)), restore(torch.nn.Linear(2, 2)))
 print([name for name in ('mmengine', 'mmcv', 'mmdet', 'transformers') if name in sys.modules])
 """
     assert run_python(code).splitlines() == ['0 0', '[]']
+
+
+@pytest.mark.parametrize('name', families.FAMILIES)
+def test_further_steps(name, monkeypatch):
+    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: True)
+    model, inputs = families.build(name)
+    model.eval()
+    with torch.no_grad():
+        expected = outputs(model, inputs)
+        msda_plugin.accelerate(model, inference=True)
+        assert any(getattr(module, 'channels_last', False) for module in model.modules())
+        assert_same(outputs(model, inputs), expected, tolerance=1e-4)
+        msda_plugin.accelerate(model, dtype=torch.bfloat16)
+        results = outputs(model, inputs)
+        assert [(t.shape, t.dtype) for t in results] == [(t.shape, t.dtype) for t in expected]
+        assert any(not torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        msda_plugin.restore(model)
+        assert_same(outputs(model, inputs), expected, tolerance=0)

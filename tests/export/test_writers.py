@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.models.detectors import Mask2Former
 from torch import nn
 
 from msda_plugin.acceleration import accelerate
@@ -15,13 +16,14 @@ from msda_plugin.export.writers import SUFFIXES, make_card, write
 from msda_plugin.libraries import LIBRARY_DIR
 from msda_plugin.tools.shape_images import draw_image
 
-KINDS = ('base', 'refine', 'two-stage', 'detr', 'dino', 'stock-two-stage', 'rtdetr', 'retinanet')
+KINDS = ('base', 'refine', 'two-stage', 'detr', 'dino', 'stock-two-stage', 'rtdetr', 'retinanet', 'faster-rcnn')
 # Each takes seconds, and torch's compilation a minute.
 FAST = [('onnx', 'dino'), ('onnx', 'rtdetr'), ('onnx-gather', 'detr'), ('onnx-custom', 'refine'), ('openvino', 'detr')]
 CASES = [
     pytest.param(format, kind, marks=[] if (format, kind) in FAST else pytest.mark.slow)
     for format in SUFFIXES
     for kind in KINDS
+    if (format, kind) != ('torch', 'faster-rcnn')
 ]
 
 
@@ -60,7 +62,8 @@ def test_a_file_computes_what_the_detector_computes(format, kind, build, tmp_pat
     assert all(len(labels) for _, _, labels in expected)
     exported, nodes = export(model, format, tmp_path, batch=2, size=(75, 101))
     assert_same(expected, exported.run_all(images), images)
-    assert ('GridSample' in nodes) == (format in ('onnx', 'openvino') and kind not in ('detr', 'retinanet'))
+    deformable = kind not in ('detr', 'retinanet', 'faster-rcnn')
+    assert ('GridSample' in nodes) == (deformable and format in ('onnx', 'openvino'))
 
 
 @pytest.mark.parametrize(
@@ -137,12 +140,34 @@ def test_detectors_that_cannot_be_exported(build):
     )
     with pytest.raises(CannotExportError, match='OwnHead computes its detections in a way of its own'):
         DeployableDetector(model)
+    masks = Mask2Former.__new__(Mask2Former)
+    nn.Module.__init__(masks)
+    with pytest.raises(CannotExportError, match='Mask2Former cannot be exported'):
+        DeployableDetector(masks)
     with pytest.raises(CannotExportError, match='Linear cannot be exported; expected a detection transformer'):
         DeployableDetector(nn.Linear(1, 1))
     model = build('retinanet')
     model.bbox_head.test_cfg.nms.type = 'soft_nms'
     with pytest.raises(CannotExportError, match="only dict\\(type='nms', iou_threshold=…\\)"):
         DeployableDetector(model)
+
+
+def test_the_format_torch_has_a_fixed_size(build):
+    with pytest.raises(CannotExportError, match='torch.export fixes the size of the images; choose it with --size'):
+        make_card(DeployableDetector(build('detr')), 'torch', dynamic=True)
+    with pytest.raises(CannotExportError, match='adaptive number of samples of RoIAlign in FasterRCNN'):
+        make_card(DeployableDetector(build('faster-rcnn')), 'torch')
+
+
+def test_a_stock_transformer_that_needs_a_mask_of_padding(build):
+    model = build('dino')
+    model.data_preprocessor.pad_size_divisor = 32
+    detector = DeployableDetector(model)
+    assert make_card(detector, 'onnx', size=(64, 96)).size == (64, 96)
+    with pytest.raises(CannotExportError, match='choose --size with sides that are multiples of 32'):
+        make_card(detector, 'onnx', size=(75, 96))
+    with pytest.raises(CannotExportError, match='choose --size with sides that are multiples of 32'):
+        make_card(detector, 'onnx', dynamic=True)
 
 
 def test_format_and_suffix_belong_together(build, tmp_path):

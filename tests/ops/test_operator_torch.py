@@ -139,6 +139,27 @@ def test_onnx(dynamo):
     torch.testing.assert_close(torch.from_numpy(output), Attention()(*inputs), rtol=1e-4, atol=1e-5)
 
 
+class PointsPerLevel(nn.Module):
+    def forward(self, value, shapes, reference_points, offsets, logits):
+        return ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits, num_points=[2, 4])
+
+
+@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
+def test_onnx_with_points_per_level(dynamo):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript' if dynamo else 'onnx')
+    case = make_case(shapes=[(6, 7), (3, 4)], points=[2, 4], reference_size=4, dtype=torch.float32)
+    inputs = (case.value, torch.tensor(case.shapes), *case.fused()[1:])
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        names = ['value', 'shapes', 'points', 'offsets', 'logits']
+        torch.onnx.export(PointsPerLevel().eval(), inputs, file, input_names=names, dynamo=dynamo, opset_version=18)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider'])
+    (output,) = session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(output), PointsPerLevel()(*inputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('backend', ['reference', pytest.param('cpu', marks=needs_cpu)])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_autocast(backend, dtype):

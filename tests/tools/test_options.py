@@ -73,3 +73,11 @@ def test_report_of_a_test(config_of, tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(IndexError):
         config_of(test_command, *argv, '--report', str(tmp_path / 'file'))
+
+
+@pytest.mark.parametrize(('value', 'dtype'), [('float32', None), ('bfloat16', 'bfloat16')])
+def test_accelerate_of_a_test(config_of, tmp_path, value, dtype):
+    argv = [CONFIG, str(tmp_path / 'epoch_1.pth')]
+    hook = dict(type='msda_plugin.AccelerateHook', inference=True, dtype=dtype)
+    before = config_of(test_command, *argv).get('custom_hooks') or []
+    assert config_of(test_command, *argv, '--accelerate', value).custom_hooks == [*before, hook]

@@ -10,6 +10,7 @@ from msda_plugin.engine.hooks.fine_tuning import FineTuningHook
 from msda_plugin.engine.hooks.missed_validation import MissedValidationHook
 from msda_plugin.engine.hooks.seed import EpochSeedHook
 from msda_plugin.engine.hooks.skip_non_finite import NonFiniteError, SkipNonFiniteHook
+from msda_plugin.engine.hooks.time_budget import TimeBudgetHook
 from msda_plugin.engine.hooks.training_report import TrainingReportHook
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     'MissedValidationHook',
     'NonFiniteError',
     'SkipNonFiniteHook',
+    'TimeBudgetHook',
     'TrainingReportHook',
 ]

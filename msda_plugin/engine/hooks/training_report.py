@@ -47,7 +47,8 @@ class TrainingReportHook(Hook):
 
     With ``num_train_images`` each validation also measures the AP on training images, as ``train_bbox_mAP``,
     ``train_bbox_mAP_50`` and ``train_bbox_mAP_75``: where it rises and the AP of the validation falls, the detector
-    overfits. The images are a fixed random sample, and go through the validation's pipeline.
+    overfits. The images are a fixed random sample, and go through the validation's pipeline. The closing message names
+    both if they are far apart at the end.
 
     At the end, the logger prints the accuracy, the files and the next steps. The hook does nothing between validations.
     Its errors are logged and do not stop the training.
@@ -313,6 +314,7 @@ class TrainingReportHook(Hook):
                 f'Best: {short_metric(self.monitor)} {best[self.monitor]:.3f}, after epoch {best["epoch"]}, '
                 f'iteration {best["iter"]}.'
             )
+        lines += _overfitting(final.get(f'train_{self.monitor}'), final.get(self.monitor), short_metric(self.monitor))
         last, top = (_checkpoint(runner, prefix) for prefix in ('last_ckpt', 'best_ckpt'))
         what = {
             'metrics.json': 'metrics',
@@ -334,6 +336,16 @@ class TrainingReportHook(Hook):
         )
         lines += [f'  {line.format(**values)}' for line in self.next_steps]
         return '\n'.join(lines)
+
+
+def _overfitting(trained: float | None, validated: float | None, name: str) -> list[str]:
+    """A sentence if the accuracy on training images is much higher than on validation images."""
+    if trained is None or validated is None or trained < max(validated + 0.1, 1.5 * validated):
+        return []
+    return [
+        f'Overfitting: {name} {trained:.3f} on training images, but {validated:.3f} on validation images. More '
+        'training images help most, then published weights (python -m msda_plugin models).'
+    ]
 
 
 class _TrainSample(Dataset):

@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,8 @@ from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 from msda_plugin.tools.benchmarks.fresh_process import in_a_process, status_bytes
 from msda_plugin.tools.benchmarks.options import add_options, describe_machine, named_function
 from msda_plugin.tools.benchmarks.timing import Timer
+
+Form = Callable[[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor], Tensor]
 
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
 
@@ -56,7 +58,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         '--peer',
         action='append',
         default=[],
-        type=_peer,
         metavar='MODULE:FUNCTION',
         help='another implementation to compare with, such as torch_ms_deform_attn:ms_deform_attn: function(value, '
         'spatial_shapes, level_start_index, locations, weights), as in ms_deform_attn',
@@ -72,9 +73,13 @@ def conditions(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison with mmcv and, without ``--quick``, the other measurements."""
+    from msda_plugin.tools.common.errors import user_errors  # `benchmark gpu` uses this module without MMEngine
+
+    with user_errors('benchmark op'):
+        peers = [(name, _peer(name)) for name in args.peer]
     print(conditions(args))
     sides, own = None, ('parts', 'float32')
-    for item in comparisons(args):
+    for item in comparisons(args, peers):
         if isinstance(item, str):
             print(item, flush=True)
             continue
@@ -89,27 +94,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _peer(name: str) -> tuple[str, Callable[..., Tensor]]:
-    """The argument of ``--peer`` and the function that it names."""
+def _peer(name: str) -> Form:
+    """The function that ``--peer`` names."""
     try:
-        return name, named_function(name)
+        function = named_function(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f'{name} cannot be imported ({error})') from None
+        raise ValueError(f'--peer {name} cannot be imported: {error}') from error
+
+    def form(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        areas = levels.prod(1)
+        return function(value, levels, areas.cumsum(0) - areas, locations, weights)
+
+    return form
 
 
 def _column(side: str) -> str:
     return side if side.endswith(('32', '16')) else f'{side} ms'
 
 
-def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
-    """The comparisons and sentences that `run` prints, in order."""
+def comparisons(args: argparse.Namespace, peers: Sequence[tuple[str, Form]] = ()) -> Iterator[Comparison | str]:
+    """The comparisons and sentences that `run` prints, in order. ``peers`` are names and functions."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     timer = Timer(device, args.repeats)
     yield from compare(timer, device, 'mmcv', mmcv_path(device))
-    for name, function in args.peer:
+    for name, form in peers:
         yield f'peer: {name}'
-        yield from compare(timer, device, 'peer', peer_path(function))
+        yield from compare(timer, device, 'peer', form)
     if not args.quick:
         yield from compare_forms(timer, device)
         yield from growth(timer, device)
@@ -150,9 +161,6 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype = torch.f
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-Form = Callable[[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
 def call(form: Form, shape: Shape, inputs: dict[str, Tensor], backward: bool) -> tuple[Tensor, ...]:
     """The output and, with ``backward``, the gradients of value, locations and weights."""
     levels = torch.tensor(shape.levels, device=inputs['value'].device)
@@ -175,16 +183,6 @@ def mmcv_path(device: torch.device) -> Form:
             return multi_scale_deformable_attn_pytorch(value, levels, locations, weights)
         areas = levels.prod(1)
         return MultiScaleDeformableAttnFunction.apply(value, levels, areas.cumsum(0) - areas, locations, weights, 64)
-
-    return form
-
-
-def peer_path(function: Callable[..., Tensor]) -> Form:
-    """A function with the arguments of :func:`msda_plugin.ops.ms_deform_attn`."""
-
-    def form(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        areas = levels.prod(1)
-        return function(value, levels, areas.cumsum(0) - areas, locations, weights)
 
     return form
 

@@ -2,20 +2,33 @@
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
 from msda_plugin.engine.config_walk import walk
 from msda_plugin.engine.data_check import bbox_heads
+from msda_plugin.engine.messages import counted
 from msda_plugin.engine.model_zoo import config_folder
 from msda_plugin.engine.nms import set_nms, supports_nms
 from msda_plugin.files import atomic_write
+from msda_plugin.tools.custom_data.recipe import (
+    NARROWEST,
+    TRAIN_SAMPLE,
+    WEAK_PART,
+    Objects,
+    Plan,
+    Recipe,
+    choose_augmentation,
+    choose_recipe,
+    choose_side,
+    load_pipeline,
+    train_pipeline,
+)
 
 DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
-# For the models in _base_/models, which have no schedule: settings that train the default model from scratch.
-BASE_LR, BASE_BATCH, BASE_SIZE = 4e-4, 4, (320, 320)
+BASE_BATCH = 4  # of a config that does not say
 KEPT = (
     'model',
     'optim_wrapper',
@@ -26,8 +39,8 @@ KEPT = (
     'load_from',
 )  # entries taken from a complete config; the others belong to its data and schedule
 WARM_UP = 150  # optimizer steps
-# The learning rate grows with the batch (https://arxiv.org/abs/1706.02677) up to this factor. For Adam and AdamW the
-# square root is the rule (https://arxiv.org/abs/2205.10287), which reaches this factor with 16 times the batch.
+# The learning rate grows with the batch (https://arxiv.org/abs/1706.02677), for Adam and AdamW with its square root
+# (https://arxiv.org/abs/2205.10287), up to this factor.
 MAX_LR_FACTOR = 4
 
 
@@ -36,11 +49,15 @@ class Choices:
     """Options of a training; None: as in the config of the model, or derived from the data."""
 
     work_dir: str
-    epochs: int = 50
-    batch_size: int = 4
-    accumulate: int = 1
+    epochs: int | None = None
+    minutes: float | None = None  # for the training and its validations
+    patience: int | None = None  # validations without progress before the training stops
+    batch_size: int | None = None
+    accumulate: int | None = None
+    effective_batch: int | None = None  # instead of accumulate; a multiple of the batch size
     lr: float | None = None
     image_size: tuple[int, int] | None = None  # (width, height), pixels
+    augmentation: str | None = None  # one of recipe.AUGMENTATIONS
     workers: int = 2
     seed: int = 0
     load_from: str | None = None
@@ -56,22 +73,32 @@ class Data:
         classes: Class names.
         num_images: Number of training images.
         most_boxes: Maximum number of boxes per training image.
+        num_val: Number of validation images.
+        objects: Sizes of the training images and their objects.
     """
 
     files: dict[str, tuple[Path, Path]]
     classes: tuple[str, ...]
     num_images: int
     most_boxes: int
+    num_val: int = 1
+    objects: Objects = field(default_factory=Objects)
+
+    @property
+    def train_sample(self) -> int:
+        """Number of training images whose AP is measured, to show overfitting."""
+        return min(TRAIN_SAMPLE, self.num_images, self.num_val)
 
 
 # ---- the config -----------------------------------------------------------------------------------------------------
-def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, list[str]]:
+def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = None) -> tuple[Config, list[str]]:
     """Build the complete config of a training.
 
     Args:
         model: Config file of the model; the optimizer of a complete config is used as well.
         data: The training data.
-        choices: The user's options.
+        choices: The user's options. What they leave open is chosen by `choose_recipe`.
+        plan: The plan for ``choices.minutes``, which replaces the number of epochs.
 
     Returns:
         The config, and sentences on the derived settings.
@@ -82,11 +109,23 @@ def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, lis
     source = Config.fromfile(str(model))
     cfg = Config.fromfile(str(config_folder() / '_base_' / 'default_runtime.py'))
     cfg = Config({**cfg.to_dict(), **{key: source[key] for key in KEPT if source.get(key) is not None}})
+    complete = source.get('optim_wrapper') is not None
+    fine_tuning = complete and choices.load_from is not None
+    recipe = choose_recipe(data.num_images, data.objects.per_image, fine_tuning)
     notes = _fit_model(cfg.model, model, data)
-    choices, reduced = _fit_batch(data, choices)
-    notes = [*reduced, *_set_optimizer(cfg, source, choices), *notes]
-    _set_data(cfg, data, choices, choices.image_size or _image_size(source))
-    _set_schedule(cfg, data, choices)
+    choices, reduced = _fit_batch(data, _fill(choices, recipe, plan))
+    passes = choices.epochs * _epoch_images(data, plan) / data.num_images
+    augmentation = choices.augmentation or choose_augmentation(passes, fine_tuning)
+    size, chosen = choices.image_size or _image_size(source), []
+    if size is None:
+        side = choose_side(data.objects)
+        size, chosen = (side, side), [f'image size: {side}, chosen from the sizes of images and objects']
+    notes = [*reduced, *_set_optimizer(cfg, source, choices, recipe), *chosen, *notes]
+    augmentation = augmentation if _can_crop(cfg.model, size) else 'weak'
+    notes.append(f'augmentation: {augmentation}')
+    transforms, mixing = train_pipeline(augmentation, recipe.scales, size)
+    _set_data(cfg, data, choices, transforms, bool(mixing), size, plan)
+    _set_schedule(cfg, data, choices, plan, mixing)
     cfg.runner_type = 'msda_plugin.DetectionRunner'
     cfg.work_dir = choices.work_dir
     cfg.randomness = dict(seed=choices.seed)
@@ -96,6 +135,16 @@ def build_config(model: Path, data: Data, choices: Choices) -> tuple[Config, lis
     if choices.device:
         cfg.device = choices.device
     return cfg, notes
+
+
+def _fill(choices: Choices, recipe: Recipe, plan: Plan | None) -> Choices:
+    """The choices, completed by the recipe."""
+    effective = choices.effective_batch
+    fitting = (batch for batch in range(recipe.batch_size, 0, -1) if effective is None or effective % batch == 0)
+    batch = choices.batch_size or next(fitting)
+    accumulate = choices.accumulate or (effective // batch if effective else 1)
+    epochs = plan.epochs if plan else choices.epochs or recipe.epochs
+    return replace(choices, batch_size=batch, accumulate=accumulate, epochs=epochs)
 
 
 def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
@@ -143,14 +192,14 @@ def _fit_batch(data: Data, choices: Choices) -> tuple[Choices, list[str]]:
     return replace(choices, batch_size=batch, accumulate=accumulate), [note]
 
 
-def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
+def _set_optimizer(cfg: Config, source: Config, choices: Choices, recipe: Recipe) -> list[str]:
     if source.get('optim_wrapper') is None:
         cfg.optim_wrapper = dict(
             type='OptimWrapper',
-            optimizer=dict(type='AdamW', lr=BASE_LR, weight_decay=1e-4),
+            optimizer=dict(type='AdamW', lr=recipe.lr, weight_decay=1e-4),
             clip_grad=dict(max_norm=0.1, norm_type=2),
         )
-        base = BASE_BATCH
+        base = recipe.batch_size
     else:
         base = (
             (source.get('auto_scale_lr') or {}).get('base_batch_size')
@@ -161,12 +210,15 @@ def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
     effective = choices.batch_size * choices.accumulate
     if choices.lr is None:
         written = optimizer.lr
-        optimizer.lr = float(f'{written * min(effective / base, MAX_LR_FACTOR):.4g}')
+        adaptive = str(optimizer.type).startswith('Adam')
+        ratio = (effective / base) ** (0.5 if adaptive else 1)
+        optimizer.lr = float(f'{written * min(ratio, MAX_LR_FACTOR):.4g}')
+        fraction = f'√({effective} / {base})' if adaptive else f'{effective} / {base}'
         note = (
-            f'learning rate: {optimizer.lr:g} = {written:g} × {effective} / {base}, scaled to the batch size'
-            if effective <= MAX_LR_FACTOR * base
+            f'learning rate: {optimizer.lr:g} = {written:g} × {fraction}, scaled to the batch size'
+            if ratio <= MAX_LR_FACTOR
             else f'learning rate: {optimizer.lr:g} = {written:g} × {MAX_LR_FACTOR}, the maximum; the batch size alone '
-            f'gives {effective} / {base}; set another one with --lr'
+            f'gives {fraction}; set another one with --lr'
         )
     else:
         optimizer.lr = choices.lr
@@ -176,29 +228,47 @@ def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
     # The images of one iteration, from which MMEngine scales a training on more GPUs.
     cfg.auto_scale_lr = dict(enable=False, base_batch_size=choices.batch_size)
     return [
-        f'batch: {effective} images'
+        f'batch: {counted(effective, "image")}'
         + (f', {choices.accumulate} × {choices.batch_size} accumulated' if choices.accumulate > 1 else ''),
         note,
     ]
 
 
-def _image_size(source: Config) -> tuple[int, int]:
-    """(width, height) of the test pipeline of a complete config, else the default."""
+def _image_size(source: Config) -> tuple[int, int] | None:
+    """(width, height) of the test pipeline of a complete config."""
     for _, node in walk((source.get('test_dataloader') or {}).get('dataset', {})):
         if isinstance(node, dict) and str(node.get('type')).split('.')[-1] == 'Resize' and node.get('scale'):
             return tuple(node['scale'])
-    return BASE_SIZE
+    return None
 
 
-def _set_data(cfg: Config, data: Data, choices: Choices, size: tuple[int, int]) -> None:
-    load = [dict(type='LoadImageFromFile')]
-    resize = [dict(type='Resize', scale=size, keep_ratio=True)]
-    boxes = [dict(type='LoadAnnotations', with_bbox=True)]
-    train_pipeline = [*load, *boxes, *resize, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
+def _epoch_images(data: Data, plan: Plan | None) -> int:
+    return plan.epoch_images if plan and plan.epoch_images else data.num_images
+
+
+def _can_crop(model: ConfigDict, size: tuple[int, int]) -> bool:
+    """Whether images can be cropped and mixed until the last epochs.
+
+    The hook that ends it, one of YOLOX, needs ``bbox_head``. A two-stage model needs a pixel of the feature maps for
+    each query, also in the narrowest crop.
+    """
+    return 'bbox_head' in model and NARROWEST * size[0] * size[1] / 8**2 >= model.get('num_queries', 0)
+
+
+def _set_data(
+    cfg: Config,
+    data: Data,
+    choices: Choices,
+    transforms: list[dict],
+    mixing: bool,
+    size: tuple[int, int],
+    plan: Plan | None,
+) -> None:
+    image, boxes = load_pipeline()
     test_pipeline = [
-        *load,
-        *resize,
-        *boxes,
+        image,
+        dict(type='Resize', scale=size, keep_ratio=True),
+        boxes,
         dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
     ]
 
@@ -213,26 +283,38 @@ def _set_data(cfg: Config, data: Data, choices: Choices, size: tuple[int, int]) 
             **fields,
         )
 
-    def loader(dataset: dict, shuffle: bool) -> dict:
+    def loader(dataset: dict, **sampler) -> dict:
         return dict(
             batch_size=choices.batch_size,
             num_workers=choices.workers,
             persistent_workers=choices.workers > 0,
-            sampler=dict(type='DefaultSampler', shuffle=shuffle),
+            sampler=sampler,
             dataset=dataset,
         )
 
-    cfg.train_dataloader = loader(dataset('train', train_pipeline, filter_cfg=dict(filter_empty_gt=False)), True)
+    loading = [image, boxes]
+    train = dataset('train', loading if mixing else loading + transforms, filter_cfg=dict(filter_empty_gt=False))
+    if mixing:
+        train = dict(type='MultiImageMixDataset', dataset=train, pipeline=transforms)
+    cfg.train_dataloader = loader(
+        train,
+        **dict(type='msda_plugin.PartSampler', num_samples=plan.epoch_images)
+        if plan and plan.epoch_images
+        else dict(type='DefaultSampler', shuffle=True),
+    )
     for split, used in (('val', 'val'), ('test', 'test' if 'test' in data.files else 'val')):
-        cfg[f'{split}_dataloader'] = loader(dataset(used, test_pipeline, test_mode=True), False)
+        cfg[f'{split}_dataloader'] = loader(
+            dataset(used, test_pipeline, test_mode=True), type='DefaultSampler', shuffle=False
+        )
         cfg[f'{split}_evaluator'] = dict(
             type='CocoMetric', ann_file=str(data.files[used][0]), metric='bbox', classwise=True, format_only=False
         )
 
 
-def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
-    epochs, iterations = choices.epochs, -(-data.num_images // choices.batch_size)  # iterations per epoch
-    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=max(1, epochs // 10))
+def _set_schedule(cfg: Config, data: Data, choices: Choices, plan: Plan | None, mixing: list[str]) -> None:
+    epochs, iterations = choices.epochs, -(-_epoch_images(data, plan) // choices.batch_size)  # iterations per epoch
+    interval = plan.val_interval if plan else max(1, epochs // 10)
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=interval)
     cfg.val_cfg = dict(type='ValLoop')
     cfg.test_cfg = dict(type='TestLoop')
     warm_up = min(WARM_UP * choices.accumulate, epochs * iterations // 10)
@@ -254,9 +336,37 @@ def _set_schedule(cfg: Config, data: Data, choices: Choices) -> None:
     ]
     cfg.default_hooks.logger.interval = max(1, min(50, iterations // 4))
     # A pipeline to switch to belongs to the config's own data.
-    replaced = ('msda_plugin.TrainingReportHook', 'PipelineSwitchHook')
+    replaced = ('msda_plugin.TrainingReportHook', 'EMAHook', 'PipelineSwitchHook')
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') not in replaced]
-    cfg.custom_hooks = [*hooks, dict(type='msda_plugin.TrainingReportHook')]
+    hooks += [
+        dict(type='msda_plugin.TrainingReportHook', num_train_images=data.train_sample),
+        # The weights are averaged over about a tenth of the training, and over less at its start.
+        dict(
+            type='EMAHook',
+            ema_type='ExpMomentumEMA',
+            momentum=float(f'{min(0.02, max(0.0005, 10 / (epochs * iterations))):.2g}'),
+            gamma=max(1, epochs * iterations // 10),
+            update_buffers=True,
+        ),
+    ]
+    if mixing:  # The end sees real images. This hook of YOLOX also sets use_l1, which heads of DETRs do not read.
+        last = round(WEAK_PART * epochs)
+        hooks.append(dict(type='YOLOXModeSwitchHook', num_last_epochs=last, skip_type_keys=mixing))
+    if choices.patience:
+        hooks.append(
+            dict(
+                type='EarlyStoppingHook',
+                monitor='coco/bbox_mAP',
+                rule='greater',
+                min_delta=0.001,
+                patience=choices.patience,
+            )
+        )
+    if plan:
+        hooks.append(
+            dict(type='msda_plugin.TimeBudgetHook', minutes=round(choices.minutes, 2), val_epochs=plan.val_epochs)
+        )
+    cfg.custom_hooks = hooks
 
 
 def save_config(cfg: Config, folder: str | os.PathLike, stem: str) -> Config:

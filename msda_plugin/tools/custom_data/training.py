@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from msda_plugin.tools.common.cfg_options import apply_cfg_options
 from msda_plugin.tools.common.launch import check_device, check_folder
 from msda_plugin.tools.common.progress import progress
 from msda_plugin.tools.custom_data import coco, formats
+from msda_plugin.tools.custom_data.budget import earlier_plan, measure_speed, plan_training
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config, save_config
+from msda_plugin.tools.custom_data.recipe import measure_objects
 from msda_plugin.tools.custom_data.starter import choose_weights
 from msda_plugin.tools.custom_data.training_images import draw_training_images
+
+FOR_TRAINING = 0.97  # of the minutes that are left
 
 
 def prepare(args: argparse.Namespace) -> Config:
@@ -38,6 +43,7 @@ def prepare(args: argparse.Namespace) -> Config:
         ValueError: If the format of the data is not recognized or wrong, images are unreadable, or arguments contradict
             each other.
     """
+    started = time.monotonic()
     _check_arguments(args)
     model = find_model(args.model or DEFAULT_MODEL)
     data = Path(args.data)
@@ -51,11 +57,15 @@ def prepare(args: argparse.Namespace) -> Config:
         )
     choices = Choices(
         work_dir=str(work_dir),
-        accumulate=_accumulate(args),
+        epochs=args.epochs,
+        minutes=args.minutes,
+        patience=args.patience,
+        batch_size=args.batch_size,
+        accumulate=args.accumulate,
+        effective_batch=args.effective_batch,
         lr=args.lr,
         image_size=_size(args.image_size),
-        epochs=args.epochs or Choices.epochs,
-        batch_size=args.batch_size or Choices.batch_size,
+        augmentation=args.augment,
         seed=args.seed or 0,
         workers=min(4, (os.cpu_count() or 1) // 2) if args.workers is None else args.workers,
         load_from=args.load_from,
@@ -86,8 +96,18 @@ def prepare(args: argparse.Namespace) -> Config:
         choices = replace(
             choices, load_from=str(download_weights(model)) if loads or model.converter else model.weights
         )
-    found = Data(files, classes, len(train.content['images']), train.most_boxes)
+    found = Data(
+        files,
+        classes,
+        num_images=len(train.content['images']),
+        most_boxes=train.most_boxes,
+        num_val=len(splits[1].content['images']),
+        objects=measure_objects(train.content['images'], train.content['annotations']),
+    )
+    path = work_dir / f'{model.config.stem}_{data.absolute().stem}.py'
     cfg, notes = build_config(model.config, found, choices)
+    if args.minutes is not None:
+        cfg, notes = _plan(cfg, model.config, found, choices, path if args.resume is not None else None, started)
     if published:  # of the whole detector
         cfg.model = without_pretrained(cfg.model)
         notes.append(f'weights: {model.name}, published at {model.weights}')
@@ -95,7 +115,7 @@ def prepare(args: argparse.Namespace) -> Config:
         notes.append(choose_weights(cfg, model, args.from_scratch))
     apply_cfg_options(cfg, args.cfg_options)
     check_fields(cfg)
-    cfg = save_config(cfg, work_dir, f'{model.config.stem}_{data.absolute().stem}')
+    cfg = save_config(cfg, work_dir, path.stem)
     saved = f'config: {cfg.filename} (also works with the tools of MMDetection)'
     images = draw_training_images(cfg, work_dir / 'training_images.png')
     print('\n'.join([f'model: {model.config.stem}', *notes, saved, images, '']), flush=True)
@@ -120,6 +140,28 @@ def _read(args: argparse.Namespace, data: Path, seed: int) -> tuple[list[coco.Sp
     return splits, classes
 
 
+def _plan(
+    cfg: Config, model: Path, data: Data, choices: Choices, resumed: Path | None, started: float
+) -> tuple[Config, list[str]]:
+    """The config for ``choices.minutes``, less those since ``started``, and notes.
+
+    The epochs of a resumed training have the length that its config says.
+    """
+    if resumed is not None and resumed.is_file() and (found := earlier_plan(Config.fromfile(str(resumed)))):
+        return build_config(model, data, choices, found)
+    print('Measuring the speed:', end=' ', flush=True)
+    speed = measure_speed(cfg)
+    print(f'{speed.train:.2f} seconds an iteration, {speed.val:.2f} in validation\n')
+    # The training's start and report come out of the last part.
+    minutes = FOR_TRAINING * (choices.minutes - (time.monotonic() - started) / 60)
+    batch = cfg.train_dataloader.batch_size
+    found = plan_training(minutes, speed, data.num_images, batch, -(-(data.num_val + data.train_sample) // batch))
+    cfg, notes = build_config(model, data, replace(choices, minutes=minutes), found)
+    epoch = f', of {found.epoch_images} images each' if found.epoch_images else ''
+    said = f'time: {choices.minutes:g} minutes, planned as {counted(found.epochs, "epoch")}{epoch}'
+    return cfg, [f'{said}, and corrected after each', *notes]
+
+
 # ---- arguments ------------------------------------------------------------------------------------------------------
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.config is not None:
@@ -133,10 +175,16 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             '--auto-scale-lr needs a config; with --data the learning rate is always scaled, unless --lr is given'
         )
-    for name in ('epochs', 'batch_size', 'accumulate', 'effective_batch', 'lr'):
+    for name in ('epochs', 'minutes', 'patience', 'batch_size', 'accumulate', 'effective_batch', 'lr'):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f'--{name.replace("_", "-")} must be positive, got {value}')
+    if args.batch_size and args.effective_batch and args.effective_batch % args.batch_size:
+        below = max(1, args.effective_batch // args.batch_size) * args.batch_size
+        raise ValueError(
+            f'--effective-batch must be a multiple of the batch size {args.batch_size}, got {args.effective_batch}; '
+            f'use {below} or {below + args.batch_size}'
+        )
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise ValueError(f'--seed must be from 0 to {2**32 - 1}, got {args.seed}')
     if args.workers is not None and args.workers < 0:
@@ -147,19 +195,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f'the checkpoint {args.load_from} {no_file(args.load_from)}; give the path of a .pth file'
         )
-
-
-def _accumulate(args: argparse.Namespace) -> int:
-    if args.effective_batch is None:
-        return args.accumulate or 1
-    batch = args.batch_size or Choices.batch_size
-    if args.effective_batch % batch:
-        below = max(1, args.effective_batch // batch) * batch
-        raise ValueError(
-            f'--effective-batch must be a multiple of the batch size {batch}, got {args.effective_batch}; use {below} '
-            f'or {below + batch}'
-        )
-    return args.effective_batch // batch
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

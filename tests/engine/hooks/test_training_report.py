@@ -161,6 +161,16 @@ def test_accuracy_on_training_images(tmp_path, log, monkeypatch):
     assert [entry['step'] for entry in scalars if 'train_bbox_mAP' in entry] == [1, 2]
 
 
+@pytest.mark.parametrize('trained, said', [(0.9, True), (0.46, True), (0.44, False), (0.1, False), (None, False)])
+def test_overfitting_is_named(trained, said, tmp_path, log, quick_curves, monkeypatch):
+    """The last validation has an AP of 0.3."""
+    monkeypatch.setattr(TrainingReportHook, '_train_metrics', lambda *_: dict(train_bbox_mAP=trained))
+    make_runner(tmp_path, hook=dict(type='msda_plugin.TrainingReportHook', num_train_images=2)).train()
+    message = next(text for text in log if text.startswith('Training finished'))
+    assert ('Overfitting: AP' in message) == said
+    assert not said or f'AP {trained:.3f} on training images, but 0.300 on validation images. More' in message
+
+
 def known(dataset, index, instance):
     """A ``get_data_info`` whose sample ``index`` has just this object."""
     original = type(dataset).get_data_info

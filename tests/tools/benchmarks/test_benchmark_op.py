@@ -66,6 +66,6 @@ def test_peers(monkeypatch, capsys):
     assert lines[start + 1].split() == ['shape', 'peer', 'ms', 'ours', 'ms', 'ratio']
     assert [line.endswith('x') for line in lines[start + 2 :]] == [True, True]
     for wrong in ('no_such_module:f', 'msda_plugin.ops:no_such_function', 'msda_plugin.ops'):
-        with pytest.raises(SystemExit):
-            parser.parse_args([*command, '--peer', wrong])
-        assert f'argument --peer: {wrong} cannot be imported' in capsys.readouterr().err
+        with pytest.raises(SystemExit, match='2'):
+            op.run(parser.parse_args([*command, '--peer', wrong]))
+        assert f'benchmark op: --peer {wrong} cannot be imported: ' in capsys.readouterr().err

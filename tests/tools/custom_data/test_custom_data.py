@@ -354,27 +354,38 @@ def config(model=DEFAULT_MODEL, classes=CLASSES, most_boxes=5, num_images=100, *
 
 
 def test_learning_rate_scales_with_batch():
-    for batch, accumulate, factor in ((4, 1, 1), (2, 1, 0.5), (4, 4, 4)):
+    for batch, accumulate, factor in ((4, 1, 1), (1, 1, 0.5), (4, 4, 2), (16, 4, 4)):
         cfg, notes = config(batch_size=batch, accumulate=accumulate)
         assert cfg.optim_wrapper.optimizer.lr == pytest.approx(4e-4 * factor)
         assert cfg.optim_wrapper.get('accumulative_counts', 1) == accumulate
         assert cfg.train_dataloader.batch_size == batch == cfg.auto_scale_lr.base_batch_size
-        assert any(f'{batch * accumulate} / 4' in note for note in notes)
+        assert any(f'√({batch * accumulate} / 4)' in note for note in notes)
     assert config(batch_size=64, lr=1e-3)[0].optim_wrapper.optimizer.lr == 1e-3
 
 
+def test_learning_rate_of_sgd_is_proportional_to_the_batch(tmp_path):
+    path = tmp_path / 'sgd.py'
+    path.write_text(
+        "model = dict(type='X', bbox_head=dict(type='Y', num_classes=80))\ntrain_dataloader = dict(batch_size=16)\n"
+        "optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.02))\n"
+    )
+    cfg, notes = config(str(path), batch_size=4)
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(0.005)
+    assert 'learning rate: 0.005 = 0.02 × 4 / 16, scaled to the batch size' in notes
+
+
 def test_learning_rate_does_not_grow_without_a_limit():
-    cfg, notes = config(batch_size=64)
+    cfg, notes = config(batch_size=100)
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(16e-4)
-    said = 'learning rate: 0.0016 = 0.0004 × 4, the maximum; the batch size alone gives 64 / 4; set another'
+    said = 'learning rate: 0.0016 = 0.0004 × 4, the maximum; the batch size alone gives √(100 / 4); set another'
     assert any(said in note for note in notes)
 
 
 def test_batch_is_not_larger_than_the_data_set():
-    cfg, notes = config(batch_size=100_000, num_images=10)
-    assert cfg.train_dataloader.batch_size == cfg.val_dataloader.batch_size == 10
-    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(1e-3)
-    assert notes[0] == 'batch size: 10 instead of 100000, because there are 10 training images'
+    cfg, notes = config(batch_size=100_000, num_images=9)
+    assert cfg.train_dataloader.batch_size == cfg.val_dataloader.batch_size == 9
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(6e-4)
+    assert notes[0] == 'batch size: 9 instead of 100000, because there are 9 training images'
     cfg, notes = config(batch_size=4, accumulate=100, num_images=10)  # an epoch has 3 iterations
     assert cfg.optim_wrapper.accumulative_counts == 3 and 'batch size: 12 instead of 400' in notes[0]
     assert not [note for note in config(batch_size=10, num_images=10)[1] if 'instead of' in note]
@@ -398,7 +409,7 @@ def rates(cfg, iterations):
 
 @pytest.mark.parametrize('epochs, images', [(1, 3), (1, 4), (2, 8), (4, 16), (19, 4), (5, 16), (10, 40)])
 def test_warm_up_ends_within_the_training(epochs, images):
-    cfg, _ = config(epochs=epochs, num_images=images)
+    cfg, _ = config(epochs=epochs, num_images=images, batch_size=4)
     found = rates(cfg, epochs * -(-images // 4))
     assert max(found) > 0.9 and (found[0] == 1.0) == (len(found) < 20)
 
@@ -424,16 +435,18 @@ def test_duplicates_are_suppressed_and_classes_are_evaluated():
 
 def test_complete_config_provides_optimizer_and_image_size():
     cfg, _ = config('deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes', batch_size=8)
-    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=1e-3, weight_decay=1e-4, fused=True)
+    lr = pytest.approx(5e-4 * 2**0.5, rel=1e-3)  # of 4 images
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=lr, weight_decay=1e-4, fused=True)
     (resize,) = [step for step in cfg.test_dataloader.dataset.pipeline if step['type'] == 'Resize']
     assert tuple(resize['scale']) == (128, 128) and cfg.model.num_queries == 40
-    assert 'data_root' not in cfg and cfg.train_cfg.max_epochs == 50 and 'mmdet' == cfg.default_scope
+    assert 'data_root' not in cfg and cfg.train_cfg.max_epochs == 100 and 'mmdet' == cfg.default_scope
 
 
 def test_image_size_and_schedule():
     cfg, _ = config(image_size=(320, 240), epochs=30, num_images=8, workers=0)
-    (resize,) = [step for step in cfg.train_dataloader.dataset.pipeline if step['type'] == 'Resize']
-    assert tuple(resize['scale']) == (320, 240)
+    for dataset, kind in ((cfg.train_dataloader.dataset, 'RandomResize'), (cfg.val_dataloader.dataset, 'Resize')):
+        (resize,) = [step for step in dataset.pipeline if step['type'] == kind]
+        assert tuple(resize['scale']) == (320, 240)
     warm_up, cosine = cfg.param_scheduler
     assert (warm_up.end, cosine.T_max, cosine.end, cfg.train_cfg.val_interval) == (6, 30, 30, 3)
     assert not cfg.train_dataloader.persistent_workers
@@ -479,8 +492,10 @@ def test_invalid_arguments(tmp_path, monkeypatch, capsys):
     assert '--val nowhere does not exist' in sentence(['--data', '.', '--val', 'nowhere'], capsys)
     assert '--images nowhere does not exist' in sentence(['--data', '.', '--images', 'nowhere'], capsys)
     assert "unknown model 'yolo'" in sentence(['--data', '.', '--model', 'yolo'], capsys)
-    assert 'use 8 or 12' in sentence(['--data', '.', '--effective-batch', 10], capsys)
+    assert 'use 8 or 12' in sentence(['--data', '.', '--batch-size', 4, '--effective-batch', 10], capsys)
     assert '--lr must be positive, got inf' in sentence(['--data', '.', '--lr', 'inf'], capsys)
+    assert '--minutes must be positive, got 0.0' in sentence(['--data', '.', '--minutes', 0], capsys)
+    assert 'not allowed with argument --epochs' in sentence(['--data', '.', '--epochs', 3, '--minutes', 1], capsys)
     assert '--seed must be from 0 to 4294967295, got -1' in sentence(['--data', '.', '--seed', -1], capsys)
     (tmp_path / 'file').touch()
     assert '--work-dir: file cannot be a folder' in sentence(['--data', '.', '--work-dir', 'file'], capsys)
@@ -517,9 +532,9 @@ def test_dry_run_writes_complete_config(tmp_path, monkeypatch, capsys):
     assert model.bbox_head.num_classes == 2 and model.bbox_head.loss_cls.gamma == 1.5
     train, val = (DATASETS.build(cfg[f'{split}_dataloader'].dataset) for split in ('train', 'val'))
     assert (len(train), len(val)) == (8, 2) and train.metainfo['classes'] == val.metainfo['classes'] == CLASSES
-    assert train[0]['inputs'].shape == (3, 240, 320)
+    assert train[0]['inputs'].shape[0] == 3 and val[0]['inputs'].shape == (3, 240, 320)
     METRICS.build(cfg.val_evaluator)
-    assert cfg.optim_wrapper.accumulative_counts == 2 and cfg.load_from is None
+    assert cfg.optim_wrapper.accumulative_counts == 4 and cfg.load_from is None  # 4 × 2 images
 
 
 def test_a_dry_run_leaves_a_training_as_it_is(tmp_path, monkeypatch, capsys):
@@ -532,7 +547,7 @@ def test_a_dry_run_leaves_a_training_as_it_is(tmp_path, monkeypatch, capsys):
     assert f'config: w/dry_run/{DEFAULT_MODEL}_mine.py' in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
     cfg = Config.fromfile(f'w/dry_run/{DEFAULT_MODEL}_mine.py')
-    assert cfg.work_dir == 'w/dry_run' and '/dry_run/' in cfg.train_dataloader.dataset.ann_file
+    assert cfg.work_dir == 'w/dry_run' and '/dry_run/' in cfg.val_dataloader.dataset.ann_file
 
 
 def test_a_work_dir_has_one_config(tmp_path, monkeypatch):

@@ -1,0 +1,13 @@
+# D-FINE on blood cells at 320×240, from scratch on a CPU.
+_base_ = [
+    '../_base_/models/dfine_hgnetv2-n.py',
+    '../_base_/datasets/bccd_detection.py',
+    '../_base_/schedules/bccd_44e.py',
+    '../_base_/default_runtime.py',
+]
+runner_type = 'msda_plugin.DetectionRunner'
+
+model = dict(num_queries=100, bbox_head=dict(num_classes=3), dn_cfg=dict(num_denoising=60))
+
+# With 205 training images, the number of steps limits learning: one image per step.
+train_dataloader = dict(batch_size=1)

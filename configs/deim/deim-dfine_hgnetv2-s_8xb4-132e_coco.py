@@ -1,0 +1,70 @@
+# DEIM-D-FINE-S.
+_base_ = '../dfine/dfine_hgnetv2-s_8xb4-132e_coco.py'
+model = dict(
+    data_preprocessor=dict(
+        batch_augments=[
+            dict(type='msda_plugin.BatchMixUp', prob=0.5, start_epoch=4, stop_epoch=64),
+            dict(
+                type='msda_plugin.BatchRandomResize',
+                sizes=[*range(480, 640, 32), *[640] * 20, *range(672, 801, 32)],
+                stop_epoch=120,
+            ),
+        ]
+    ),
+    decoder=dict(act='SiLU'),
+    bbox_head=dict(act='SiLU', loss_cls=dict(type='msda_plugin.MatchabilityAwareLoss', gamma=1.5, loss_weight=1.0)),
+)
+
+# Half of the images are mosaics of four images of up to 320 pixels, the others are zoomed and cropped.
+mosaic = [
+    dict(type='CachedMosaic', img_scale=(320, 320), pad_val=0.0, max_cached_images=50),
+    dict(
+        type='RandomAffine',
+        max_rotate_degree=10.0,
+        max_translate_ratio=0.1,
+        scaling_ratio_range=(0.5, 1.5),
+        max_shear_degree=0.0,
+        border_val=(0, 0, 0),
+    ),
+]
+mosaic_pipeline = [
+    *_base_.load_pipeline,
+    dict(type='RandomChoice', transforms=[mosaic, _base_.train_pipeline[3:5]], prob=[0.5, 0.5]),
+    dict(type='PhotoMetricDistortion'),
+    *_base_.resize_pipeline,
+]
+train_dataloader = dict(dataset=dict(pipeline=_base_.plain_pipeline))
+
+max_epochs = 132
+train_cfg = dict(max_epochs=max_epochs)
+optim_wrapper = dict(
+    optimizer=dict(lr=0.0004),
+    paramwise_cfg=dict(
+        _delete_=True,
+        # Norms of the backbone learn at the full rate, without weight decay.
+        custom_keys={
+            'backbone': dict(lr_mult=0.5),
+            '.bn.weight': dict(decay_mult=0.0),
+            '.bn.bias': dict(decay_mult=0.0),
+        },
+        norm_decay_mult=0.0,
+    ),
+)
+param_scheduler = [
+    dict(type='QuadraticWarmupLR', by_epoch=False, begin=0, end=2000),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        begin=64,
+        end=120,
+        T_max=56,
+        eta_min_ratio=0.5,
+        convert_to_iter_based=True,
+    ),
+]
+custom_hooks = [
+    dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0001, gamma=1000, update_buffers=True, priority=49),
+    dict(type='PipelineSwitchHook', switch_epoch=4, switch_pipeline=mosaic_pipeline),
+    dict(type='PipelineSwitchHook', switch_epoch=64, switch_pipeline=_base_.train_pipeline),
+    dict(type='PipelineSwitchHook', switch_epoch=120, switch_pipeline=_base_.plain_pipeline),
+]
