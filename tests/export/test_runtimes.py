@@ -89,11 +89,18 @@ def test_batches_are_filled_and_boxes_are_in_pixels_of_the_image():
 
 
 def test_images_of_one_size_run_together():
-    model = Fake(replace(CARD, batch=None, size=None))
+    model = Fake(replace(CARD, batch=None, size=None, inputs=tensors(None, None, 5)[0]))
     sizes = [(64, 96), (64, 96), (96, 64)]
     results = model([np.zeros((*size, 3), np.uint8) for size in sizes])
     assert model.batches == [(2, 64, 96, 3), (1, 96, 64, 3)]
     np.testing.assert_allclose(results[2][0], [[0, 0, 32, 48]])
+
+
+def test_inputs_of_another_size():
+    model = Fake(CARD)
+    model.path = 'model.pt2'
+    with pytest.raises(ValueError, match=r'model.pt2 takes images of \[64, 96\] \(height, width\), got \(96, 64\)'):
+        model.run_all([np.zeros((96, 64, 3), np.uint8)])
 
 
 def test_a_file_that_does_not_exist_or_has_another_suffix(tmp_path):
