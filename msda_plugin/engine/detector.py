@@ -409,8 +409,8 @@ def _exported_result(
     path: str | None,
     image: np.ndarray | None,
 ) -> DetectionResult:
-    boxes, scores, labels = (part[found[1] >= score_threshold] for part in found)
-    return DetectionResult(boxes, scores, labels, class_names, path=path, _image=image)
+    boxes, scores, labels, *masks = (part[found[1] >= score_threshold] for part in found)
+    return DetectionResult(boxes, scores, labels, class_names, *masks, path=path, _image=image)
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:

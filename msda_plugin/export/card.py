@@ -16,6 +16,7 @@ class ModelCard:
     The input ``images`` is (batch, height, width, 3) uint8, RGB. The outputs are ``boxes`` (batch, max_detections, 4)
     float32, x1 y1 x2 y2 in pixels of the input, ``scores`` (batch, max_detections) float32, 0-1, from high to low, and
     ``labels`` (batch, max_detections) int64, indices of ``class_names``. Rows after the last detection have label -1.
+    Detectors that predict masks have a fourth output, ``masks`` (batch, max_detections, height, width) bool.
 
     Attributes:
         name: Name of the config.
@@ -69,15 +70,20 @@ def _tuples(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def tensors(batch: int | None, size: Size | None, max_detections: int) -> tuple[dict, dict]:
-    """``inputs`` and ``outputs`` of a card."""
+def tensors(
+    batch: int | None, size: Size | None, max_detections: int, masks: bool = False
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """``inputs`` and ``outputs`` of a card; the outputs contain ``masks`` if asked for."""
 
     def tensor(shape: Sequence[int | None], dtype: str) -> dict:
         return dict(shape=list(shape), dtype=dtype)
 
     height, width = size or (None, None)
-    return dict(images=tensor((batch, height, width, 3), 'uint8')), dict(
+    outputs = dict(
         boxes=tensor((batch, max_detections, 4), 'float32'),
         scores=tensor((batch, max_detections), 'float32'),
         labels=tensor((batch, max_detections), 'int64'),
     )
+    if masks:
+        outputs['masks'] = tensor((batch, max_detections, height, width), 'bool')
+    return dict(images=tensor((batch, height, width, 3), 'uint8')), outputs

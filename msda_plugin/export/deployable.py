@@ -6,21 +6,25 @@ from types import SimpleNamespace
 import torch
 from mmdet.models.dense_heads import DETRHead, RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
+from mmdet.models.dense_heads.mask2former_head import Mask2FormerHead
+from mmdet.models.detectors import MaskFormer, SingleStageDetector, TwoStageDetector
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.models.seg_heads import MaskFormerFusionHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msda_plugin.detectors.build_checks import NeckInputCheck
+from msda_plugin.export.masks import bounding_boxes, paste
 from msda_plugin.export.roi_align import align_rois
 from msda_plugin.export.suppression import NO_SCORE, keep_best
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
 from msda_plugin.heads.set_prediction import SetPrediction
 
-Detections = tuple[Tensor, Tensor, Tensor]
+Detections = tuple[Tensor, ...]  # boxes, scores and labels, and masks if the detector predicts them
 Samples = list[SimpleNamespace]
 
 
@@ -33,7 +37,8 @@ class DeployableDetector(nn.Module):
 
     Args:
         model: A detector of MMDetection or msda_plugin, from `msda_plugin.engine.inference.load_detector`: a detection
-            transformer, a detector with a dense head such as RetinaNet, or Faster R-CNN.
+            transformer, a detector with a dense head such as RetinaNet, Faster R-CNN, Mask R-CNN, or Mask2Former for
+            instance segmentation.
 
     Raises:
         CannotExportError: If the detector, its head or its preprocessor is of another kind.
@@ -60,9 +65,16 @@ class DeployableDetector(nn.Module):
     @property
     def max_detections(self) -> int:
         """Number of rows of the outputs."""
+        if isinstance(self.model, MaskFormer):
+            return _mask2former_count(self.model)
         head = self.model.roi_head if hasattr(self.model, 'roi_head') else self.model.bbox_head
         cfg = head.test_cfg
         return cfg.get('max_per_img') or self.model.num_queries
+
+    @property
+    def predicts_masks(self) -> bool:
+        """Whether the outputs contain masks."""
+        return isinstance(self.model, MaskFormer) or getattr(self.model, 'with_mask', False)
 
     @property
     def pad_color(self) -> tuple[int, ...]:
@@ -89,8 +101,9 @@ class DeployableDetector(nn.Module):
 
         Returns:
             ``boxes`` (bs, n, 4) float32, x1 y1 x2 y2 in pixels of ``images``; ``scores`` (bs, n) float32, 0-1, from
-            high to low; ``labels`` (bs, n) int64. n is the maximum number of detections per image; the rows after the
-            last detection have label -1, score 0 and box 0.
+            high to low; ``labels`` (bs, n) int64; and ``masks`` (bs, n, height, width) bool if :attr:`predicts_masks`.
+            n is the maximum number of detections per image; the rows after the last detection have label -1, score 0,
+            box 0, and an empty mask.
         """
         height, width = images.shape[1], images.shape[2]
         inputs = images.permute(0, 3, 1, 2).contiguous()  # mmcv's RoIAlign misreads channels-last maps on the CPU
@@ -107,8 +120,8 @@ class DeployableDetector(nn.Module):
             scale_factor=(1.0, 1.0),
         )
         sample.metainfo = vars(sample).copy()
-        boxes, scores, labels = self._predict(self.model, inputs, [sample])
-        return boxes.float(), scores.float(), labels
+        boxes, scores, labels, *masks = self._predict(self.model, inputs, [sample])
+        return boxes.float(), scores.float(), labels, *masks
 
 
 def _predictor(model: nn.Module) -> Callable[[nn.Module, Tensor, Samples], Detections]:
@@ -128,9 +141,12 @@ def _predictor(model: nn.Module) -> Callable[[nn.Module, Tensor, Samples], Detec
     if isinstance(model, SingleStageDetector) and hasattr(model, 'bbox_head'):
         _check_dense_head(model.bbox_head)
         return _dense_detector
+    if isinstance(model, MaskFormer):
+        _check_mask2former(model)
+        return _mask2former
     raise CannotExportError(
         f'{type(model).__name__} cannot be exported; expected a detection transformer, a detector with a dense head '
-        'such as RetinaNet, or Faster R-CNN'
+        'such as RetinaNet, Faster R-CNN, Mask R-CNN, or Mask2Former'
     )
 
 
@@ -247,12 +263,12 @@ def _dense_detector(model: SingleStageDetector, inputs: Tensor, samples: Samples
     return keep_best(boxes, scores, labels, head.test_cfg.max_per_img, _nms_threshold(head.test_cfg))
 
 
-# ---- Faster R-CNN ---------------------------------------------------------------------------------------------------
+# ---- Faster R-CNN and Mask R-CNN ------------------------------------------------------------------------------------
 def _check_roi_head(head: nn.Module) -> None:
     if type(head) is not StandardRoIHead or type(head.bbox_roi_extractor) is not SingleRoIExtractor:
         raise CannotExportError(f'{type(head).__name__} cannot be exported; expected the RoI head of Faster R-CNN')
     if head.with_mask:
-        raise CannotExportError('the detector predicts masks, which cannot be exported; expected a Faster R-CNN')
+        _check_mask_head(head)
     box_head = type(head.bbox_head)
     own = any(
         getattr(box_head, name) is not getattr(BBoxHead, name)
@@ -265,15 +281,25 @@ def _check_roi_head(head: nn.Module) -> None:
     _nms_threshold(head.test_cfg)
 
 
+def _check_mask_head(head: StandardRoIHead) -> None:
+    if type(head.mask_head) is not FCNMaskHead or type(head.mask_roi_extractor) is not SingleRoIExtractor:
+        raise CannotExportError(
+            f'{type(head.mask_head).__name__} cannot be exported; expected the mask head of Mask R-CNN, with a '
+            'SingleRoIExtractor'
+        )
+    if head.test_cfg.mask_thr_binary < 0:
+        raise CannotExportError(
+            f'test_cfg.rcnn.mask_thr_binary is {head.test_cfg.mask_thr_binary}; only binary masks can be exported: '
+            'choose a threshold of at least 0'
+        )
+
+
 def _two_stage_detector(model: TwoStageDetector, inputs: Tensor, samples: Samples) -> Detections:
     feats, cfg = model.extract_feat(inputs), model.rpn_head.test_cfg
     boxes, scores, _, levels = _dense_candidates(model.rpn_head, feats, samples[0], cfg)
     rois, _, found = keep_best(boxes, scores, levels, cfg.max_per_img, _nms_threshold(cfg))
     batch, count = rois.shape[0], rois.shape[1]
-    image = torch.arange(batch, device=rois.device).to(rois.dtype).view(-1, 1, 1).expand(-1, count, 1)
-    pooled = align_rois(model.roi_head.bbox_roi_extractor, feats, torch.cat([image, rois], -1).flatten(0, 1))
-    if model.roi_head.with_shared_head:
-        pooled = model.roi_head.shared_head(pooled)
+    pooled = _pool(model.roi_head, model.roi_head.bbox_roi_extractor, feats, rois)
     head, cfg = model.roi_head.bbox_head, model.roi_head.test_cfg
     logits, deltas = head(pooled)
     scores = logits.float().softmax(-1)[:, :-1]
@@ -285,4 +311,71 @@ def _two_stage_detector(model: TwoStageDetector, inputs: Tensor, samples: Sample
     boxes = head.bbox_coder.decode(starts, deltas.float().reshape(-1, 4)).view(batch, count, kinds, 4)
     boxes = _clip(boxes, samples[0]).expand(-1, -1, num_classes, 4)
     labels = torch.arange(num_classes, device=boxes.device).expand_as(scores)
-    return keep_best(boxes.flatten(1, 2), scores.flatten(1), labels.flatten(1), cfg.max_per_img, _nms_threshold(cfg))
+    found = keep_best(boxes.flatten(1, 2), scores.flatten(1), labels.flatten(1), cfg.max_per_img, _nms_threshold(cfg))
+    return (*found, _roi_masks(model.roi_head, feats, found, samples[0])) if model.roi_head.with_mask else found
+
+
+def _pool(head: StandardRoIHead, extractor: SingleRoIExtractor, feats: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
+    """Features of the boxes (bs, n, 4): (bs * n, channels, h, w)."""
+    image = torch.arange(boxes.shape[0], device=boxes.device).to(boxes.dtype).view(-1, 1, 1)
+    rois = torch.cat([image.expand(-1, boxes.shape[1], 1), boxes], -1).flatten(0, 1)
+    pooled = align_rois(extractor, feats, rois)
+    return head.shared_head(pooled) if head.with_shared_head else pooled
+
+
+def _roi_masks(
+    head: StandardRoIHead, feats: tuple[Tensor, ...], found: tuple[Tensor, Tensor, Tensor], sample: SimpleNamespace
+) -> Tensor:
+    """Masks (bs, n, height, width) bool of the detections."""
+    boxes, _, labels = found
+    maps = head.mask_head(_pool(head, head.mask_roi_extractor, feats, boxes)).float()
+    if head.mask_head.class_agnostic:
+        maps = maps[:, 0]
+    else:
+        row = torch.arange(maps.shape[0], device=maps.device)
+        maps = maps[row, labels.flatten().clamp(min=0)]
+    empty = labels.flatten()[:, None] < 0
+    corners = torch.where(empty, torch.ones(4, device=boxes.device).cumsum(0), boxes.flatten(0, 1))  # of size > 0
+    masks = paste(maps.sigmoid(), corners, *sample.img_shape) >= head.test_cfg.mask_thr_binary
+    return (masks & ~empty[..., None]).unflatten(0, labels.shape)
+
+
+# ---- Mask2Former ----------------------------------------------------------------------------------------------------
+def _check_mask2former(model: MaskFormer) -> None:
+    head, fusion = model.panoptic_head, model.panoptic_fusion_head
+    if type(head) is not Mask2FormerHead or type(fusion) is not MaskFormerFusionHead:
+        raise CannotExportError(
+            f'{type(model).__name__} with {type(head).__name__} and {type(fusion).__name__} cannot be exported; '
+            'expected those of Mask2Former'
+        )
+    if not fusion.test_cfg.get('instance_on', False):
+        raise CannotExportError(
+            'test_cfg.instance_on is False, and only instances can be exported, no panoptic segmentation; set it to '
+            'True, or choose a model for instance segmentation'
+        )
+
+
+def _mask2former_count(model: MaskFormer) -> int:
+    return model.panoptic_fusion_head.test_cfg.get('max_per_image', 100)
+
+
+def _mask2former(model: MaskFormer, inputs: Tensor, samples: Samples) -> Detections:
+    head, fusion = model.panoptic_head, model.panoptic_fusion_head
+    logits, maps = (outputs[-1].float() for outputs in head(model.extract_feat(inputs), samples))
+    num_classes = fusion.num_classes
+    scores, index = logits.softmax(-1)[..., :-1].flatten(1).topk(_mask2former_count(model), 1)
+    labels, query = index % num_classes, index // num_classes
+    image = torch.arange(maps.shape[0], device=maps.device)[:, None]
+    (height, width), padded = samples[0].img_shape, samples[0].batch_input_shape
+    maps = F.interpolate(maps[image, query], size=padded, mode='bilinear', align_corners=False)
+    maps = maps[:, :, :height, :width]
+    masks = maps > 0
+    # The mean probability of the pixels of the mask.
+    area = masks.float().sum((2, 3))
+    scores = scores * (maps.sigmoid() * masks).sum((2, 3)) / (area + 1e-6)
+    # Things come first, from high to low score, and then empty rows in place of stuff.
+    scores, order = torch.where(labels < fusion.num_things_classes, scores, NO_SCORE).sort(1, descending=True)
+    found = scores > NO_SCORE
+    masks = masks[image, order] & found[..., None, None]
+    labels = torch.where(found, labels.gather(1, order), -1)
+    return bounding_boxes(masks), torch.where(found, scores, 0.0), labels, masks

@@ -20,6 +20,7 @@ from msda_plugin.export.runtimes import Detections
 # Largest difference of a box, relative to the longer side of the image, and of a score.
 TOLERANCE = 1e-3
 HALF_TOLERANCE = 3e-2
+MASK_IOU = 0.99  # smallest IoU of the masks of a pair
 SECONDS = 2.0  # of runs that are timed
 IMPOSSIBLE = 1e6  # cost of a pair with different labels
 
@@ -37,6 +38,8 @@ class Agreement:
         relative_box: The same, relative to the longer side of the image.
         score: Largest difference of the scores of a pair.
         missing: Other detections without a counterpart.
+        mask: Smallest IoU of the masks of a pair; None without masks.
+        different: Pairs past the tolerance. Boxes around masks are whole pixels, and may differ by one.
     """
 
     tolerance: float
@@ -46,17 +49,20 @@ class Agreement:
     relative_box: float = 0.0
     score: float = 0.0
     missing: int = 0
+    mask: float | None = None
+    different: int = 0
 
     @property
     def holds(self) -> bool:
         compared = self.matched > 0 or self.exchanged == 0
-        return compared and self.missing == 0 and max(self.relative_box, self.score) <= self.tolerance
+        return compared and self.missing == 0 and self.different == 0
 
     def add(self, expected: Detections, found: Detections, side: int) -> None:
         """Match the detections of an image by box, score and label, not by row.
 
         Args:
-            expected, found: Boxes (n, 4) in pixels, scores (n,) and labels (n,); rows with label -1 are none.
+            expected, found: Boxes (n, 4) in pixels, scores (n,), labels (n,) and, from detectors that predict them,
+                masks (n, height, width) bool; rows with label -1 are none.
             side: Longer side of the image, pixels.
         """
         expected, found = (tuple(part[detections[2] >= 0] for part in detections) for detections in (expected, found))
@@ -67,6 +73,10 @@ class Agreement:
         rows, columns = linear_sum_assignment(cost)
         floor = max((scores.min() for scores in (expected[1], found[1]) if len(scores)), default=0.0)
 
+        with_masks = len(expected) > 3
+        around_masks = with_masks and all((boxes == boxes.round()).all() for boxes in (expected[0], found[0]))
+        limit = max(self.tolerance * side, float(around_masks))
+
         def ties(score: float) -> bool:
             return score <= floor + self.tolerance
 
@@ -74,7 +84,8 @@ class Agreement:
             box = float(np.abs(expected[0][row] - found[0][column]).max())
             score = float(abs(expected[1][row] - found[1][column]))
             same = expected[2][row] == found[2][column]
-            within = same and box / side <= self.tolerance and score <= self.tolerance
+            mask = _mask_iou(expected[3][row], found[3][column]) if with_masks else 1.0
+            within = same and box <= limit and score <= self.tolerance
             if not within and ties(expected[1][row]) and ties(found[1][column]):
                 self.exchanged += 1
             elif not same:
@@ -83,7 +94,15 @@ class Agreement:
                 self.matched += 1
                 self.box, self.score = max(self.box, box), max(self.score, score)
                 self.relative_box = max(self.relative_box, box / side)
+                self.different += not within or mask < MASK_IOU
+                if with_masks:
+                    self.mask = min(1.0 if self.mask is None else self.mask, mask)
         self.missing += abs(len(expected[1]) - len(found[1]))
+
+
+def _mask_iou(first: np.ndarray, second: np.ndarray) -> float:
+    union = (first | second).sum()
+    return float((first & second).sum() / union) if union else 1.0
 
 
 def predict_inputs(model: nn.Module, inputs: Sequence[np.ndarray]) -> list[Detections]:
@@ -100,9 +119,10 @@ def predict_inputs(model: nn.Module, inputs: Sequence[np.ndarray]) -> list[Detec
     tensors = [torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1))) for pixels in inputs]
     with torch.no_grad():
         found = [sample.pred_instances for sample in model.test_step(dict(inputs=tensors, data_samples=samples))]
+    names = ('bboxes', 'scores', 'labels', *(['masks'] if 'masks' in found[0] else []))
     return [
-        (sample.bboxes.float().cpu().numpy(), sample.scores.float().cpu().numpy(), sample.labels.cpu().numpy())
-        for sample in found
+        tuple((tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy() for tensor in tensors)
+        for tensors in ([sample[name] for name in names] for sample in found)
     ]
 
 
@@ -180,7 +200,7 @@ class LabeledImages:
 
         results = []
         for image_id, path in self.files.items():
-            for (x1, y1, x2, y2), score, label in zip(*detect(read_image(path)), strict=True):
+            for (x1, y1, x2, y2), score, label in zip(*detect(read_image(path))[:3], strict=True):
                 category = self.ids[label]
                 if category is not None:
                     box = [float(value) for value in (x1, y1, x2 - x1, y2 - y1)]

@@ -18,8 +18,7 @@ import numpy as np
 
 from msda_plugin.export.card import KEY, ModelCard
 
-Detections = tuple[np.ndarray, np.ndarray, np.ndarray]
-OUTPUTS = ('boxes', 'scores', 'labels')
+Detections = tuple[np.ndarray, ...]  # boxes, scores and labels, and masks if the detector predicts them
 
 
 class ExportedModel(ABC):
@@ -53,6 +52,9 @@ class ExportedModel(ABC):
         """Load the file, and set ``card`` and ``runtime``."""
 
     @abstractmethod
+    def _run(self, images: np.ndarray) -> Detections:
+        """Run one batch of the card's shape and dtype."""
+
     def run(self, images: np.ndarray) -> Detections:
         """Run one batch, of exactly the card's shape.
 
@@ -60,8 +62,24 @@ class ExportedModel(ABC):
             images: (bs, height, width, 3) uint8, RGB.
 
         Returns:
-            Boxes (bs, n, 4), scores (bs, n) and labels (bs, n), as the card says.
+            Boxes (bs, n, 4), scores (bs, n), labels (bs, n), and masks (bs, n, height, width) if the detector predicts
+            them, as the card says.
+
+        Raises:
+            ValueError: If shape or dtype are not those of the card, or the runtime fails.
         """
+        # AOTInductor would read other sizes out of bounds.
+        expected, dtype = self.card.inputs['images']['shape'], self.card.inputs['images']['dtype']
+        fits = len(expected) == images.ndim and all(
+            side in (None, given) for side, given in zip(expected, images.shape, strict=True)
+        )
+        if not fits or images.dtype != dtype:
+            sides = ', '.join(str(side or 'any') for side in expected)
+            raise ValueError(
+                f'{self.path} takes images ({sides}) {dtype}: batch, height, width, RGB; got {images.shape} '
+                f'{images.dtype}: resize them, or export the detector with another --size and --batch'
+            )
+        return self._run(np.ascontiguousarray(images))
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """Detect objects in images of any size; they are resized as the card says.
@@ -70,7 +88,8 @@ class ExportedModel(ABC):
             images: Each (height, width, 3) uint8, RGB.
 
         Returns:
-            For each image boxes (n, 4), x1 y1 x2 y2 in pixels of the image, scores (n,) and labels (n,).
+            For each image boxes (n, 4), x1 y1 x2 y2 in pixels of the image, scores (n,), labels (n,), and masks
+            (n, height, width) bool of the image if the detector predicts them.
         """
         fitted = [fit(image, self.card) for image in images]
         results = []
@@ -85,17 +104,13 @@ class ExportedModel(ABC):
         return results
 
     def run_all(self, inputs: Sequence[np.ndarray]) -> list[Detections]:
-        """Run inputs of one size, in batches of the card's size; returns boxes, scores and labels of each."""
+        """Run inputs of one size, in batches of the card's size; returns the detections in each."""
         size, results = self.card.batch or len(inputs), []
-        expected = self.card.inputs['images']['shape'][1:]  # AOTInductor would read other sizes out of bounds
-        for pixels in inputs:
-            if any(side not in (None, given) for side, given in zip(expected, pixels.shape, strict=True)):
-                raise ValueError(f'{self.path} takes images of {expected[:2]} (height, width), got {pixels.shape[:2]}')
         for start in range(0, len(inputs), size):
             batch = inputs[start : start + size]
             filled = [*batch, *[batch[-1]] * (size - len(batch))]
-            boxes, scores, labels = self.run(np.ascontiguousarray(np.stack(filled)))
-            results += [(boxes[i], scores[i], labels[i]) for i in range(len(batch))]
+            outputs = self.run(np.stack(filled))
+            results += [tuple(output[i] for output in outputs) for i in range(len(batch))]
         return results
 
     def _read_card(self, text: str | None) -> ModelCard:
@@ -138,9 +153,9 @@ class OnnxModel(ExportedModel):
         self.card = self._read_card(self.session.get_modelmeta().custom_metadata_map.get(KEY))
         self._failures = failures
 
-    def run(self, images: np.ndarray) -> Detections:
+    def _run(self, images: np.ndarray) -> Detections:
         try:
-            return tuple(self.session.run(list(OUTPUTS), dict(images=images)))
+            return tuple(self.session.run(list(self.card.outputs), dict(images=images)))
         except self._failures as error:
             raise self._failed(error, images) from None
 
@@ -163,7 +178,7 @@ class TorchModel(ExportedModel):
             raise self._broken(error) from None
         self.card = self._read_card(metadata.get(KEY))
 
-    def run(self, images: np.ndarray) -> Detections:
+    def _run(self, images: np.ndarray) -> Detections:
         import torch
 
         try:
@@ -192,12 +207,12 @@ class OpenVINOModel(ExportedModel):
             options['INFERENCE_NUM_THREADS'] = threads
         self.compiled = core.compile_model(model, 'CPU', options)
 
-    def run(self, images: np.ndarray) -> Detections:
+    def _run(self, images: np.ndarray) -> Detections:
         try:
             found = self.compiled(dict(images=images))
         except RuntimeError as error:
             raise self._failed(error, images) from None
-        return tuple(np.array(found[name]) for name in OUTPUTS)
+        return tuple(np.array(found[name]) for name in self.card.outputs)
 
 
 RUNTIMES = {'.onnx': OnnxModel, '.pt2': TorchModel, '.xml': OpenVINOModel}
@@ -266,8 +281,21 @@ def fit(image: np.ndarray, card: ModelCard) -> tuple[np.ndarray, tuple[float, fl
 
 def _in_image(detections: Detections, shape: tuple[int, ...], factors: tuple[float, float]) -> Detections:
     """The detections of an input, without empty rows, in pixels of the image."""
-    boxes, scores, labels = detections
+    boxes, scores, labels, *masks = detections
     found = labels >= 0
     boxes = boxes[found] / np.array(factors * 2, np.float32)
-    limits = np.array((shape[1], shape[0]) * 2, np.float32)
-    return np.clip(boxes, 0, limits), scores[found], labels[found].astype(np.int64)
+    height, width = shape[:2]
+    boxes = np.clip(boxes, 0, np.array((width, height) * 2, np.float32))
+    resized = [_resize_masks(part[found], (height, width), factors) for part in masks]
+    return boxes, scores[found], labels[found].astype(np.int64), *resized
+
+
+def _resize_masks(masks: np.ndarray, size: tuple[int, int], factors: tuple[float, float]) -> np.ndarray:
+    """Masks (n, height, width) of an input at the (height, width) of the image, without the input's padding."""
+    if masks.shape[1:] == size and factors == (1, 1):
+        return masks
+    rows, columns = round(size[0] * factors[1]), round(size[1] * factors[0])
+    resized = np.zeros((len(masks), *size), bool)
+    for mask, target in zip(masks[:, :rows, :columns], resized, strict=True):
+        target[:] = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR) > 0.5
+    return resized

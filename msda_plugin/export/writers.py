@@ -1,5 +1,6 @@
 """Writes a detector as an ONNX file, an AOTInductor package or an OpenVINO model."""
 
+import copy
 import os
 import warnings
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
-from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.detectors import MaskFormer, TwoStageDetector
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from torch import Tensor
@@ -19,7 +20,7 @@ from msda_plugin import compat
 from msda_plugin.export.card import KEY, ModelCard, tensors
 from msda_plugin.export.deployable import CannotExportError, DeployableDetector
 from msda_plugin.export.onnx_operator import operator_as
-from msda_plugin.export.runtimes import OUTPUTS, require
+from msda_plugin.export.runtimes import require
 from msda_plugin.files import atomic_write
 from msda_plugin.version import __version__
 
@@ -37,7 +38,7 @@ def write(detector: DeployableDetector, card: ModelCard, path: str | os.PathLike
     """Write a detector.
 
     Args:
-        detector: In evaluation mode, on the CPU.
+        detector: In evaluation mode, on the CPU. It stays as it is; RT-DETR and D-FINE are fused in the file.
         card: Its format, batch and size are written, and the card itself.
         path: The file; its suffix is that of the format.
         tensorrt: In the format 'onnx-custom', the operator's node is that of TensorRT's plugin.
@@ -53,6 +54,9 @@ def write(detector: DeployableDetector, card: ModelCard, path: str | os.PathLike
     path = Path(path)
     check_format(card.format, path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if hasattr(detector.model, 'fuse'):  # folds RepVGG branches, and removes layers that only the training needs
+        detector = copy.deepcopy(detector)
+        detector.model.fuse()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of tracing: the file is compared with PyTorch afterwards
         if card.format == 'torch':
@@ -94,13 +98,18 @@ def make_card(
             f'torch.export cannot express the adaptive number of samples of RoIAlign in '
             f'{type(detector.model).__name__}; choose another format'
         )
+    if format == 'torch' and isinstance(detector.model, MaskFormer):
+        raise CannotExportError(
+            f"torch.export cannot express the sizes that {type(detector.model).__name__}'s pixel decoder reads from "
+            'tensors; choose another format'
+        )
     if dynamic and format == 'torch':
         raise CannotExportError('torch.export fixes the size of the images; choose it with --size, without --dynamic')
     scale, keep_ratio = _resizing(cfg)
     size = None if dynamic else size or scale[::-1]
     detector.check_size(size)
     max_detections = detector.max_detections
-    inputs, outputs = tensors(batch, size, max_detections)
+    inputs, outputs = tensors(batch, size, max_detections, detector.predicts_masks)
     packages = ('onnx', 'onnxruntime') if format.startswith('onnx') else ('openvino',) if format == 'openvino' else ()
     return ModelCard(
         name=Path(cfg.filename).stem if cfg.filename else type(detector.model).__name__,
@@ -168,10 +177,15 @@ def _reason(error: Exception) -> str:
 # ---- ONNX -----------------------------------------------------------------------------------------------------------
 def _write_onnx(detector: DeployableDetector, card: ModelCard, path: Path, form: str) -> Counter:
     onnx = require('onnx')
-    axes = {0: 'batch'} if card.batch is None else {}
-    dynamic = {name: dict(axes) for name in ('images', *OUTPUTS)} if axes else {}
-    if card.size is None:
-        dynamic.setdefault('images', {}).update({1: 'height', 2: 'width'})
+    sides = {'images': {0: 'batch', 1: 'height', 2: 'width'}, 'masks': {0: 'batch', 2: 'height', 3: 'width'}}
+    dynamic = {
+        name: {
+            axis: side
+            for axis, side in sides.get(name, {0: 'batch'}).items()
+            if (card.batch if side == 'batch' else card.size) is None
+        }
+        for name in ('images', *card.outputs)
+    }
     with atomic_write(path) as unfinished:
         try:
             with operator_as(form), compat.trace_sizes_of_unflatten():
@@ -182,7 +196,7 @@ def _write_onnx(detector: DeployableDetector, card: ModelCard, path: Path, form:
                     dynamo=False,
                     opset_version=OPSET,
                     input_names=['images'],
-                    output_names=list(OUTPUTS),
+                    output_names=list(card.outputs),
                     dynamic_axes=dynamic,
                 )
         except torch.onnx.errors.OnnxExporterError as error:

@@ -223,12 +223,16 @@ def _describe(out: Path, card: 'ModelCard', nodes: Counter) -> str:
 
 
 def _compared(agreement: 'Agreement', number: int, runtime: str) -> str:
+    from msda_plugin.export.proof import MASK_IOU
+
     result = 'the same' if agreement.holds else 'DIFFERENT'
     text = (
         f'{counted(agreement.matched, "detection")} in {counted(number, "image")} matched, largest difference of boxes '
         f'{agreement.box:.2g} pixels ({agreement.relative_box:.2g} of the image), of scores {agreement.score:.2g}; '
         f'tolerance {agreement.tolerance:g}'
     )
+    if agreement.mask is not None:
+        text += f'; smallest IoU of masks {agreement.mask:.4f}, tolerance {MASK_IOU:g}'
     if agreement.exchanged:
         text += f'; {counted(agreement.exchanged, "exchange")} of equal scores at the end of the top-k'
     if agreement.missing:

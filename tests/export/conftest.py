@@ -52,6 +52,14 @@ _base_ = '{CONFIGS}/_base_/models/rtdetr_r18vd-nano.py'
 model = dict(
     backbone=dict(base_channels=8),
     neck=dict(in_channels=[16, 32, 64], out_channels=32, num_heads=4, feedforward_channels=48), {DECODER}""",
+    'dfine': f"""
+_base_ = '{CONFIGS}/_base_/models/dfine_hgnetv2-n.py'
+model = dict(
+    backbone=dict(_delete_=True, type='msda_plugin.HGNetV2', use_lab=True, arch=dict(
+        stem=(4, 4), inner=(4, 4, 8, 8), channels=(8, 16, 24, 32), blocks=(1, 1, 1, 1), layers=2)),
+    neck=dict(in_channels=[16, 24, 32], out_channels=32, num_heads=4, feedforward_channels=32),
+    decoder=dict(num_layers=3, eval_layer=1, embed_dims=32, num_heads=4, feedforward_channels=32),
+    num_queries=20, test_cfg=dict(max_per_img=10), bbox_head=dict(embed_dims=32, num_classes=6))""",
     'retinanet': f"""
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 model = dict(
@@ -66,6 +74,29 @@ model = dict({R18} neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
     roi_head=dict(bbox_roi_extractor=dict(out_channels=16), bbox_head=dict(
         in_channels=16, fc_out_channels=32, num_classes=6)),
     test_cfg=dict(rpn=dict(nms_pre=60, max_per_img=40), rcnn=dict(max_per_img=15)))""",
+    'mask-rcnn': f"""
+_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+model = dict({R18} neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16), bbox_head=dict(in_channels=16, fc_out_channels=32, num_classes=6),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=6)),
+    test_cfg=dict(rpn=dict(nms_pre=60, max_per_img=40), rcnn=dict(max_per_img=15)))""",
+    'mask2former': f"""
+_base_ = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
+attention = dict(embed_dims=32, num_heads=4)
+feed_forward = dict(embed_dims=32, feedforward_channels=48)
+model = dict({R18}
+    panoptic_head=dict(
+        in_channels=[8, 16, 32, 64], feat_channels=32, out_channels=32, num_queries=20, num_things_classes=6,
+        loss_cls=dict(class_weight=[1.0] * 6 + [0.1]), positional_encoding=dict(num_feats=16),
+        pixel_decoder=dict(
+            norm_cfg=dict(num_groups=4), positional_encoding=dict(num_feats=16),
+            encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=attention, ffn_cfg=feed_forward))),
+        transformer_decoder=dict(num_layers=2, layer_cfg=dict(
+            self_attn_cfg=attention, cross_attn_cfg=attention, ffn_cfg=feed_forward))),
+    panoptic_fusion_head=dict(num_things_classes=6), test_cfg=dict(max_per_image=12))""",
 }
 PIPELINE = """
 test_dataloader = dict(dataset=dict(pipeline=[

@@ -70,6 +70,40 @@ def test_rows_with_label_minus_1_are_no_detections():
     assert nothing.holds and nothing.matched == 0
 
 
+def masks_of(boxes, side=100):
+    places = np.arange(side) + 0.5
+    inside = (places > boxes[:, :2, None]) & (places < boxes[:, 2:, None])  # (n, 2, side)
+    return inside[:, 1, :, None] & inside[:, 0, None]
+
+
+def with_masks(boxes, masks):
+    result = Agreement(1e-3)
+    result.add((BOXES, SCORES, LABELS, masks_of(BOXES)), (boxes, SCORES, LABELS, masks), 100)
+    return result
+
+
+def test_masks_are_compared_by_iou():
+    masks = masks_of(BOXES)
+    same = with_masks(BOXES, masks)
+    assert same.holds and same.mask == 1 and same.matched == 3
+    masks[2, 0, :6] = False  # 6 of 900 pixels
+    close = with_masks(BOXES, masks)
+    assert close.holds and close.mask == pytest.approx(894 / 900)
+    masks[2, 0] = False  # 30 of 900
+    assert not with_masks(BOXES, masks).holds
+    assert with_masks(BOXES, masks).different == 1
+
+
+def test_boxes_around_masks_may_differ_by_a_pixel():
+    shifted = BOXES + np.array([[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]], np.float32)
+    assert with_masks(shifted, masks_of(BOXES)).holds
+    assert not with_masks(shifted * 2 - BOXES, masks_of(BOXES)).holds  # two pixels
+    assert not agreement(shifted).holds  # not boxes without masks
+    result = Agreement(1e-3)  # nor boxes that are predicted with the masks
+    result.add((BOXES + 0.5, SCORES, LABELS, masks_of(BOXES)), (shifted + 0.5, SCORES, LABELS, masks_of(BOXES)), 100)
+    assert not result.holds
+
+
 @pytest.fixture
 def labeled(tmp_path):
     Image.fromarray(np.zeros((64, 100, 3), np.uint8)).save(tmp_path / 'a.png')

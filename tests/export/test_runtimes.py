@@ -34,7 +34,7 @@ class Fake(ExportedModel):
     def _load(self, threads):
         raise AssertionError
 
-    def run(self, images):
+    def _run(self, images):
         self.batches.append(images.shape)
         height, width = images.shape[1:3]
         boxes = np.zeros((len(images), 5, 4), np.float32)
@@ -88,6 +88,24 @@ def test_batches_are_filled_and_boxes_are_in_pixels_of_the_image():
         assert scores.tolist() == [0.5] and labels.tolist() == [1]
 
 
+def test_masks_are_those_of_the_image():
+    """Without the padding of the input, at the size of the image."""
+
+    class Halves(Fake):
+        def _run(self, images):
+            masks = np.zeros((len(images), 5, *images.shape[1:3]), bool)
+            masks[:, 0, :, :32] = True  # the left half of a square image, and the padding
+            masks[:, 0, :, 64:] = True
+            return *super()._run(images), masks
+
+    model = Halves(CARD)
+    [(boxes, _, _, masks)] = model([np.zeros((128, 128, 3), np.uint8)])
+    assert masks.shape == (1, 128, 128) and masks.dtype == bool
+    assert masks[0, :, :63].all() and not masks[0, :, 65:].any()
+    [(_, _, _, masks)] = model([np.zeros((64, 96, 3), np.uint8)])
+    assert masks.sum() == 64 * 64
+
+
 def test_images_of_one_size_run_together():
     model = Fake(replace(CARD, batch=None, size=None, inputs=tensors(None, None, 5)[0]))
     sizes = [(64, 96), (64, 96), (96, 64)]
@@ -96,10 +114,29 @@ def test_images_of_one_size_run_together():
     np.testing.assert_allclose(results[2][0], [[0, 0, 32, 48]])
 
 
-def test_inputs_of_another_size():
+@pytest.mark.parametrize(
+    'shape, dtype, got',
+    [
+        ((2, 96, 64, 3), np.uint8, r'\(2, 96, 64, 3\) uint8'),
+        ((3, 64, 96, 3), np.uint8, r'\(3, 64, 96, 3\) uint8'),
+        ((64, 96, 3), np.uint8, r'\(64, 96, 3\) uint8'),
+        ((2, 64, 96, 4), np.uint8, r'\(2, 64, 96, 4\) uint8'),
+        ((2, 64, 96, 3), np.float32, r'\(2, 64, 96, 3\) float32'),
+    ],
+)
+def test_inputs_of_another_shape_or_dtype(shape, dtype, got):
+    """Also for AOTInductor, which checks nothing."""
     model = Fake(CARD)
     model.path = 'model.pt2'
-    with pytest.raises(ValueError, match=r'model.pt2 takes images of \[64, 96\] \(height, width\), got \(96, 64\)'):
+    with pytest.raises(ValueError, match=rf'model.pt2 takes images \(2, 64, 96, 3\) uint8: .* got {got}: resize them'):
+        model.run(np.zeros(shape, dtype))
+    assert not model.batches
+
+
+def test_a_list_of_inputs_of_another_size():
+    model = Fake(replace(CARD, batch=None, inputs=tensors(None, (64, 96), 5)[0]))
+    model.path = 'model.pt2'
+    with pytest.raises(ValueError, match=r'model.pt2 takes images \(any, 64, 96, 3\) uint8: .* got \(1, 96, 64, 3\)'):
         model.run_all([np.zeros((96, 64, 3), np.uint8)])
 
 

@@ -1,11 +1,12 @@
 """Exported files compute what the detector computes, and say what they are."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmdet.models.detectors import Mask2Former
+from mmdet.models.dense_heads import MaskFormerHead
 from torch import nn
 
 from msda_plugin.acceleration import accelerate
@@ -13,17 +14,28 @@ from msda_plugin.export import proof
 from msda_plugin.export.deployable import CannotExportError, DeployableDetector
 from msda_plugin.export.runtimes import open_exported
 from msda_plugin.export.writers import SUFFIXES, make_card, write
+from msda_plugin.layers.rep_vgg import RepVGGBlock
 from msda_plugin.libraries import LIBRARY_DIR
 from msda_plugin.tools.shape_images import draw_image
 
-KINDS = ('base', 'refine', 'two-stage', 'detr', 'dino', 'stock-two-stage', 'rtdetr', 'retinanet', 'faster-rcnn')
+TRANSFORMERS = ('base', 'refine', 'two-stage', 'detr', 'dino', 'stock-two-stage', 'rtdetr', 'dfine')
+KINDS = (*TRANSFORMERS, 'retinanet', 'faster-rcnn', 'mask-rcnn', 'mask2former')
 # Each takes seconds, and torch's compilation a minute.
-FAST = [('onnx', 'dino'), ('onnx', 'rtdetr'), ('onnx-gather', 'detr'), ('onnx-custom', 'refine'), ('openvino', 'detr')]
+FAST = [
+    ('onnx', 'dino'),
+    ('onnx', 'dfine'),
+    ('onnx', 'mask-rcnn'),
+    ('onnx-custom', 'mask2former'),
+    ('onnx-custom', 'refine'),
+    ('onnx-custom', 'rtdetr'),
+    ('onnx-gather', 'detr'),
+    ('openvino', 'detr'),
+]
 CASES = [
     pytest.param(format, kind, marks=[] if (format, kind) in FAST else pytest.mark.slow)
     for format in SUFFIXES
     for kind in KINDS
-    if (format, kind) != ('torch', 'faster-rcnn')
+    if format != 'torch' or kind not in ('faster-rcnn', 'mask-rcnn', 'mask2former')
 ]
 
 
@@ -51,7 +63,7 @@ def export(model: nn.Module, format: str, folder, **options):
 def assert_same(expected, found, images):
     agreement = proof.compare(expected, found, images, proof.TOLERANCE)
     assert agreement.holds and not agreement.exchanged, agreement
-    assert agreement.matched == sum(len(labels) for _, _, labels in expected)
+    assert agreement.matched == sum(len(labels) for _, _, labels, *_ in expected)
 
 
 @pytest.mark.parametrize('format, kind', CASES)
@@ -59,10 +71,10 @@ def test_a_file_computes_what_the_detector_computes(format, kind, build, tmp_pat
     """At an odd size, which is padded, and with a batch of two."""
     model, images = build(kind), drawn(2, 101, 75)
     expected = proof.predict_inputs(model, images)
-    assert all(len(labels) for _, _, labels in expected)
+    assert all(len(labels) for _, _, labels, *_ in expected)
     exported, nodes = export(model, format, tmp_path, batch=2, size=(75, 101))
     assert_same(expected, exported.run_all(images), images)
-    deformable = kind not in ('detr', 'retinanet', 'faster-rcnn')
+    deformable = kind not in ('detr', 'retinanet', 'faster-rcnn', 'mask-rcnn')
     assert ('GridSample' in nodes) == (deformable and format in ('onnx', 'openvino'))
 
 
@@ -81,6 +93,58 @@ def test_a_dynamic_file_takes_images_and_batches_of_any_size(format, kind, build
     exported, _ = export(model, format, tmp_path, batch=None, dynamic=True)
     for case, detections in zip(cases, expected, strict=True):
         assert_same(detections, exported.run_all(drawn(*case)), drawn(*case))
+
+
+@pytest.mark.parametrize('kind', ['rtdetr', 'dfine'])
+def test_the_file_has_the_fused_detector(kind, build, tmp_path):
+    """RepVGG branches and batch norms are not in the file; the detector keeps them."""
+    pytest.importorskip('onnx')
+    model = build(kind)
+    detector, before = DeployableDetector(model).eval(), copy.deepcopy(model.state_dict())
+    path = tmp_path / 'model.onnx'
+    nodes = write(detector, make_card(detector, 'onnx', size=(64, 96)), path)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert 'BatchNormalization' not in nodes
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    branches = sum(isinstance(module, RepVGGBlock) for module in model.modules())
+    assert branches and nodes['Conv'] == convolutions - branches
+
+
+@pytest.mark.parametrize('kind', ['mask-rcnn', 'mask2former'])
+def test_masks_are_those_of_the_detector(kind, build):
+    model = build(kind)
+    detector, image = DeployableDetector(model).eval(), drawn(1, 101, 75)[0]
+    assert detector.predicts_masks
+    [(boxes, scores, labels, masks)] = proof.predict_inputs(model, [image])
+    assert 0.02 < masks.mean() < 0.98
+    with torch.no_grad():
+        found = [part[0].numpy() for part in detector(torch.from_numpy(image[None]))]
+    np.testing.assert_allclose(found[0][: len(boxes)], boxes[np.argsort(-scores)], atol=1e-3)
+    np.testing.assert_array_equal(found[3][: len(boxes)], masks[np.argsort(-scores)])
+    assert found[3].dtype == bool and found[3].shape == (detector.max_detections, 75, 101)
+
+
+def test_stuff_of_a_panoptic_mask2former_leaves_rows_empty(build):
+    model = build('mask2former')
+    model.panoptic_fusion_head.num_things_classes = 2
+    image = drawn(1, 101, 75)[0]
+    [(boxes, scores, labels, masks)] = proof.predict_inputs(model, [image])
+    assert 0 < len(labels) < 12
+    with torch.no_grad():
+        found = [part[0].numpy() for part in DeployableDetector(model).eval()(torch.from_numpy(image[None]))]
+    assert (found[2] < 2).all() and (found[2] >= 0).sum() == len(labels)
+    empty = found[2] < 0
+    assert not found[0][empty].any() and not found[1][empty].any() and not found[3][empty].any()
+
+
+def test_an_empty_row_has_an_empty_mask(build, tmp_path):
+    model = build('mask-rcnn')
+    model.roi_head.test_cfg.score_thr = 1.0
+    exported, _ = export(model, 'onnx', tmp_path, size=(64, 96))
+    boxes, scores, labels, masks = exported.run(np.stack(drawn(1, 96, 64)))
+    assert (labels == -1).all() and masks.shape == (1, 15, 64, 96) and not masks.any()
+    assert exported(drawn(1, 300, 200))[0][3].shape == (0, 200, 300)
 
 
 def test_rows_without_a_detection(build, tmp_path):
@@ -140,10 +204,17 @@ def test_detectors_that_cannot_be_exported(build):
     )
     with pytest.raises(CannotExportError, match='OwnHead computes its detections in a way of its own'):
         DeployableDetector(model)
-    masks = Mask2Former.__new__(Mask2Former)
-    nn.Module.__init__(masks)
-    with pytest.raises(CannotExportError, match='Mask2Former cannot be exported'):
-        DeployableDetector(masks)
+    model = build('mask2former')
+    model.panoptic_fusion_head.test_cfg.instance_on = False
+    with pytest.raises(CannotExportError, match='only instances can be exported, no panoptic segmentation'):
+        DeployableDetector(model)
+    model.panoptic_head.__class__ = MaskFormerHead
+    with pytest.raises(CannotExportError, match='Mask2Former with MaskFormerHead and MaskFormerFusionHead cannot be'):
+        DeployableDetector(model)
+    model = build('mask-rcnn')
+    model.test_cfg.rcnn.mask_thr_binary = -1
+    with pytest.raises(CannotExportError, match='only binary masks can be exported'):
+        DeployableDetector(model)
     with pytest.raises(CannotExportError, match='Linear cannot be exported; expected a detection transformer'):
         DeployableDetector(nn.Linear(1, 1))
     model = build('retinanet')
@@ -157,6 +228,8 @@ def test_the_format_torch_has_a_fixed_size(build):
         make_card(DeployableDetector(build('detr')), 'torch', dynamic=True)
     with pytest.raises(CannotExportError, match='adaptive number of samples of RoIAlign in FasterRCNN'):
         make_card(DeployableDetector(build('faster-rcnn')), 'torch')
+    with pytest.raises(CannotExportError, match="sizes that Mask2Former's pixel decoder reads from tensors"):
+        make_card(DeployableDetector(build('mask2former')), 'torch')
 
 
 def test_a_stock_transformer_that_needs_a_mask_of_padding(build):
