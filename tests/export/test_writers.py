@@ -10,6 +10,7 @@ from mmdet.models.dense_heads import MaskFormerHead
 from torch import nn
 
 from msda_plugin.acceleration import accelerate
+from msda_plugin.engine.detector import Detector
 from msda_plugin.export import proof
 from msda_plugin.export.deployable import CannotExportError, DeployableDetector
 from msda_plugin.export.runtimes import open_exported
@@ -128,6 +129,7 @@ def test_masks_are_those_of_the_detector(kind, build):
 def test_stuff_of_a_panoptic_mask2former_leaves_rows_empty(build):
     model = build('mask2former')
     model.panoptic_fusion_head.num_things_classes = 2
+    torch.nn.init.normal_(model.panoptic_head.cls_embed.weight)  # detections of several classes
     image = drawn(1, 101, 75)[0]
     [(boxes, scores, labels, masks)] = proof.predict_inputs(model, [image])
     assert 0 < len(labels) < 12
@@ -145,6 +147,20 @@ def test_an_empty_row_has_an_empty_mask(build, tmp_path):
     boxes, scores, labels, masks = exported.run(np.stack(drawn(1, 96, 64)))
     assert (labels == -1).all() and masks.shape == (1, 15, 64, 96) and not masks.any()
     assert exported(drawn(1, 300, 200))[0][3].shape == (0, 200, 300)
+
+
+def test_the_detector_of_a_file_returns_masks(build, tmp_path):
+    exported, _ = export(build('mask2former'), 'onnx', tmp_path, size=(64, 96))
+    result = Detector(exported.path)(drawn(1, 200, 120)[0], score_threshold=0.0)
+    assert len(result) and result.masks.shape == (len(result), 120, 200) and result.masks.dtype == bool
+    coco = result.to_coco(1)
+    assert all(item['segmentation']['size'] == [120, 200] for item in coco)
+    for (x1, y1, x2, y2), mask in zip(result.boxes, result.masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        if len(rows):  # boxes are those of the masks, up to the resizing by 2.1
+            np.testing.assert_allclose(
+                [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], [x1, y1, x2, y2], atol=2.1
+            )
 
 
 def test_rows_without_a_detection(build, tmp_path):
