@@ -84,8 +84,7 @@ def prepare_levels(
         )
     spatial_shapes = spatial_shapes.long()
     if level_start_index is None:
-        areas = spatial_shapes[:, 0] * spatial_shapes[:, 1]
-        level_start_index = areas.cumsum(0) - areas
+        level_start_index = _starts(spatial_shapes)
     elif not isinstance(level_start_index, Tensor):
         raise TypeError(
             f'level_start_index is a {type(level_start_index).__name__}, but an int64 tensor (num_levels,) '
@@ -101,6 +100,30 @@ def prepare_levels(
     if value.device.type == 'cpu' and not torch.compiler.is_compiling():
         check_levels(spatial_shapes, level_start_index, value.shape[1])
     return spatial_shapes, level_start_index
+
+
+def unchecked_levels(
+    value: Tensor, spatial_shapes: Tensor | Sequence[tuple[int, int]], level_start_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The results of :func:`prepare_levels` for valid arguments; others raise errors of any type, now or later."""
+    if isinstance(spatial_shapes, Tensor):
+        spatial_shapes = _int64(spatial_shapes)
+        if level_start_index is None:
+            level_start_index = _starts(spatial_shapes)
+    else:
+        spatial_shapes, starts = _cached_levels(tuple(map(tuple, spatial_shapes)), value.device)
+        if level_start_index is None:
+            level_start_index = starts
+    return spatial_shapes, _int64(level_start_index)
+
+
+def _int64(tensor: Tensor) -> Tensor:
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
+
+
+def _starts(spatial_shapes: Tensor) -> Tensor:
+    areas = spatial_shapes[:, 0] * spatial_shapes[:, 1]
+    return areas.cumsum(0) - areas
 
 
 def check_levels(spatial_shapes: Tensor, level_start_index: Tensor | None, num_keys: int) -> None:
@@ -227,17 +250,18 @@ def _shapes_from_pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -
     if torch.jit.is_tracing():  # sizes are tensors then, which stay dynamic
         sizes = [torch.as_tensor(size, dtype=torch.int64, device=device) for row in rows for size in row]
         return torch.stack(sizes).view(len(rows), 2)
-    if not all(isinstance(size, int) for row in rows for size in row):
-        raise TypeError(f'spatial_shapes is {pairs!r}, but its pairs (h, w) must be integers')
-    return _cached_shapes(rows, device)
+    return _cached_levels(rows, device)[0]
 
 
 @lru_cache(maxsize=256)
-def _cached_shapes(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    # Copying from the host synchronizes with the device, so each set of shapes is copied once. The tensor is never
+def _cached_levels(rows: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Copying from the host synchronizes with the device, so each set of shapes is copied once. The tensors are never
     # written to. A tensor made in inference mode could not be saved for a later backward pass.
+    if not all(isinstance(size, int) for row in rows for size in row):
+        raise TypeError(f'spatial_shapes is {rows!r}, but its pairs (h, w) must be integers')
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(rows), 2)
+        shapes = torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(rows), 2)
+        return shapes, _starts(shapes)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msda_plugin.ops import backends, library  # noqa: F401  (library registers torch.ops.msda)
-from msda_plugin.ops.checks import check_fused, check_plain, prepare_levels
+from msda_plugin.ops.checks import VALUE_DTYPES, check_fused, check_plain, prepare_levels, unchecked_levels
 from msda_plugin.ops.reference import accumulation_dtype, attend, attend_fused, pad_points
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -24,6 +24,7 @@ class Substitute(NamedTuple):
 
 
 REFERENCE = Substitute(attend, attend_fused)
+_plain, _fused = torch.ops.msda.ms_deform_attn.default, torch.ops.msda.ms_deform_attn_fused.default
 substitute: Substitute | None = None  # set by msda_plugin.export.onnx_operator while it exports
 
 
@@ -72,6 +73,18 @@ def ms_deform_attn(
         >>> ms_deform_attn(value, [(6, 8), (3, 4)], None, locations, weights).shape
         torch.Size([1, 5, 32])
     """
+    if _runs_directly(value, num_points):
+        try:
+            return _plain(
+                value,
+                *unchecked_levels(value, spatial_shapes, level_start_index),
+                *unify(value, sampling_locations, attention_weights),
+                _deterministic(deterministic),
+            )
+        except Exception:
+            spatial_shapes, _ = prepare_levels(value, spatial_shapes, level_start_index)
+            check_plain(value, spatial_shapes, sampling_locations, attention_weights, None)
+            raise
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
     num_points = check_plain(value, spatial_shapes, sampling_locations, attention_weights, num_points)
     if instead := _substitute(value):
@@ -124,6 +137,18 @@ def ms_deform_attn_fused(
     Raises:
         TypeError, ValueError, RuntimeError: As :func:`ms_deform_attn`.
     """
+    if _runs_directly(value, num_points):
+        try:
+            return _fused(
+                value,
+                *unchecked_levels(value, spatial_shapes, level_start_index),
+                *unify_fused(value, reference_points, sampling_offsets, attention_logits),
+                _deterministic(deterministic),
+            )
+        except Exception:
+            spatial_shapes, _ = prepare_levels(value, spatial_shapes, level_start_index)
+            check_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, None)
+            raise
     spatial_shapes, level_start_index = prepare_levels(value, spatial_shapes, level_start_index)
     num_points = check_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, num_points)
     if instead := _substitute(value):
@@ -158,6 +183,20 @@ def ms_deform_attn_reference(
     return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
+def _runs_directly(value: Tensor, num_points: Sequence[int] | None) -> bool:
+    # The compiled operators refuse wrong arguments themselves. Their sentences are short, so the checks of this package
+    # explain an error, but do not slow down a call without one.
+    return (
+        num_points is None
+        and type(value) is Tensor
+        and value.dtype in VALUE_DTYPES
+        and substitute is None
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and backends.runs_native(value.device, value.dtype)
+    )
+
+
 def _substitute(value: Tensor) -> Substitute | None:
     # Unless told otherwise, an ONNX export decomposes the operator like the reference.
     if substitute is not None:
@@ -171,13 +210,14 @@ def unify(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Convert tensors to a dtype of the kernels: the value's if all tensors have it, else the accumulation dtype."""
     if all(tensor.dtype == value.dtype for tensor in tensors):
         return tensors
-    return tuple(tensor.to(accumulation_dtype(value)) for tensor in tensors)
+    dtype = accumulation_dtype(value)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
 def unify_fused(value: Tensor, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
     """:func:`unify` for the fused operator, whose reference points may be of the accumulation dtype."""
     offsets, logits = unify(value, offsets, logits)
-    if reference_points.dtype != offsets.dtype:
+    if reference_points.dtype != offsets.dtype and reference_points.is_floating_point():
         reference_points = reference_points.to(accumulation_dtype(value))
     return reference_points, offsets, logits
 

@@ -58,6 +58,10 @@ def _register(name: str, definition, num_floats: int) -> None:
 
     @torch.library.register_fake(f'msda::{name}')
     def fake(value, spatial_shapes, level_start_index, *rest):
+        tensors = (spatial_shapes, level_start_index, *rest[:num_floats])
+        if any(tensor.device != value.device for tensor in tensors):
+            # A tensor on the meta device among real ones leads here, too.
+            raise RuntimeError(f'all tensors must be on the device of value, {value.device}')
         return value.new_empty(value.shape[0], rest[sampling].shape[1], value.shape[2] * value.shape[3])
 
     @torch.library.register_fake(f'msda::{name}_backward')

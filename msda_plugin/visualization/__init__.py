@@ -11,12 +11,12 @@ from msda_plugin.visualization.detection import (
     score_caption,
     write_png,
 )
-from msda_plugin.visualization.edge_distributions import draw_edges
 
 if TYPE_CHECKING:
     from msda_plugin.visualization.attention import Recording, record_attention
     from msda_plugin.visualization.attention_figure import draw_heads, draw_query
     from msda_plugin.visualization.attention_html import attention_page, write_attention_page
+    from msda_plugin.visualization.edge_distributions import draw_edges
 
 __all__ = [
     'Recording',
@@ -35,16 +35,17 @@ __all__ = [
     'write_png',
 ]
 
-_ATTENTION = {
+_OF_MODELS = {
     'attention': ('Recording', 'record_attention'),
     'attention_figure': ('draw_heads', 'draw_query'),
     'attention_html': ('attention_page', 'write_attention_page'),
+    'edge_distributions': ('draw_edges',),
 }
 
 
 def __getattr__(name: str) -> object:
-    # Attention needs MMDetection, and boxes do not.
-    for module, names in _ATTENTION.items():
+    # What a model computes inside needs MMDetection, and boxes do not.
+    for module, names in _OF_MODELS.items():
         if name in names:
             from importlib import import_module
 

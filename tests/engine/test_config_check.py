@@ -290,7 +290,10 @@ def check_with_enough_images(cfg):
 
 @pytest.mark.parametrize('path', CONFIGS[::3], ids=lambda path: path.stem)  # a family shares its schedules
 def test_configs_fit_their_own_schedules(path):
-    check_with_enough_images(Config.fromfile(str(path)))
+    cfg = Config.fromfile(str(path))
+    if 'max_epochs' not in cfg.train_cfg:
+        pytest.skip('its schedule counts iterations')
+    check_with_enough_images(cfg)
 
 
 @pytest.mark.parametrize('readme', sorted(CONFIGS[0].parents[1].glob('*/README.md')), ids=lambda path: path.parent.name)
