@@ -248,6 +248,7 @@ class Detector:
                 'export it again'
             )
         self.model = open_exported(path)
+        self.model.check_detects()
         self.config, self.checkpoint, self.class_names = None, str(path), self.model.card.class_names
 
     @property

@@ -16,7 +16,8 @@ class ModelCard:
     The input ``images`` is (batch, height, width, 3) uint8, RGB. The outputs are ``boxes`` (batch, max_detections, 4)
     float32, x1 y1 x2 y2 in pixels of the input, ``scores`` (batch, max_detections) float32, 0-1, from high to low, and
     ``labels`` (batch, max_detections) int64, indices of ``class_names``. Rows after the last detection have label -1.
-    Detectors that predict masks have a fourth output, ``masks`` (batch, max_detections, height, width) bool.
+    Detectors that predict masks have a fourth output, ``masks`` (batch, max_detections, height, width) bool. Files with
+    a ``note`` have other outputs, and ``max_detections`` 0.
 
     Attributes:
         name: Name of the config.
@@ -31,6 +32,7 @@ class ModelCard:
         half: The weights are 16-bit.
         inputs, outputs: Shape and dtype by name; None in a shape is any size.
         versions: Versions of the packages that wrote the file.
+        note: Which part of the model is in the file; empty for a whole detector.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ModelCard:
     inputs: dict[str, dict] = field(default_factory=dict)
     outputs: dict[str, dict] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    note: str = ''
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

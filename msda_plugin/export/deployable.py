@@ -1,4 +1,7 @@
-"""A detector as a function of raw images, with its pre- and post-processing: what an exported file computes."""
+"""A detector as a function of raw images, with its pre- and post-processing: what an exported file computes.
+
+Of Grounding DINO, it is the image backbone and the neck: everything after them needs the text.
+"""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -7,7 +10,7 @@ import torch
 from mmdet.models.dense_heads import DETRHead, RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.dense_heads.mask2former_head import Mask2FormerHead
-from mmdet.models.detectors import MaskFormer, SingleStageDetector, TwoStageDetector
+from mmdet.models.detectors import GroundingDINO, MaskFormer, SingleStageDetector, TwoStageDetector
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msda_plugin.detectors.build_checks import NeckInputCheck
+from msda_plugin.export.card import Size, tensors
 from msda_plugin.export.masks import bounding_boxes, paste
 from msda_plugin.export.roi_align import align_rois
 from msda_plugin.export.suppression import NO_SCORE, keep_best
@@ -38,7 +42,7 @@ class DeployableDetector(nn.Module):
     Args:
         model: A detector of MMDetection or msda_plugin, from `msda_plugin.engine.inference.load_detector`: a detection
             transformer, a detector with a dense head such as RetinaNet, Faster R-CNN, Mask R-CNN, or Mask2Former for
-            instance segmentation.
+            instance segmentation; or Grounding DINO, whose image features are computed.
 
     Raises:
         CannotExportError: If the detector, its head or its preprocessor is of another kind.
@@ -63,8 +67,39 @@ class DeployableDetector(nn.Module):
         self.register_buffer('std', std.view(-1, 1, 1).clone(), persistent=False)
 
     @property
+    def detects(self) -> bool:
+        """Whether the outputs are detections; those of Grounding DINO are the feature maps of its neck."""
+        return not isinstance(self.model, GroundingDINO)
+
+    @property
+    def note(self) -> str:
+        """What is not in the graph; empty for a whole detector."""
+        if self.detects:
+            return ''
+        return (
+            f'image backbone and neck of {type(self.model).__name__}; the language model, the encoder that fuses text '
+            'and image, and the decoder are not in the file'
+        )
+
+    def tensors(self, batch: int | None, size: Size | None) -> tuple[dict[str, dict], dict[str, dict]]:
+        """Shape and dtype of the inputs and outputs by name, as in a card; None is any size."""
+        if self.detects:
+            return tensors(batch, size, self.max_detections, self.predicts_masks)
+        inputs, _ = tensors(batch, size, 0)
+        with torch.no_grad():
+            *maps, mask = self(torch.zeros(1, *(size or (64, 64)), 3, dtype=torch.uint8))
+        sides = [list(part.shape[-2:]) if size else [None, None] for part in (*maps, mask)]
+        outputs = {
+            f'features_{level}': dict(shape=[batch, part.shape[1], *side], dtype='float32')
+            for level, (part, side) in enumerate(zip(maps, sides, strict=False))
+        }
+        return inputs, outputs | dict(padding_mask=dict(shape=[batch, *sides[-1]], dtype='bool'))
+
+    @property
     def max_detections(self) -> int:
-        """Number of rows of the outputs."""
+        """Number of rows of the outputs; 0 if they are no detections."""
+        if not self.detects:
+            return 0
         if isinstance(self.model, MaskFormer):
             return _mask2former_count(self.model)
         head = self.model.roi_head if hasattr(self.model, 'roi_head') else self.model.bbox_head
@@ -84,7 +119,8 @@ class DeployableDetector(nn.Module):
 
     def check_size(self, size: tuple[int, int] | None) -> None:
         """Raise CannotExportError for images (height, width), None if of any size, that need a mask of padding."""
-        masked = isinstance(self.model, DetectionTransformer) and not isinstance(self.model, NeckInputCheck)
+        transformer = self.detects and isinstance(self.model, DetectionTransformer)
+        masked = transformer and not isinstance(self.model, NeckInputCheck)
         if masked and any(side is None or side % self.divisor for side in size or (None,)) and self.divisor > 1:
             raise CannotExportError(
                 f'{type(self.model).__name__} pads images to multiples of {self.divisor}, and MMDetection leaves the '
@@ -92,8 +128,8 @@ class DeployableDetector(nn.Module):
                 f'{self.divisor}'
             )
 
-    def forward(self, images: Tensor) -> Detections:
-        """Detect objects.
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Detect objects, or compute the features of Grounding DINO.
 
         Args:
             images: (bs, height, width, 3) uint8, RGB, resized as in the config. Normalization, order of channels and
@@ -103,7 +139,8 @@ class DeployableDetector(nn.Module):
             ``boxes`` (bs, n, 4) float32, x1 y1 x2 y2 in pixels of ``images``; ``scores`` (bs, n) float32, 0-1, from
             high to low; ``labels`` (bs, n) int64; and ``masks`` (bs, n, height, width) bool if :attr:`predicts_masks`.
             n is the maximum number of detections per image; the rows after the last detection have label -1, score 0,
-            box 0, and an empty mask.
+            box 0, and an empty mask. Of Grounding DINO, the maps (bs, channels, h, w) float32 of the neck, fine to
+            coarse, and ``padding_mask`` (bs, padded height, padded width) bool, True on padding.
         """
         height, width = images.shape[1], images.shape[2]
         inputs = images.permute(0, 3, 1, 2).contiguous()  # mmcv's RoIAlign misreads channels-last maps on the CPU
@@ -120,12 +157,14 @@ class DeployableDetector(nn.Module):
             scale_factor=(1.0, 1.0),
         )
         sample.metainfo = vars(sample).copy()
-        boxes, scores, labels, *masks = self._predict(self.model, inputs, [sample])
-        return boxes.float(), scores.float(), labels, *masks
+        outputs = self._predict(self.model, inputs, [sample])
+        return tuple(output.float() if output.is_floating_point() else output for output in outputs)
 
 
 def _predictor(model: nn.Module) -> Callable[[nn.Module, Tensor, Samples], Detections]:
-    """The function that computes the detections of a model."""
+    """The function that computes the outputs of a model."""
+    if isinstance(model, GroundingDINO):
+        return _image_features
     if isinstance(model, DetectionTransformer):
         head = model.bbox_head
         own = type(head)._predict_by_feat_single
@@ -200,6 +239,14 @@ def _detection_transformer(model: DetectionTransformer, inputs: Tensor, samples:
     boxes = _clip(boxes * size, samples[0])
     threshold = _nms_threshold(head.test_cfg)
     return (boxes, scores, labels) if threshold is None else keep_best(boxes, scores, labels, count, threshold)
+
+
+# ---- Grounding DINO -------------------------------------------------------------------------------------------------
+def _image_features(model: GroundingDINO, inputs: Tensor, samples: Samples) -> tuple[Tensor, ...]:
+    (height, width), (rows, columns) = samples[0].img_shape, samples[0].batch_input_shape
+    below = torch.arange(rows, device=inputs.device) >= height
+    right = torch.arange(columns, device=inputs.device) >= width
+    return *model.extract_feat(inputs), (below[:, None] | right).expand(inputs.shape[0], -1, -1)
 
 
 # ---- dense heads ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from msda_plugin.export.runtimes import Detections
 # Largest difference of a box, relative to the longer side of the image, and of a score.
 TOLERANCE = 1e-3
 HALF_TOLERANCE = 3e-2
-MASK_IOU = 0.99  # smallest IoU of the masks of a pair
+MASK_IOU, HALF_MASK_IOU = 0.99, 0.9  # smallest IoU of the masks of a pair
 SECONDS = 2.0  # of runs that are timed
 IMPOSSIBLE = 1e6  # cost of a pair with different labels
 
@@ -51,6 +51,11 @@ class Agreement:
     missing: int = 0
     mask: float | None = None
     different: int = 0
+
+    @property
+    def mask_limit(self) -> float:
+        """Smallest allowed IoU of the masks of a pair."""
+        return MASK_IOU if self.tolerance < HALF_TOLERANCE else HALF_MASK_IOU
 
     @property
     def holds(self) -> bool:
@@ -94,7 +99,7 @@ class Agreement:
                 self.matched += 1
                 self.box, self.score = max(self.box, box), max(self.score, score)
                 self.relative_box = max(self.relative_box, box / side)
-                self.different += not within or mask < MASK_IOU
+                self.different += not within or mask < self.mask_limit
                 if with_masks:
                     self.mask = min(1.0 if self.mask is None else self.mask, mask)
         self.missing += abs(len(expected[1]) - len(found[1]))
@@ -112,18 +117,23 @@ def predict_inputs(model: nn.Module, inputs: Sequence[np.ndarray]) -> list[Detec
         model: From `msda_plugin.engine.inference.load_detector`.
         inputs: Each (height, width, 3) uint8, RGB.
     """
-    samples = []
-    for pixels in inputs:
-        size = pixels.shape[:2]
-        samples.append(DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), img_id=0)))
-    tensors = [torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1))) for pixels in inputs]
     with torch.no_grad():
-        found = [sample.pred_instances for sample in model.test_step(dict(inputs=tensors, data_samples=samples))]
+        found = [sample.pred_instances for sample in model.test_step(_data(inputs))]
     names = ('bboxes', 'scores', 'labels', *(['masks'] if 'masks' in found[0] else []))
     return [
         tuple((tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy() for tensor in tensors)
         for tensors in ([sample[name] for name in names] for sample in found)
     ]
+
+
+def _data(inputs: Sequence[np.ndarray]) -> dict:
+    """Inputs of one size as MMDetection's dataset gives them."""
+    samples = []
+    for pixels in inputs:
+        size = pixels.shape[:2]
+        samples.append(DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), img_id=0)))
+    tensors = [torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1))) for pixels in inputs]
+    return dict(inputs=tensors, data_samples=samples)
 
 
 def compare(
@@ -136,6 +146,68 @@ def compare(
     return agreement
 
 
+# ---- features -------------------------------------------------------------------------------------------------------
+@dataclass
+class FeatureAgreement:
+    """How far the feature maps of a file are from PyTorch's.
+
+    Attributes:
+        tolerance: Largest allowed difference, relative to the largest absolute value of the map.
+        maps: Number of compared maps.
+        difference: Largest absolute difference.
+        relative: Largest difference relative to the largest absolute value of its map.
+        masks_differ: The padding masks are not equal, or a map has another shape.
+    """
+
+    tolerance: float
+    maps: int = 0
+    difference: float = 0.0
+    relative: float = 0.0
+    masks_differ: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.maps > 0 and not self.masks_differ and self.relative <= self.tolerance
+
+
+def predict_features(model: nn.Module, inputs: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+    """The maps of the model's neck for inputs of one size, (channels, h, w) each, and the padding mask of each input.
+
+    Args:
+        model: A detector, from `msda_plugin.engine.inference.load_detector`.
+        inputs: Each (height, width, 3) uint8, RGB.
+    """
+    with torch.no_grad():
+        data = model.data_preprocessor(_data(inputs), False)
+        maps = [level.float().cpu().numpy() for level in model.extract_feat(data['inputs'])]
+    results = []
+    for image, sample in enumerate(data['data_samples']):
+        mask = np.ones(sample.batch_input_shape, bool)
+        mask[: sample.img_shape[0], : sample.img_shape[1]] = False
+        results.append((*(level[image] for level in maps), mask))
+    return results
+
+
+def compare_features(
+    expected: Sequence[tuple[np.ndarray, ...]], found: Sequence[tuple[np.ndarray, ...]], tolerance: float
+) -> FeatureAgreement:
+    """Compare feature maps, and padding masks, which come last, of several inputs."""
+    agreement = FeatureAgreement(tolerance)
+    for (*maps, mask), (*others, other) in zip(expected, found, strict=True):
+        same = [part.shape for part in (*maps, mask)] == [part.shape for part in (*others, other)]
+        if not same or not np.array_equal(mask, other):
+            agreement.masks_differ = True
+            continue
+        for first, second in zip(maps, others, strict=True):
+            difference = float(np.abs(first - second).max())
+            agreement.maps += 1
+            agreement.difference = max(agreement.difference, difference)
+            agreement.relative = max(agreement.relative, difference / max(float(np.abs(first).max()), 1e-12))
+            agreement.masks_differ |= not np.isfinite(difference)
+    return agreement
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
 def median_time(run: Callable[[Sequence[np.ndarray]], object], batches: Sequence[Sequence[np.ndarray]]) -> float:
     """Median time of a batch in seconds, of at least three runs, in :data:`SECONDS`."""
     measured, start = [], time.perf_counter()

@@ -62,8 +62,8 @@ class ExportedModel(ABC):
             images: (bs, height, width, 3) uint8, RGB.
 
         Returns:
-            Boxes (bs, n, 4), scores (bs, n), labels (bs, n), and masks (bs, n, height, width) if the detector predicts
-            them, as the card says.
+            The card's outputs: boxes (bs, n, 4), scores (bs, n), labels (bs, n), and masks (bs, n, height, width) if
+            the detector predicts them.
 
         Raises:
             ValueError: If shape or dtype are not those of the card, or the runtime fails.
@@ -90,7 +90,11 @@ class ExportedModel(ABC):
         Returns:
             For each image boxes (n, 4), x1 y1 x2 y2 in pixels of the image, scores (n,), labels (n,), and masks
             (n, height, width) bool of the image if the detector predicts them.
+
+        Raises:
+            ValueError: If the file is not a whole detector.
         """
+        self.check_detects()
         fitted = [fit(image, self.card) for image in images]
         results = []
         # Neighbors of the same size run together.
@@ -102,6 +106,13 @@ class ExportedModel(ABC):
                 for detections, (image, (_, factors)) in zip(found, group, strict=True)
             ]
         return results
+
+    def check_detects(self) -> None:
+        """Raise ValueError if the file is a part of a detector."""
+        if self.card.note:
+            raise ValueError(
+                f'{self.path} gives no detections: it is the {self.card.note}; its outputs are those of run()'
+            )
 
     def run_all(self, inputs: Sequence[np.ndarray]) -> list[Detections]:
         """Run inputs of one size, in batches of the card's size; returns the detections in each."""

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from msda_plugin import compat
-from msda_plugin.export.card import KEY, ModelCard, tensors
+from msda_plugin.export.card import KEY, ModelCard
 from msda_plugin.export.deployable import CannotExportError, DeployableDetector
 from msda_plugin.export.onnx_operator import operator_as
 from msda_plugin.export.runtimes import require
@@ -90,8 +90,8 @@ def make_card(
             'torch' cannot express the detector or its dynamic size.
         ValueError: If the config has no class names.
     """
-    cfg, names = detector.model.cfg, detector.model.dataset_meta.get('classes')
-    if not names:
+    cfg, names = detector.model.cfg, detector.model.dataset_meta.get('classes') or ()
+    if not names and detector.detects:
         raise ValueError('the model has no class names; add metainfo=dict(classes=(…)) to test_dataloader.dataset')
     if format == 'torch' and isinstance(detector.model, TwoStageDetector):
         raise CannotExportError(
@@ -108,8 +108,7 @@ def make_card(
     scale, keep_ratio = _resizing(cfg)
     size = None if dynamic else size or scale[::-1]
     detector.check_size(size)
-    max_detections = detector.max_detections
-    inputs, outputs = tensors(batch, size, max_detections, detector.predicts_masks)
+    inputs, outputs = detector.tensors(batch, size)
     packages = ('onnx', 'onnxruntime') if format.startswith('onnx') else ('openvino',) if format == 'openvino' else ()
     return ModelCard(
         name=Path(cfg.filename).stem if cfg.filename else type(detector.model).__name__,
@@ -120,11 +119,12 @@ def make_card(
         scale=scale,
         keep_ratio=keep_ratio,
         pad_color=detector.pad_color,
-        max_detections=max_detections,
+        max_detections=detector.max_detections,
         half=half,
         inputs=inputs,
         outputs=outputs,
         versions=versions(*packages),
+        note=detector.note,
     )
 
 
@@ -177,14 +177,14 @@ def _reason(error: Exception) -> str:
 # ---- ONNX -----------------------------------------------------------------------------------------------------------
 def _write_onnx(detector: DeployableDetector, card: ModelCard, path: Path, form: str) -> Counter:
     onnx = require('onnx')
-    sides = {'images': {0: 'batch', 1: 'height', 2: 'width'}, 'masks': {0: 'batch', 2: 'height', 3: 'width'}}
+    named = {('images', 1): 'height', ('images', 2): 'width', ('masks', 2): 'height', ('masks', 3): 'width'}
     dynamic = {
         name: {
-            axis: side
-            for axis, side in sides.get(name, {0: 'batch'}).items()
-            if (card.batch if side == 'batch' else card.size) is None
+            axis: named.get((name, axis), f'{name}_{axis}' if axis else 'batch')
+            for axis, side in enumerate(tensor['shape'])
+            if side is None
         }
-        for name in ('images', *card.outputs)
+        for name, tensor in {**card.inputs, **card.outputs}.items()
     }
     with atomic_write(path) as unfinished:
         try:

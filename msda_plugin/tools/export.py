@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from msda_plugin.export.card import ModelCard
-    from msda_plugin.export.proof import Agreement
+    from msda_plugin.export.proof import Agreement, FeatureAgreement
 
 FORMATS = ('onnx', 'onnx-gather', 'onnx-custom', 'torch', 'openvino')
 NUM_IMAGES = 4
@@ -119,6 +119,9 @@ def _run(args: argparse.Namespace) -> int:
     model = load_detector(config, checkpoint, 'cpu')
     MMLogger.get_instance('mmengine').setLevel('ERROR')
     detector = DeployableDetector(model).eval()
+    if args.data and not detector.detects:
+        raise ValueError(f'the file is the {detector.note}: it has no AP; leave out --data')
+    predict = proof.predict_inputs if detector.detects else proof.predict_features
     batch = args.batch or (None if args.dynamic else 1)
     card = make_card(detector, args.format, batch=batch, size=args.size, dynamic=args.dynamic, half=args.half)
     tolerance = args.tolerance or (proof.HALF_TOLERANCE if args.half else proof.TOLERANCE)
@@ -127,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
     inputs = [pixels for batch in batches for pixels in batch]
 
     def run_torch(batch: Sequence[np.ndarray]) -> list:
-        return proof.predict_inputs(model, batch)
+        return predict(model, batch)
 
     expected = [found for batch in batches for found in run_torch(batch)]
     seconds = {'PyTorch': proof.median_time(run_torch, batches)}
@@ -135,15 +138,19 @@ def _run(args: argparse.Namespace) -> int:
     if args.data:
         data = proof.LabeledImages(args.data, args.images, card.class_names, args.num_images)
         precision = {'PyTorch': data.average_precision(lambda image: _detect_torch(model, image))}
-    if accelerate(model):
+    if detector.detects and accelerate(model):
         seconds['PyTorch, accelerated'] = proof.median_time(run_torch, batches)
 
     nodes = write(detector, card, out, tensorrt=args.tensorrt)
     print(_describe(out, card, nodes), flush=True)
     exported = open_exported(out, threads=_threads())
     found = [found for batch in batches for found in exported.run_all(batch)]
-    agreement = proof.compare(expected, found, inputs, tolerance)
-    print(_compared(agreement, len(inputs), exported.runtime))
+    if detector.detects:
+        agreement = proof.compare(expected, found, inputs, tolerance)
+        print(_compared(agreement, len(inputs), exported.runtime))
+    else:
+        agreement = proof.compare_features(expected, found, tolerance)
+        print(_compared_features(agreement, len(inputs), exported.runtime))
     seconds[exported.runtime] = proof.median_time(exported.run_all, batches)
     print(_timed(seconds, len(batches[0]), batches[0][0].shape))
     if data is not None:
@@ -217,14 +224,11 @@ def _describe(out: Path, card: 'ModelCard', nodes: Counter) -> str:
     )
     return (
         f'wrote:   {out}, {size:.1f} MB, {nodes.total()} nodes ({common} and {counted(len(nodes), "type")} in all)\n'
-        f'tensors: {shapes}\n'
-        f'classes: {listed(card.class_names)}'
+        f'tensors: {shapes}\n' + (f'note:    {card.note}' if card.note else f'classes: {listed(card.class_names)}')
     )
 
 
 def _compared(agreement: 'Agreement', number: int, runtime: str) -> str:
-    from msda_plugin.export.proof import MASK_IOU
-
     result = 'the same' if agreement.holds else 'DIFFERENT'
     text = (
         f'{counted(agreement.matched, "detection")} in {counted(number, "image")} matched, largest difference of boxes '
@@ -232,11 +236,22 @@ def _compared(agreement: 'Agreement', number: int, runtime: str) -> str:
         f'tolerance {agreement.tolerance:g}'
     )
     if agreement.mask is not None:
-        text += f'; smallest IoU of masks {agreement.mask:.4f}, tolerance {MASK_IOU:g}'
+        text += f'; smallest IoU of masks {agreement.mask:.4f}, tolerance {agreement.mask_limit:g}'
     if agreement.exchanged:
         text += f'; {counted(agreement.exchanged, "exchange")} of equal scores at the end of the top-k'
     if agreement.missing:
         text += f'; {counted(agreement.missing, "detection")} without a counterpart'
+    return f'proof:   {runtime} and PyTorch are {result}: {text}'
+
+
+def _compared_features(agreement: 'FeatureAgreement', number: int, runtime: str) -> str:
+    result = 'the same' if agreement.holds else 'DIFFERENT'
+    text = (
+        f'{counted(agreement.maps, "feature map")} of {counted(number, "image")}, largest difference '
+        f'{agreement.difference:.2g} ({agreement.relative:.2g} of the largest value); tolerance {agreement.tolerance:g}'
+    )
+    if agreement.masks_differ:
+        text += '; other shapes, padding masks, or infinite values'
     return f'proof:   {runtime} and PyTorch are {result}: {text}'
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -97,6 +98,23 @@ model = dict({R18}
         transformer_decoder=dict(num_layers=2, layer_cfg=dict(
             self_attn_cfg=attention, cross_attn_cfg=attention, ffn_cfg=feed_forward))),
     panoptic_fusion_head=dict(num_things_classes=6), test_cfg=dict(max_per_image=12))""",
+    'grounding-dino': """
+_base_ = 'mmdet::grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py'
+model = dict(
+    backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=8, out_indices=(1, 2, 3)),
+    neck=dict(in_channels=[16, 32, 64], out_channels=32, norm_cfg=dict(num_groups=4)),
+    data_preprocessor=dict(pad_size_divisor=32),
+    language_model=dict(_delete_=True, type='RandomLanguageModel'),
+    encoder=dict(
+        num_layers=1, num_cp=0, layer_cfg=dict(
+            self_attn_cfg=dict(embed_dims=32, num_heads=4), ffn_cfg=dict(embed_dims=32, feedforward_channels=48)),
+        text_layer_cfg=dict(
+            self_attn_cfg=dict(embed_dims=32), ffn_cfg=dict(embed_dims=32, feedforward_channels=48)),
+        fusion_layer_cfg=dict(v_dim=32, l_dim=32, embed_dim=32)),
+    decoder=dict(num_layers=1, layer_cfg=dict(
+        self_attn_cfg=dict(embed_dims=32, num_heads=4), cross_attn_text_cfg=dict(embed_dims=32, num_heads=4),
+        cross_attn_cfg=dict(embed_dims=32, num_heads=4), ffn_cfg=dict(embed_dims=32, feedforward_channels=48))),
+    positional_encoding=dict(num_feats=16), num_queries=20, bbox_head=dict(embed_dims=32))""",
 }
 PIPELINE = """
 test_dataloader = dict(dataset=dict(pipeline=[
@@ -106,6 +124,17 @@ test_dataloader = dict(dataset=dict(pipeline=[
 test_dataloader['dataset']['_delete_'] = True
 test_dataloader['dataset']['type'] = 'CocoDataset'
 """
+
+
+@MMDET_MODELS.register_module(force=True)
+class RandomLanguageModel(torch.nn.Module):
+    """In place of BERT, which is downloaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.language_backbone = torch.nn.Module()
+        self.language_backbone.body = torch.nn.Linear(8, 8)
+        self.language_backbone.body.language_dim = 8
 
 
 @pytest.fixture

@@ -92,6 +92,9 @@ def test_masks_are_compared_by_iou():
     masks[2, 0] = False  # 30 of 900
     assert not with_masks(BOXES, masks).holds
     assert with_masks(BOXES, masks).different == 1
+    half = Agreement(proof.HALF_TOLERANCE)
+    half.add((BOXES, SCORES, LABELS, masks_of(BOXES)), (BOXES, SCORES, LABELS, masks), 100)
+    assert half.mask_limit == 0.9 and half.holds
 
 
 def test_boxes_around_masks_may_differ_by_a_pixel():
