@@ -80,6 +80,7 @@ def ms_deform_attn(
                 *unchecked_levels(value, spatial_shapes, level_start_index),
                 *unify(value, sampling_locations, attention_weights),
                 _deterministic(deterministic),
+                [],
             )
         except Exception:
             spatial_shapes, _ = prepare_levels(value, spatial_shapes, level_start_index)
@@ -144,6 +145,7 @@ def ms_deform_attn_fused(
                 *unchecked_levels(value, spatial_shapes, level_start_index),
                 *unify_fused(value, reference_points, sampling_offsets, attention_logits),
                 _deterministic(deterministic),
+                [],
             )
         except Exception:
             spatial_shapes, _ = prepare_levels(value, spatial_shapes, level_start_index)

@@ -55,7 +55,7 @@ def test_mmcv_layer_runs_the_operator_until_uninstalled(auto, layer_class, monke
     fused = torch.ops.msda.ms_deform_attn_fused
     monkeypatch.setattr(
         'msda_plugin.layers.multi_scale_deformable_attention.ms_deform_attn_fused',
-        lambda *args: calls.append(1) or fused(*args, False),
+        lambda *args: calls.append(1) or fused(*args, False, []),
     )
     output = layer(**inputs())
     assert calls == [1]

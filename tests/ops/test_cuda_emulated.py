@@ -409,9 +409,9 @@ for operator, operands, names in (
             continue
         library.emulate_elsewhere(ctypes.c_void_p(operand.data_ptr()))
         with pytest.raises(RuntimeError, match=f'{{name}} must be on the device of value'):
-            operator(*operands, False)
+            operator(*operands, False, [])
     library.emulate_elsewhere(None)
-    operator(*operands, False)
+    operator(*operands, False, [])
 """
 
 

@@ -400,8 +400,8 @@ def test_scratch_memory_does_not_grow_with_the_samples():
             except OSError as error:
                 pytest.skip(f'the peak memory cannot be reset: {error}')
             before = bytes_of('VmRSS')
-            results.append(torch.ops.msda.ms_deform_attn_fused(*inputs, False))
-            results += torch.ops.msda.ms_deform_attn_fused_backward(results[0], *inputs, False)
+            results.append(torch.ops.msda.ms_deform_attn_fused(*inputs, False, []))
+            results += torch.ops.msda.ms_deform_attn_fused_backward(results[0], *inputs, False, [])
             used = bytes_of('VmHWM') - before
         extra.append(used - sum(t.nbytes for t in results))
     assert extra[1] < max(extra[0], 0) + 4 * 2**20

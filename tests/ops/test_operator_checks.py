@@ -162,7 +162,7 @@ def test_operator_without_the_checks_keeps_memory_safe():
         pytest.skip('libmsda_cpu is not built')
     shapes, starts = torch.tensor(case.shapes), torch.tensor([0, 35, 41])
     good = (case.value, shapes, starts, case.locations, case.weights)
-    assert op(*good, False).shape == (2, 4, 12)
+    assert op(*good, False, []).shape == (2, 4, 12)
     for index, bad in (
         (0, case.value[:, :41]),
         (1, shapes * 2),
@@ -174,7 +174,7 @@ def test_operator_without_the_checks_keeps_memory_safe():
         (4, case.weights[..., :2]),
     ):
         with pytest.raises(RuntimeError):
-            op(*(bad if i == index else t for i, t in enumerate(good)), False)
+            op(*(bad if i == index else t for i, t in enumerate(good)), False, [])
     flat = (*good[:3], case.locations.flatten(3, 4), case.weights.flatten(3))
     assert op(*flat, False, [4, 3, 2]).shape == (2, 4, 12)
     for bad in ([4, 3, 3], [4, 5], [4, 6, -1], [9, 0, 0], [2**31, 3, 2], []):

@@ -152,7 +152,7 @@ def test_operands_on_the_host_are_refused():
     levels = torch.tensor(case.shapes)
     starts = levels.prod(1).cumsum(0) - levels.prod(1)
     with pytest.raises(RuntimeError, match='spatial_shapes must be on the device of value'):
-        torch.ops.msda.ms_deform_attn(case.value, levels, starts, *case.plain()[1:], False)
+        torch.ops.msda.ms_deform_attn(case.value, levels, starts, *case.plain()[1:], False, [])
 
 
 @pytest.mark.parametrize('deterministic', [False, True])

@@ -19,7 +19,7 @@ def op_arguments(name, dtype=torch.float32, requires_grad=True, reference_size=2
         case.requires_grad()
     levels = (torch.tensor(case.shapes), torch.tensor([0, 35, 41]))
     tensors = case.fused() if 'fused' in name else case.plain()
-    arguments = (tensors[0], *levels, *tensors[1:], False, *([] if case.num_points is None else [case.num_points]))
+    arguments = (tensors[0], *levels, *tensors[1:], False, case.num_points or [])
     return (torch.rand(2, 4, 16).to(dtype), *arguments) if name.endswith('backward') else arguments
 
 

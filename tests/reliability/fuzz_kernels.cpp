@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -154,17 +155,25 @@ void run(Bytes& bytes) {
   for (size_t i = 0; i < shapes.size(); ++i) put(spatial_shapes, i, shapes[i]);
   for (size_t i = 0; i < starts.size(); ++i) put(level_start_index, i, starts[i]);
   const Tensor value = arrays.make({batch, keys, heads, channels}, type);
-  const Tensor coordinates = arrays.make({batch, queries, heads, levels, points, 2}, coordinate_type);
-  const Tensor weights = arrays.make({batch, queries, heads, levels, points}, coordinate_type);
+  std::vector<int64_t> num_points, samples = {batch, queries, heads, levels, points};
+  if (bytes.below(3) == 0) {
+    for (int64_t level = 0; level < levels; ++level) num_points.push_back(bytes.below(5));
+    samples = {batch, queries, heads, std::accumulate(num_points.begin(), num_points.end(), int64_t{0})};
+  }
+  const Tensor weights = arrays.make(samples, coordinate_type);
+  samples.push_back(2);
+  const Tensor coordinates = arrays.make(samples, coordinate_type);
   const Tensor grad = arrays.make({batch, queries, heads * channels}, type);
   if (bytes.below(3) == 0) {
-    Operators::ms_deform_attn(value, spatial_shapes, level_start_index, coordinates, weights, true);
-    Operators::ms_deform_attn_backward(grad, value, spatial_shapes, level_start_index, coordinates, weights, true);
+    Operators::ms_deform_attn(value, spatial_shapes, level_start_index, coordinates, weights, true, num_points);
+    Operators::ms_deform_attn_backward(grad, value, spatial_shapes, level_start_index, coordinates, weights, true,
+                                       num_points);
   } else {
     const Tensor references = arrays.make({batch, queries, levels, bytes.below(2) ? 4 : 2}, coordinate_type);
-    Operators::ms_deform_attn_fused(value, spatial_shapes, level_start_index, references, coordinates, weights, true);
+    Operators::ms_deform_attn_fused(value, spatial_shapes, level_start_index, references, coordinates, weights, true,
+                                    num_points);
     Operators::ms_deform_attn_fused_backward(grad, value, spatial_shapes, level_start_index, references, coordinates,
-                                             weights, true);
+                                             weights, true, num_points);
   }
 }
 
