@@ -44,7 +44,7 @@ inline void check_device(const Tensor& tensor, const char* name, const Tensor& v
                   " must be on the device of value");
 }
 
-using Points = std::vector<int64_t>;  // the number of points on each level; empty: equal on all levels
+using Points = std::vector<int64_t>;  // the number of points on each level; may be empty if all are equal
 
 // `reference_points` is null for the plain operator.
 inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
@@ -55,8 +55,8 @@ inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shape
   check_device(coordinates, "coordinates", value);
   check_device(weights, "weights", value);
   STD_TORCH_CHECK(value.dim() == 4, "value must be (bs, num_keys, num_heads, head_dim)");
-  const bool even = num_points.empty();
-  STD_TORCH_CHECK(coordinates.dim() == (even ? 6 : 5),
+  const bool even = coordinates.dim() == 6;
+  STD_TORCH_CHECK(even || (coordinates.dim() == 5 && !num_points.empty()),
                   "coordinates must be (bs, num_queries, num_heads, num_levels, num_points, 2), or with num_points "
                   "(bs, num_queries, num_heads, points of all levels, 2)");
   STD_TORCH_CHECK(
@@ -74,6 +74,8 @@ inline Arguments make_arguments(const Tensor& value, const Tensor& spatial_shape
     STD_TORCH_CHECK(points > 0 && points < (int64_t{1} << 26), "num_points must be 1 to 2^26 on each level");
     if (points != num_points[0]) p.points = 0;
   }
+  STD_TORCH_CHECK(!even || num_points.empty() || num_points == Points(p.levels, coordinates.size(4)),
+                  "num_points must be the number of points in coordinates, for each level");
   if (p.points == 0 && !even) {
     STD_TORCH_CHECK(p.levels <= kMaxUnevenLevels, "num_points must have at most ", kMaxUnevenLevels, " levels");
     for (int64_t level = 0; level < p.levels; ++level)

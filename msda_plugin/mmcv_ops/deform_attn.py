@@ -52,6 +52,6 @@ def gradients(
     if any(t.dtype != value.dtype for t in sampling):
         sampling = (t.to(accumulation_dtype(value)) for t in sampling)
     grads = torch.ops.msda.ms_deform_attn_backward(
-        grad_output, value, shapes.long(), starts.long(), *sampling, torch.are_deterministic_algorithms_enabled(), []
+        grad_output, value, shapes.long(), starts.long(), *sampling, torch.are_deterministic_algorithms_enabled()
     )
     return tuple(grad.to(t.dtype) for grad, t in zip(grads, (value, locations, weights), strict=True))

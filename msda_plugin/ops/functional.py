@@ -80,7 +80,7 @@ def ms_deform_attn(
                 *unchecked_levels(value, spatial_shapes, level_start_index),
                 *unify(value, sampling_locations, attention_weights),
                 _deterministic(deterministic),
-                [],
+                _points_on_levels(sampling_locations),
             )
         except Exception:
             spatial_shapes, _ = prepare_levels(value, spatial_shapes, level_start_index)
@@ -100,7 +100,7 @@ def ms_deform_attn(
         sampling_locations,
         attention_weights,
         _deterministic(deterministic),
-        num_points,
+        num_points or _points_on_levels(sampling_locations),
     )
 
 
@@ -145,7 +145,7 @@ def ms_deform_attn_fused(
                 *unchecked_levels(value, spatial_shapes, level_start_index),
                 *unify_fused(value, reference_points, sampling_offsets, attention_logits),
                 _deterministic(deterministic),
-                [],
+                _points_on_levels(sampling_offsets),
             )
         except Exception:
             spatial_shapes, _ = prepare_levels(value, spatial_shapes, level_start_index)
@@ -163,7 +163,12 @@ def ms_deform_attn_fused(
         )
     rest = unify_fused(value, reference_points, sampling_offsets, attention_logits)
     return torch.ops.msda.ms_deform_attn_fused(
-        value, spatial_shapes, level_start_index, *rest, _deterministic(deterministic), num_points
+        value,
+        spatial_shapes,
+        level_start_index,
+        *rest,
+        _deterministic(deterministic),
+        num_points or _points_on_levels(sampling_offsets),
     )
 
 
@@ -183,6 +188,11 @@ def ms_deform_attn_reference(
     if num_points:
         sampling_locations, attention_weights = pad_points(num_points, sampling_locations, attention_weights)
     return attend(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+
+
+def _points_on_levels(coordinates: Tensor) -> list[int]:
+    # Never an empty list, although the kernels accept it: compiled by AOTInductor, it would get lost.
+    return [coordinates.shape[4]] * coordinates.shape[3]
 
 
 def _runs_directly(value: Tensor, num_points: Sequence[int] | None) -> bool:

@@ -16,7 +16,7 @@ torch.library.define(
     'msda::ms_deform_attn',
     (
         '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, '
-        'Tensor attention_weights, bool deterministic, int[] num_points) -> Tensor'
+        'Tensor attention_weights, bool deterministic, int[] num_points=[]) -> Tensor'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -24,7 +24,7 @@ torch.library.define(
     'msda::ms_deform_attn_backward',
     (
         '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, '
-        'Tensor sampling_locations, Tensor attention_weights, bool deterministic, int[] num_points) '
+        'Tensor sampling_locations, Tensor attention_weights, bool deterministic, int[] num_points=[]) '
         '-> (Tensor, Tensor, Tensor)'
     ),
     tags=torch.Tag.pt2_compliant_tag,
@@ -33,7 +33,7 @@ torch.library.define(
     'msda::ms_deform_attn_fused',
     (
         '(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, '
-        'Tensor sampling_offsets, Tensor attention_logits, bool deterministic, int[] num_points) -> Tensor'
+        'Tensor sampling_offsets, Tensor attention_logits, bool deterministic, int[] num_points=[]) -> Tensor'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -42,7 +42,7 @@ torch.library.define(
     (
         '(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, '
         'Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, bool deterministic, '
-        'int[] num_points) -> (Tensor, Tensor, Tensor, Tensor)'
+        'int[] num_points=[]) -> (Tensor, Tensor, Tensor, Tensor)'
     ),
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -50,7 +50,6 @@ torch.library.define(
 
 # Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic, num_points).
 # Its backward takes grad_output before these, and returns the gradients of the value, the coordinates and the weights.
-# num_points has no default: AOTInductor's packages do not supply that of a list.
 def _register(name: str, definition, num_floats: int) -> None:
     operator, backward_operator = getattr(torch.ops.msda, name), getattr(torch.ops.msda, f'{name}_backward')
     backward_op = backward_operator.default
@@ -82,7 +81,7 @@ def _register(name: str, definition, num_floats: int) -> None:
             grad_output, value, shapes, starts, *rest = ctx.saved_tensors
             leaves = [t.detach().requires_grad_() for t in (grad_output, value, *rest)]
             arguments = leaves[2:]
-            if ctx.num_points:
+            if arguments[-1].dim() == 4:  # all levels in one dimension
                 arguments[-2:] = pad_points(ctx.num_points, *arguments[-2:], *arguments[:-2])
             output = definition(leaves[1], shapes, starts, *arguments)
             grads = torch.autograd.grad(output, leaves[1:], leaves[0], create_graph=True)
