@@ -111,7 +111,7 @@ def unchecked_levels(
         if level_start_index is None:
             level_start_index = _starts(spatial_shapes)
     else:
-        spatial_shapes, starts = _cached_levels(tuple(map(tuple, spatial_shapes)), value.device)
+        spatial_shapes, starts = _levels_of(tuple(map(tuple, spatial_shapes)), value.device)
         if level_start_index is None:
             level_start_index = starts
     return spatial_shapes, _int64(level_start_index)
@@ -250,15 +250,22 @@ def _shapes_from_pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -
     if torch.jit.is_tracing():  # sizes are tensors then, which stay dynamic
         sizes = [torch.as_tensor(size, dtype=torch.int64, device=device) for row in rows for size in row]
         return torch.stack(sizes).view(len(rows), 2)
-    return _cached_levels(rows, device)[0]
+    return _levels_of(rows, device)[0]
+
+
+def _levels_of(rows: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Not in the cached function: 3.0 finds the entry of 3.
+    for row in rows:
+        for size in row:
+            if not isinstance(size, int):
+                raise TypeError(f'spatial_shapes is {rows!r}, but its pairs (h, w) must be integers')
+    return _cached_levels(rows, device)
 
 
 @lru_cache(maxsize=256)
 def _cached_levels(rows: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     # Copying from the host synchronizes with the device, so each set of shapes is copied once. The tensors are never
     # written to. A tensor made in inference mode could not be saved for a later backward pass.
-    if not all(isinstance(size, int) for row in rows for size in row):
-        raise TypeError(f'spatial_shapes is {rows!r}, but its pairs (h, w) must be integers')
     with torch.inference_mode(False):
         shapes = torch.tensor(rows, dtype=torch.int64, device=device).reshape(len(rows), 2)
         return shapes, _starts(shapes)

@@ -183,3 +183,10 @@ def test_operator_without_the_checks_keeps_memory_safe():
     many = make_case(shapes=[(1, 1)] * 17, points=[1] * 16 + [2], dtype=torch.float32)
     with pytest.raises(RuntimeError, match='16'):
         op(many.value, torch.ones(17, 2).long(), torch.arange(17), many.locations, many.weights, False, many.num_points)
+
+
+def test_floats_are_not_taken_for_the_integers_of_an_earlier_call():
+    case = make_case(dtype=torch.float32)
+    ms_deform_attn(case.value, case.shapes, None, *case.plain()[1:])
+    with pytest.raises(TypeError, match='must be integers'):
+        ms_deform_attn(case.value, [(float(h), w) for h, w in case.shapes], None, *case.plain()[1:])
