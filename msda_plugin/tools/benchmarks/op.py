@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused
+from msda_plugin.ops.functional import Shapes
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
 from msda_plugin.tools.benchmarks.fresh_process import in_a_process, status_bytes
 from msda_plugin.tools.benchmarks.options import add_options, describe_machine, named_function
@@ -124,6 +125,7 @@ def comparisons(args: argparse.Namespace, peers: Sequence[tuple[str, Form]] = ()
     if not args.quick:
         yield from compare_forms(timer, device)
         yield from growth(timer, device)
+        yield host_cost(timer)
         if device.type == 'cpu':
             yield cache_bound(timer, args.threads)
             yield memory(args.threads)
@@ -170,7 +172,7 @@ def call(form: Form, shape: Shape, inputs: dict[str, Tensor], backward: bool) ->
     return (output, *torch.autograd.grad(output, tensors, inputs['grad'])) if backward else (output,)
 
 
-def plain(levels: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+def plain(levels: Shapes, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     return ms_deform_attn(value, levels, None, locations, weights)
 
 
@@ -272,6 +274,26 @@ def growth(timer: Timer, device: torch.device) -> Iterator[str]:
             f'growth of the forward pass with {what}, {sizes[0]} to {sizes[-1]}: exponent {exponent:.3f}; '
             f'{slope * 1e9:.1f} ns each, {fixed * 1e3:.2f} ms fixed'
         )
+
+
+def host_cost(timer: Timer, calls: int = 200) -> str:
+    """The cost of a call apart from its work: one head, two queries, and 20 pixels. On a GPU, of its submission."""
+    shape = Shape('', ((4, 4), (2, 2)), 1, 2, heads=1, head_dim=4, points=1)
+    inputs = make_inputs(shape, timer.device)
+    tensors = [inputs[name] for name in ('value', 'locations', 'weights')]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+
+    def forward() -> None:
+        with torch.no_grad():
+            for _ in range(calls):
+                plain(shape.levels, *tensors)
+
+    def backward() -> None:
+        for _ in range(calls):
+            torch.autograd.grad(plain(shape.levels, *leaves), leaves, inputs['grad'])
+
+    costs = [f'{seconds / calls * 1e6:.1f} µs' for seconds in timer.in_turn(forward, backward)]
+    return f'cost of a call: forward {costs[0]}, forward + backward {costs[1]}'
 
 
 def cache_bound(timer: Timer, threads: int) -> str:

@@ -1,6 +1,7 @@
 """``benchmark op``: both implementations compute the same; the tables."""
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def test_prints_the_tables(monkeypatch, capsys):
     ]
     rows = [line for line in lines if line.endswith('x')]
     assert len(rows) == 5 and sum('forward + backward' in row for row in rows) == 2
-    assert lines[-3:] == ['growth', 'bound', 'memory']
+    assert lines[-4] == 'growth' and lines[-2:] == ['bound', 'memory']
+    assert re.fullmatch(r'cost of a call: forward \d+\.\d µs, forward \+ backward \d+\.\d µs', lines[-3])
 
 
 def test_peers(monkeypatch, capsys):
