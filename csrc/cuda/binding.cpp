@@ -18,9 +18,10 @@ cudaStream_t current_stream(const Tensor& tensor) {
 
 void check_limits(const Problem& p, bool sorts) {
   constexpr int64_t kLimit = int64_t{1} << 31;
-  STD_TORCH_CHECK(p.queries < kLimit && p.samples() < kLimit && p.heads * p.channels < kLimit / 8,
-                  "the CUDA kernels need num_queries and num_levels * num_points below 2^31, num_heads * head_dim "
-                  "below 2^28");
+  STD_TORCH_CHECK(
+      p.queries < kLimit && p.samples() < kLimit && p.heads < (1 << 16) && p.heads * p.channels < kLimit / 8,
+      "the CUDA kernels need num_queries and num_levels * num_points below 2^31, num_heads below 2^16, and "
+      "num_heads * head_dim below 2^28");
   STD_TORCH_CHECK(!sorts || p.queries * p.samples() < kLimit / 2,
                   "the deterministic backward pass needs num_queries * num_levels * num_points below 2^30: pass the "
                   "queries in parts");

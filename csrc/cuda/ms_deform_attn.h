@@ -1,7 +1,8 @@
 // CUDA kernels of multi-scale deformable attention, without torch. Every call returns the error of its launches.
 //
-// Limits: queries and levels * points must be below 2^31, and so must the bytes of a key's row (heads * channels) in
-// the accumulation type. For a deterministic backward pass, queries * levels * points must be below 2^30.
+// Limits: queries and levels * points must be below 2^31, heads below 2^16, and the bytes of a key's row (heads *
+// channels) in the accumulation type below 2^31. For a deterministic backward pass, queries * levels * points must be
+// below 2^30.
 #pragma once
 
 #include <cuda_runtime_api.h>
