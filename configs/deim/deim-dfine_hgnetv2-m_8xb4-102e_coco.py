@@ -15,24 +15,6 @@ model = dict(
     bbox_head=dict(act='SiLU', loss_cls=dict(type='msda_plugin.MatchabilityAwareLoss', gamma=1.5, loss_weight=1.0)),
 )
 
-# Half of the images are mosaics of four images of up to 320 pixels, the others are zoomed and cropped.
-mosaic = [
-    dict(type='CachedMosaic', img_scale=(320, 320), pad_val=0.0, max_cached_images=50),
-    dict(
-        type='RandomAffine',
-        max_rotate_degree=10.0,
-        max_translate_ratio=0.1,
-        scaling_ratio_range=(0.5, 1.5),
-        max_shear_degree=0.0,
-        border_val=(0, 0, 0),
-    ),
-]
-mosaic_pipeline = [
-    *_base_.load_pipeline,
-    dict(type='RandomChoice', transforms=[mosaic, _base_.train_pipeline[3:5]], prob=[0.5, 0.5]),
-    dict(type='PhotoMetricDistortion'),
-    *_base_.resize_pipeline,
-]
 train_dataloader = dict(dataset=dict(pipeline=_base_.plain_pipeline))
 
 max_epochs = 102
@@ -64,7 +46,7 @@ param_scheduler = [
 ]
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0001, gamma=1000, update_buffers=True, priority=49),
-    dict(type='PipelineSwitchHook', switch_epoch=4, switch_pipeline=mosaic_pipeline),
+    dict(type='PipelineSwitchHook', switch_epoch=4, switch_pipeline=_base_.mosaic_pipeline),
     dict(type='PipelineSwitchHook', switch_epoch=49, switch_pipeline=_base_.train_pipeline),
     dict(type='PipelineSwitchHook', switch_epoch=90, switch_pipeline=_base_.plain_pipeline),
 ]

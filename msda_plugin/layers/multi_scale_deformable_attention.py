@@ -3,6 +3,7 @@
 Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159, section 4.1 and equation 3.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -120,26 +121,9 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
             ValueError: If an argument is missing or has the wrong shape.
             TypeError: If an argument has the wrong dtype.
         """
-        value = query if value is None else value
-        identity = kwargs.get('residual', query) if identity is None else identity
-        if not self.batch_first:
-            value = value.transpose(0, 1)
-        query = _batch_first_queries(self, query, query_pos)
-        _check(self, query, value, key_padding_mask, reference_points, spatial_shapes)
-
-        value = self.value_proj(value)
-        if key_padding_mask is not None:
-            # In place only without gradients: a projection's output is a view, and autograd would copy it.
-            fill = value.masked_fill if value.requires_grad else value.masked_fill_
-            value = fill(key_padding_mask.bool()[..., None], 0)
-        value = value.view(*value.shape[:2], self.num_heads, value.shape[-1] // self.num_heads)
-        offsets, logits = _project_queries(self, query)
-        output = ms_deform_attn_fused(value, spatial_shapes, level_start_index, reference_points, offsets, logits)
-
-        output = self.output_proj(output)
-        if not self.batch_first:
-            output = output.transpose(0, 1)
-        return self.dropout(output) + identity
+        identity = kwargs.get('residual') if identity is None else identity
+        given = (query, value, identity, query_pos, key_padding_mask, reference_points, spatial_shapes)
+        return _forward(self, _attend, *given, level_start_index)
 
     def sampling(
         self,
@@ -169,6 +153,52 @@ class MultiScaleDeformableAttention(MMCVMultiScaleDeformableAttention):
 
 
 # Functions instead of methods: `msda_plugin.auto` and `sampling` use them on mmcv's own layers.
+def _forward(
+    layer: MMCVMultiScaleDeformableAttention,
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    value: Tensor | None,
+    identity: Tensor | None,
+    query_pos: Tensor | None,
+    key_padding_mask: Tensor | None,
+    reference_points: Tensor | None,
+    spatial_shapes: Shapes | None,
+    level_start_index: Tensor | None,
+) -> Tensor:
+    """The forward pass around ``attend``, which takes what :func:`_attend` takes."""
+    value = query if value is None else value
+    identity = query if identity is None else identity
+    if not layer.batch_first:
+        value = value.transpose(0, 1)
+    query = _batch_first_queries(layer, query, query_pos)
+    _check(layer, query, value, key_padding_mask, reference_points, spatial_shapes)
+
+    projected = layer.value_proj(value)
+    if key_padding_mask is not None:
+        # In place only without gradients: a projection's output is a view, and autograd would copy it.
+        in_place = not projected.requires_grad and projected is not value
+        fill = projected.masked_fill_ if in_place else projected.masked_fill
+        projected = fill(key_padding_mask.bool()[..., None], 0)
+    projected = projected.unflatten(-1, (layer.num_heads, -1))
+    output = layer.output_proj(attend(layer, query, projected, reference_points, spatial_shapes, level_start_index))
+    if not layer.batch_first:
+        output = output.transpose(0, 1)
+    return layer.dropout(output) + identity
+
+
+def _attend(
+    layer: MMCVMultiScaleDeformableAttention,
+    query: Tensor,
+    value: Tensor,
+    reference_points: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+) -> Tensor:
+    """Queries (bs, num_queries, embed_dims), values (bs, num_keys, num_heads, head_dim) -> as the queries."""
+    offsets, logits = _project_queries(layer, query)
+    return ms_deform_attn_fused(value, spatial_shapes, level_start_index, reference_points, offsets, logits)
+
+
 def _batch_first_queries(layer: MMCVMultiScaleDeformableAttention, query: Tensor, query_pos: Tensor | None) -> Tensor:
     """``query + query_pos``, (bs, num_queries, embed_dims)."""
     if query_pos is not None:

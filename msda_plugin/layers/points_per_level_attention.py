@@ -13,7 +13,7 @@ from msda_plugin.layers.multi_scale_deformable_attention import (
     MultiScaleDeformableAttention,
     Sampling,
     _batch_first_queries,
-    _check,
+    _forward,
 )
 from msda_plugin.layers.reference_points import Shapes, as_shape_tensor
 from msda_plugin.ops.points_per_level import METHODS, by_level, discrete_pixels, ms_deform_attn_points_per_level
@@ -105,35 +105,9 @@ class PointsPerLevelAttention(MultiScaleDeformableAttention):
         Raises:
             ValueError: If an argument is missing or has the wrong shape.
         """
-        value = query if value is None else value
-        identity = query if identity is None else identity
-        if not self.batch_first:
-            value = value.transpose(0, 1)
-        query = _batch_first_queries(self, query, query_pos)
-        _check(self, query, value, key_padding_mask, reference_points, spatial_shapes)
-        if reference_points.shape[-1] != 4:
-            raise ValueError(
-                f'reference_points has shape {tuple(reference_points.shape)}; PointsPerLevelAttention takes boxes, '
-                '(bs, num_queries, num_levels, 4): use MultiScaleDeformableAttention for points'
-            )
-        value = self.value_proj(value)
-        if key_padding_mask is not None:
-            value = value.masked_fill(key_padding_mask.bool()[..., None], 0)
-        offsets, logits = self._project(query)
-        output = ms_deform_attn_points_per_level(
-            value.unflatten(-1, (self.num_heads, -1)),
-            spatial_shapes,
-            reference_points,
-            offsets,
-            logits,
-            self.points_per_level,
-            self.offset_scale,
-            self.method,
-        )
-        output = self.output_proj(output)
-        if not self.batch_first:
-            output = output.transpose(0, 1)
-        return self.dropout(output) + identity
+        identity = kwargs.get('residual') if identity is None else identity
+        given = (query, value, identity, query_pos, key_padding_mask, reference_points, spatial_shapes)
+        return _forward(self, _attend_per_level, *given, level_start_index)
 
     def sampling(
         self,
@@ -170,3 +144,22 @@ class PointsPerLevelAttention(MultiScaleDeformableAttention):
         """Offsets (bs, num_queries, num_heads, points of all levels, 2), and logits without the last dimension."""
         points = (*query.shape[:2], self.num_heads, sum(self.points_per_level))
         return self.sampling_offsets(query).view(*points, 2), self.attention_weights(query).view(points)
+
+
+def _attend_per_level(
+    layer: PointsPerLevelAttention,
+    query: Tensor,
+    value: Tensor,
+    boxes: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+) -> Tensor:
+    if boxes.shape[-1] != 4:
+        raise ValueError(
+            f'reference_points has shape {tuple(boxes.shape)}; PointsPerLevelAttention takes boxes, (bs, num_queries, '
+            'num_levels, 4): use MultiScaleDeformableAttention for points'
+        )
+    offsets, logits = layer._project(query)
+    return ms_deform_attn_points_per_level(
+        value, spatial_shapes, boxes, offsets, logits, layer.points_per_level, layer.offset_scale, layer.method
+    )

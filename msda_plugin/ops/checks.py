@@ -75,7 +75,7 @@ def prepare_levels(
             'the channels with value.view(bs, num_keys, num_heads, -1)'
         )
     if not isinstance(spatial_shapes, Tensor):
-        spatial_shapes = _shapes_from_pairs(spatial_shapes, value.device)
+        spatial_shapes = shapes_from_pairs(spatial_shapes, value.device)
     _check_int(spatial_shapes, 'spatial_shapes', value)
     if spatial_shapes.dim() != 2 or spatial_shapes.shape[0] < 1 or spatial_shapes.shape[1] != 2:
         raise ValueError(
@@ -238,7 +238,12 @@ def _check_tensor(tensor: Tensor, name: str, value: Tensor) -> None:
         )
 
 
-def _shapes_from_pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+def shapes_from_pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Pairs (h, w) as (num_levels, 2) int64, copied to the device once for each set of shapes.
+
+    Raises:
+        TypeError: If they are not pairs of integers.
+    """
     try:
         rows = tuple((height, width) for height, width in pairs)
     except (TypeError, ValueError):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msda_plugin.ops.checks import shapes_from_pairs
 from msda_plugin.ops.functional import Shapes, ms_deform_attn_fused
 
 METHODS = ('default', 'discrete')
@@ -50,8 +51,8 @@ def ms_deform_attn_points_per_level(
         boxes = offsets.new_zeros(()).expand(*boxes.shape[:3], 2)
     else:
         # The operator divides by the level's number of points, and multiplies by half the box.
-        counts = torch.tensor(num_points, dtype=scale.dtype, device=scale.device)[_levels(num_points), None]
-        offsets = offsets * (scale * counts * 2)
+        parts = zip(scale.split(tuple(num_points)), num_points, strict=True)
+        offsets = offsets * torch.cat([part * (2 * count) for part, count in parts])
     return ms_deform_attn_fused(
         value, spatial_shapes, None, boxes.expand(-1, -1, len(num_points), -1), offsets, logits, num_points=num_points
     )
@@ -65,16 +66,17 @@ def by_level(tensor: Tensor, num_points: Sequence[int]) -> Tensor:
 
 def discrete_pixels(offsets: Tensor, scale: Tensor, boxes: Tensor, shapes: Shapes, num_points: Sequence[int]) -> Tensor:
     """Pixels (x, y) that 'discrete' samples, int64, with the shape of ``offsets``; ``scale`` is (points, 1)."""
-    levels = _levels(num_points)
     if boxes.shape[2] > 1:
-        boxes = boxes[:, :, levels]
+        boxes = _repeat(boxes, num_points, 2)
     boxes = boxes[:, :, None]  # (bs, num_queries, 1, points of all levels or 1, 4)
     locations = boxes[..., :2] + offsets * scale * boxes[..., 2:]
-    sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1)[levels]  # (points, 2), (w, h)
+    shapes = shapes if isinstance(shapes, Tensor) else shapes_from_pairs(shapes, offsets.device)
+    sizes = _repeat(shapes.flip(-1), num_points, 0)  # (points of all levels, 2), (w, h)
     pixels = (locations * sizes + 0.5).long()
     return torch.minimum(pixels.clamp(min=0), sizes - 1)
 
 
-def _levels(num_points: Sequence[int]) -> list[int]:
-    """The level of each point."""
-    return [level for level, count in enumerate(num_points) for _ in range(count)]
+def _repeat(tensor: Tensor, num_points: Sequence[int], dim: int) -> Tensor:
+    """Repeat the entry of each level in ``dim`` for its points. An index tensor would be a copy from the host."""
+    parts = zip(tensor.split(1, dim), num_points, strict=True)
+    return torch.cat([part.repeat_interleave(count, dim) for part, count in parts], dim)

@@ -24,6 +24,24 @@ train_pipeline = [
 ]
 # For the last epochs of some schedules.
 plain_pipeline = [*load_pipeline, *resize_pipeline]
+# Of DEIM: half of the images are mosaics of four images of up to 320 pixels, the others are zoomed and cropped.
+mosaic = [
+    dict(type='CachedMosaic', img_scale=(320, 320), pad_val=0.0, max_cached_images=50),
+    dict(
+        type='RandomAffine',
+        max_rotate_degree=10.0,
+        max_translate_ratio=0.1,
+        scaling_ratio_range=(0.5, 1.5),
+        max_shear_degree=0.0,
+        border_val=(0, 0, 0),
+    ),
+]
+mosaic_pipeline = [
+    *load_pipeline,
+    dict(type='RandomChoice', transforms=[mosaic, train_pipeline[3:5]], prob=[0.5, 0.5]),
+    dict(type='PhotoMetricDistortion'),
+    *resize_pipeline,
+]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=image_scale, keep_ratio=False),
