@@ -1,4 +1,4 @@
-# `make train`: from scratch on the generated shapes, in minutes on two CPU cores.
+# From scratch on the generated shapes, in minutes on two CPU cores.
 _base_ = [
     '../_base_/models/deformable-detr-two-stage_shunted-nano.py',
     '../_base_/datasets/shapes_detection.py',

@@ -27,7 +27,7 @@ from msda_plugin.tools.custom_data.recipe import (
     train_pipeline,
 )
 
-DEFAULT_MODEL = 'deformable-detr-two-stage_shunted-nano'
+DEFAULT_MODEL = 'rtdetr_r18vd-nano'
 BASE_BATCH = 4  # of a config that does not say
 KEPT = (
     'model',

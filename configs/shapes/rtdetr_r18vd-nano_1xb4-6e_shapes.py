@@ -1,0 +1,25 @@
+# `make train`: RT-DETR from scratch on the generated shapes, in minutes on two CPU cores.
+_base_ = [
+    '../_base_/models/rtdetr_r18vd-nano.py',
+    '../_base_/datasets/shapes_detection.py',
+    '../_base_/schedules/shapes_8e.py',
+    '../_base_/default_runtime.py',
+]
+runner_type = 'msda_plugin.DetectionRunner'
+
+model = dict(num_queries=40)  # at most seven objects per image
+
+max_epochs = 6
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        begin=max_epochs - 3,
+        end=max_epochs,
+        T_max=3,
+        eta_min_ratio=0.02,
+        convert_to_iter_based=True,
+    ),
+]
