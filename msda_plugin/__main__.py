@@ -19,8 +19,8 @@ COMMANDS = {
     'visualize': 'visualize the attention of a detector as images and an HTML page',
     'models': 'list the models and published weights that --model takes',
     'convert': 'convert a published checkpoint, with a report on every key',
-    'complexity': 'compute the cost of attention by formula or for a config, or measure it',
-    'mmcv-ops': 'provide the operators that mmcv lacks when it was installed without compiling them',
+    'complexity': 'count the operations and memory of attention or of a model, or time attention',
+    'mmcv-ops': "provide mmcv's operators if mmcv was installed without compiling",
     'benchmark': 'time operator, layers and models against the stock implementations',
 }
 BROKEN_PIPE = 141  # exit status after SIGPIPE, by the convention of shells
@@ -35,8 +35,8 @@ def usage() -> str:
             '',
             *lines,
             '',
-            'python -m msda_plugin COMMAND --help describes a command, --version prints the version; the executable',
-            'msda-plugin is a short name for python -m msda_plugin.',
+            'COMMAND --help shows the options of a command, --version the version. msda-plugin is short for',
+            'python -m msda_plugin.',
         ]
     )
 
@@ -72,7 +72,7 @@ def _run(argv: list[str] | None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or '').partition('.')[0] not in ('torch', 'mmengine', 'mmcv', 'mmdet'):
             raise
-        print(f'msda_plugin {command}: {error}; "python -m msda_plugin env" says how to mend it', file=sys.stderr)
+        print(f'msda_plugin {command}: {error}; "python -m msda_plugin env" says how to fix it', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'\nmsda_plugin {command}: stopped by Ctrl-C', file=sys.stderr)

@@ -34,7 +34,7 @@ def __getattr__(name):
 DISTRIBUTIONS = ('onedl-mmcv', 'mmcv', 'mmcv-lite')
 REINSTALL = 'pip install --force-reinstall --no-deps --no-cache-dir onedl-mmcv (or mmcv-lite)'
 INSTALL = 'python -m msda_plugin mmcv-ops install'
-CHECK = '"python -m msda_plugin env" says how to mend it'
+CHECK = '"python -m msda_plugin env" says how to fix it'
 COMPILE = (
     'make setup MMCV_OPS=1, or '
     'pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir onedl-mmcv (or mmcv)'

@@ -18,8 +18,8 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Print the MACs (multiply-accumulate operations, of 2 FLOPs each) and the memory of a convolution '
-        'and of attention layers on a feature map. With a config: the MACs and parameters of each module of its '
-        'model. With --measure: the time of attention layers by resolution, and how it grows.',
+        'and of\nattention layers on a feature map; with a config, the MACs and parameters of each module of its '
+        'model;\nwith --measure, the time of attention layers by resolution, and how it grows.',
     )
     parser.add_argument('config', nargs='?', help='path of a Python config file')
     parser.add_argument(

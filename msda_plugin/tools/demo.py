@@ -272,7 +272,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         '--nms',
         action=argparse.BooleanOptionalAction,
-        help='keep one of several boxes of a class that overlap (default: as in the config)',
+        help='non-maximum suppression within each class (default: as in the config)',
     )
     parser.add_argument(
         '--image-size',

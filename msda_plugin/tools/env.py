@@ -146,7 +146,7 @@ def _stack(packages: dict, problems: Problems) -> dict:
 
 
 def _remedy(name: str, error: str, distributions: list[str], install_stack: str) -> str:
-    """How to install a package, or to mend it if distributions of it are installed."""
+    """How to install a package, or to repair it if distributions of it are installed."""
     missing = re.search(r"No module named '(\w+)", error)
     if 'torch' in (name, missing and missing[1]):
         return INSTALL_TORCH

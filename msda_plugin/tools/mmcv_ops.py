@@ -34,14 +34,14 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin mmcv-ops',
-        description='Run mmcv without its compiled operators: the operators that MMDetection uses most then come from '
-        'msda_plugin. Compiled operators, where mmcv has them, are never replaced.',
+        description='Provide the operators that MMDetection uses most if mmcv was installed without compiling them. '
+        'Compiled operators are never replaced.',
         epilog='Exit status: 0 if done; 1 if status finds no operators; 2 if the command cannot be carried out.',
     )
     commands = parser.add_subparsers(dest='command', required=True, metavar='install | remove | status')
     commands.add_parser('install', help='write _ext.py into the folder of mmcv')
     commands.add_parser('remove', help='delete that file')
-    commands.add_parser('status', help='tell what runs for each operator')
+    commands.add_parser('status', help='show what runs each operator')
     command = parser.parse_args(argv).command
     try:
         if command == 'status':

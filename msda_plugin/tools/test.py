@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         '--nms',
         action=argparse.BooleanOptionalAction,
-        help='remove duplicate boxes by non-maximum suppression within each class, which a DETR needs until a long '
-        'training has taught it to predict each object once (default: as in the config)',
+        help='non-maximum suppression within each class (default: as in the config)',
     )
     parser.add_argument(
         '--accelerate',

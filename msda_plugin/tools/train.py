@@ -191,10 +191,8 @@ def _parser() -> argparse.ArgumentParser:
         '--from-scratch', action='store_true', help='start from random weights, not from published or starter weights'
     )
     budget = custom.add_mutually_exclusive_group()
-    budget.add_argument(
-        '--epochs', type=int, metavar='N', help='default: from the number of images, between 12 and 100'
-    )
-    budget.add_argument('--minutes', type=float, metavar='M', help='instead of --epochs: as many as fit into M minutes')
+    budget.add_argument('--epochs', type=int, metavar='N', help='epochs (default: 12 to 100, by the number of images)')
+    budget.add_argument('--minutes', type=float, metavar='M', help='train for M minutes instead of a number of epochs')
     custom.add_argument(
         '--patience', type=int, metavar='N', help='stop after N validations without a higher AP (default: never)'
     )
@@ -226,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument(
         '--dry-run',
         action='store_true',
-        help='check the data, write the config, and stop (work dir with a training: the config goes to its dry_run/)',
+        help='check the data, write the config, and stop (to dry_run/ if the work dir has a training)',
     )
     return parser
 

@@ -353,7 +353,7 @@ def test_commands_without_torch(tmp_path):
         f'PROBLEM: torch {torch.__version__} is installed, but its files are missing\n  fix: install torch >= 2.10'
     )
     assert code == 1 and problem in page
-    sentence = 'msda_plugin train: No module named \'torch\'; "python -m msda_plugin env" says how to mend it\n'
+    sentence = 'msda_plugin train: No module named \'torch\'; "python -m msda_plugin env" says how to fix it\n'
     assert run('train', '--data', 'folder') == (2, sentence)
     code, said = run('mmcv-ops', 'status')
     assert code == 1 and 'not available: ' in said and "No module named 'torch'" in said

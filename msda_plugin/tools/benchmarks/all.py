@@ -71,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     """Add the subcommand ``all``, whose namespace `run` takes."""
     parser = subparsers.add_parser(
         'all',
-        help='one report of this machine, as Markdown and as an HTML page with plots',
+        help='all comparisons in one report with plots, as HTML and Markdown',
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Measure operator, layers, backbones, heads, models and growth with the resolution against the '

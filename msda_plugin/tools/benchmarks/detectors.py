@@ -17,14 +17,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     """Add the subcommand ``detectors``, whose namespace `run` takes."""
     parser = subparsers.add_parser(
         'detectors',
-        help='the same short training for several configs',
+        help='AP of several configs after the same short training',
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('configs', nargs='+', help='Python config files with a TrainingReportHook')
     parser.add_argument('--epochs', type=int, default=3, help='epochs of each training (default: 3)')
     parser.add_argument('--data-root', help='data folder (default: that of the configs)')
-    parser.add_argument('--work-dir', default='work_dirs/benchmark', help='gets one folder per config')
+    parser.add_argument(
+        '--work-dir', default='work_dirs/benchmark', help='folder for the results (default: %(default)s)'
+    )
     return parser
 
 

@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     """Add the subcommand ``own_data``, whose namespace `run` takes."""
     parser = subparsers.add_parser(
         'own_data',
-        help='train --data for the same CPU minutes with several models and seeds',
+        help='AP of models that train --data trains for the same CPU time, over several seeds',
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,7 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         '--models', nargs='+', default=[DEFAULT_MODEL, STOCK], help='names or configs (default: ours and MMDetection)'
     )
-    parser.add_argument('--work-dir', default='work_dirs/own_data', help='gets one folder per training')
+    parser.add_argument(
+        '--work-dir', default='work_dirs/own_data', help='folder for the results (default: %(default)s)'
+    )
     parser.add_argument(
         '--options', nargs=argparse.REMAINDER, default=[], help='more options of train --data, such as --from-scratch'
     )

@@ -30,7 +30,7 @@ def add_arguments(
         metavar='KEY=VALUE',
         help='config fields to change, such as data_root=data/mine/',
     )
-    parser.add_argument('--verbose', action='store_true', help='print what the log file gets')
+    parser.add_argument('--verbose', action='store_true', help='print the whole log')
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='job launcher for several GPUs')
     # torch.distributed.launch, which mim calls, passes --local-rank.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
