@@ -10,7 +10,8 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
 - In a model with transformers', frozen batch norms run in one pass in inference.
 - On request, convolutions run in ``channels_last`` and with the batch norms folded into them
-  (:mod:`msda_plugin.acceleration.convolutions`), dropouts draw their random numbers faster
+  (:mod:`msda_plugin.acceleration.convolutions`), linear layers in oneDNN
+  (:mod:`msda_plugin.acceleration.linear`), dropouts draw their random numbers faster
   (:mod:`msda_plugin.acceleration.fast_dropout`), and inference runs in bfloat16
   (:mod:`msda_plugin.acceleration.low_precision`).
 
@@ -53,7 +54,8 @@ def accelerate(
     Args:
         model: any module, including wrappers (DistributedDataParallel, MMEngine's, averaged models).
         inference: Take the steps that make inference faster with equal results: ``channels_last`` and ``fold``, unless
-            these say otherwise, and activations that overwrite their input.
+            these say otherwise, activations that overwrite their input, and float32 linear layers in oneDNN on CPUs
+            where it is faster.
         channels_last: Run convolutions in this memory format, in training too. Code that calls ``view`` on feature maps
             may need ``reshape``.
         fold: Fold batch norms in evaluation mode into convolutions, also the constant ones of a backbone in training,
@@ -75,7 +77,7 @@ def accelerate(
         >>> accelerate(torch.nn.Sequential(MultiScaleDeformableAttention(), MultiScaleDeformableAttention()))
         2
     """
-    from msda_plugin.acceleration import convolutions, low_precision  # these import this module
+    from msda_plugin.acceleration import convolutions, linear, low_precision  # these import this module
     from msda_plugin.acceleration import fast_dropout as dropout
 
     _refuse(model)
@@ -111,6 +113,7 @@ def accelerate(
         convolutions.fold_batch_norms(model)
     if inference:
         log(f'accelerate: {convolutions.use_inplace_relu(model)} ReLUs now overwrite their input in inference.')
+        log(f'accelerate: {linear.use_onednn_linear(model)} linear layers now run in oneDNN in inference.')
     if fast_dropout:
         log(f'accelerate: {dropout.use_fast_dropout(model)} dropouts now draw other random numbers, faster.')
     if dtype is not None:
