@@ -9,6 +9,8 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
   memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random state.
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
 - In a model with transformers', frozen batch norms run in one pass in inference.
+- The attention between image and text of Grounding DINO and GLIP projects the words instead of the pixels
+  (:mod:`msda_plugin.acceleration.text_fusion`).
 - On request, convolutions run in ``channels_last`` and with the batch norms folded into them
   (:mod:`msda_plugin.acceleration.convolutions`), linear layers in oneDNN
   (:mod:`msda_plugin.acceleration.linear`), dropouts draw their random numbers faster
@@ -59,7 +61,8 @@ def accelerate(
         channels_last: Run convolutions in this memory format, in training too. Code that calls ``view`` on feature maps
             may need ``reshape``.
         fold: Fold batch norms in evaluation mode into convolutions, also the constant ones of a backbone in training,
-            which then takes less memory; see :func:`fold_batch_norms`.
+            which then takes less memory; see :func:`fold_batch_norms`. RepVGG blocks, as in RT-DETR and D-FINE, become
+            one convolution in inference.
         fast_dropout: Draw the random numbers of ``nn.Dropout`` faster in training on a CPU. They differ from PyTorch's.
         dtype: Run the model in bfloat16 in evaluation mode, or in float16 on a GPU. Predictions of boxes and scores,
             reference points and post-processing stay in float32. Training is not affected. None: as the weights.
@@ -111,6 +114,7 @@ def accelerate(
         log(f'accelerate: {convolutions.use_channels_last(model)} convolutions now run in channels_last.')
     if inference if fold is None else fold:
         convolutions.fold_batch_norms(model)
+        log(f'accelerate: {convolutions.fold_branches(model)} RepVGG blocks now run as one convolution in inference.')
     if inference:
         log(f'accelerate: {convolutions.use_inplace_relu(model)} ReLUs now overwrite their input in inference.')
         log(f'accelerate: {linear.use_onednn_linear(model)} linear layers now run in oneDNN in inference.')
