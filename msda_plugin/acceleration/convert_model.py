@@ -9,8 +9,11 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
   memory-efficient (:mod:`msda_plugin.acceleration.memory_efficient`), with the same results from the same random state.
   The feed-forward networks store half of what a stock encoder layer stores for the backward pass.
 - In a model with transformers', frozen batch norms run in one pass in inference.
+- The attention between image and text of Grounding DINO and GLIP projects the words instead of the pixels
+  (:mod:`msda_plugin.acceleration.text_fusion`).
 - On request, convolutions run in ``channels_last`` and with the batch norms folded into them
-  (:mod:`msda_plugin.acceleration.convolutions`), dropouts draw their random numbers faster
+  (:mod:`msda_plugin.acceleration.convolutions`), linear layers in oneDNN
+  (:mod:`msda_plugin.acceleration.linear`), dropouts draw their random numbers faster
   (:mod:`msda_plugin.acceleration.fast_dropout`), and inference runs in bfloat16
   (:mod:`msda_plugin.acceleration.low_precision`).
 
@@ -53,11 +56,13 @@ def accelerate(
     Args:
         model: any module, including wrappers (DistributedDataParallel, MMEngine's, averaged models).
         inference: Take the steps that make inference faster with equal results: ``channels_last`` and ``fold``, unless
-            these say otherwise, and activations that overwrite their input.
+            these say otherwise, activations that overwrite their input, and float32 linear layers in oneDNN on CPUs
+            where it is faster.
         channels_last: Run convolutions in this memory format, in training too. Code that calls ``view`` on feature maps
             may need ``reshape``.
         fold: Fold batch norms in evaluation mode into convolutions, also the constant ones of a backbone in training,
-            which then takes less memory; see :func:`fold_batch_norms`.
+            which then takes less memory; see :func:`fold_batch_norms`. RepVGG blocks, as in RT-DETR and D-FINE, become
+            one convolution in inference.
         fast_dropout: Draw the random numbers of ``nn.Dropout`` faster in training on a CPU. They differ from PyTorch's.
         dtype: Run the model in bfloat16 in evaluation mode, or in float16 on a GPU. Predictions of boxes and scores,
             reference points and post-processing stay in float32. Training is not affected. None: as the weights.
@@ -75,7 +80,7 @@ def accelerate(
         >>> accelerate(torch.nn.Sequential(MultiScaleDeformableAttention(), MultiScaleDeformableAttention()))
         2
     """
-    from msda_plugin.acceleration import convolutions, low_precision  # these import this module
+    from msda_plugin.acceleration import convolutions, linear, low_precision  # these import this module
     from msda_plugin.acceleration import fast_dropout as dropout
 
     _refuse(model)
@@ -109,8 +114,10 @@ def accelerate(
         log(f'accelerate: {convolutions.use_channels_last(model)} convolutions now run in channels_last.')
     if inference if fold is None else fold:
         convolutions.fold_batch_norms(model)
+        log(f'accelerate: {convolutions.fold_branches(model)} RepVGG blocks now run as one convolution in inference.')
     if inference:
         log(f'accelerate: {convolutions.use_inplace_relu(model)} ReLUs now overwrite their input in inference.')
+        log(f'accelerate: {linear.use_onednn_linear(model)} linear layers now run in oneDNN in inference.')
     if fast_dropout:
         log(f'accelerate: {dropout.use_fast_dropout(model)} dropouts now draw other random numbers, faster.')
     if dtype is not None:

@@ -10,12 +10,13 @@ device changes, and after every ``train()`` and ``eval()``. A batch norm in trai
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from msda_plugin.acceleration.convert_model import change_class, is_frozen_batch_norm, is_plain, log, stock_class
 
@@ -57,18 +58,11 @@ class Conv2d(nn.Conv2d):
 
     def _products(self) -> Products:
         """Weight and bias of this convolution and its batch norm, in the memory format of the output."""
+        return _stored(self, self._tensors(), self._compute_products)
+
+    def _tensors(self) -> list[Tensor]:
         norm = self.folded_norm
-        tensors = [*_affine(self), *(() if norm is None else (*_affine(norm), norm.running_mean, norm.running_var))]
-        if any(tensor.is_inference() for tensor in tensors):  # these do not count their changes
-            return self._compute_products()
-        dtype = torch.get_autocast_dtype(self.weight.device.type) if _autocasts(self.weight) else None
-        state = (dtype, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
-        stored, products = _products.get(self, (None, None))
-        if stored != state:
-            with torch.no_grad():
-                products = tuple(t if t is None or dtype is None else t.to(dtype) for t in self._compute_products())
-            _products[self] = (state, products)
-        return products
+        return [*_affine(self), *(() if norm is None else (*_affine(norm), norm.running_mean, norm.running_var))]
 
     def _compute_products(self) -> Products:
         weight, bias, norm = self.weight, self.bias, self.folded_norm
@@ -80,9 +74,44 @@ class Conv2d(nn.Conv2d):
                 scale = scale * norm.weight.double()
             bias = -shift * scale if norm.bias is None else norm.bias.double() - shift * scale
             weight, bias = weight * scale.to(weight.dtype)[:, None, None, None], bias.to(weight.dtype)
-        if self.channels_last:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        return weight, bias
+        return weight.contiguous(memory_format=_format(self)), bias
+
+
+class RepVGG(nn.Module):
+    """The activation of the sum of two convolutions with batch norms, as one convolution where no gradient is needed.
+
+    Attributes:
+        branches: The two convolutions, the one with the larger kernel first. No children: the stock modules own them.
+        last: The activation, or None.
+    """
+
+    added_fields = ('branches', 'last')
+    branches: tuple[Conv2d, Conv2d]
+    last: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(bs, in_channels, h, w) -> (bs, out_channels, h, w)."""
+        large, small = self.branches
+        if any(conv.folded_norm is None or conv.folded_norm.training for conv in self.branches):
+            return super().forward(x)
+        tensors = [tensor for conv in self.branches for tensor in conv._tensors()]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+            return super().forward(x)
+        if large.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = large._conv_forward(x, *_stored(self, tensors, self._compute_products))
+        return y if self.last is None else self.last(y)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As in ``nn.Module``; the next forward computes the products again."""
+        _products.pop(self, None)
+        return super().train(mode)
+
+    def _compute_products(self) -> Products:
+        (weight, bias), (small, small_bias) = (conv._compute_products() for conv in self.branches)
+        border = [(a - b) // 2 for a, b in zip(weight.shape[:1:-1], small.shape[:1:-1], strict=True) for _ in range(2)]
+        summed = weight + F.pad(small, border)
+        return summed.contiguous(memory_format=_format(self.branches[0])), bias + small_bias
 
 
 class FoldedBatchNorm(nn.Module):
@@ -106,6 +135,24 @@ _products: WeakKeyDictionary[nn.Module, tuple[tuple, Products]] = WeakKeyDiction
 
 def _affine(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (module.weight, module.bias) if tensor is not None]
+
+
+def _format(conv: Conv2d) -> torch.memory_format:
+    return torch.channels_last if conv.channels_last else torch.contiguous_format
+
+
+def _stored(module: nn.Module, tensors: list[Tensor], compute: Callable[[], Products]) -> Products:
+    """The products of a module, computed again if one of the tensors has changed, or the dtype of autocast."""
+    if any(tensor.is_inference() for tensor in tensors):  # these do not count their changes
+        return compute()
+    dtype = torch.get_autocast_dtype(tensors[0].device.type) if _autocasts(tensors[0]) else None
+    state = (dtype, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
+    stored, products = _products.get(module, (None, None))
+    if stored != state:
+        with torch.no_grad():
+            products = tuple(t if t is None or dtype is None else t.to(dtype) for t in compute())
+        _products[module] = (state, products)
+    return products
 
 
 def _autocasts(weight: Tensor) -> bool:
@@ -158,6 +205,88 @@ def fold_batch_norms(model: nn.Module) -> int:
         f'fold_batch_norms: {count} batch norms of {type(model).__name__} are folded in evaluation mode. {stay}'.strip()
     )
     return count
+
+
+def fold_branches(model: nn.Module) -> int:
+    """Compute RepVGG blocks as one convolution in evaluation mode, in place; ``restore`` undoes it.
+
+    A block is a module whose forward is the sum of two branches, perhaps with an activation behind it; each branch is
+    a convolution with a batch norm that :func:`fold_batch_norms` has folded, and nothing else. Where a gradient is
+    needed, and with batch norms in training mode, a block runs its stock code.
+
+    Returns:
+        The number of changed blocks.
+    """
+    count = 0
+    for parent in list(model.modules()):
+        if isinstance(parent, (*CONTAINERS, RepVGG)) or len(list(parent.children())) not in (2, 3):
+            continue
+        found = _two_branches(parent)
+        if found and _can_be_summed(*found[:2]):
+            large, small, last = found
+            change_class(parent, RepVGG)
+            vars(parent).update(branches=(large, small), last=last)
+            count += 1
+    return count
+
+
+def _two_branches(parent: nn.Module) -> tuple[Conv2d, Conv2d, nn.Module | None] | None:
+    """The convolutions of two branches whose sum is the output, and the activation; None for other modules."""
+    branches = {child: conv for child in parent.children() if (conv := _only_convolution(child))}
+    calls = _trace(parent, []) if len(branches) == 2 else ''
+    if isinstance(calls, str) or [node.op for _, node in calls].count('placeholder') != 1:
+        return None
+    steps = [(module, node) for module, node in calls if node.op not in ('placeholder', 'output')]
+    last = steps.pop() if len(steps) == 4 else None
+    if len(steps) != 3 or {steps[0][0], steps[1][0]} != set(branches):
+        return None
+    (_, first), (_, second), (_, total) = steps
+    [source] = [node for _, node in calls if node.op == 'placeholder']
+    output = calls[-1][1].args[0]
+    if (
+        first.args != (source,)
+        or second.args != (source,)
+        or total.target not in (operator.add, torch.add)
+        or set(total.args) != {first, second}
+        or any(node.kwargs for node in (first, second, total))
+        or (output is not total if last is None else last[0] is None or last[1].args != (total,))
+        or (last is not None and (output is not last[1] or last[1].kwargs))
+    ):
+        return None
+    large, small = sorted(branches.values(), key=lambda conv: -conv.kernel_size[0])
+    return large, small, None if last is None else last[0]
+
+
+def _only_convolution(branch: nn.Module) -> Conv2d | None:
+    """The convolution of a module that only applies it, with the batch norm folded into it; or None."""
+    convs = [module for module in branch.modules() if isinstance(module, Conv2d) and module.folded_norm is not None]
+    parts = [module for module in branch.modules() if not isinstance(module, nn.Identity)]
+    if len(convs) != 1 or set(parts) != {branch, convs[0], convs[0].folded_norm}:
+        return None
+    if any(part._forward_hooks or part._forward_pre_hooks or 'forward' in vars(part) for part in branch.modules()):
+        return None
+    calls = _trace(branch, [])
+    if isinstance(calls, str):
+        return None
+    value = calls[0][1]  # the argument; a chain of modules leads from it to the output
+    for module, node in calls:
+        if module is not None and node.args == (value,) and not node.kwargs:
+            value = node
+    return convs[0] if calls[-1][1].args == (value,) else None
+
+
+def _can_be_summed(large: Conv2d, small: Conv2d) -> bool:
+    """Whether two convolutions have the same output positions, and the kernel of one fits into that of the other."""
+    same = ('in_channels', 'out_channels', 'stride', 'groups', 'padding_mode')
+    return (
+        all(getattr(large, field) == getattr(small, field) for field in same)
+        and large.padding_mode == 'zeros'
+        and all(
+            conv.dilation == (1, 1) and conv.padding == tuple(size // 2 for size in conv.kernel_size)
+            for conv in (large, small)
+        )
+        and all(a >= b and a % 2 == b % 2 == 1 for a, b in zip(large.kernel_size, small.kernel_size, strict=True))
+    )
 
 
 def use_channels_last(model: nn.Module) -> int:

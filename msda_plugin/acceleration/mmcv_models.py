@@ -1,4 +1,4 @@
-"""The attention layers of mmcv, on msda_plugin's operator, and memory-efficient layers around them."""
+"""The attention layers of mmcv, on msda_plugin's operator, and the layers around them with less memory and work."""
 
 from mmcv.cnn.bricks.transformer import FFN
 from mmcv.cnn.bricks.transformer import MultiheadAttention as StockMultiheadAttention
@@ -8,6 +8,7 @@ from torch import nn
 
 from msda_plugin.acceleration.convert_model import change_class
 from msda_plugin.acceleration.memory_efficient import Dropout, LinearReLUDropout, MultiheadAttention
+from msda_plugin.acceleration.text_fusion import MMDetectionTextFusion
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
 
 STOCK_FORWARD = StockAttention.forward  # read before msda_plugin.auto replaces it
@@ -21,7 +22,7 @@ def examine(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
 
 
 def change_other_layers(model: nn.Module) -> None:
-    """Make mmcv's transformer layers memory-efficient. Only modules of exactly the stock classes change."""
+    """Make mmcv's transformer layers and MMDetection's text fusion cheaper. Only exactly the stock classes change."""
     for module in model.modules():
         if isinstance(module, MultiScaleDeformableAttention):
             parts = [module.dropout]
@@ -29,6 +30,9 @@ def change_other_layers(model: nn.Module) -> None:
             parts = [module.attn, module.proj_drop]
         elif type(module) is FFN:
             parts = list(module.layers)
+        elif _is_text_fusion(module):
+            change_class(module, MMDetectionTextFusion)
+            continue
         else:
             continue
         for part in parts:
@@ -38,3 +42,8 @@ def change_other_layers(model: nn.Module) -> None:
                 change_class(part, MultiheadAttention)
             elif type(part) is Sequential and [type(step) for step in part][1:] == [nn.ReLU, nn.Dropout]:
                 change_class(part, LinearReLUDropout)
+
+
+def _is_text_fusion(module: nn.Module) -> bool:
+    name = (type(module).__module__, type(module).__name__)
+    return name == ('mmdet.models.utils.vlfuse_helper', 'BiMultiHeadAttention') and 'forward' not in vars(module)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msda_plugin.acceleration.convert_model import change_class, is_frozen_batch_norm
+from msda_plugin.acceleration.text_fusion import TransformersTextFusion
 from msda_plugin.ops import ms_deform_attn_fused, use_backend
 from msda_plugin.ops.functional import Shapes
 from msda_plugin.ops.points_per_level import ms_deform_attn_points_per_level
@@ -167,6 +168,7 @@ class FrozenBatchNorm(nn.Module):
 
 LAYERS = (Attention, PixelDecoderAttention, PointsPerLevelAttention, UnprojectedAttention)
 _examined: dict[tuple, type[nn.Module] | None] = {}  # the class in LAYERS, by class and fields of the stock layer
+_compared_fusions: dict[tuple, bool] = {}  # by class and fields of the stock layer
 
 
 def _attend_per_level(
@@ -244,10 +246,14 @@ def examine(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
 
 
 def change_other_layers(model: nn.Module) -> None:
-    """Make frozen batch norms run in one pass."""
+    """Make frozen batch norms run in one pass, and attention between image and text project the words alone."""
     for module in model.modules():
-        if 'forward' not in vars(module) and is_frozen_batch_norm(type(module)):
+        if 'forward' in vars(module):
+            continue
+        if is_frozen_batch_norm(type(module)):
             change_class(module, FrozenBatchNorm)
+        elif _is_text_fusion(type(module)) and has_results_of_text_fusion(module):
+            change_class(module, TransformersTextFusion)
 
 
 def has_results_of_frozen_batch_norm(stock: type[nn.Module]) -> bool:
@@ -260,6 +266,30 @@ def has_results_of_frozen_batch_norm(stock: type[nn.Module]) -> bool:
         expected = norm(x)
         change_class(norm, FrozenBatchNorm)
         return torch.allclose(norm(x), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _is_text_fusion(cls: type[nn.Module]) -> bool:
+    return cls.__module__.startswith('transformers.') and cls.__name__.endswith('GroundingDinoBiMultiHeadAttention')
+
+
+def has_results_of_text_fusion(layer: nn.Module) -> bool:
+    """Whether a layer of transformers has the results of :class:`TransformersTextFusion`."""
+    key = (type(layer), type(layer).forward, repr(layer))
+    if key not in _compared_fusions:
+        with _isolated():
+            twin = _twin(layer).eval()
+            draw = dict(dtype=torch.float64)
+            inputs = (torch.randn(2, 5, layer.vision_dim, **draw), torch.randn(2, 3, layer.text_dim, **draw))
+            masks = (torch.rand(2, 5) < 0.3, torch.tensor([[False] * 3, [False, False, True]]))
+            cases = [(*inputs, None, None), (*inputs, *masks)]
+            try:
+                expected = [[*pixels, *words] for pixels, words in (twin(*case) for case in cases)]
+                change_class(twin, TransformersTextFusion)
+                results = [[*pixels, *words] for pixels, words in (twin(*case) for case in cases)]
+                _compared_fusions[key] = all(map(_equal, results, expected))
+            except Exception:  # noqa: BLE001  (of any type: the code is not ours)
+                _compared_fusions[key] = False
+    return _compared_fusions[key]
 
 
 def _known_arguments() -> set[str]:

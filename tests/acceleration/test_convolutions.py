@@ -13,6 +13,8 @@ from torch import nn
 import msda_plugin
 from msda_plugin.acceleration import convolutions, fold_batch_norms, use_channels_last
 from msda_plugin.backbones.shunted_transformer import ConvNormReLU
+from msda_plugin.layers.rep_vgg import RepVGGBlock
+from msda_plugin.necks import HybridEncoder
 
 
 class Residual(nn.Module):
@@ -290,3 +292,120 @@ def test_inplace_relu():
     net(x).sum().backward()
     msda_plugin.restore(net)
     assert torch.equal(run(net, x), expected) and {type(relu) for relu in net.relus} == {nn.ReLU}
+
+
+class Branch(nn.Module):
+    def __init__(self, size, **fields):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, size, **dict(padding=size // 2, bias=False) | fields)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Identity()
+
+    def forward(self, x):
+        return self.last(self.norm(self.conv(x)))
+
+
+class Block(nn.Module):
+    """As transformers' RT-DETR, with the small kernel first."""
+
+    def __init__(self, first=1, second=3, activation=None, **fields):
+        super().__init__()
+        self.first, self.second, self.activation = Branch(first), Branch(second, **fields), activation or nn.Identity()
+
+    def forward(self, x):
+        return self.activation(self.first(x) + self.second(x))
+
+
+class BareBlock(Block):
+    def forward(self, x):
+        return self.second(x) + self.first(x)
+
+
+class Scaled(Block):
+    def forward(self, x):
+        return self.activation(2 * self.first(x) + self.second(x))
+
+
+class OtherInputs(Block):
+    def forward(self, x):
+        return self.activation(self.first(self.second(x)) + self.second.last(x))
+
+
+def count_convolutions(monkeypatch):
+    """A list with the weight of each convolution."""
+    calls, stock = [], nn.functional.conv2d
+    monkeypatch.setattr(
+        nn.functional, 'conv2d', lambda x, weight, *args: calls.append(weight) or stock(x, weight, *args)
+    )
+    return calls
+
+
+@pytest.mark.parametrize('block', [lambda: RepVGGBlock(8), Block, BareBlock, lambda: Block(3, 5, nn.SiLU(), bias=True)])
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_two_branches_become_one_convolution(block, channels_last, monkeypatch):
+    torch.manual_seed(0)
+    net = randomize(nn.Sequential(nn.Conv2d(3, 8, 1), block(), block()))
+    stock, parameters = copy.deepcopy(net), list(net.parameters())
+    expected = run(net)
+    msda_plugin.accelerate(net, fold=True, channels_last=channels_last)
+    calls = count_convolutions(monkeypatch)
+    torch.testing.assert_close(run(net), expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 3
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) == channels_last for weight in calls[1:])
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    assert torch.equal(run(twin), run(net))
+    assert twin[1].branches[0] in set(twin[1].modules())
+
+    # The products follow the parameters.
+    for model_ in (net, stock):
+        with torch.no_grad():
+            model_.get_parameter([name for name, _ in net.named_parameters() if '1.' in name][0]).mul_(2)
+    torch.testing.assert_close(run(net), run(stock), rtol=1e-5, atol=1e-5)
+    for model_ in (net, stock):
+        [norm for norm in model_.modules() if isinstance(norm, nn.BatchNorm2d)][-1].bias.data.add_(1)
+        model_.eval()
+    torch.testing.assert_close(run(net), run(stock), rtol=1e-5, atol=1e-5)
+
+    # Gradients and batch statistics are those of the branches.
+    for mode in (False, True):
+        gradients = []
+        for model_ in (net, stock):
+            model_.train(mode)(images()).square().sum().backward()
+            gradients.append([parameter.grad for parameter in model_.parameters()])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+
+    msda_plugin.restore(net)
+    assert [(type(a), vars(a).keys()) for a in net.modules()] == [(type(b), vars(b).keys()) for b in stock.modules()]
+    torch.testing.assert_close(run(net.eval()), run(stock.eval()), rtol=1e-5, atol=1e-5)  # statistics of the batch
+
+
+@pytest.mark.parametrize(
+    'block', [Scaled(), OtherInputs(), Block(stride=2), Block(padding=0), Block(dilation=2), Block(3, 2, padding=1)]
+)
+def test_other_sums_stay(block):
+    randomize(block)
+    assert fold_batch_norms(block) == 2
+    assert convolutions.fold_branches(block) == 0
+    assert not isinstance(block, convolutions.RepVGG)
+
+
+def test_hooks_keep_two_branches():
+    block = randomize(Block())
+    fold_batch_norms(block)
+    block.first.register_forward_hook(lambda *_: None)
+    assert convolutions.fold_branches(block) == 0
+
+
+def test_blocks_of_hybrid_encoder():
+    torch.manual_seed(0)
+    neck = randomize(HybridEncoder([8, 8, 8], 8, num_heads=2, feedforward_channels=16))
+    inputs = [torch.randn(1, 8, size, size) for size in (16, 8, 4)]
+    with torch.no_grad():
+        expected = neck(inputs)
+        msda_plugin.accelerate(neck, fold=True)
+        blocks = [module for module in neck.modules() if isinstance(module, RepVGGBlock)]
+        assert len(blocks) == 12 and all(isinstance(block, convolutions.RepVGG) for block in blocks)
+        for a, b in zip(neck(inputs), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

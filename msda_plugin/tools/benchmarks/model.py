@@ -6,6 +6,7 @@ The model of a config of MMDetection, or with ``hf:NAME`` one of Hugging Face tr
 import argparse
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -261,7 +262,9 @@ def batch_for(args: argparse.Namespace, model: nn.Module, training: bool) -> dic
 
 def run_model(model: nn.Module, batch: dict, mode: str) -> object:
     """The outputs of a model; transformers' have no modes."""
-    return model(**batch, mode=mode) if hasattr(model, 'data_preprocessor') else model(**batch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'torch.meshgrid: in an upcoming release')  # MMDetection's call
+        return model(**batch, mode=mode) if hasattr(model, 'data_preprocessor') else model(**batch)
 
 
 def loss(model: nn.Module, batch: dict) -> Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import warnings
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def test_variants_are_the_steps(args):
         benchmark.accelerate(model, **benchmark.VARIANTS[variant])
         assert model.backbone.conv1.channels_last == channels_last
         assert (vars(model.backbone.conv1).get('folded_norm') is model.backbone.bn1) == folded
+
+
+def test_silences_the_warning_of_meshgrid_alone():
+    class Warns(torch.nn.Module):
+        def forward(self, x):
+            warnings.warn('another one', stacklevel=1)
+            return torch.meshgrid(x, x)
+
+    torch.set_warn_always(True)
+    try:
+        with pytest.warns(UserWarning) as caught:
+            benchmark.run_model(Warns(), dict(x=torch.arange(2)), 'tensor')
+    finally:
+        torch.set_warn_always(False)
+    assert [str(warning.message) for warning in caught] == ['another one']
 
 
 def test_difference_of_changed_model(args, monkeypatch):

@@ -93,7 +93,7 @@ def test_weights_outside_of_float16_are_not_stored(checkpoint, source):
 
 def test_large_weights_are_not_stored(checkpoint, monkeypatch):
     monkeypatch.setattr(starter, 'MAX_BYTES', 1_000_000)
-    with pytest.raises(ValueError, match='the weights need 7[0-9]* bytes, at most 1000000 are stored'):
+    with pytest.raises(ValueError, match='the weights need 9[0-9]* bytes, at most 1000000 are stored'):
         starter.store(checkpoint)
     assert not starter.FOLDER.exists()
 
