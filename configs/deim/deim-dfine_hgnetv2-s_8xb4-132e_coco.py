@@ -1,52 +1,32 @@
 # DEIM-D-FINE-S.
-_base_ = '../dfine/dfine_hgnetv2-s_8xb4-132e_coco.py'
+_base_ = './deim-dfine_hgnetv2-m_8xb4-102e_coco.py'
+
 model = dict(
     data_preprocessor=dict(
         batch_augments=[
-            dict(type='msda_plugin.BatchMixUp', prob=0.5, start_epoch=4, stop_epoch=64),
+            dict(_base_.model.data_preprocessor.batch_augments[0], stop_epoch=64),
             dict(
-                type='msda_plugin.BatchRandomResize',
+                _base_.model.data_preprocessor.batch_augments[1],
                 sizes=[*range(480, 640, 32), *[640] * 20, *range(672, 801, 32)],
                 stop_epoch=120,
             ),
         ]
     ),
-    decoder=dict(act='SiLU'),
-    bbox_head=dict(act='SiLU', loss_cls=dict(type='msda_plugin.MatchabilityAwareLoss', gamma=1.5, loss_weight=1.0)),
+    backbone=dict(
+        arch='B0',
+        init_cfg=dict(
+            checkpoint='https://github.com/Peterande/storage/releases/download/dfinev1.0/PPHGNetV2_B0_stage1.pth'
+        ),
+    ),
+    neck=dict(in_channels=[256, 512, 1024], num_blocks=1, expansion=0.5),
+    decoder=dict(num_layers=3),
 )
-
-train_dataloader = dict(dataset=dict(pipeline=_base_.plain_pipeline))
-
 max_epochs = 132
 train_cfg = dict(max_epochs=max_epochs)
-optim_wrapper = dict(
-    optimizer=dict(lr=0.0004),
-    paramwise_cfg=dict(
-        _delete_=True,
-        # Norms of the backbone learn at the full rate, without weight decay.
-        custom_keys={
-            'backbone': dict(lr_mult=0.5),
-            '.bn.weight': dict(decay_mult=0.0),
-            '.bn.bias': dict(decay_mult=0.0),
-        },
-        norm_decay_mult=0.0,
-    ),
-)
-param_scheduler = [
-    dict(type='QuadraticWarmupLR', by_epoch=False, begin=0, end=2000),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        begin=64,
-        end=120,
-        T_max=56,
-        eta_min_ratio=0.5,
-        convert_to_iter_based=True,
-    ),
-]
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.5))))
+param_scheduler = [_base_.param_scheduler[0], dict(_base_.param_scheduler[1], begin=64, end=120, T_max=56)]
 custom_hooks = [
-    dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0001, gamma=1000, update_buffers=True, priority=49),
-    dict(type='PipelineSwitchHook', switch_epoch=4, switch_pipeline=_base_.mosaic_pipeline),
-    dict(type='PipelineSwitchHook', switch_epoch=64, switch_pipeline=_base_.train_pipeline),
-    dict(type='PipelineSwitchHook', switch_epoch=120, switch_pipeline=_base_.plain_pipeline),
+    *_base_.custom_hooks[:2],
+    dict(_base_.custom_hooks[2], switch_epoch=64),
+    dict(_base_.custom_hooks[3], switch_epoch=120),
 ]

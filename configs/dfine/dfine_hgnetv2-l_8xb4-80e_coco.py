@@ -1,5 +1,5 @@
 # D-FINE-L, with the authors' schedule and weights of the backbone.
-_base_ = ['../_base_/datasets/coco_rtdetr.py', '../_base_/default_runtime.py']
+_base_ = ['../_base_/datasets/coco_detection.py', '../_base_/default_runtime.py']
 runner_type = 'msda_plugin.DetectionRunner'
 
 model = dict(

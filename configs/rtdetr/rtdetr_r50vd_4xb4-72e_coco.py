@@ -1,5 +1,5 @@
 # RT-DETR on ResNet-50-vd.
-_base_ = ['../_base_/datasets/coco_rtdetr.py', '../_base_/schedules/rtdetr_72e.py', '../_base_/default_runtime.py']
+_base_ = ['../_base_/datasets/coco_detection.py', '../_base_/schedules/rtdetr_72e.py', '../_base_/default_runtime.py']
 runner_type = 'msda_plugin.DetectionRunner'
 
 model = dict(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from msda_plugin.backbones.published_backbone import (
     PublishedBackbone,
@@ -49,6 +50,18 @@ class LearnableAffine(nn.Module):
         return self.scale * x + self.bias
 
 
+class Bound(nn.Module):
+    """Clamp to at least ``low`` and at most ``high``, in place."""
+
+    def __init__(self, low: float | None, high: float | None) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return x.clamp_(self.low, self.high)
+
+
 class ConvNormAct(nn.Module):
     """Convolution, batch norm, ReLU and :class:`LearnableAffine`; the last two are optional."""
 
@@ -67,12 +80,26 @@ class ConvNormAct(nn.Module):
             in_channels, channels, kernel_size, stride, (kernel_size - 1) // 2, groups=groups, bias=False
         )
         self.bn = nn.BatchNorm2d(channels)
-        self.act = nn.ReLU() if act else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
         self.lab = LearnableAffine() if act and affine else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, channels, H / stride, W / stride), rounded up."""
         return self.lab(self.act(self.bn(self.conv(x))))
+
+    def fuse(self) -> None:
+        """Fold the batch norm and the affine block into the convolution."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv = fuse_conv_bn_eval(self.conv, self.bn.eval())
+            self.bn = nn.Identity()
+        if isinstance(self.lab, LearnableAffine):
+            scale, bias = self.lab.scale.item(), self.lab.bias.item()
+            with torch.no_grad():
+                self.conv.weight *= scale
+                self.conv.bias.mul_(scale).add_(bias)
+            # scale * max(x, 0) + bias = max(scale * x + bias, bias), or the minimum for a negative scale
+            self.act = Bound(bias, None) if scale >= 0 else Bound(None, bias)
+            self.lab = nn.Identity()
 
 
 class LightConv(nn.Module):
@@ -104,7 +131,10 @@ class Stem(nn.Module):
         # Kernels of 2 keep the size with one row and column of padding, below and to the right.
         x = F.pad(self.stem1(x), (0, 1, 0, 1))
         convolved = self.stem2b(F.pad(self.stem2a(x), (0, 1, 0, 1)))
-        return self.stem4(self.stem3(torch.cat([F.max_pool2d(x, 2, 1), convolved], 1)))
+        # The maximum of 2x2 pixels: max_pool2d is many times slower on CPUs.
+        pooled = torch.maximum(x[..., :-1, :], x[..., 1:, :])
+        pooled = torch.maximum(pooled[..., :-1], pooled[..., 1:])
+        return self.stem4(self.stem3(torch.cat([pooled, convolved], 1)))
 
 
 class Block(nn.Module):
@@ -254,6 +284,17 @@ class HGNetV2(PublishedBackbone):
             if i in self.out_indices:
                 outs.append(x)
         return tuple(outs)
+
+    def fuse(self) -> 'HGNetV2':
+        """Fold batch norms and affine blocks into the convolutions, in place, for inference.
+
+        The results are those of ``eval()``, up to rounding. The state dict has other keys afterwards, so load a
+        checkpoint before.
+        """
+        for module in self.modules():
+            if isinstance(module, ConvNormAct):
+                module.fuse()
+        return self
 
     def _freeze_stages(self) -> None:
         frozen = [self.stem, *self.stages[: self.frozen_stages]] if self.frozen_stages >= 0 else []

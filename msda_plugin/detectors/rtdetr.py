@@ -29,7 +29,6 @@ from msda_plugin.detectors.deformable_detr import DeformableDETR, Pairs
 from msda_plugin.detectors.padding import is_padded, padding_masks
 from msda_plugin.layers.denoising import DenoisingQueries
 from msda_plugin.layers.reference_points import sizes_tensor
-from msda_plugin.layers.rep_vgg import RepVGGBlock
 from msda_plugin.layers.rtdetr_layers import RTDETRTransformerDecoder
 from msda_plugin.layers.transformer_parts import build_or_default
 from msda_plugin.registry import MODELS
@@ -324,8 +323,8 @@ class RTDETR(NeckInputCheck, DetectionTransformer):
         The results are those of ``eval()``, up to rounding. The state dict has other keys afterwards, so load a
         checkpoint before.
         """
-        for module in self.modules():
-            if isinstance(module, RepVGGBlock):
-                module.fuse()
+        for part in (self.backbone, self.neck):
+            if hasattr(part, 'fuse'):
+                part.fuse()
         fuse_conv_bn(self)
         return self

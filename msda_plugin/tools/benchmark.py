@@ -4,7 +4,19 @@ import argparse
 from importlib import import_module
 
 # Modules of `msda_plugin.tools.benchmarks` with `add_parser` and `run`.
-SUBJECTS = ('all', 'backbone', 'detectors', 'gpu', 'head', 'layer', 'model', 'onnxruntime', 'op', 'own_data')
+SUBJECTS = (
+    'all',
+    'backbone',
+    'detectors',
+    'gpu',
+    'head',
+    'layer',
+    'model',
+    'onnxruntime',
+    'op',
+    'own_data',
+    'realtime',
+)
 
 
 def main(argv: list[str]) -> int:

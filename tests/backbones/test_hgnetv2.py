@@ -80,6 +80,28 @@ def test_initialization():
     assert (model.stem.stem1.bn.weight == 1).all()
 
 
+def test_fuse_folds_norms_and_affine_blocks():
+    torch.manual_seed(0)
+    model = HGNetV2(TINY, use_lab=True).eval()
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith('lab.scale'):
+                value.uniform_(-1.5, 1.5)  # of either sign
+            elif name.endswith(('bias', 'running_mean')):
+                value.uniform_(-0.5, 0.5)
+            elif name.endswith('running_var'):
+                value.uniform_(0.5, 1.5)
+        scales = torch.stack([value for name, value in model.named_parameters() if name.endswith('lab.scale')])
+        assert scales.min() < 0 < scales.max()
+        image = torch.rand(2, 3, 65, 97)
+        expected = model(image)
+        outs = model.fuse()(image)
+        assert all(torch.equal(out, again) for out, again in zip(outs, model.fuse()(image), strict=True))
+    for out, wanted in zip(outs, expected, strict=True):
+        assert (out - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert {type(module).__name__ for module in model.modules()}.isdisjoint({'BatchNorm2d', 'LearnableAffine', 'ReLU'})
+
+
 @pytest.mark.parametrize(
     'options, message',
     [

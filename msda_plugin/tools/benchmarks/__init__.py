@@ -1,9 +1,10 @@
 """The subjects of ``python -m msda_plugin benchmark``, one module each, and what they share.
 
 Subjects: ``op`` (the operator), ``layer``, ``backbone``, ``head``, ``model`` (before and after ``accelerate``),
-``detectors`` (short trainings), ``gpu`` (the operator against other GPU implementations), ``onnxruntime`` (the
-operator's node in onnxruntime) and ``all`` (one report of everything). Each has ``add_parser`` and ``run``; those that
-``all`` includes also have ``conditions`` and ``comparisons``, which yields what ``run`` prints.
+``realtime`` (RT-DETR and D-FINE against transformers' models), ``detectors`` (short trainings), ``gpu`` (the operator
+against other GPU implementations), ``onnxruntime`` (the operator's node in onnxruntime) and ``all`` (one report of
+everything). Each has ``add_parser`` and ``run``; those that ``all`` includes also have ``conditions`` and
+``comparisons``, which yields what ``run`` prints.
 
 Shared:
 

@@ -1,4 +1,4 @@
-# COCO at 640×640, with RT-DETR's augmentation.
+# COCO at 640×640 with the augmentation of RT-DETR, linked as data/coco or passed by --cfg-options data_root=DIR.
 dataset_type = 'CocoDataset'
 data_root = 'data/coco/'
 image_scale = (640, 640)
