@@ -1,17 +1,13 @@
 # Pre-training of the default model of `train --data` on generated scenes. The learning rate is flat and the weights are
 # averaged, so the training can be stopped, used, resumed and extended at any time.
 _base_ = [
-    '../_base_/models/deformable-detr-two-stage_shunted-nano.py',
+    '../_base_/models/rtdetr_r18vd-nano.py',
     '../_base_/datasets/scenes_detection.py',
     '../_base_/default_runtime.py',
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 
-model = dict(
-    bbox_head=dict(num_classes=42),
-    # Early in training a DETR still predicts duplicates, which would cost most of the AP.
-    test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7)),
-)
+model = dict(bbox_head=dict(num_classes=42))
 
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=100_000, val_interval=5000)
 val_cfg = dict(type='ValLoop')
