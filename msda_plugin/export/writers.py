@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
-from mmdet.models.detectors import MaskFormer, TwoStageDetector
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from torch import Tensor
@@ -93,18 +92,6 @@ def make_card(
     cfg, names = detector.model.cfg, detector.model.dataset_meta.get('classes') or ()
     if not names and detector.detects:
         raise ValueError('the model has no class names; add metainfo=dict(classes=(…)) to test_dataloader.dataset')
-    if format == 'torch' and isinstance(detector.model, TwoStageDetector):
-        raise CannotExportError(
-            f'torch.export cannot express the adaptive number of samples of RoIAlign in '
-            f'{type(detector.model).__name__}; choose another format'
-        )
-    if format == 'torch' and isinstance(detector.model, MaskFormer):
-        raise CannotExportError(
-            f"torch.export cannot express the sizes that {type(detector.model).__name__}'s pixel decoder reads from "
-            'tensors; choose another format'
-        )
-    if dynamic and format == 'torch':
-        raise CannotExportError('torch.export fixes the size of the images; choose it with --size, without --dynamic')
     scale, keep_ratio = _resizing(cfg)
     size = None if dynamic else size or scale[::-1]
     detector.check_size(size)
@@ -273,11 +260,18 @@ def _write_openvino(detector: DeployableDetector, card: ModelCard, path: Path) -
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
 def _write_torch(detector: DeployableDetector, card: ModelCard, path: Path) -> Counter:
-    dynamic = ({0: torch.export.Dim('batch', min=1, max=1024)},) if card.batch is None else None
+    dims = dict(enumerate((card.batch, *(card.size or (None, None)))))
+    dynamic = ({dim: torch.export.Dim.DYNAMIC for dim, side in dims.items() if side is None},)
     half = torch.autocast('cpu', torch.bfloat16) if card.half else nullcontext()
     try:
         with half, compat.export_stock_detectors():
-            program = torch.export.export(detector, (_example(card),), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(
+                detector,
+                (_example(card),),
+                dynamic_shapes=dynamic,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
     except Exception as error:
         raise CannotExportError(f'torch.export cannot trace the detector: {_reason(error)}') from error
     try:
