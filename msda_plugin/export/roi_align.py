@@ -81,11 +81,7 @@ def _by_embedding_bag(layers: nn.ModuleList, feats: tuple[Tensor, ...], rois: Te
     (dy, dx), share = fraction.unbind(1), inside / counts.prod(1)
     weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx], 1) * share[:, None]
     pooled = F.embedding_bag(
-        (first[roi][:, None] + rows).flatten(),
-        table,
-        begin * 4,
-        mode='sum',
-        per_sample_weights=weights.flatten(),
+        (first[roi][:, None] + rows).flatten(), table, begin * 4, mode='sum', per_sample_weights=weights.flatten()
     )
     return pooled.view(-1, height, width, table.shape[1]).permute(0, 3, 1, 2).to(feats[0].dtype)
 

@@ -86,12 +86,14 @@ def make_card(
 
     Raises:
         CannotExportError: If the test pipeline does more than resize and pad, which no runtime would do, or the format
-            'torch' cannot express the detector or its dynamic size.
+            'torch' cannot express its dynamic size.
         ValueError: If the config has no class names.
     """
     cfg, names = detector.model.cfg, detector.model.dataset_meta.get('classes') or ()
     if not names and detector.detects:
         raise ValueError('the model has no class names; add metainfo=dict(classes=(…)) to test_dataloader.dataset')
+    if dynamic and format == 'torch':
+        raise CannotExportError('torch.export fixes the size of the images; choose it with --size, without --dynamic')
     scale, keep_ratio = _resizing(cfg)
     size = None if dynamic else size or scale[::-1]
     detector.check_size(size)
@@ -260,8 +262,8 @@ def _write_openvino(detector: DeployableDetector, card: ModelCard, path: Path) -
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
 def _write_torch(detector: DeployableDetector, card: ModelCard, path: Path) -> Counter:
-    dims = dict(enumerate((card.batch, *(card.size or (None, None)))))
-    dynamic = ({dim: torch.export.Dim.DYNAMIC for dim, side in dims.items() if side is None},)
+    shape = card.inputs['images']['shape']
+    dynamic = ({dim: torch.export.Dim.DYNAMIC for dim, side in enumerate(shape) if side is None},)
     half = torch.autocast('cpu', torch.bfloat16) if card.half else nullcontext()
     try:
         with half, compat.export_stock_detectors():
@@ -270,7 +272,7 @@ def _write_torch(detector: DeployableDetector, card: ModelCard, path: Path) -> C
                 (_example(card),),
                 dynamic_shapes=dynamic,
                 strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
+                prefer_deferred_runtime_asserts_over_guards=True,  # checked in the file
             )
     except Exception as error:
         raise CannotExportError(f'torch.export cannot trace the detector: {_reason(error)}') from error

@@ -69,8 +69,12 @@ def main(argv: list[str]) -> int:
     shape.add_argument(
         '--size', type=height_and_width, metavar='HxW', help="size of the images (default: the config's scale)"
     )
-    shape.add_argument('--dynamic', action='store_true', help='images of any size, and batches of any size')
-    parser.add_argument('--batch', type=positive, metavar='N', help='images in a batch (default: 1, or any)')
+    shape.add_argument(
+        '--dynamic', action='store_true', help='images of any size, and batches of any size; not with torch'
+    )
+    parser.add_argument(
+        '--batch', type=positive, metavar='N', help='images in a batch (default: 1, with --dynamic any)'
+    )
     parser.add_argument(
         '--half', action='store_true', help='16-bit weights: float16 (ONNX, OpenVINO) or bfloat16 arithmetic (torch)'
     )

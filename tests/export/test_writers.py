@@ -109,6 +109,15 @@ def test_a_dynamic_file_takes_images_and_batches_of_any_size(format, kind, build
         assert_same(detections, exported.run_all(drawn(*case)), drawn(*case))
 
 
+@pytest.mark.slow
+def test_a_torch_file_takes_batches_of_any_size(build, tmp_path):
+    model = build('dino')
+    expected = proof.predict_inputs(model, drawn(3, 101, 75))
+    exported, _ = export(model, 'torch', tmp_path, batch=None, size=(75, 101))
+    for count in (1, 3):
+        assert_same(expected[:count], exported.run_all(drawn(count, 101, 75)), drawn(count, 101, 75))
+
+
 @pytest.mark.parametrize('kind', ['rtdetr', 'dfine'])
 def test_the_file_has_the_fused_detector(kind, build, tmp_path):
     """RepVGG branches and batch norms are not in the file; the detector keeps them."""
@@ -277,10 +286,6 @@ def test_detectors_that_cannot_be_exported(build):
 def test_the_format_torch_has_a_fixed_size(build):
     with pytest.raises(CannotExportError, match='torch.export fixes the size of the images; choose it with --size'):
         make_card(DeployableDetector(build('detr')), 'torch', dynamic=True)
-    with pytest.raises(CannotExportError, match='adaptive number of samples of RoIAlign in FasterRCNN'):
-        make_card(DeployableDetector(build('faster-rcnn')), 'torch')
-    with pytest.raises(CannotExportError, match="sizes that Mask2Former's pixel decoder reads from tensors"):
-        make_card(DeployableDetector(build('mask2former')), 'torch')
 
 
 def test_a_stock_transformer_that_needs_a_mask_of_padding(build):
