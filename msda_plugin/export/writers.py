@@ -79,21 +79,24 @@ def make_card(
     Args:
         detector: Its model has the config and class names, as those of `msda_plugin.engine.inference.load_detector`.
         format: One of :data:`FORMATS`.
-        batch: Number of images in a batch; None: any.
+        batch: Number of images in a batch; None: any, not with 'torch' and ``dynamic``.
         size: (height, width) of the images, pixels; None: the scale of the config's test pipeline.
         dynamic: Images of any size.
         half: 16-bit weights.
 
     Raises:
         CannotExportError: If the test pipeline does more than resize and pad, which no runtime would do, or the format
-            'torch' cannot express its dynamic size.
+            cannot express images or batches of any size.
         ValueError: If the config has no class names.
     """
     cfg, names = detector.model.cfg, detector.model.dataset_meta.get('classes') or ()
     if not names and detector.detects:
         raise ValueError('the model has no class names; add metainfo=dict(classes=(…)) to test_dataloader.dataset')
-    if dynamic and format == 'torch':
-        raise CannotExportError('torch.export fixes the size of the images; choose it with --size, without --dynamic')
+    if format == 'torch' and dynamic and batch is None:
+        raise CannotExportError(
+            'torch.export compares strides with the batch, so a file for images of any size has a fixed one: choose it '
+            'with --batch'
+        )
     scale, keep_ratio = _resizing(cfg)
     size = None if dynamic else size or scale[::-1]
     detector.check_size(size)

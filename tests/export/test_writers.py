@@ -109,6 +109,20 @@ def test_a_dynamic_file_takes_images_and_batches_of_any_size(format, kind, build
         assert_same(detections, exported.run_all(drawn(*case)), drawn(*case))
 
 
+@pytest.mark.slow  # minutes each
+@pytest.mark.parametrize('kind', ['two-stage', 'detr', 'mask-rcnn'])
+def test_a_torch_file_takes_images_of_any_size(kind, build, tmp_path):
+    model = build(kind)
+    cases = [(2, 331, 203), (1, 160, 300), (1, 480, 161)]
+    expected = [proof.predict_inputs(model, drawn(*case)) for case in cases]
+    exported, _ = export(model, 'torch', tmp_path, batch=1, dynamic=True)
+    for case, detections in zip(cases, expected, strict=True):
+        assert_same(detections, exported.run_all(drawn(*case)), drawn(*case))
+    if kind == 'two-stage':
+        with pytest.raises(ValueError, match='coarsest map has more than one row and column; enlarge them'):
+            exported.run(np.zeros((1, 32, 32, 3), np.uint8))
+
+
 @pytest.mark.slow
 def test_a_torch_file_takes_batches_of_any_size(build, tmp_path):
     model = build('dino')
@@ -283,9 +297,14 @@ def test_detectors_that_cannot_be_exported(build):
         DeployableDetector(model)
 
 
-def test_the_format_torch_has_a_fixed_size(build):
-    with pytest.raises(CannotExportError, match='torch.export fixes the size of the images; choose it with --size'):
-        make_card(DeployableDetector(build('detr')), 'torch', dynamic=True)
+def test_the_format_torch_has_a_fixed_batch_or_a_fixed_size(build):
+    detector = DeployableDetector(build('detr'))
+    with pytest.raises(
+        CannotExportError, match='a file for images of any size has a fixed one: choose it with --batch'
+    ):
+        make_card(detector, 'torch', batch=None, dynamic=True)
+    assert make_card(detector, 'torch', batch=1, dynamic=True).inputs['images']['shape'] == [1, None, None, 3]
+    assert make_card(detector, 'torch', batch=None).inputs['images']['shape'] == [None, 72, 96, 3]
 
 
 def test_a_stock_transformer_that_needs_a_mask_of_padding(build):
