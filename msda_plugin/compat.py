@@ -282,7 +282,7 @@ def trace_sizes_of_unflatten() -> Replaced:
 
 
 def export_stock_detectors() -> Replaced:
-    """Let ``torch.export`` trace MMDetection's Deformable DETR and the detectors derived from it, such as DINO.
+    """Let ``torch.export`` trace MMDetection's Deformable DETR, the detectors derived from it, and Mask2Former.
 
     They keep the sizes of their maps in a tensor (``torch._shape_as_tensor``), whose numbers the layers read; while
     exporting, tensors have none ("its data is not allocated yet"). In the replaced code the sizes are numbers.
@@ -290,6 +290,7 @@ def export_stock_detectors() -> Replaced:
     Ends with: an mmdet whose sizes are numbers; 3.3.0 and onedl-mmdetection 3.5.1 have tensors.
     """
     from mmdet.models.detectors import DeformableDETR
+    from mmdet.models.layers import MSDeformAttnPixelDecoder
 
     original = DeformableDETR.pre_transformer
 
@@ -302,4 +303,36 @@ def export_stock_detectors() -> Replaced:
     replaced = Replaced()
     replaced.set(torch, '_shape_as_tensor', lambda tensor: torch.tensor(tensor.shape))
     replaced.set(DeformableDETR, 'pre_transformer', pre_transformer)
+    replaced.set(MSDeformAttnPixelDecoder, 'forward', _decode_pixels)
     return replaced
+
+
+def _decode_pixels(self, feats: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """``MSDeformAttnPixelDecoder.forward``: maps, fine to coarse -> mask features, and maps from coarse to fine."""
+    from msda_plugin.layers.reference_points import pixel_centers
+
+    batch, coarse = feats[0].shape[0], [*feats[::-1]][: self.num_encoder_levels]
+    shapes = tuple(tuple(feat.shape[-2:]) for feat in coarse)
+    inputs, positions = [], []
+    for feat, conv, embed in zip(coarse, self.input_convs, self.level_encoding.weight, strict=True):
+        inputs.append(conv(feat).flatten(2).transpose(1, 2))
+        no_padding = feat.new_zeros((batch, *feat.shape[-2:]), dtype=torch.bool)
+        position = self.postional_encoding(no_padding)
+        positions.append(position.flatten(2).transpose(1, 2) + embed)
+    ratios = feats[0].new_ones(batch, len(shapes), 2)
+    memory = self.encoder(
+        query=torch.cat(inputs, 1),
+        query_pos=torch.cat(positions, 1),
+        key_padding_mask=None,
+        spatial_shapes=shapes,
+        reference_points=pixel_centers(shapes, ratios)[:, :, None].expand(-1, -1, len(shapes), -1),
+        level_start_index=None,
+        valid_ratios=ratios,
+    )
+    parts = memory.transpose(1, 2).split([height * width for height, width in shapes], 2)
+    maps = [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+    for level in reversed(range(self.num_input_levels - self.num_encoder_levels)):
+        feat = self.lateral_convs[level](feats[level])
+        above = torch.nn.functional.interpolate(maps[-1], size=feat.shape[-2:], mode='bilinear')
+        maps.append(self.output_convs[level](feat + above))
+    return self.mask_feature(maps[-1]), maps[: self.num_outs]

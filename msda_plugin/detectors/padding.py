@@ -14,9 +14,21 @@ def is_padded(batch_data_samples: list[DetDataSample] | None) -> bool:
     """Whether an image is smaller than the batch. False without samples."""
     if batch_data_samples is None:
         return False
+    padded_size = batch_data_samples[0].batch_input_shape
     return any(
-        tuple(sample.img_shape[:2]) != tuple(batch_data_samples[0].batch_input_shape) for sample in batch_data_samples
+        _may_differ(side, padded_side)
+        for sample in batch_data_samples
+        for side, padded_side in zip(sample.img_shape[:2], padded_size, strict=True)
     )
+
+
+def _may_differ(side: int, padded_side: int) -> bool:
+    if isinstance(side, torch.SymInt) or isinstance(padded_side, torch.SymInt):
+        # A comparison would restrict an exported graph to images that need padding.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return not statically_known_true(side == padded_side)
+    return bool(side != padded_side)
 
 
 def padding_masks(

@@ -73,7 +73,7 @@ class DetectionResult:
         return f'<DetectionResult: {counts or "no detections"}>'
 
     def draw(self) -> np.ndarray:
-        """Draw boxes with class names and scores on the image; see `msda_plugin.visualization.draw_boxes`.
+        """Draw boxes with class names and scores, and masks, on the image; see `msda_plugin.visualization.draw_boxes`.
 
         Returns:
             (height, width, 3) uint8, RGB. Images smaller than 640 pixels are enlarged to this longer side.
@@ -83,11 +83,17 @@ class DetectionResult:
         image = self.image
         small = max(image.shape[:2]) < READABLE
         return draw_boxes(
-            image, self.boxes, self.labels, self.class_names, self.scores, longer_side=READABLE if small else None
+            image,
+            self.boxes,
+            self.labels,
+            self.class_names,
+            self.scores,
+            masks=self.masks,
+            longer_side=READABLE if small else None,
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the image with boxes, as `draw` returns it; the format follows from the suffix.
+        """Write the image with boxes and masks, as `draw` returns it; the format follows from the suffix.
 
         Raises:
             OSError: If the file cannot be written.

@@ -27,6 +27,7 @@ from msda_plugin.export.roi_align import align_rois
 from msda_plugin.export.suppression import NO_SCORE, keep_best
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy
 from msda_plugin.heads.set_prediction import SetPrediction
+from msda_plugin.layers.reference_points import sizes_tensor
 
 Detections = tuple[Tensor, ...]  # boxes, scores and labels, and masks if the detector predicts them
 Samples = list[SimpleNamespace]
@@ -191,13 +192,13 @@ def _predictor(model: nn.Module) -> Callable[[nn.Module, Tensor, Samples], Detec
 
 def _clip(boxes: Tensor, sample: SimpleNamespace) -> Tensor:
     """Boxes (..., 4), xyxy, inside the image."""
+    return torch.minimum(boxes.clamp(min=0), _image_sides(sample, boxes))
+
+
+def _image_sides(sample: SimpleNamespace, boxes: Tensor) -> Tensor:
+    """(width, height, width, height) of the image, in the dtype of boxes (..., 4)."""
     height, width = sample.img_shape
-    x, y = boxes[..., 0::2].clamp(min=0), boxes[..., 1::2].clamp(min=0)
-    if isinstance(height, Tensor):  # an image of any size, while a graph is traced
-        x, y = torch.minimum(x, width.to(x.dtype)), torch.minimum(y, height.to(y.dtype))
-    else:
-        x, y = x.clamp(max=width), y.clamp(max=height)
-    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1)
+    return sizes_tensor([width, height, width, height], boxes.device).to(boxes.dtype)
 
 
 def _nms_threshold(cfg: dict) -> float | None:
@@ -231,12 +232,7 @@ def _detection_transformer(model: DetectionTransformer, inputs: Tensor, samples:
         scores, query = scores.topk(count, 1)
         labels = labels.gather(1, query)
     boxes = box_cxcywh_to_xyxy(boxes.gather(1, query[..., None].expand(-1, -1, 4)))
-    height, width = samples[0].img_shape
-    if isinstance(height, Tensor):
-        size = torch.stack([width, height, width, height]).to(boxes.dtype)
-    else:
-        size = boxes.new_tensor([width, height, width, height])
-    boxes = _clip(boxes * size, samples[0])
+    boxes = _clip(boxes * _image_sides(samples[0], boxes), samples[0])
     threshold = _nms_threshold(head.test_cfg)
     return (boxes, scores, labels) if threshold is None else keep_best(boxes, scores, labels, count, threshold)
 
@@ -301,7 +297,7 @@ def _dense_candidates(
 def _at_most(count: int, available: int | Tensor) -> int | Tensor:
     if isinstance(available, Tensor):
         return torch.minimum(torch.tensor(count), available)
-    return min(count, available)
+    return torch.sym_min(count, available)
 
 
 def _dense_detector(model: SingleStageDetector, inputs: Tensor, samples: Samples) -> Detections:

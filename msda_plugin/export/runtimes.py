@@ -196,6 +196,11 @@ class TorchModel(ExportedModel):
             with torch.inference_mode():
                 return tuple(output.numpy() for output in self.package(torch.from_numpy(images)))
         except RuntimeError as error:
+            if self.card.size is None and 'Expected' in str(error):  # a condition on the sizes
+                raise ValueError(
+                    f'{self.path} cannot run images {images.shape}: it needs images whose coarsest map has more than '
+                    'one row and column; enlarge them, or export the detector with --size'
+                ) from None
             raise self._failed(error, images) from None
 
 

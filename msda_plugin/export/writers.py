@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
-from mmdet.models.detectors import MaskFormer, TwoStageDetector
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from torch import Tensor
@@ -80,31 +79,24 @@ def make_card(
     Args:
         detector: Its model has the config and class names, as those of `msda_plugin.engine.inference.load_detector`.
         format: One of :data:`FORMATS`.
-        batch: Number of images in a batch; None: any.
+        batch: Number of images in a batch; None: any, not with 'torch' and ``dynamic``.
         size: (height, width) of the images, pixels; None: the scale of the config's test pipeline.
         dynamic: Images of any size.
         half: 16-bit weights.
 
     Raises:
         CannotExportError: If the test pipeline does more than resize and pad, which no runtime would do, or the format
-            'torch' cannot express the detector or its dynamic size.
+            cannot express images or batches of any size.
         ValueError: If the config has no class names.
     """
     cfg, names = detector.model.cfg, detector.model.dataset_meta.get('classes') or ()
     if not names and detector.detects:
         raise ValueError('the model has no class names; add metainfo=dict(classes=(…)) to test_dataloader.dataset')
-    if format == 'torch' and isinstance(detector.model, TwoStageDetector):
+    if format == 'torch' and dynamic and batch is None:
         raise CannotExportError(
-            f'torch.export cannot express the adaptive number of samples of RoIAlign in '
-            f'{type(detector.model).__name__}; choose another format'
+            'torch.export compares strides with the batch, so a file for images of any size has a fixed one: choose it '
+            'with --batch'
         )
-    if format == 'torch' and isinstance(detector.model, MaskFormer):
-        raise CannotExportError(
-            f"torch.export cannot express the sizes that {type(detector.model).__name__}'s pixel decoder reads from "
-            'tensors; choose another format'
-        )
-    if dynamic and format == 'torch':
-        raise CannotExportError('torch.export fixes the size of the images; choose it with --size, without --dynamic')
     scale, keep_ratio = _resizing(cfg)
     size = None if dynamic else size or scale[::-1]
     detector.check_size(size)
@@ -273,11 +265,18 @@ def _write_openvino(detector: DeployableDetector, card: ModelCard, path: Path) -
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
 def _write_torch(detector: DeployableDetector, card: ModelCard, path: Path) -> Counter:
-    dynamic = ({0: torch.export.Dim('batch', min=1, max=1024)},) if card.batch is None else None
+    shape = card.inputs['images']['shape']
+    dynamic = ({dim: torch.export.Dim.DYNAMIC for dim, side in enumerate(shape) if side is None},)
     half = torch.autocast('cpu', torch.bfloat16) if card.half else nullcontext()
     try:
         with half, compat.export_stock_detectors():
-            program = torch.export.export(detector, (_example(card),), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(
+                detector,
+                (_example(card),),
+                dynamic_shapes=dynamic,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,  # checked in the file
+            )
     except Exception as error:
         raise CannotExportError(f'torch.export cannot trace the detector: {_reason(error)}') from error
     try:

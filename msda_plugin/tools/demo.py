@@ -1,4 +1,4 @@
-"""``python -m msda_plugin demo``: draws detected boxes on images, folders of images, and videos.
+"""``python -m msda_plugin demo``: draws detected boxes and masks on images, folders of images, and videos.
 
 The output folder contains the images and videos with boxes, and
 
@@ -247,7 +247,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m msda_plugin demo',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Draw detected boxes on images, folders of images and videos.\n'
+        description='Draw detected boxes and masks on images, folders of images and videos.\n'
         'Writes the drawn files, results.json (COCO results format) and images.json (the ids in it).',
         epilog='examples:\n'
         '  python -m msda_plugin demo photo.jpg\n'

@@ -69,8 +69,12 @@ def main(argv: list[str]) -> int:
     shape.add_argument(
         '--size', type=height_and_width, metavar='HxW', help="size of the images (default: the config's scale)"
     )
-    shape.add_argument('--dynamic', action='store_true', help='images of any size, and batches of any size')
-    parser.add_argument('--batch', type=positive, metavar='N', help='images in a batch (default: 1, or any)')
+    shape.add_argument(
+        '--dynamic', action='store_true', help='images of any size, and batches of any size (torch: of --batch)'
+    )
+    parser.add_argument(
+        '--batch', type=positive, metavar='N', help='images in a batch (default: 1, with --dynamic any)'
+    )
     parser.add_argument(
         '--half', action='store_true', help='16-bit weights: float16 (ONNX, OpenVINO) or bfloat16 arithmetic (torch)'
     )
@@ -122,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.data and not detector.detects:
         raise ValueError(f'the file is the {detector.note}: it has no AP; leave out --data')
     predict = proof.predict_inputs if detector.detects else proof.predict_features
-    batch = args.batch or (None if args.dynamic else 1)
+    batch = args.batch or (None if args.dynamic and args.format != 'torch' else 1)
     card = make_card(detector, args.format, batch=batch, size=args.size, dynamic=args.dynamic, half=args.half)
     tolerance = args.tolerance or (proof.HALF_TOLERANCE if args.half else proof.TOLERANCE)
     images = _images(args, card)

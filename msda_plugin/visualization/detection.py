@@ -1,4 +1,4 @@
-"""Draws boxes on images, and sheets of images with ground truth and predictions side by side.
+"""Draws boxes and masks on images, and sheets of images with ground truth and predictions side by side.
 
 Images are (H, W, 3) uint8 RGB; boxes are (N, 4), x1 y1 x2 y2 in image pixels; labels are (N,), indices of the class
 names; scores are (N,), 0-1.
@@ -30,6 +30,7 @@ BASE_COLORS = (
     (120, 140, 255),
 )
 PAPER, INK = (255, 255, 255), (25, 25, 25)
+TINT = 0.5  # opacity of masks
 GAP = 12  # between the tiles of a sheet, pixels
 
 
@@ -49,10 +50,11 @@ def draw_boxes(
     class_names: Sequence[str],
     scores: np.ndarray | None = None,
     *,
+    masks: np.ndarray | None = None,
     longer_side: int | None = None,
     caption: str = '',
 ) -> np.ndarray:
-    """Draw boxes, each with a tag of its class and score.
+    """Draw boxes, each with a tag of its class and score, and tint masks in the colors of their classes.
 
     The highest-scoring box is drawn on top. A tag that would cover another one is omitted; the color of the box still
     shows the class.
@@ -63,6 +65,7 @@ def draw_boxes(
         labels: (N,) integers from 0 to ``len(class_names) - 1``.
         class_names: Name of each label.
         scores: (N,), 0-1; None: tags without scores.
+        masks: (N, H, W) bool; None: boxes alone.
         longer_side: Resize the image to this longer side (pixels) before drawing, so that lines and text are sharp on
             small images; None: do not resize.
         caption: Text in a white band below the image, such as :func:`score_caption`; '' for no band.
@@ -75,9 +78,11 @@ def draw_boxes(
     """
     boxes, labels = np.asarray(boxes, float).reshape(-1, 4), np.asarray(labels, int)
     scores = None if scores is None else np.asarray(scores, float)
-    _check(image, boxes, labels, class_names, scores)
+    _check(image, boxes, labels, class_names, scores, masks)
     scale = longer_side / max(image.shape[:2]) if longer_side else 1.0
-    canvas = Image.fromarray(image)
+    # By score. Without scores, large boxes first, so they do not hide small ones.
+    order = np.argsort(scores if scores is not None else -np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind='stable')
+    canvas = Image.fromarray(image if masks is None else _tint(image, masks, labels, len(class_names), order))
     if scale != 1.0:
         sides = (max(1, round(image.shape[axis] * scale)) for axis in (1, 0))
         canvas = canvas.resize(tuple(sides), Image.BICUBIC)
@@ -85,8 +90,6 @@ def draw_boxes(
     width = max(1, round(max(canvas.size) / 200))
     font = _font(max(11, round(max(canvas.size) / 30)))
     colors = [tuple(color) for color in class_colors(len(class_names)).tolist()]
-    # By score. Without scores, large boxes first, so they do not hide small ones.
-    order = np.argsort(scores if scores is not None else -np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind='stable')
     edges = [_edges(box * scale, canvas.size) for box in boxes]
     for index in order:
         x1, y1, x2, y2 = edges[index]
@@ -256,7 +259,12 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
 
 
 def _check(
-    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None,
+    masks: np.ndarray | None,
 ) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f'image must be (H, W, 3) uint8, got {image.shape} {image.dtype}')
@@ -268,6 +276,22 @@ def _check(
             f'labels must be from 0 to {len(class_names) - 1}, since there are {len(class_names)} class names, got '
             f'{labels.min()} to {labels.max()}'
         )
+    if masks is not None and (masks.dtype != bool or masks.shape != (len(boxes), *image.shape[:2])):
+        raise ValueError(
+            f'masks must be {(len(boxes), *image.shape[:2])} bool, one at the size of the image for each box; got '
+            f'{masks.shape} {masks.dtype}'
+        )
+
+
+def _tint(
+    image: np.ndarray, masks: np.ndarray, labels: np.ndarray, num_classes: int, order: Sequence[int]
+) -> np.ndarray:
+    """The image with masks (N, H, W) in the colors of their labels (N,); the last of the order covers others."""
+    colors, tinted = class_colors(num_classes), image.copy()
+    for index in order:
+        mask = masks[index]
+        tinted[mask] = np.round((1 - TINT) * image[mask] + TINT * colors[labels[index]])
+    return tinted
 
 
 @lru_cache

@@ -1,12 +1,15 @@
 """Exported files compute what the detector computes, and say what they are."""
 
 import copy
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmdet.models.dense_heads import MaskFormerHead
+from PIL import Image
 from torch import nn
 
 from msda_plugin.acceleration import accelerate
@@ -17,6 +20,7 @@ from msda_plugin.export.runtimes import open_exported
 from msda_plugin.export.writers import SUFFIXES, make_card, write
 from msda_plugin.layers.rep_vgg import RepVGGBlock
 from msda_plugin.libraries import LIBRARY_DIR
+from msda_plugin.tools import demo
 from msda_plugin.tools.shape_images import draw_image
 
 TRANSFORMERS = ('base', 'refine', 'two-stage', 'detr', 'dino', 'stock-two-stage', 'rtdetr', 'dfine')
@@ -36,7 +40,16 @@ CASES = [
     pytest.param(format, kind, marks=[] if (format, kind) in FAST else pytest.mark.slow)
     for format in SUFFIXES
     for kind in KINDS
-    if format != 'torch' or kind not in ('faster-rcnn', 'mask-rcnn', 'mask2former')
+]
+EMPTY = [  # detectors that can find nothing: other transformers always return their best boxes
+    pytest.param(format, kind, marks=[] if (format, kind) == ('onnx', 'retinanet') else pytest.mark.slow)
+    for format in SUFFIXES
+    for kind in ('retinanet', 'faster-rcnn', 'mask-rcnn', 'mask2former')
+]
+SHOWN = [
+    pytest.param(format, kind, marks=[] if (format, kind) == ('onnx', 'mask2former') else pytest.mark.slow)
+    for format in ('onnx', 'torch', 'openvino')
+    for kind in ('mask-rcnn', 'mask2former')
 ]
 
 
@@ -96,6 +109,29 @@ def test_a_dynamic_file_takes_images_and_batches_of_any_size(format, kind, build
         assert_same(detections, exported.run_all(drawn(*case)), drawn(*case))
 
 
+@pytest.mark.slow  # minutes each
+@pytest.mark.parametrize('kind', ['two-stage', 'detr', 'mask-rcnn'])
+def test_a_torch_file_takes_images_of_any_size(kind, build, tmp_path):
+    model = build(kind)
+    cases = [(2, 331, 203), (1, 160, 300), (1, 480, 161)]
+    expected = [proof.predict_inputs(model, drawn(*case)) for case in cases]
+    exported, _ = export(model, 'torch', tmp_path, batch=1, dynamic=True)
+    for case, detections in zip(cases, expected, strict=True):
+        assert_same(detections, exported.run_all(drawn(*case)), drawn(*case))
+    if kind == 'two-stage':
+        with pytest.raises(ValueError, match='coarsest map has more than one row and column; enlarge them'):
+            exported.run(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+@pytest.mark.slow
+def test_a_torch_file_takes_batches_of_any_size(build, tmp_path):
+    model = build('dino')
+    expected = proof.predict_inputs(model, drawn(3, 101, 75))
+    exported, _ = export(model, 'torch', tmp_path, batch=None, size=(75, 101))
+    for count in (1, 3):
+        assert_same(expected[:count], exported.run_all(drawn(count, 101, 75)), drawn(count, 101, 75))
+
+
 @pytest.mark.parametrize('kind', ['rtdetr', 'dfine'])
 def test_the_file_has_the_fused_detector(kind, build, tmp_path):
     """RepVGG branches and batch norms are not in the file; the detector keeps them."""
@@ -149,7 +185,23 @@ def test_an_empty_row_has_an_empty_mask(build, tmp_path):
     assert exported(drawn(1, 300, 200))[0][3].shape == (0, 200, 300)
 
 
-def test_the_detector_of_a_file_returns_masks(build, tmp_path):
+@pytest.mark.parametrize('format, kind', SHOWN)
+def test_the_detector_and_the_demo_show_the_masks_of_a_file(format, kind, build, tmp_path):
+    exported, _ = export(build(kind), format, tmp_path, size=(64, 96))
+    image = drawn(1, 800, 480)[0]
+    Image.fromarray(image).save(tmp_path / 'photo.png')
+    assert demo.main([str(tmp_path / 'photo.png'), '--model', str(exported.path), '--out', str(tmp_path / 'out')]) == 0
+    picture = np.asarray(Image.open(tmp_path / 'out' / 'photo.png'))
+    result = Detector(exported.path)(image)
+    assert len(result) and result.masks.any()
+    np.testing.assert_array_equal(picture, result.draw())
+    without = replace(result, masks=None).draw()
+    changed = (picture != without).any(2)
+    assert changed.any() and not changed[~result.masks.any(0)].any()
+    assert all('segmentation' in item for item in json.loads((tmp_path / 'out' / 'results.json').read_text()))
+
+
+def test_the_masks_of_a_detector_have_the_size_of_the_image(build, tmp_path):
     exported, _ = export(build('mask2former'), 'onnx', tmp_path, size=(64, 96))
     result = Detector(exported.path)(drawn(1, 200, 120)[0], score_threshold=0.0)
     assert len(result) and result.masks.shape == (len(result), 120, 200) and result.masks.dtype == bool
@@ -163,14 +215,20 @@ def test_the_detector_of_a_file_returns_masks(build, tmp_path):
             )
 
 
-def test_rows_without_a_detection(build, tmp_path):
-    model = build('retinanet')
-    model.bbox_head.test_cfg.score_thr = 1.0
-    exported, _ = export(model, 'onnx', tmp_path, size=(64, 96))
-    boxes, scores, labels = exported.run(np.stack(drawn(1, 96, 64)))
-    assert labels.shape == (1, 15) and (labels == -1).all() and not scores.any() and not boxes.any()
-    [(boxes, scores, labels)] = exported(drawn(1, 300, 200))
-    assert boxes.shape == (0, 4) and len(scores) == len(labels) == 0
+@pytest.mark.parametrize('format, kind', EMPTY)
+def test_rows_without_a_detection(format, kind, build, tmp_path):
+    model = build(kind)
+    if kind == 'mask2former':
+        model.panoptic_fusion_head.num_things_classes = 0  # everything is stuff
+    else:
+        model.test_cfg.get('rcnn', model.test_cfg).score_thr = 1.0
+    exported, _ = export(model, format, tmp_path, batch=2, size=(75, 101))
+    boxes, scores, labels, *masks = exported.run(np.stack(drawn(2, 101, 75)))
+    assert labels.shape == (2, exported.card.max_detections) and (labels == -1).all()
+    assert not scores.any() and not boxes.any() and not any(part.any() for part in masks)
+    for boxes, scores, labels, *masks in exported(drawn(2, 300, 200)):
+        assert boxes.shape == (0, 4) and len(scores) == len(labels) == 0
+        assert all(part.shape == (0, 200, 300) for part in masks)
 
 
 def test_half_precision(build, tmp_path):
@@ -239,13 +297,14 @@ def test_detectors_that_cannot_be_exported(build):
         DeployableDetector(model)
 
 
-def test_the_format_torch_has_a_fixed_size(build):
-    with pytest.raises(CannotExportError, match='torch.export fixes the size of the images; choose it with --size'):
-        make_card(DeployableDetector(build('detr')), 'torch', dynamic=True)
-    with pytest.raises(CannotExportError, match='adaptive number of samples of RoIAlign in FasterRCNN'):
-        make_card(DeployableDetector(build('faster-rcnn')), 'torch')
-    with pytest.raises(CannotExportError, match="sizes that Mask2Former's pixel decoder reads from tensors"):
-        make_card(DeployableDetector(build('mask2former')), 'torch')
+def test_the_format_torch_has_a_fixed_batch_or_a_fixed_size(build):
+    detector = DeployableDetector(build('detr'))
+    with pytest.raises(
+        CannotExportError, match='a file for images of any size has a fixed one: choose it with --batch'
+    ):
+        make_card(detector, 'torch', batch=None, dynamic=True)
+    assert make_card(detector, 'torch', batch=1, dynamic=True).inputs['images']['shape'] == [1, None, None, 3]
+    assert make_card(detector, 'torch', batch=None).inputs['images']['shape'] == [None, 72, 96, 3]
 
 
 def test_a_stock_transformer_that_needs_a_mask_of_padding(build):

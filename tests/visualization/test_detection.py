@@ -68,6 +68,23 @@ def test_odd_boxes_are_drawn_somewhere_inside(box):
     assert (drawn != GRAY).any()
 
 
+def test_masks_are_tinted_below_the_boxes():
+    image = np.full((100, 200, 3), 128, np.uint8)
+    masks = np.zeros((2, 100, 200), bool)
+    masks[0, 50:60, 40:150] = masks[1, 50:70, 40:60] = True
+    boxes, labels, scores = np.array([[20, 40, 180, 90]] * 2), np.array([0, 1]), np.array([0.9, 0.4])
+    plain = draw_boxes(image, boxes, labels, NAMES, scores)
+    drawn = draw_boxes(image, boxes, labels, NAMES, scores, masks=masks)
+    first, second = (tuple(np.round(0.5 * 128 + 0.5 * color).astype(np.uint8)) for color in class_colors(2))
+    assert tuple(drawn[55, 100]) == first and tuple(drawn[65, 50]) == second
+    assert tuple(drawn[55, 50]) == first  # of the higher score
+    np.testing.assert_array_equal(drawn[~masks.any(0)], plain[~masks.any(0)])
+    enlarged = draw_boxes(image, boxes, labels, NAMES, scores, masks=masks, longer_side=400)
+    assert tuple(enlarged[110, 200]) == first
+    with pytest.raises(ValueError, match=r'masks must be \(2, 100, 200\) bool, .* got \(2, 50, 100\) bool'):
+        draw_boxes(image, boxes, labels, NAMES, scores, masks=masks[:, ::2, ::2])
+
+
 def test_no_boxes():
     np.testing.assert_array_equal(draw_boxes(GRAY, np.zeros((0, 4)), np.zeros(0), NAMES), GRAY)
 
