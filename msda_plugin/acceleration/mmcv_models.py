@@ -11,7 +11,11 @@ from msda_plugin.acceleration.memory_efficient import Dropout, LinearReLUDropout
 from msda_plugin.acceleration.text_fusion import MMDetectionTextFusion
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
 
-MASK_FUSION = 'mmdet.models.seg_heads.panoptic_fusion_heads.maskformer_fusion_head.MaskFormerFusionHead'
+MASK_MODELS = (
+    'mmdet.models.detectors.mask2former.Mask2Former',
+    'mmdet.models.detectors.maskformer.MaskFormer',
+    'mmdet.models.seg_heads.panoptic_fusion_heads.maskformer_fusion_head.MaskFormerFusionHead',
+)
 STOCK_FORWARD = StockAttention.forward  # read before msda_plugin.auto replaces it
 
 
@@ -37,10 +41,11 @@ def change_other_layers(model: nn.Module) -> None:
         elif _is(module, 'mmdet.models.utils.vlfuse_helper.BiMultiHeadAttention'):
             change_class(module, MMDetectionTextFusion)
             continue
-        elif _is(module, MASK_FUSION) and not {'predict', 'instance_postprocess'} & set(vars(module)):
-            from msda_plugin.acceleration.mask_fusion import MaskFusion  # needs MMDetection
+        elif _is(module, *MASK_MODELS) and not {'predict', 'instance_postprocess'} & set(vars(module)):
+            from msda_plugin.acceleration import mask_fusion  # needs MMDetection
 
-            change_class(module, MaskFusion)
+            fusion = hasattr(module, 'instance_postprocess')
+            change_class(module, mask_fusion.MaskFusion if fusion else mask_fusion.MaskFormer)
             continue
         else:
             continue
@@ -53,6 +58,6 @@ def change_other_layers(model: nn.Module) -> None:
                 change_class(part, LinearReLUDropout)
 
 
-def _is(module: nn.Module, name: str) -> bool:
-    """Whether a module is exactly of a class of MMDetection, which need not be installed."""
-    return f'{type(module).__module__}.{type(module).__name__}' == name and 'forward' not in vars(module)
+def _is(module: nn.Module, *names: str) -> bool:
+    """Whether a module is exactly of one of these classes of MMDetection, which need not be installed."""
+    return f'{type(module).__module__}.{type(module).__name__}' in names and 'forward' not in vars(module)

@@ -4,13 +4,17 @@ import copy
 
 import pytest
 import torch
+from mmdet.models.dense_heads import Mask2FormerHead
+from mmdet.models.detectors import Mask2Former
+from mmdet.models.detectors import MaskFormer as StockMaskFormer
 from mmdet.models.seg_heads.panoptic_fusion_heads import MaskFormerFusionHead
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
+from torch import nn
 
 import msda_plugin
 from msda_plugin.acceleration import mmcv_models
-from msda_plugin.acceleration.mask_fusion import MaskFusion
+from msda_plugin.acceleration.mask_fusion import MaskFormer, MaskFusion
 
 
 def make(**fields):
@@ -29,7 +33,7 @@ def inputs():
         for shape, original in (((20, 30), (41, 57)), ((16, 25), (10, 13)))
     ]
     masks = torch.randn(2, 7, 5, 8, generator=generator)
-    masks = torch.nn.functional.interpolate(masks, (20, 32), mode='bilinear')
+    masks = masks.repeat_interleave(4, -1).repeat_interleave(4, -2)
     masks[1, 3] = -1  # an empty mask
     return 3 * torch.randn(2, 7, 6, generator=generator), masks, samples
 
@@ -62,6 +66,75 @@ def test_one_mask_at_a_time(monkeypatch):
     [result] = fast.predict(classes[:1], masks[:1], samples[:1], rescale=True)
     assert set(shapes) == {(1, 1, 20, 30)}
     assert len(shapes) < len(result['ins_results'])  # some queries have two classes
+
+
+class FixedHead(Mask2FormerHead):
+    """A head whose outputs do not depend on the features."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.calls = 0
+
+    def forward(self, x, batch_data_samples):
+        self.calls += 1
+        classes, masks, _ = inputs()
+        return [classes - 1, classes], [masks - 1, masks[..., ::2, ::2]]
+
+
+class OwnHead(FixedHead):
+    def predict(self, x, batch_data_samples):
+        classes, masks = super().predict(x, batch_data_samples)
+        return classes, masks + 0.1
+
+
+class Detector(Mask2Former):
+    def __init__(self, head, **fields):
+        nn.Module.__init__(self)
+        self.panoptic_head, self.panoptic_fusion_head = head, make(**fields)[0]
+
+    def extract_feat(self, batch_inputs):
+        return [batch_inputs]
+
+
+@pytest.mark.parametrize('rescale', [False, True])
+@pytest.mark.parametrize('panoptic', [False, True])
+@pytest.mark.parametrize('head', [FixedHead, OwnHead])
+def test_masks_are_enlarged_one_at_a_time(head, panoptic, rescale, monkeypatch):
+    monkeypatch.setattr(mmcv_models, 'MASK_MODELS', (*mmcv_models.MASK_MODELS, f'{__name__}.Detector'))
+    stock = Detector(head(), panoptic_on=panoptic)
+    fast = copy.deepcopy(stock)
+    mmcv_models.change_other_layers(fast)
+    assert isinstance(fast, MaskFormer) and isinstance(fast.panoptic_fusion_head, MaskFusion)
+    shapes, interpolate = [], torch.nn.functional.interpolate
+
+    def resize(x, **kwargs):
+        shapes.append(x.shape)
+        return interpolate(x, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, 'interpolate', resize)
+    results = []
+    for detector in (stock, fast):
+        samples = inputs()[2]
+        for sample in samples:
+            sample.set_metainfo(dict(batch_input_shape=(20, 32)))
+        shapes.clear()
+        results.append(detector.predict(torch.zeros(2, 3, 20, 32), samples, rescale=rescale))
+    assert fast.panoptic_head.calls == 1
+    if head is FixedHead and not panoptic:
+        assert all(shape[:2] == (1, 1) for shape in shapes)
+    for wanted, result in zip(*results, strict=True):
+        assert torch.equal(result.pred_instances.masks, wanted.pred_instances.masks)
+        assert torch.equal(result.pred_instances.bboxes, wanted.pred_instances.bboxes)
+        torch.testing.assert_close(result.pred_instances.scores, wanted.pred_instances.scores)
+        assert ('pred_panoptic_seg' in result) == ('pred_panoptic_seg' in wanted) == panoptic
+
+
+def test_detectors_of_mmdetection_are_recognized():
+    for cls in (Mask2Former, StockMaskFormer):
+        detector = cls.__new__(cls)
+        nn.Module.__init__(detector)
+        mmcv_models.change_other_layers(detector)
+        assert isinstance(detector, MaskFormer)
 
 
 def test_without_things():
