@@ -11,6 +11,8 @@ distributed wrappers and averaged copies keep working, and checkpoints stay comp
 - In a model with transformers', frozen batch norms run in one pass in inference.
 - The attention between image and text of Grounding DINO and GLIP projects the words instead of the pixels
   (:mod:`msda_plugin.acceleration.text_fusion`).
+- Instance masks of MMDetection's MaskFormer and Mask2Former are computed one query at a time on CPUs
+  (:mod:`msda_plugin.acceleration.mask_fusion`).
 - On request, convolutions run in ``channels_last`` and with the batch norms folded into them
   (:mod:`msda_plugin.acceleration.convolutions`), linear layers in oneDNN
   (:mod:`msda_plugin.acceleration.linear`), dropouts draw their random numbers faster

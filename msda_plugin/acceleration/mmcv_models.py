@@ -11,6 +11,11 @@ from msda_plugin.acceleration.memory_efficient import Dropout, LinearReLUDropout
 from msda_plugin.acceleration.text_fusion import MMDetectionTextFusion
 from msda_plugin.layers.multi_scale_deformable_attention import MultiScaleDeformableAttention
 
+MASK_MODELS = (
+    'mmdet.models.detectors.mask2former.Mask2Former',
+    'mmdet.models.detectors.maskformer.MaskFormer',
+    'mmdet.models.seg_heads.panoptic_fusion_heads.maskformer_fusion_head.MaskFormerFusionHead',
+)
 STOCK_FORWARD = StockAttention.forward  # read before msda_plugin.auto replaces it
 
 
@@ -22,7 +27,10 @@ def examine(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
 
 
 def change_other_layers(model: nn.Module) -> None:
-    """Make mmcv's transformer layers and MMDetection's text fusion cheaper. Only exactly the stock classes change."""
+    """Make the layers around cheaper: mmcv's transformer layers, and MMDetection's fusions of text and of masks.
+
+    Only modules of exactly the stock classes change.
+    """
     for module in model.modules():
         if isinstance(module, MultiScaleDeformableAttention):
             parts = [module.dropout]
@@ -30,8 +38,14 @@ def change_other_layers(model: nn.Module) -> None:
             parts = [module.attn, module.proj_drop]
         elif type(module) is FFN:
             parts = list(module.layers)
-        elif _is_text_fusion(module):
+        elif _is(module, 'mmdet.models.utils.vlfuse_helper.BiMultiHeadAttention'):
             change_class(module, MMDetectionTextFusion)
+            continue
+        elif _is(module, *MASK_MODELS) and not {'predict', 'instance_postprocess'} & set(vars(module)):
+            from msda_plugin.acceleration import mask_fusion  # needs MMDetection
+
+            fusion = hasattr(module, 'instance_postprocess')
+            change_class(module, mask_fusion.MaskFusion if fusion else mask_fusion.MaskFormer)
             continue
         else:
             continue
@@ -44,6 +58,6 @@ def change_other_layers(model: nn.Module) -> None:
                 change_class(part, LinearReLUDropout)
 
 
-def _is_text_fusion(module: nn.Module) -> bool:
-    name = (type(module).__module__, type(module).__name__)
-    return name == ('mmdet.models.utils.vlfuse_helper', 'BiMultiHeadAttention') and 'forward' not in vars(module)
+def _is(module: nn.Module, *names: str) -> bool:
+    """Whether a module is exactly of one of these classes of MMDetection, which need not be installed."""
+    return f'{type(module).__module__}.{type(module).__name__}' in names and 'forward' not in vars(module)
