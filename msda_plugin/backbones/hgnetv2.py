@@ -312,9 +312,15 @@ def resolve_arch(arch: str | dict) -> dict:
     """
     arch = choose_arch(arch, ARCHS)
     num_stages = len(arch['channels'])
-    for key, length in (('stem', 2), ('inner', num_stages), ('channels', num_stages), ('blocks', num_stages)):
-        if len(arch[key]) != length or min(arch[key]) < 1:
-            raise ValueError(f'arch dict has {key}={tuple(arch[key])}; expected {length} positive integers')
+    # The first stem convolution and the blocks halve their channels.
+    for key, length, least in (
+        ('stem', 2, 2),
+        ('inner', num_stages, 1),
+        ('channels', num_stages, 2),
+        ('blocks', num_stages, 1),
+    ):
+        if len(arch[key]) != length or min(arch[key]) < least:
+            raise ValueError(f'arch dict has {key}={tuple(arch[key])}; expected {length} integers of at least {least}')
     if arch['layers'] < 1:
         raise ValueError(f'arch dict has layers={arch["layers"]}; expected 1 or more')
     return arch

@@ -7,9 +7,9 @@ stage is that of PaddleDetection's ResNet-vd, from which RT-DETR's published wei
 from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmdet.models.backbones import ResNetV1d
 from mmdet.models.layers import ResLayer
-from torch import nn
+from torch import Tensor, nn
 
-from msda_plugin.backbones.published_backbone import PublishedBackbone
+from msda_plugin.backbones.published_backbone import PublishedBackbone, check_frozen_stages, check_image, check_indices
 from msda_plugin.registry import MODELS
 
 
@@ -30,7 +30,7 @@ class ResNetVD(PublishedBackbone, ResNetV1d):
         out_channels: channels of each returned map.
 
     Raises:
-        ValueError: If the depth is unknown.
+        ValueError: If the depth is unknown, or an index is out of range.
     """
 
     family = 'rtdetr'
@@ -38,9 +38,22 @@ class ResNetVD(PublishedBackbone, ResNetV1d):
 
     def __init__(self, depth: int, zero_init_residual: bool = False, **kwargs) -> None:
         if depth not in self.arch_settings:
-            raise ValueError(f'depth is {depth}; expected one of {list(self.arch_settings)}')
+            raise ValueError(f'depth is {depth!r}; expected one of {list(self.arch_settings)}')
+        num_stages, out_indices = kwargs.get('num_stages', 4), kwargs.get('out_indices', (0, 1, 2, 3))
+        check_indices('out_indices', sorted(out_indices), num_stages, 'stages')
+        check_frozen_stages(kwargs.get('frozen_stages', -1), num_stages, 'stem', 'stages')
         super().__init__(depth=depth, zero_init_residual=zero_init_residual, **kwargs)
+        self.in_channels = kwargs.get('in_channels', 3)
         self.out_channels = [self.feat_dim // 2 ** (self.num_stages - 1 - i) for i in sorted(self.out_indices)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, in_channels, H, W) -> one map (B, C_i, H_i, W_i) per entry of ``out_indices``.
+
+        Raises:
+            ValueError: If the channels differ from ``in_channels``.
+        """
+        check_image('ResNetVD', x, self.in_channels)
+        return super().forward(x)
 
     def make_res_layer(self, **kwargs) -> ResLayer:
         """Build a stage."""

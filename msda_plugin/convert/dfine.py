@@ -16,6 +16,7 @@ from msda_plugin.convert.rtdetr import Rules, apply_rules, join_attention_projec
 FAMILY = 'dfine'
 
 _PARAMETER = r'(weight|bias)'
+_LINEAR = r'\.layers\.(\d+)\.' + _PARAMETER
 _NORM = r'(weight|bias|running_mean|running_var|num_batches_tracked)'
 _DROPPED = {
     r'(?:.*\.)?num_points_scale': 'follows from the number of points',
@@ -25,58 +26,33 @@ _DROPPED = {
 }
 _BACKBONE_KEY = r'(?:stem|stages\.\d+)\..+'
 
-# Keys of the decoder; N stands for the number of decoder layers.
-_AUTHORS_RULES: Rules = [
+# Authors: decoder.*, decoder.decoder.*; transformers: model.*, model.decoder.*. Published files of transformers have
+# older names (fc1, out_proj) than the models of transformers 5.
+_PARTS = r'(?:decoder|model)\.'
+_LAYER = r'(?:decoder|model)\.decoder\.layers\.(\d+)\.'
+# N stands for the number of decoder layers.
+_RULES: Rules = [
     (r'backbone\.(' + _BACKBONE_KEY + ')', r'backbone.\1'),
-    (r'decoder\.input_proj\.(\d+)\.conv\.weight', r'input_proj.\1.conv.weight'),
-    (r'decoder\.input_proj\.(\d+)\.norm\.' + _NORM, r'input_proj.\1.bn.\2'),
-    (r'decoder\.enc_output\.proj\.' + _PARAMETER, r'memory_trans_fc.\1'),
-    (r'decoder\.enc_output\.norm\.' + _PARAMETER, r'memory_trans_norm.\1'),
-    (r'decoder\.enc_score_head\.' + _PARAMETER, r'bbox_head.cls_branches.N.\1'),
-    (r'decoder\.enc_bbox_head\.layers\.(\d+)\.' + _PARAMETER, r'bbox_head.reg_branches.N.2*\1.\2'),
-    (r'decoder\.dec_score_head\.(\d+)\.' + _PARAMETER, r'bbox_head.cls_branches.\1.\2'),
-    (r'decoder\.dec_bbox_head\.(\d+)\.layers\.(\d+)\.' + _PARAMETER, r'bbox_head.reg_branches.\1.2*\2.\3'),
-    (r'decoder\.pre_bbox_head\.layers\.(\d+)\.' + _PARAMETER, r'bbox_head.initial_branch.2*\1.\2'),
-    (r'decoder\.query_pos_head\.layers\.(\d+)\.' + _PARAMETER, r'decoder.query_pos_head.2*\1.\2'),
-    (
-        r'decoder\.decoder\.lqe_layers\.(\d+)\.reg_conf\.layers\.(\d+)\.' + _PARAMETER,
-        r'bbox_head.quality_branches.\1.2*\2.\3',
-    ),
-    (r'decoder\.decoder\.layers\.(\d+)\.linear1\.' + _PARAMETER, r'decoder.layers.\1.ffn.0.\2'),
-    (r'decoder\.decoder\.layers\.(\d+)\.linear2\.' + _PARAMETER, r'decoder.layers.\1.ffn.3.\2'),
-    (r'decoder\.decoder\.layers\.(\d+)\.norm1\.' + _PARAMETER, r'decoder.layers.\1.norm1.\2'),
-    (r'decoder\.decoder\.layers\.(\d+)\.norm3\.' + _PARAMETER, r'decoder.layers.\1.norm2.\2'),
-    (r'decoder\.decoder\.layers\.(\d+)\.((?:self_attn|cross_attn|gateway)\..+)', r'decoder.layers.\1.\2'),
-    (r'decoder\.denoising_class_embed\.weight', r'bbox_head.denoising.label_embedding.weight'),
-]
-_TRANSFORMERS_RULES: Rules = [
-    (r'model\.decoder_input_proj\.(\d+)\.(?:0|conv)\.weight', r'input_proj.\1.conv.weight'),
-    (r'model\.decoder_input_proj\.(\d+)\.(?:1|norm)\.' + _NORM, r'input_proj.\1.bn.\2'),
-    (r'model\.enc_output\.0\.' + _PARAMETER, r'memory_trans_fc.\1'),
-    (r'model\.enc_output\.1\.' + _PARAMETER, r'memory_trans_norm.\1'),
-    (r'model\.enc_score_head\.' + _PARAMETER, r'bbox_head.cls_branches.N.\1'),
-    (r'model\.enc_bbox_head\.layers\.(\d+)\.' + _PARAMETER, r'bbox_head.reg_branches.N.2*\1.\2'),
-    (r'model\.decoder\.class_embed\.(\d+)\.' + _PARAMETER, r'bbox_head.cls_branches.\1.\2'),
-    (r'model\.decoder\.bbox_embed\.(\d+)\.layers\.(\d+)\.' + _PARAMETER, r'bbox_head.reg_branches.\1.2*\2.\3'),
-    (r'model\.decoder\.pre_bbox_head\.layers\.(\d+)\.' + _PARAMETER, r'bbox_head.initial_branch.2*\1.\2'),
-    (r'model\.decoder\.query_pos_head\.layers\.(\d+)\.' + _PARAMETER, r'decoder.query_pos_head.2*\1.\2'),
-    (
-        r'model\.decoder\.lqe_layers\.(\d+)\.reg_conf\.layers\.(\d+)\.' + _PARAMETER,
-        r'bbox_head.quality_branches.\1.2*\2.\3',
-    ),
-    # Published files have older names (fc1, out_proj) than the models of transformers 5.
-    (r'model\.decoder\.layers\.(\d+)\.(?:mlp\.layers\.0|fc1)\.' + _PARAMETER, r'decoder.layers.\1.ffn.0.\2'),
-    (r'model\.decoder\.layers\.(\d+)\.(?:mlp\.layers\.1|fc2)\.' + _PARAMETER, r'decoder.layers.\1.ffn.3.\2'),
-    (r'model\.decoder\.layers\.(\d+)\.self_attn_layer_norm\.' + _PARAMETER, r'decoder.layers.\1.norm1.\2'),
-    (r'model\.decoder\.layers\.(\d+)\.final_layer_norm\.' + _PARAMETER, r'decoder.layers.\1.norm2.\2'),
-    (
-        r'model\.decoder\.layers\.(\d+)\.self_attn\.(?:o_proj|out_proj)\.' + _PARAMETER,
-        r'decoder.layers.\1.self_attn.out_proj.\2',
-    ),
-    (r'model\.decoder\.layers\.(\d+)\.self_attn\.(in_proj_.+)', r'decoder.layers.\1.self_attn.\2'),
-    (r'model\.decoder\.layers\.(\d+)\.encoder_attn\.(.+)', r'decoder.layers.\1.cross_attn.\2'),
-    (r'model\.decoder\.layers\.(\d+)\.(gateway\..+)', r'decoder.layers.\1.\2'),
-    (r'model\.denoising_class_embed\.weight', r'bbox_head.denoising.label_embedding.weight'),
+    (_PARTS + r'(?:decoder_)?input_proj\.(\d+)\.(?:conv|0)\.weight', r'input_proj.\1.conv.weight'),
+    (_PARTS + r'(?:decoder_)?input_proj\.(\d+)\.(?:norm|1)\.' + _NORM, r'input_proj.\1.bn.\2'),
+    (_PARTS + r'enc_output\.(?:proj|0)\.' + _PARAMETER, r'memory_trans_fc.\1'),
+    (_PARTS + r'enc_output\.(?:norm|1)\.' + _PARAMETER, r'memory_trans_norm.\1'),
+    (_PARTS + r'enc_score_head\.' + _PARAMETER, r'bbox_head.cls_branches.N.\1'),
+    (_PARTS + r'enc_bbox_head' + _LINEAR, r'bbox_head.reg_branches.N.2*\1.\2'),
+    (_PARTS + r'(?:dec_score_head|decoder\.class_embed)\.(\d+)\.' + _PARAMETER, r'bbox_head.cls_branches.\1.\2'),
+    (_PARTS + r'(?:dec_bbox_head|decoder\.bbox_embed)\.(\d+)' + _LINEAR, r'bbox_head.reg_branches.\1.2*\2.\3'),
+    (_PARTS + r'(?:decoder\.)?pre_bbox_head' + _LINEAR, r'bbox_head.initial_branch.2*\1.\2'),
+    (_PARTS + r'(?:decoder\.)?query_pos_head' + _LINEAR, r'decoder.query_pos_head.2*\1.\2'),
+    (_PARTS + r'decoder\.lqe_layers\.(\d+)\.reg_conf' + _LINEAR, r'bbox_head.quality_branches.\1.2*\2.\3'),
+    (_PARTS + r'denoising_class_embed\.weight', r'bbox_head.denoising.label_embedding.weight'),
+    (_LAYER + r'(?:linear1|mlp\.layers\.0|fc1)\.' + _PARAMETER, r'decoder.layers.\1.ffn.0.\2'),
+    (_LAYER + r'(?:linear2|mlp\.layers\.1|fc2)\.' + _PARAMETER, r'decoder.layers.\1.ffn.3.\2'),
+    (_LAYER + r'(?:norm1|self_attn_layer_norm)\.' + _PARAMETER, r'decoder.layers.\1.norm1.\2'),
+    (_LAYER + r'(?:norm3|final_layer_norm)\.' + _PARAMETER, r'decoder.layers.\1.norm2.\2'),
+    (_LAYER + r'self_attn\.(?:out_proj|o_proj)\.' + _PARAMETER, r'decoder.layers.\1.self_attn.out_proj.\2'),
+    (_LAYER + r'self_attn\.(in_proj_.+)', r'decoder.layers.\1.self_attn.\2'),
+    (_LAYER + r'(?:cross_attn|encoder_attn)\.(.+)', r'decoder.layers.\1.cross_attn.\2'),
+    (_LAYER + r'(gateway\..+)', r'decoder.layers.\1.\2'),
 ]
 _TRANSFORMERS_BACKBONE = 'model.backbone.model.'
 
@@ -152,7 +128,7 @@ def _new_key(key: str, num_layers: int, transformers: bool) -> str | None:
     elif key.startswith('encoder.'):
         new_key = neck_key(key[len('encoder.') :], transformers=False, dfine=True)
         return new_key and f'neck.{new_key}'
-    new_key = apply_rules(key, _TRANSFORMERS_RULES if transformers else _AUTHORS_RULES)
+    new_key = apply_rules(key, _RULES)
     if new_key is None:
         return None
     # The activations between the linear layers are numbered as well.

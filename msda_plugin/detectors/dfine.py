@@ -56,6 +56,8 @@ class DFINE(RTDETR):
     ) -> None:
         check_given('DFINE', {'neck': neck, 'decoder': decoder, 'bbox_head': bbox_head})
         num_layers, num_points = decoder.get('num_layers', 6), decoder.get('num_points', (3, 6, 3))
+        if num_layers < 1:
+            raise ValueError(f'decoder.num_layers is {num_layers}; expected at least 1')
         bbox_head = copy.deepcopy(bbox_head)
         bbox_head['eval_layer'] = decoder.get('eval_layer', -1) % num_layers
         super().__init__(

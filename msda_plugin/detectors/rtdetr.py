@@ -78,6 +78,8 @@ class RTDETR(NeckInputCheck, DetectionTransformer):
         init_cfg: dict | None = None,
     ) -> None:
         check_given(type(self).__name__, {'neck': neck, 'decoder': decoder, 'bbox_head': bbox_head})
+        if num_queries < 1:
+            raise ValueError(f'num_queries is {num_queries}; expected at least 1')
         # Copies: building adds fields, and a config may be built again.
         decoder, bbox_head = copy.deepcopy(decoder), copy.deepcopy(bbox_head)
         layer_cfg = decoder.get('layer_cfg', {})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from msda_plugin.convert.dfine import bin_values
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
 from msda_plugin.heads.detr_head import GIOU, L1
+from msda_plugin.heads.dfine_losses import DecoupledDistillationFocalLoss, FineGrainedLocalizationLoss
 from msda_plugin.heads.losses import MatchabilityAwareLoss, VarifocalLoss
 from msda_plugin.heads.matching import Matches, Targets
 from msda_plugin.heads.rtdetr_head import MATCHING, TOP_300, VARIFOCAL, RTDETRHead, _ground_truth
@@ -57,7 +58,7 @@ class DFINEHead(RTDETRHead):
     The detector sets the last three fields.
 
     Raises:
-        ValueError: If a loss or the assigner is of another type, or ``reg_max`` is not even.
+        ValueError: If a loss or the assigner is of another type, ``reg_max`` is not even, or a scale is not positive.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class DFINEHead(RTDETRHead):
     ) -> None:
         if reg_max < 4 or reg_max % 2:
             raise ValueError(f'reg_max={reg_max} is invalid; expected an even number of at least 4')
+        if reg_scale <= 0 or up <= 0:
+            raise ValueError(f'reg_scale={reg_scale} and up={up}; expected positive numbers')
         self.reg_max = reg_max
         self.act = act
         self.eval_layer = eval_layer
@@ -100,21 +103,23 @@ class DFINEHead(RTDETRHead):
         )
         self.loss_fgl = MODELS.build(loss_fgl)
         self.loss_ddf = MODELS.build(loss_ddf)
+        self._check_loss('loss_fgl', FineGrainedLocalizationLoss)
+        self._check_loss('loss_ddf', DecoupledDistillationFocalLoss)
         # In the checkpoint, because the distributions mean nothing without them.
         self.register_buffer('reg_scale', torch.tensor(float(reg_scale)))
         self.register_buffer('bin_values', bin_values(reg_max, self.reg_scale, torch.tensor(float(up))))
 
     def _unsupported_loss_reason(self) -> str:
-        for name, kinds in (
-            ('loss_cls', (VarifocalLoss, MatchabilityAwareLoss)),
-            ('loss_bbox', (L1Loss,)),
-            ('loss_iou', (GIoULoss,)),
-        ):
-            loss = getattr(self, name)
-            if type(loss) not in kinds:
-                names = ' or '.join(kind.__name__ for kind in kinds)
-                raise ValueError(f'{name} of {type(self).__name__} is a {type(loss).__name__}; expected {names}')
+        self._check_loss('loss_cls', VarifocalLoss, MatchabilityAwareLoss)
+        self._check_loss('loss_bbox', L1Loss)
+        self._check_loss('loss_iou', GIoULoss)
         return ''
+
+    def _check_loss(self, name: str, *kinds: type[nn.Module]) -> None:
+        loss = getattr(self, name)
+        if type(loss) not in kinds:
+            names = ' or '.join(kind.__name__ for kind in kinds)
+            raise ValueError(f'{name} of {type(self).__name__} is a {type(loss).__name__}; expected {names}')
 
     def _init_layers(self) -> None:
         dims, num_layers, num_bins = self.embed_dims, self.num_pred_layer - 1, self.reg_max + 1

@@ -54,8 +54,8 @@ class RTDETRHead(DeformableDETRHead):
     The detector sets ``num_pred_layer`` and ``dn_cfg``.
 
     Raises:
-        ValueError: If losses or assigner are not supported, or ``test_cfg.nms`` has no ``iou_threshold`` above 0 and
-            up to 1.
+        ValueError: If losses, assigner or shared branches are not supported, or ``test_cfg.nms`` has no
+            ``iou_threshold`` above 0 and up to 1.
     """
 
     def __init__(
@@ -90,6 +90,11 @@ class RTDETRHead(DeformableDETRHead):
             num_pred_layer=num_pred_layer,
             as_two_stage=as_two_stage,
         )
+        if share_pred_layer or not as_two_stage:
+            raise ValueError(
+                f'share_pred_layer={share_pred_layer} and as_two_stage={as_two_stage}; every layer of RTDETRHead has '
+                'its own branches, and the encoder proposes queries: leave out both fields'
+            )
         if not self.loss_cls.use_sigmoid:
             raise ValueError(f'loss_cls is {loss_cls}; RTDETRHead needs a sigmoid loss, such as {VARIFOCAL}')
         reason = HungarianMatcher.unsupported_reason(self.assigner) or self._unsupported_loss_reason()

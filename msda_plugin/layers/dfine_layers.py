@@ -11,6 +11,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from msda_plugin.layers.points_per_level_attention import PointsPerLevelAttention
+from msda_plugin.layers.token_layout import check_heads
 from msda_plugin.layers.transformer_parts import check_num_cp, run_layer
 from msda_plugin.ops.functional import Shapes
 from msda_plugin.registry import MODELS
@@ -141,7 +142,8 @@ class DFINETransformerDecoder(BaseModule):
         init_cfg: as in MMEngine.
 
     Raises:
-        ValueError: If ``eval_layer`` or ``num_cp`` is not within ``num_layers``.
+        ValueError: If ``eval_layer`` or ``num_cp`` is not within ``num_layers``, or ``num_heads`` does not divide
+            ``embed_dims``.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class DFINETransformerDecoder(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         check_num_cp(num_cp, num_layers)
+        check_heads(embed_dims, num_heads)
         if not -num_layers <= eval_layer < num_layers:
             raise ValueError(f'eval_layer={eval_layer} is out of range for num_layers={num_layers}')
         self.num_layers = num_layers

@@ -80,7 +80,15 @@ class HybridEncoder(BaseModule):
                 f'in_channels is {in_channels}; expected the channels of at least two maps, finest first: set '
                 'out_indices of the backbone to two or more of its stages'
             )
+        if num_encoder_layers < 0 or num_blocks < 0 or feedforward_channels < 1 or int(expansion * out_channels) < 2:
+            raise ValueError(
+                f'num_encoder_layers={num_encoder_layers}, num_blocks={num_blocks}, feedforward_channels='
+                f'{feedforward_channels} and expansion={expansion}; expected at least 0, 0 and 1, and at least 2 '
+                f'of the out_channels={out_channels} after expansion'
+            )
         levels = len(in_channels)
+        if isinstance(encoder_levels, int):
+            raise ValueError(f'encoder_levels is {encoder_levels}; expected a sequence of indices, such as (-1,)')
         if not all(-levels <= level < levels for level in encoder_levels):
             raise ValueError(
                 f'encoder_levels is {tuple(encoder_levels)}, but there are {levels} maps: use indices from 0 to '

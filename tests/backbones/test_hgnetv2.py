@@ -106,7 +106,8 @@ def test_fuse_folds_norms_and_affine_blocks():
     'options, message',
     [
         (dict(arch='B9'), "unknown arch 'B9'; known: "),
-        (dict(arch=TINY | dict(inner=(4, 4))), r'arch dict has inner=\(4, 4\); expected 4 positive integers'),
+        (dict(arch=TINY | dict(inner=(4, 4))), r'arch dict has inner=\(4, 4\); expected 4 integers of at least 1'),
+        (dict(arch=TINY | dict(stem=(1, 8))), r'arch dict has stem=\(1, 8\); expected 2 integers of at least 2'),
         (dict(arch=TINY | dict(layers=0)), 'layers=0; expected 1 or more'),
         (dict(out_indices=(1, 4)), r'out_indices=\(1, 4\) is invalid'),
         (dict(frozen_stages=5), 'frozen_stages=5 is out of range'),

@@ -98,6 +98,20 @@ def test_loads_the_authors_files(tmp_path):
         ResNetVD(34, base_channels=8, init_cfg=cfg).init_weights()
 
 
-def test_unknown_depth():
-    with pytest.raises(ValueError, match=r'depth is 20; expected one of \[18, 34, 50, 101, 152\]'):
-        ResNetVD(20)
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        (dict(depth=20), r'depth is 20; expected one of \[18, 34, 50, 101, 152\]'),
+        (dict(out_indices=(1, 4)), r'out_indices=\(1, 4\) is invalid; expected increasing indices of stages, 0 to 3'),
+        (dict(frozen_stages=5), 'frozen_stages=5 is out of range'),
+    ],
+)
+def test_invalid_options(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ResNetVD(**dict(depth=18, base_channels=8) | fields)
+
+
+def test_images_with_other_channels():
+    with pytest.raises(ValueError, match=r'ResNetVD got images of shape \(1, 4, 32, 32\); expected \(B, 3, H, W\)'):
+        ResNetVD(18, base_channels=8)(torch.rand(1, 4, 32, 32))
+    assert len(ResNetVD(18, base_channels=8, in_channels=4).eval()(torch.rand(1, 4, 32, 32))) == 4

@@ -143,10 +143,16 @@ def test_trains_and_predicts(padded):
         assert boxes[:, 0::2].max() <= width and boxes[:, 1::2].max() <= height
 
 
-@pytest.mark.parametrize('num_objects', [(0, 0), (3, 0)])
-def test_images_without_objects(num_objects):
+@pytest.mark.parametrize('counts', [(0, 0), (3, 0), (60, 120)])
+def test_any_number_of_objects(counts):
+    """No objects in an image or in the batch; more than queries, and than denoising queries."""
     model = build(small()).train()
-    losses = model(torch.rand(2, 3, 64, 96), samples(((64, 96),) * 2, num_objects), mode='loss')
+    objects = []
+    for sample, count in zip(samples(((64, 96),) * 2), counts, strict=True):
+        corners = torch.rand(count, 2, 2).sort(1).values.flatten(1) * torch.tensor([96, 64, 96, 64])
+        sample.gt_instances = InstanceData(bboxes=corners, labels=torch.arange(count) % CLASSES)
+        objects.append(sample)
+    losses = model(torch.rand(2, 3, 64, 96), objects, mode='loss')
     sum(losses.values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
@@ -201,6 +207,8 @@ def test_sizes_are_the_published_ones(size, millions):
         (lambda cfg: cfg['decoder'].update(num_points=(4, 4)), 'num_points of the decoder has 2 values, but the neck'),
         (lambda cfg: cfg['decoder'].update(num_points=4), 'num_points=4; expected a list with one value per level'),
         (lambda cfg: cfg['bbox_head'].update(embed_dims=16), 'embed_dims are 16 in bbox_head and 32 in decoder'),
+        (lambda cfg: cfg['decoder'].update(num_layers=0), 'decoder.num_layers is 0; expected at least 1'),
+        (lambda cfg: cfg['decoder'].update(num_heads=5), 'embed_dims=32 is not a multiple of num_heads=5'),
         (lambda cfg: cfg['decoder'].update(eval_layer=3), 'eval_layer=3 is out of range for num_layers=3'),
         (lambda cfg: cfg['neck'].update(in_channels=(16, 24, 30)), 'neck.in_channels is'),
         (lambda cfg: cfg.pop('neck'), 'DFINE needs a config for each of'),
@@ -213,6 +221,15 @@ def test_parts_that_do_not_fit_are_one_clear_error(change, message):
     change(cfg)
     with pytest.raises(ValueError, match=message):
         build(cfg)
+
+
+def test_levels_beyond_those_of_the_neck():
+    cfg = small()
+    cfg['decoder'].update(num_points=(3, 6, 3, 2))
+    model = build(cfg).train()
+    losses = model(torch.rand(2, 3, 96, 128), samples(((96, 128),) * 2), mode='loss')
+    sum(losses.values()).backward()
+    assert model.input_proj[3].conv.weight.grad.abs().sum() > 0
 
 
 def test_too_few_pixels_for_the_queries():

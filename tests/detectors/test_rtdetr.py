@@ -252,6 +252,7 @@ def test_checkpoint_of_another_number_of_classes():
     ('fields', 'message'),
     [
         (dict(neck=None), r"needs a config for each of .*; missing: \['neck'\]"),
+        (dict(num_queries=0), 'num_queries is 0; expected at least 1'),
         (dict(num_feature_levels=2), 'num_feature_levels=2, but the neck gives 3 maps'),
         (dict(cross_attn=dict(num_levels=4)), r'cross_attn has num_levels=4, but num_feature_levels=3'),
         (dict(bbox_head=dict(embed_dims=64)), 'embed_dims are 64 in bbox_head and 32 in decoder'),
@@ -272,6 +273,11 @@ def test_checkpoint_of_another_number_of_classes():
 def test_bad_configs(fields, message):
     with pytest.raises(ValueError, match=message):
         build(**fields)
+
+
+def test_labels_that_are_no_class():
+    with pytest.raises(ValueError, match='the ground truth has labels from 0 to 4, but with num_classes=2'):
+        train_step(build(num_classes=2))
 
 
 def test_bad_images():

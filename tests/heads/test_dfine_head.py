@@ -118,6 +118,12 @@ def test_union_keeps_the_most_frequent_object_of_a_query():
             dict(loss_cls=dict(type='mmdet.FocalLoss')),
             'loss_cls of DFINEHead is a FocalLoss; expected VarifocalLoss or',
         ),
+        (dict(reg_scale=0.0), 'reg_scale=0.0 and up=0.5; expected positive numbers'),
+        (
+            dict(loss_fgl=dict(type='mmdet.L1Loss')),
+            'loss_fgl of DFINEHead is a L1Loss; expected FineGrainedLocalization',
+        ),
+        (dict(loss_ddf=dict(type='mmdet.L1Loss')), 'loss_ddf of DFINEHead is a L1Loss; expected Decoupled'),
         (dict(loss_bbox=dict(type='mmdet.SmoothL1Loss')), 'loss_bbox of DFINEHead is a SmoothL1Loss; expected L1Loss'),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from msda_plugin.heads import VarifocalLoss
+from msda_plugin.heads import RTDETRHead, VarifocalLoss
 from msda_plugin.heads.losses import varifocal_loss
 
 
@@ -36,3 +36,9 @@ def test_varifocal_loss():
 def test_varifocal_loss_is_for_sigmoid_scores():
     with pytest.raises(ValueError, match='use_sigmoid=False'):
         VarifocalLoss(use_sigmoid=False)
+
+
+@pytest.mark.parametrize('fields', [dict(share_pred_layer=True), dict(as_two_stage=False)])
+def test_branches_are_not_shared(fields):
+    with pytest.raises(ValueError, match='every layer of RTDETRHead has its own branches'):
+        RTDETRHead(5, 32, **fields)

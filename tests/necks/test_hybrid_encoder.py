@@ -145,6 +145,10 @@ def test_two_levels_and_attention_on_every_level():
     [
         (dict(variant='v3'), r"variant is 'v3'; expected one of \('rtdetr', 'dfine'\)"),
         (dict(in_channels=(64,)), 'expected the channels of at least two maps'),
+        (dict(encoder_levels=-1), r'encoder_levels is -1; expected a sequence of indices, such as \(-1,\)'),
+        (dict(expansion=0), 'expansion=0; expected .* at least 2 of the out_channels=32 after'),
+        (dict(num_blocks=-1), 'num_blocks=-1'),
+        (dict(feedforward_channels=0), 'feedforward_channels=0'),
         (dict(encoder_levels=(3,)), 'there are 3 maps: use indices from 0 to 2'),
         (dict(num_heads=5), 'embed_dims=32 is not a multiple of num_heads=5'),
         (dict(out_channels=6, num_heads=2), 'out_channels=6 is not a multiple of 4'),
