@@ -197,9 +197,10 @@ class TorchModel(ExportedModel):
                 return tuple(output.numpy() for output in self.package(torch.from_numpy(images)))
         except RuntimeError as error:
             if self.card.size is None and 'Expected' in str(error):  # a condition on the sizes
+                reason = ' '.join(str(error).split())[:200]
                 raise ValueError(
-                    f'{self.path} cannot run images {images.shape}: it needs images whose coarsest map has more than '
-                    'one row and column; enlarge them, or export the detector with --size'
+                    f'{self.path} cannot run images {images.shape}: their coarsest map needs more than one row and '
+                    f'column; enlarge them, or export the detector with --size ({reason})'
                 ) from None
             raise self._failed(error, images) from None
 
