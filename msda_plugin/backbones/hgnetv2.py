@@ -204,7 +204,8 @@ class HGNetV2(PublishedBackbone):
         frozen_norms: every batch norm uses its running statistics and has no gradients, as in D-FINE-L and X.
         with_cp: recompute each stage in the backward pass instead of keeping its activations.
         init_cfg: ``dict(type='Pretrained', checkpoint=path_or_url)`` loads a checkpoint of D-FINE's authors or of
-            transformers, or (with ``prefix='backbone.'``) that of a detector; None: He initialization.
+            transformers, or (with ``prefix='backbone.'``) that of a detector; None: PyTorch's initialization, as in
+            the authors' code.
 
     Raises:
         ValueError: If ``arch`` is unknown or invalid, or an index is out of range.
@@ -262,9 +263,7 @@ class HGNetV2(PublishedBackbone):
 
     def _draw_weights(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
-            elif isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.reset_parameters()
             elif isinstance(module, LearnableAffine):
                 nn.init.ones_(module.scale)

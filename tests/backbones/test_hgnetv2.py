@@ -75,7 +75,7 @@ def test_initialization():
         nn.init.constant_(parameter, 7)
     model.init_weights()
     weight = model.stages[3].blocks[0].aggregation[1].conv.weight
-    assert weight.std().item() == pytest.approx((2 / weight.shape[1]) ** 0.5, rel=0.05)
+    assert weight.std().item() == pytest.approx((3 * weight.shape[1]) ** -0.5, rel=0.05)
     assert model.stem.stem1.lab.scale == 1 and model.stem.stem1.lab.bias == 0
     assert (model.stem.stem1.bn.weight == 1).all()
 
