@@ -16,7 +16,7 @@ SEEN = 10_000  # images that a short training from starter weights sees, with re
 EPOCHS = (12, 100)
 # A published detector already finds objects.
 FINE_TUNING_SEEN, FINE_TUNING_EPOCHS = 4_000, (12, 36)
-MANY_PASSES = 20  # through the data
+MANY_PASSES = 60  # through the data
 WEAK_PART = 0.15  # of the epochs, at the end, without the strong augmentations
 TRAIN_SAMPLE = 32  # training images whose AP is measured
 NARROWEST = 0.4  # of the area of the image size, that a crop covers: 1:2, scaled by 0.8

@@ -4,7 +4,7 @@ A file ``msda_plugin/weights/MODEL-HASH.pth`` holds the starter weights of the m
 pre-trained on generated scenes (configs/scenes), with the first digits of the file's SHA-256 in its name. Another file
 replaces it without a change of the code. To store those of a training::
 
-    python -m msda_plugin.tools.custom_data.starter work_dirs/NAME/iter_100000.pth
+    python -m msda_plugin.tools.custom_data.starter work_dirs/NAME/iter_13000.pth
 """
 
 import argparse

@@ -69,10 +69,10 @@ def test_image_size_by_the_objects():
 
 def test_strong_augmentations_end_before_the_last_epochs():
     for augmentation, ending in ((None, ['RandomApply']), ('strong', ['Mosaic', 'RandomApply'])):
-        cfg, _ = config(epochs=40, augmentation=augmentation)
+        cfg, _ = config(epochs=80, augmentation=augmentation)
         assert cfg.train_dataloader.dataset.type == 'MultiImageMixDataset'
         (switch,) = hooks(cfg, 'YOLOXModeSwitchHook')
-        assert switch.num_last_epochs == 6 and switch.skip_type_keys == ending
+        assert switch.num_last_epochs == 12 and switch.skip_type_keys == ending
         kinds = [step.type for step in cfg.train_dataloader.dataset.pipeline]
         assert kinds == [*ending, 'RandomResize', 'YOLOXHSVRandomAug', 'RandomFlip', 'PackDetInputs']
     for choices in (
@@ -87,9 +87,9 @@ def test_strong_augmentations_end_before_the_last_epochs():
 
 def test_augmentation_by_the_passes_through_the_data():
     divided = Plan(epochs=25, val_interval=5, val_epochs=0.1, epoch_images=60)  # 5 passes
-    for choices in (dict(epochs=19), dict(plan=divided, num_images=300, minutes=60)):
+    for choices in (dict(epochs=59), dict(plan=divided, num_images=300, minutes=60)):
         assert 'augmentation: weak' in config(**choices)[1]
-    assert 'augmentation: medium' in config(epochs=20)[1]
+    assert 'augmentation: medium' in config(epochs=60)[1]
 
 
 def test_published_detectors_are_tuned_gently():
