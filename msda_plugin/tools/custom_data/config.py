@@ -14,6 +14,8 @@ from msda_plugin.engine.model_zoo import config_folder
 from msda_plugin.engine.nms import set_nms, supports_nms
 from msda_plugin.files import atomic_write
 from msda_plugin.tools.custom_data.recipe import (
+    BATCH_SIZE,
+    LR,
     NARROWEST,
     TRAIN_SAMPLE,
     WEAK_PART,
@@ -28,7 +30,6 @@ from msda_plugin.tools.custom_data.recipe import (
 )
 
 DEFAULT_MODEL = 'rtdetr_r18vd-nano'
-BASE_BATCH = 4  # of a config that does not say
 KEPT = (
     'model',
     'optim_wrapper',
@@ -111,7 +112,7 @@ def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = 
     cfg = Config({**cfg.to_dict(), **{key: source[key] for key in KEPT if source.get(key) is not None}})
     complete = source.get('optim_wrapper') is not None
     fine_tuning = complete and choices.load_from is not None
-    recipe = choose_recipe(data.num_images, data.objects.per_image, fine_tuning)
+    recipe = choose_recipe(data.num_images, fine_tuning)
     notes = _fit_model(cfg.model, model, data)
     choices, reduced = _fit_batch(data, _fill(choices, recipe, plan))
     passes = choices.epochs * _epoch_images(data, plan) / data.num_images
@@ -120,7 +121,7 @@ def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = 
     if size is None:
         side = choose_side(data.objects)
         size, chosen = (side, side), [f'image size: {side}, chosen from the sizes of images and objects']
-    notes = [*reduced, *_set_optimizer(cfg, source, choices, recipe), *chosen, *notes]
+    notes = [*reduced, *_set_optimizer(cfg, source, choices), *chosen, *notes]
     augmentation = augmentation if _can_crop(cfg.model, size) else 'weak'
     notes.append(f'augmentation: {augmentation}')
     transforms, mixing = train_pipeline(augmentation, recipe.scales, size)
@@ -140,7 +141,7 @@ def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = 
 def _fill(choices: Choices, recipe: Recipe, plan: Plan | None) -> Choices:
     """The choices, completed by the recipe."""
     effective = choices.effective_batch
-    fitting = (batch for batch in range(recipe.batch_size, 0, -1) if effective is None or effective % batch == 0)
+    fitting = (batch for batch in range(BATCH_SIZE, 0, -1) if effective is None or effective % batch == 0)
     batch = choices.batch_size or next(fitting)
     accumulate = choices.accumulate or (effective // batch if effective else 1)
     epochs = plan.epochs if plan else choices.epochs or recipe.epochs
@@ -192,19 +193,19 @@ def _fit_batch(data: Data, choices: Choices) -> tuple[Choices, list[str]]:
     return replace(choices, batch_size=batch, accumulate=accumulate), [note]
 
 
-def _set_optimizer(cfg: Config, source: Config, choices: Choices, recipe: Recipe) -> list[str]:
+def _set_optimizer(cfg: Config, source: Config, choices: Choices) -> list[str]:
     if source.get('optim_wrapper') is None:
         cfg.optim_wrapper = dict(
             type='OptimWrapper',
-            optimizer=dict(type='AdamW', lr=recipe.lr, weight_decay=1e-4),
+            optimizer=dict(type='AdamW', lr=LR, weight_decay=1e-4),
             clip_grad=dict(max_norm=0.1, norm_type=2),
         )
-        base = recipe.batch_size
+        base = BATCH_SIZE
     else:
         base = (
             (source.get('auto_scale_lr') or {}).get('base_batch_size')
             or (source.get('train_dataloader') or {}).get('batch_size')
-            or BASE_BATCH
+            or BATCH_SIZE
         )
     optimizer = cfg.optim_wrapper.optimizer
     effective = choices.batch_size * choices.accumulate

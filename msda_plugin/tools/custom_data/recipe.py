@@ -10,7 +10,8 @@ import numpy as np
 
 SIDES = (320, 384, 448, 512, 576, 640)  # image sizes in pixels
 SMALL = 24  # pixels that a small object should have in the resized image
-OBJECTS_PER_STEP, LARGEST_BATCH = 6, 4
+BATCH_SIZE = 4  # of one image, the statistics of batch norms are too noisy
+LR = 4e-4  # of this batch size, for models whose config has none
 AUGMENTATIONS = ('weak', 'medium', 'strong')
 SEEN = 10_000  # images that a short training from starter weights sees, with repetitions
 EPOCHS = (12, 100)
@@ -31,12 +32,10 @@ class Objects:
         small: Size of small objects: the 5th percentile of the square root of their area, as a fraction of the longer
             side of their image; 0 without boxes.
         image_side: Longer side of the images in pixels, the median.
-        per_image: Mean number of objects in an image.
     """
 
     small: float = 0.0
     image_side: int = SIDES[0]
-    per_image: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,10 @@ class Recipe:
 
     Attributes:
         epochs: Number of epochs.
-        batch_size: Images per iteration.
-        lr: Learning rate of this batch size, for models whose config has none.
         scales: Smallest and largest random image size, as a factor.
     """
 
     epochs: int
-    batch_size: int
-    lr: float
     scales: tuple[float, float]
 
 
@@ -73,23 +68,17 @@ class Plan:
     epoch_images: int | None
 
 
-def choose_recipe(num_images: int, per_image: float, fine_tuning: bool) -> Recipe:
+def choose_recipe(num_images: int, fine_tuning: bool) -> Recipe:
     """The recipe for a data set.
 
     Args:
         num_images: Number of training images.
-        per_image: Mean number of objects in an image. A step learns from the objects, so few in an image need a larger
-            batch.
         fine_tuning: Whether the training starts from a published detector, which needs less: fewer epochs, sizes that
             do not exceed the given one.
     """
     seen, (fewest, most) = (FINE_TUNING_SEEN, FINE_TUNING_EPOCHS) if fine_tuning else (SEEN, EPOCHS)
-    batch = min(LARGEST_BATCH, max(1, round(OBJECTS_PER_STEP / max(per_image, 1.0))))
     return Recipe(
-        epochs=min(most, max(fewest, round(seen / num_images))),
-        batch_size=batch,
-        lr=4e-4 if batch > 1 else 3e-4,
-        scales=(0.6, 1.0) if fine_tuning else (0.8, 1.2),
+        epochs=min(most, max(fewest, round(seen / num_images))), scales=(0.6, 1.0) if fine_tuning else (0.8, 1.2)
     )
 
 
@@ -103,9 +92,7 @@ def measure_objects(images: Sequence[dict], annotations: Sequence[dict]) -> Obje
     sides = {image['id']: max(image['width'], image['height']) for image in images}
     sizes = [(a['bbox'][2] * a['bbox'][3]) ** 0.5 / sides[a['image_id']] for a in annotations if not a.get('iscrowd')]
     return Objects(
-        small=float(np.quantile(sizes, 0.05)) if sizes else 0.0,
-        image_side=int(np.median(list(sides.values()))),
-        per_image=len(sizes) / len(images),
+        small=float(np.quantile(sizes, 0.05)) if sizes else 0.0, image_side=int(np.median(list(sides.values())))
     )
 
 

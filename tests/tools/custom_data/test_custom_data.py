@@ -529,7 +529,7 @@ def test_dry_run_writes_complete_config(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir('/')  # independent of the working directory
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    assert model.bbox_head.num_classes == 2 and model.dn_cfg.box_noise_scale == 0.4
+    assert model.bbox_head.num_classes == 2 and cfg.model.dn_cfg.box_noise_scale == 0.4
     train, val = (DATASETS.build(cfg[f'{split}_dataloader'].dataset) for split in ('train', 'val'))
     assert (len(train), len(val)) == (8, 2) and train.metainfo['classes'] == val.metainfo['classes'] == CLASSES
     assert train[0]['inputs'].shape[0] == 3 and val[0]['inputs'].shape == (3, 240, 320)

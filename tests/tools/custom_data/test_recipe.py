@@ -27,19 +27,18 @@ def hooks(cfg, kind):
 
 
 def test_epochs_by_the_number_of_images():
-    epochs = [choose_recipe(number, 2.0, fine_tuning=False).epochs for number in (1, 60, 131, 1000, 50_000)]
+    epochs = [choose_recipe(number, fine_tuning=False).epochs for number in (1, 60, 131, 1000, 50_000)]
     assert epochs == [100, 100, 76, 12, 12]
-    assert choose_recipe(131, 2.0, fine_tuning=True).epochs == 31
+    assert choose_recipe(131, fine_tuning=True).epochs == 31
     assert config(num_images=131)[0].train_cfg.max_epochs == 76
     assert config(num_images=131, epochs=7)[0].train_cfg.max_epochs == 7
 
 
-def test_batch_by_the_number_of_objects():
-    for per_image, batch, lr in ((0.0, 4, 4e-4), (1.6, 4, 4e-4), (3.0, 2, 4e-4), (13.7, 1, 3e-4)):
-        cfg, _ = config(objects=Objects(per_image=per_image))
-        assert cfg.train_dataloader.batch_size == batch and cfg.optim_wrapper.optimizer.lr == lr
-    cfg, _ = config(objects=Objects(per_image=13.7), batch_size=4)
-    assert cfg.train_dataloader.batch_size == 4 and cfg.optim_wrapper.optimizer.lr == pytest.approx(6e-4)
+def test_batch_and_learning_rate():
+    cfg, _ = config()
+    assert cfg.train_dataloader.batch_size == 4 and cfg.optim_wrapper.optimizer.lr == 4e-4
+    cfg, _ = config(batch_size=1)
+    assert cfg.train_dataloader.batch_size == 1 and cfg.optim_wrapper.optimizer.lr == pytest.approx(2e-4)
     assert config(effective_batch=10)[0].train_dataloader.batch_size == 2  # the largest one that divides it
 
 
@@ -49,7 +48,7 @@ def test_image_size_by_the_objects():
     crowd = dict(image_id=2, bbox=[0, 0, 1, 1], iscrowd=1)
     objects = measure_objects(images, [*boxes, crowd])
     assert objects.small == pytest.approx(0.1 + 0.05 * (0.25 - 0.1)) and objects.image_side == 720
-    assert objects.per_image == 1.0 and measure_objects(images, []) == Objects(0.0, 720, 0.0)
+    assert measure_objects(images, []) == Objects(0.0, 720)
 
     for small, image_side, side in (
         (0.3, 640, 320),  # large objects
