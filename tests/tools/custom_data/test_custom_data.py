@@ -534,7 +534,7 @@ def test_dry_run_writes_complete_config(tmp_path, monkeypatch, capsys):
     assert (len(train), len(val)) == (8, 2) and train.metainfo['classes'] == val.metainfo['classes'] == CLASSES
     assert train[0]['inputs'].shape[0] == 3 and val[0]['inputs'].shape == (3, 240, 320)
     METRICS.build(cfg.val_evaluator)
-    assert cfg.optim_wrapper.accumulative_counts == 4 and cfg.load_from is None  # 4 × 2 images
+    assert cfg.optim_wrapper.accumulative_counts == 2 and cfg.load_from is None  # 2 × 4 images
 
 
 def test_a_dry_run_leaves_a_training_as_it_is(tmp_path, monkeypatch, capsys):
