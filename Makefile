@@ -12,7 +12,7 @@ OPS_OK    := $(if $(filter 1,$(MMCV_OPS)),$(VENV)/.mmcv-ops-compiled)
 MMCV      := $(shell grep mmcv requirements/$(STACK).txt)
 NO_DEPS   := $(wildcard requirements/no-deps-$(STACK).txt)
 
-CONFIG   := configs/shapes/rtdetr_r18vd-nano_1xb4-6e_shapes.py
+CONFIG   := configs/shapes/rtdetr_r18vd-nano_1xb4-7e_shapes.py
 DATA     ?= data/shapes
 WORK_DIR ?= work_dirs/shapes$(if $(filter upstream,$(STACK)),-upstream)
 

@@ -15,7 +15,7 @@ import pytest
 from msda_plugin.tools.shapes import generate
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / 'configs/shapes/rtdetr_r18vd-nano_1xb4-6e_shapes.py'
+CONFIG = ROOT / 'configs/shapes/rtdetr_r18vd-nano_1xb4-7e_shapes.py'
 SMALL = [
     'train_cfg.val_interval=1',
     'default_hooks.logger.interval=2',

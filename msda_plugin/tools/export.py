@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         'its own runtime, and compare its detections and its speed with PyTorch. Normalization, padding, top-k and\n'
         'non-maximum suppression are in the file; images are resized outside.',
         epilog='examples:\n'
-        '  python -m msda_plugin export work_dirs/shapes/epoch_6.pth --format onnx --out model.onnx\n'
+        '  python -m msda_plugin export work_dirs/shapes/epoch_7.pth --format onnx --out model.onnx\n'
         '  python -m msda_plugin demo photo.jpg --model model.onnx',
     )
     parser.add_argument(

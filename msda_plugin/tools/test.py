@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         prog='python -m msda_plugin test',
         description='Evaluate a checkpoint on the test data of its config.',
         epilog='example: python -m msda_plugin test configs/shapes/'
-        'rtdetr_r18vd-nano_1xb4-6e_shapes.py work_dirs/shapes/epoch_6.pth',
+        'rtdetr_r18vd-nano_1xb4-7e_shapes.py work_dirs/shapes/epoch_7.pth',
     )
     parser.add_argument('config', help='path of a Python config file')
     parser.add_argument('checkpoint', help='path of a .pth file')

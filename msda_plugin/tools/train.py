@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train a detector from a config, or on custom data (COCO, YOLO, or Pascal VOC).',
         epilog='examples:\n'
-        '  python -m msda_plugin train configs/shapes/rtdetr_r18vd-nano_1xb4-6e_shapes.py\n'
+        '  python -m msda_plugin train configs/shapes/rtdetr_r18vd-nano_1xb4-7e_shapes.py\n'
         '  python -m msda_plugin train --data data/mine --epochs 30 --batch-size 4\n'
         '  python -m msda_plugin train --data data/mine --minutes 40\n'
         '  python -m msda_plugin train --data data/mine --resume\n'

@@ -248,7 +248,7 @@ def prepared(tmp_path_factory):
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
-    for checkpoint in ('work_dirs/shapes/epoch_6.pth', 'work_dirs/shapes/best.pth', 'work_dirs/mine/epoch_12.pth'):
+    for checkpoint in ('work_dirs/shapes/epoch_7.pth', 'work_dirs/shapes/best.pth', 'work_dirs/mine/epoch_12.pth'):
         path = folder / checkpoint
         path.parent.mkdir(parents=True, exist_ok=True)
         cfg.dump(path.with_name(CONFIG.name))

@@ -7,18 +7,18 @@ _base_ = [
 ]
 runner_type = 'msda_plugin.DetectionRunner'
 
-model = dict(num_queries=40)  # at most seven objects per image
+model = dict(num_queries=40, dn_cfg=dict(num_denoising=14))  # at most seven objects per image
 
-max_epochs = 6
-train_cfg = dict(max_epochs=max_epochs, val_interval=3)
+max_epochs = 7
+train_cfg = dict(max_epochs=max_epochs, val_interval=4)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
     dict(
         type='CosineAnnealingLR',
         by_epoch=True,
-        begin=max_epochs - 3,
+        begin=max_epochs - 4,
         end=max_epochs,
-        T_max=3,
+        T_max=4,
         eta_min_ratio=0.02,
         convert_to_iter_based=True,
     ),
