@@ -10,7 +10,7 @@ runner_type = 'msda_plugin.DetectionRunner'
 model = dict(num_queries=40, dn_cfg=dict(num_denoising=14))  # at most seven objects per image
 
 max_epochs = 7
-train_cfg = dict(max_epochs=max_epochs, val_interval=4)
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
     dict(

@@ -20,6 +20,7 @@ from mmdet.models.seg_heads import MaskFormerFusionHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msda_plugin.acceleration.convert_model import stock_class
 from msda_plugin.detectors.build_checks import NeckInputCheck
 from msda_plugin.export.card import Size, tensors
 from msda_plugin.export.masks import bounding_boxes, paste
@@ -386,7 +387,7 @@ def _roi_masks(
 # ---- Mask2Former ----------------------------------------------------------------------------------------------------
 def _check_mask2former(model: MaskFormer) -> None:
     head, fusion = model.panoptic_head, model.panoptic_fusion_head
-    if type(head) is not Mask2FormerHead or type(fusion) is not MaskFormerFusionHead:
+    if type(head) is not Mask2FormerHead or stock_class(fusion) is not MaskFormerFusionHead:
         raise CannotExportError(
             f'{type(model).__name__} with {type(head).__name__} and {type(fusion).__name__} cannot be exported; '
             'expected those of Mask2Former'

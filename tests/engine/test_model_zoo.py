@@ -73,7 +73,7 @@ def test_own_config_gets_the_weights_of_mmdetection():
 
 def test_default_model():
     model = find_model(DEFAULT_MODEL)
-    assert model.weights is None and model.parameters == 3_765_148
+    assert model.weights is None and model.parameters == 4_498_540
     assert find_model(str(model.config)).config == model.config
 
 
@@ -126,7 +126,7 @@ def test_offline(tmp_path, monkeypatch):
 
 
 def test_without_weights():
-    with pytest.raises(ValueError, match='no weights are published for deformable-detr-two-stage_shunted-nano'):
+    with pytest.raises(ValueError, match='no weights are published for rtdetr_r18vd-nano'):
         download_weights(find_model(DEFAULT_MODEL))
 
 
