@@ -17,6 +17,7 @@ from msda_plugin.tools.shapes import generate
 
 CLASSES = ('a', 'b', 'c', 'd')  # the shapes have six
 CLASS_LAYER = 'bbox_head.cls_branches'
+LABEL_EMBEDDING = 'bbox_head.denoising.label_embedding'
 
 
 @pytest.fixture(scope='module')
@@ -171,7 +172,9 @@ def test_training_starts_from_them_in_float32(stored, source, data, tmp_path):
         assert value.dtype == full.dtype
         if name.startswith(CLASS_LAYER):
             assert len(value) == 6
-        elif '.norm.running_' not in name and full.is_floating_point():  # statistics follow the images
+        elif name.startswith(LABEL_EMBEDDING):
+            assert len(value) == 7  # with the class of noise
+        elif '.running_' not in name and full.is_floating_point():  # statistics follow the images
             torch.testing.assert_close(value, full.half().float(), rtol=0, atol=1e-6)
     [log] = (tmp_path / 'work').glob('*/*.log')
     assert 'bbox_head.cls_branches.0 (4 outputs, now 6)' in log.read_text()
