@@ -12,14 +12,6 @@ model = dict(num_queries=40, dn_cfg=dict(num_denoising=14))  # at most seven obj
 max_epochs = 7
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        begin=max_epochs - 4,
-        end=max_epochs,
-        T_max=4,
-        eta_min_ratio=0.02,
-        convert_to_iter_based=True,
-    ),
+    _base_.param_scheduler[0],
+    dict(_base_.param_scheduler[1], begin=max_epochs - 4, end=max_epochs, T_max=4),
 ]

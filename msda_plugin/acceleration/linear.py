@@ -34,7 +34,7 @@ class Linear(nn.Linear):
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As ``F.linear``, for contiguous or other float32 tensors on the CPU; without a backward pass."""
+    """As ``F.linear``, for float32 tensors of any strides on the CPU; it has no backward pass."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 

@@ -81,7 +81,8 @@ class MMDetectionTextFusion(nn.Module):
         products = _scores(self, vision, lang, self.v_proj, self.l_proj)
         if self.stable_softmax_2d:
             products = products - products.max()
-        products = products if low is high is None else products.clamp(low, high)
+        if low is not None or high is not None:
+            products = products.clamp(low, high)
         to_pixels = _relative_to_largest(products.mT, low, high)
         if attention_mask_v is not None:
             to_pixels = to_pixels.masked_fill(_per_head(self, attention_mask_v), -torch.inf)
@@ -134,7 +135,7 @@ def _word_outputs(weights: Tensor, pixels: Tensor, value_proj: nn.Linear, out_pr
 
 def _relative_to_largest(scores: Tensor, low: float | None = -LIMIT, high: float | None = LIMIT) -> Tensor:
     scores = scores - scores.amax(-1, keepdim=True)
-    return scores if low is high is None else scores.clamp(low, high)
+    return scores if low is None and high is None else scores.clamp(low, high)
 
 
 def _per_head(layer: nn.Module, mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """``benchmark realtime``: RT-DETR, RT-DETRv2 or D-FINE against Hugging Face transformers' model of the same weights."""
 
 import argparse
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from msda_plugin.acceleration import accelerate
 from msda_plugin.backbones.hgnetv2 import resolve_arch
+from msda_plugin.backbones.resnet_vd import ResNetVD
 from msda_plugin.convert import convert_state_dict
 from msda_plugin.registry import MODELS
 from msda_plugin.tools.benchmarks.comparison import Comparison, Measurement
@@ -21,7 +23,6 @@ from msda_plugin.tools.benchmarks.options import add_options, describe_machine
 from msda_plugin.tools.benchmarks.timing import Timer
 from msda_plugin.tools.common.errors import user_errors
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # of a ResNet's stages
 FAMILIES = {'msda_plugin.RTDETR': 'rtdetr', 'msda_plugin.DFINE': 'dfine'}
 PER_LEVEL = 'msda_plugin.PointsPerLevelAttention'
 EXAMPLE = """example:
@@ -70,7 +71,7 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison]:
     """Inference as built, and in the deployment form: ``accelerate(model.fuse(), inference=True)``."""
     torch.set_num_threads(args.threads)
     stock, ours = build(args.config, args.device)
-    deployed = build(args.config, args.device)[1].fuse()
+    deployed = copy.deepcopy(ours).fuse()
     accelerate(deployed, inference=True)
     images = torch.randn(args.batch, 3, args.height, args.width, generator=torch.Generator().manual_seed(0))
     images = images.to(args.device)
@@ -80,9 +81,9 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison]:
         calls: list[Callable[[], object]] = [lambda: stock(images)]
         calls += [lambda model=model: model(images, mode='tensor') for model in models.values()]
         theirs, *seconds = Timer(torch.device(args.device), args.repeats).in_turn(*calls)
-    for name, difference, ours in zip(models, differences, seconds, strict=True):
+    for name, difference, took in zip(models, differences, seconds, strict=True):
         yield Comparison(
-            name, 'inference', ('transformers', 'ours'), Measurement(theirs), Measurement(ours), difference
+            name, 'inference', ('transformers', 'ours'), Measurement(theirs), Measurement(took), difference
         )
 
 
@@ -189,7 +190,7 @@ def transformers_model(model: ConfigDict) -> nn.Module:
         backbone_config=transformers.RTDetrResNetConfig(
             embedding_size=width,
             hidden_sizes=[width * expansion * 2**i for i in range(4)],
-            depths=list(BLOCKS[depth]),
+            depths=list(ResNetVD.arch_settings[depth][1]),
             layer_type='basic' if expansion == 1 else 'bottleneck',
             out_indices=[i + 1 for i in backbone.out_indices],
         ),
