@@ -285,11 +285,12 @@ def export_stock_detectors() -> Replaced:
     """Let ``torch.export`` trace MMDetection's Deformable DETR, the detectors derived from it, and Mask2Former.
 
     They keep the sizes of their maps in a tensor (``torch._shape_as_tensor``), whose numbers the layers read; while
-    exporting, tensors have none ("its data is not allocated yet"). In the replaced code the sizes are numbers.
+    exporting, tensors have none ("its data is not allocated yet"). In the replaced code the sizes are numbers. DINO's
+    ``len(query)``, ``Tensor.new_tensor`` and ``torch.linspace`` would fix them and the batch to those of the example.
 
     Ends with: an mmdet whose sizes are numbers; 3.3.0 and onedl-mmdetection 3.5.1 have tensors.
     """
-    from mmdet.models.detectors import DeformableDETR
+    from mmdet.models.detectors import DINO, DeformableDETR
     from mmdet.models.layers import MSDeformAttnPixelDecoder
 
     original = DeformableDETR.pre_transformer
@@ -300,9 +301,33 @@ def export_stock_detectors() -> Replaced:
             part['spatial_shapes'] = tuple(tuple(feat.shape[-2:]) for feat in mlvl_feats)
         return inputs
 
+    def forward_decoder(self, query, memory, memory_mask, dn_mask=None, **inputs):
+        hidden_states, references = self.decoder(
+            query=query,
+            value=memory,
+            key_padding_mask=memory_mask,
+            self_attn_mask=dn_mask,
+            reg_branches=self.bbox_head.reg_branches,
+            **inputs,
+        )
+        return dict(hidden_states=hidden_states, references=list(references))
+
+    linspace = torch.linspace
+
+    def count_pixels(start, end, steps, **options):
+        if not isinstance(steps, torch.SymInt):
+            return linspace(start, end, steps, **options)
+        return torch.arange(steps, **options) + start  # the rows or columns of a map, at a distance of 1
+
+    def new_tensor(tensor, data, dtype=None, device=None, **options):
+        return torch.tensor(data, dtype=dtype or tensor.dtype, device=device or tensor.device, **options)
+
     replaced = Replaced()
     replaced.set(torch, '_shape_as_tensor', lambda tensor: torch.tensor(tensor.shape))
+    replaced.set(torch, 'linspace', count_pixels)
+    replaced.set(torch.Tensor, 'new_tensor', new_tensor)
     replaced.set(DeformableDETR, 'pre_transformer', pre_transformer)
+    replaced.set(DINO, 'forward_decoder', forward_decoder)
     replaced.set(MSDeformAttnPixelDecoder, 'forward', _decode_pixels)
     return replaced
 

@@ -1,4 +1,4 @@
-# The `make train` detector on blood cells at 320×240, from scratch on a CPU.
+# A small two-stage Deformable DETR on blood cells at 320×240, from scratch on a CPU.
 _base_ = [
     '../_base_/models/deformable-detr-two-stage_shunted-nano.py',
     '../_base_/datasets/bccd_detection.py',

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from mmcv.ops import batched_nms
@@ -14,10 +13,11 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from msda_plugin.heads.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
-from msda_plugin.heads.losses import VarifocalLoss, cross_entropy, focal_loss, quality_focal_loss, varifocal_loss
+from msda_plugin.heads.losses import MatchabilityAwareLoss, VarifocalLoss, cross_entropy, focal_loss, quality_focal_loss
 from msda_plugin.heads.matching import HungarianMatcher, Matches, Targets
 
 EPS = torch.finfo(torch.float32).eps  # MMDetection's losses add it to their divisor
+QUALITY_LOSSES = (VarifocalLoss, MatchabilityAwareLoss)
 
 
 class SetPrediction:
@@ -26,8 +26,8 @@ class SetPrediction:
     Losses: matching costs of all layers and images are computed in one batch and copied to the host once; losses are
     computed for all layers together. This covers ``HungarianAssigner`` with ``FocalLossCost`` or
     ``ClassificationCost``, ``BBoxL1Cost`` and ``IoUCost`` (``giou``), and ``FocalLoss``, ``QualityFocalLoss``,
-    :class:`VarifocalLoss` or softmax ``CrossEntropyLoss``, ``L1Loss`` and ``GIoULoss`` with ``reduction='mean'``. Other
-    configs run MMDetection's code, with a warning when the head is built.
+    :class:`VarifocalLoss`, :class:`MatchabilityAwareLoss` or softmax ``CrossEntropyLoss``, ``L1Loss`` and ``GIoULoss``
+    with ``reduction='mean'``. Other configs run MMDetection's code, with a warning when the head is built.
 
     Predictions: a converged DETR needs no non-maximum suppression. After a short training, duplicates are its main
     error; ``test_cfg=dict(nms=dict(type='nms', iou_threshold=0.7))`` removes them within each class.
@@ -69,7 +69,7 @@ class SetPrediction:
     def _unsupported_loss_reason(self) -> str:
         """Which loss the batched code does not cover; an empty string if it covers all of them."""
         for loss, covered in (
-            (self.loss_cls, (FocalLoss, QualityFocalLoss, VarifocalLoss, CrossEntropyLoss)),
+            (self.loss_cls, (FocalLoss, QualityFocalLoss, *QUALITY_LOSSES, CrossEntropyLoss)),
             (self.loss_bbox, (L1Loss,)),
             (self.loss_iou, (GIoULoss,)),
         ):
@@ -158,19 +158,21 @@ class SetPrediction:
         expected = targets.boxes.flatten(0, 1)[matches.targets]
         sizes = targets.sizes.expand_as(targets.boxes).flatten(0, 1)[matches.targets]
 
+        weight = self.loss_cls.loss_weight
         if self.loss_cls.use_sigmoid:
-            index = matches.predictions * logits.shape[-1] + labels
-            if isinstance(self.loss_cls, (QualityFocalLoss, VarifocalLoss)):
+            index, flat = matches.predictions * logits.shape[-1] + labels, logits.flatten(1)
+            if isinstance(self.loss_cls, (QualityFocalLoss, *QUALITY_LOSSES)):
                 quality = box_iou(box_cxcywh_to_xyxy(predicted.detach()), box_cxcywh_to_xyxy(expected))
-                if isinstance(self.loss_cls, VarifocalLoss):
-                    loss = partial(varifocal_loss, alpha=self.loss_cls.alpha, gamma=self.loss_cls.gamma)
-                else:
-                    loss = partial(quality_focal_loss, beta=self.loss_cls.beta)
-                loss_cls = loss(logits.flatten(1), index, quality)
+            if isinstance(self.loss_cls, QUALITY_LOSSES):
+                loss_cls = self.loss_cls(flat, index, quality)
+            elif isinstance(self.loss_cls, QualityFocalLoss):
+                loss_cls = weight * quality_focal_loss(flat, index, quality, self.loss_cls.beta)
             else:
-                loss_cls = focal_loss(logits.flatten(1), index, self.loss_cls.alpha, self.loss_cls.gamma)
+                loss_cls = weight * focal_loss(flat, index, self.loss_cls.alpha, self.loss_cls.gamma)
         else:
-            loss_cls = cross_entropy(logits.flatten(1, 2), matches.predictions, labels, self.class_weight.float())
+            loss_cls = weight * cross_entropy(
+                logits.flatten(1, 2), matches.predictions, labels, self.class_weight.float()
+            )
 
         loss_bbox = (predicted - expected).abs().sum((1, 2))
         # In pixels, because eps of the IoU is an absolute area.
@@ -179,7 +181,7 @@ class SetPrediction:
         )
         loss_iou = (1 - overlap).sum(1)
         return {
-            'cls': (self.loss_cls.loss_weight / (num_classified + EPS) * loss_cls).unbind(),
+            'cls': (loss_cls / (num_classified + EPS)).unbind(),
             'bbox': (self.loss_bbox.loss_weight / (num_boxes + EPS) * loss_bbox).unbind(),
             'iou': (self.loss_iou.loss_weight / (num_boxes + EPS) * loss_iou).unbind(),
         }

@@ -196,9 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument(
         '--patience', type=int, metavar='N', help='stop after N validations without a higher AP (default: never)'
     )
-    custom.add_argument(
-        '--batch-size', type=int, metavar='N', help='images per iteration (default: 1 to 4, by the objects in an image)'
-    )
+    custom.add_argument('--batch-size', type=int, metavar='N', help='images per iteration (default: 4)')
     effective = custom.add_mutually_exclusive_group()
     effective.add_argument('--accumulate', type=int, metavar='N', help='iterations per optimizer step (default: 1)')
     effective.add_argument(
@@ -213,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument(
         '--augment',
         choices=('weak', 'medium', 'strong'),
-        help='weak: sizes and flips; medium: also crops and colors; strong: also mosaics (default: medium from 20 '
+        help='weak: sizes and flips; medium: also crops and colors; strong: also mosaics (default: medium from 60 '
         'passes through the data; weak for fewer, and for published weights)',
     )
     custom.add_argument(

@@ -110,7 +110,7 @@ def test_a_dynamic_file_takes_images_and_batches_of_any_size(format, kind, build
 
 
 @pytest.mark.slow  # minutes each
-@pytest.mark.parametrize('kind', ['two-stage', 'detr'])
+@pytest.mark.parametrize('kind', ['two-stage', 'detr', 'dino'])
 def test_a_torch_file_takes_images_of_any_size(kind, build, tmp_path):
     model = build(kind)
     cases = [(2, 331, 203), (1, 160, 300), (1, 480, 161)]

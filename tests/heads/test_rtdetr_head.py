@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmengine.structures import InstanceData
 from torch.nn import functional as F
 
 from msda_plugin.heads import RTDETRHead, VarifocalLoss
@@ -42,3 +43,33 @@ def test_varifocal_loss_is_for_sigmoid_scores():
 def test_branches_are_not_shared(fields):
     with pytest.raises(ValueError, match='every layer of RTDETRHead has its own branches'):
         RTDETRHead(5, 32, **fields)
+
+
+@pytest.mark.parametrize(
+    'loss_cls',
+    [
+        dict(type='msda_plugin.VarifocalLoss', alpha=0.75, gamma=2.0),
+        dict(type='msda_plugin.MatchabilityAwareLoss', gamma=1.5),
+        dict(type='mmdet.QualityFocalLoss', use_sigmoid=True, beta=2.0),
+        dict(type='mmdet.FocalLoss', use_sigmoid=True),
+    ],
+    ids=lambda loss: loss['type'],
+)
+def test_losses_of_one_image_and_one_layer(loss_cls):
+    """A single query is matched with the only object: the loss is that of its logits, with its IoU as quality."""
+    head = RTDETRHead(3, 32, num_pred_layer=2, loss_cls=dict(loss_cls, loss_weight=2.0))
+    logits, box = torch.tensor([[[[0.3, -1.0, 0.8]]]]), torch.tensor([[[[0.5, 0.5, 0.4, 0.2]]]])
+    instances = InstanceData(bboxes=torch.tensor([[30.0, 40.0, 70.0, 80.0]]), labels=torch.tensor([2]))
+    found = head.loss_by_feat(logits, box, None, None, [instances], [dict(img_shape=(100, 100))])
+    iou = 0.5  # 40 x 20 pixels within 40 x 40
+    probability, target = logits[0, 0, 0].sigmoid(), torch.tensor([0.0, 0.0, 1.0])
+    if 'Varifocal' in loss_cls['type']:
+        quality, weight = target * iou, 0.75 * probability**2 * (1 - target) + target * iou
+    elif 'Matchability' in loss_cls['type']:
+        quality, weight = target * iou**1.5, probability**1.5 * (1 - target) + target
+    elif 'Quality' in loss_cls['type']:
+        quality, weight = target * iou, (target * iou - probability).abs() ** 2
+    else:
+        quality, weight = target, (0.25 * target + 0.75 * (1 - target)) * (target - probability).abs() ** 2
+    expected = 2 * F.binary_cross_entropy(probability, quality, weight, reduction='sum')
+    assert torch.allclose(found['loss_cls'], expected)

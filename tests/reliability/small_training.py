@@ -77,7 +77,8 @@ class TrainingServer:
         return answer
 
     def close(self):
-        self.process.stdin.close()
+        # Closing the pipe might not end it: a forked process of another test may hold the same pipe.
+        self.process.terminate()
         self.process.wait(30)
 
 
