@@ -113,14 +113,14 @@ def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = 
     complete = source.get('optim_wrapper') is not None
     fine_tuning = complete and choices.load_from is not None
     recipe = choose_recipe(data.num_images, fine_tuning)
-    notes = _fit_model(cfg.model, model, data)
-    choices, reduced = _fit_batch(data, _fill(choices, recipe, plan))
-    passes = choices.epochs * _epoch_images(data, plan) / data.num_images
-    augmentation = choices.augmentation or choose_augmentation(passes, fine_tuning)
     size, chosen = choices.image_size or _image_size(source), []
     if size is None:
         side = choose_side(data.objects)
         size, chosen = (side, side), [f'image size: {side}, chosen from the sizes of images and objects']
+    notes = _fit_model(cfg.model, model, data, None if complete else size)
+    choices, reduced = _fit_batch(data, _fill(choices, recipe, plan))
+    passes = choices.epochs * _epoch_images(data, plan) / data.num_images
+    augmentation = choices.augmentation or choose_augmentation(passes, fine_tuning)
     notes = [*reduced, *_set_optimizer(cfg, source, choices), *chosen, *notes]
     augmentation = augmentation if _can_crop(cfg.model, size) else 'weak'
     notes.append(f'augmentation: {augmentation}')
@@ -148,7 +148,8 @@ def _fill(choices: Choices, recipe: Recipe, plan: Plan | None) -> Choices:
     return replace(choices, batch_size=batch, accumulate=accumulate, epochs=epochs)
 
 
-def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
+def _fit_model(model: ConfigDict, path: Path, data: Data, size: tuple[int, int] | None) -> list[str]:
+    """Fit a model to the data; with a ``size``, also its number of queries to images of this size."""
     if any(path.endswith('.mask_head') for path, _ in walk(model, 'model')):
         raise ValueError(
             f"the model '{path.stem}' predicts masks, which --data does not support; choose one for boxes only"
@@ -175,6 +176,13 @@ def _fit_model(model: ConfigDict, path: Path, data: Data) -> list[str]:
                 f'{data.most_boxes} boxes'
             )
             model.num_queries = 2 * data.most_boxes
+        fitting = max(data.most_boxes, _narrowest_pixels(size)) if size else model.num_queries
+        if model.num_queries > fitting:
+            notes.append(
+                f'num_queries: {fitting} instead of {model.num_queries}, because images of {size[0]}×{size[1]} have '
+                'few pixels to choose them from'
+            )
+            model.num_queries = fitting
         # There are no more predictions than this.
         limit = model.num_queries * num_classes
         model.test_cfg = model.get('test_cfg') or ConfigDict()
@@ -253,7 +261,12 @@ def _can_crop(model: ConfigDict, size: tuple[int, int]) -> bool:
     The hook that ends it, one of YOLOX, needs ``bbox_head``. A two-stage model needs a pixel of the feature maps for
     each query, also in the narrowest crop.
     """
-    return 'bbox_head' in model and NARROWEST * size[0] * size[1] / 8**2 >= model.get('num_queries', 0)
+    return 'bbox_head' in model and _narrowest_pixels(size) >= model.get('num_queries', 0)
+
+
+def _narrowest_pixels(size: tuple[int, int]) -> int:
+    """Pixels of the finest map, of stride 8, of the narrowest images and crops that fit into a size."""
+    return int(NARROWEST * size[0] * size[1] / 8**2)
 
 
 def _set_data(

@@ -416,12 +416,17 @@ def test_warm_up_ends_within_the_training(epochs, images):
 
 def test_model_settings_from_data():
     cfg, _ = config()
-    assert cfg.model.bbox_head.num_classes == 2 and cfg.model.num_queries == 60
+    assert cfg.model.bbox_head.num_classes == 2 and cfg.model.num_queries == 300
     assert cfg.val_evaluator.ann_file == cfg.test_evaluator.ann_file == '/data/val.json'
-    cfg, notes = config(classes=('cat',), most_boxes=200)
-    assert cfg.model.num_queries == 400 and any('up to 200 boxes' in note for note in notes)
+    cfg, notes = config(classes=('cat',), most_boxes=310)
+    assert cfg.model.num_queries == 620 and any('up to 310 boxes' in note for note in notes)
+
+
+def test_queries_fit_into_small_images():
+    cfg, notes = config(classes=('cat',), image_size=(96, 96))
+    assert cfg.model.num_queries == 57 and any('57 instead of 300' in note for note in notes)
     # At most queries × classes predictions.
-    assert config(classes=('cat',))[0].model.test_cfg.max_per_img == 60
+    assert cfg.model.test_cfg.max_per_img == 57
 
 
 def test_duplicates_are_suppressed_and_classes_are_evaluated():

@@ -74,12 +74,13 @@ def test_strong_augmentations_end_before_the_last_epochs():
         assert switch.num_last_epochs == 12 and switch.skip_type_keys == ending
         kinds = [step.type for step in cfg.train_dataloader.dataset.pipeline]
         assert kinds == [*ending, 'RandomResize', 'YOLOXHSVRandomAug', 'RandomFlip', 'PackDetInputs']
-    for choices in (
-        dict(augmentation='weak'),
-        dict(epochs=19),
-        dict(image_size=(64, 64)),
-    ):  # 60 queries need more pixels
-        cfg, _ = config(**choices)
+    small = 'deformable-detr-two-stage_shunted-nano_1xb4-8e_shapes'  # its 40 queries need more pixels
+    for name, choices in (
+        (DEFAULT_MODEL, dict(augmentation='weak')),
+        (DEFAULT_MODEL, dict(epochs=19)),
+        (small, dict(image_size=(64, 64))),
+    ):
+        cfg, _ = config(name, **choices)
         kinds = [step.type for step in cfg.train_dataloader.dataset.pipeline]
         assert kinds[2:] == ['RandomResize', 'RandomFlip', 'PackDetInputs'] and not hooks(cfg, 'YOLOXModeSwitchHook')
 
