@@ -21,7 +21,9 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Uninitialized memory. Large buffers request huge pages, since they are read at random and cause fewer page faults.
+// Uninitialized memory. Large buffers request huge pages, since they are read at random and cause fewer page faults. It
+// is aligned here: malloc keeps freed memory for the next call, aligned_alloc returns it to the system, which clears it
+// again.
 template <class E>
 class Buffer {
  public:
@@ -29,19 +31,21 @@ class Buffer {
     const int64_t needed = max_of(count, 1) * static_cast<int64_t>(sizeof(E));
     const int64_t alignment = needed < kHugePage / 2 ? kAlignment : kHugePage;
     const int64_t bytes = ceil_div(needed, alignment) * alignment;
-    data_ = static_cast<E*>(std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(bytes)));
-    if (data_ == nullptr) throw std::bad_alloc();
+    memory_ = std::malloc(static_cast<size_t>(bytes + alignment));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    data_ = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory_) / alignment + 1) * alignment);
 #ifdef __linux__
     if (alignment == kHugePage) madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // optional: it may fail
 #endif
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { std::free(memory_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator E*() const { return data_; }
   E* get() const { return data_; }
 
  private:
+  void* memory_;
   E* data_;
 };
 
