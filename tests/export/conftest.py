@@ -26,6 +26,8 @@ LAYERS = """
         ffn_cfg=dict(embed_dims=32, feedforward_channels=48))),
     positional_encoding=dict(num_feats=16), num_queries=20, test_cfg=dict(max_per_img=10),
     bbox_head=dict(embed_dims=32, num_classes=6),"""
+# mmdet 3.3.0 computes the positions of two-stage queries for 256 channels only.
+LAYERS_256 = LAYERS.replace('=32', '=256').replace('=16', '=128')
 DECODER = LAYERS[LAYERS.index('    decoder') :].replace('positional_encoding=dict(num_feats=16), ', '') + ')'
 NANO = f"""
 _base_ = '{CONFIGS}/_base_/models/deformable-detr-two-stage_shunted-nano.py'
@@ -44,10 +46,10 @@ model['bbox_head']['type'] = 'msda_plugin.DETRHead'
 model['data_preprocessor'] = dict(pad_size_divisor=16)""",
     'dino': f"""
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
-model = dict({R18} neck=dict(in_channels=[16, 32, 64], out_channels=32, norm_cfg=dict(num_groups=4)), {LAYERS})""",
+model = dict({R18} neck=dict(in_channels=[16, 32, 64]), {LAYERS_256})""",
     'stock-two-stage': f"""
 _base_ = 'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py'
-model = dict({R18} neck=dict(in_channels=[16, 32, 64]), {LAYERS.replace('=32', '=256').replace('=16', '=128')})""",
+model = dict({R18} neck=dict(in_channels=[16, 32, 64]), {LAYERS_256})""",
     'rtdetr': f"""
 _base_ = '{CONFIGS}/_base_/models/rtdetr_r18vd-nano.py'
 model = dict(
