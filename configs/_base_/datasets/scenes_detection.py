@@ -6,12 +6,11 @@ shapes = ('blob', 'polygon', 'star', 'ring', 'rod', 'cluster', 'branch')
 textures = ('plain', 'stripes', 'spots', 'cells', 'marble', 'core')
 metainfo = dict(classes=tuple(f'{texture} {shape}' for shape in shapes for texture in textures))
 
-# Crops of reduced images: a step costs a third of one with the whole image, and shows objects of every size.
+# Whole images: a detector that is only trained on small crops is much worse on whole images.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='RandomResize', scale=image_scale, ratio_range=(0.4, 1.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(160, 160)),
+    dict(type='RandomResize', scale=image_scale, ratio_range=(0.5, 1.0), keep_ratio=True),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(4, 4), keep_empty=False),
     dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
     dict(type='PackDetInputs'),
