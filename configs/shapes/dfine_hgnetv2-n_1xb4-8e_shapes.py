@@ -1,4 +1,4 @@
-# D-FINE, without non-maximum suppression, in about the time of `make train`.
+# D-FINE, without non-maximum suppression, in twice the time of `make train`.
 _base_ = [
     '../_base_/models/dfine_hgnetv2-n.py',
     '../_base_/datasets/shapes_detection.py',
