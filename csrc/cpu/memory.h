@@ -21,9 +21,9 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Uninitialized memory. Large buffers request huge pages, since they are read at random and cause fewer page faults. They
-// are aligned here, since glibc returns large memory of aligned_alloc to the system, which clears it again for the next
-// call, but keeps that of malloc.
+// Uninitialized memory. Large buffers request huge pages, since they are read at random and cause fewer page faults.
+// They are aligned here, since glibc returns large memory of aligned_alloc to the system, which clears it again for the
+// next call, but keeps that of malloc.
 template <class E>
 class Buffer {
  public:
