@@ -17,6 +17,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from msda_plugin import compat
+from msda_plugin.acceleration import keep_freed_memory
 from msda_plugin.engine.broken_image import broken_image_error
 from msda_plugin.engine.checkpoint_files import check_classes, checkpoint_to_resume, disk_full_error, last_checkpoint
 from msda_plugin.engine.config_check import check_schedule, check_weights
@@ -52,6 +53,7 @@ class DetectionRunner(Runner):
     - ``--cfg-options data_root=DIR`` applies to every dataset and evaluator.
     - The config field ``device`` ('cpu', 'cuda:1') selects the device. With ``launcher='pytorch'`` and no GPU the
       processes communicate with gloo.
+    - On a CPU, the process keeps freed memory for the next tensors (`keep_freed_memory`).
     - The config is written to the work dir when a training starts. A test or validation leaves the work dir's config
       as it is.
     - Checkpoints on a local disk are written atomically; `msda_plugin.CheckpointHook` replaces MMEngine's. Resuming
@@ -89,6 +91,8 @@ class DetectionRunner(Runner):
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set up the processes; MMEngine's launcher requires a GPU for each of them."""
+        if (self.cfg.get('device') or get_device()) == 'cpu':
+            keep_freed_memory()
         if self._launcher == 'pytorch' and get_device() == 'cpu' and not is_distributed():
             options = {key: value for key, value in env_cfg.get('dist_cfg', {}).items() if key != 'backend'}
             if 'timeout' in options:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from msda_plugin.acceleration import keep_freed_memory
 from msda_plugin.engine.detector import IMAGES, VIDEOS, DetectionResult, Detector, find_files
 from msda_plugin.engine.messages import counted
 from msda_plugin.tools.common.errors import user_errors
@@ -304,6 +305,8 @@ def main(argv: list[str]) -> int:
             nms=args.nms,
             image_size=args.image_size,
         )
+        if detector.device.type == 'cpu':
+            keep_freed_memory()
         demo = Demo(detector, args.out, args.score_thr, args.batch_size)
         Path(args.out).mkdir(parents=True, exist_ok=True)
     print(

@@ -142,6 +142,16 @@ def test_an_unnumbered_gpu_is_the_first_one(runner, monkeypatch):
     assert chosen == [0, 1]
 
 
+@pytest.mark.parametrize('device, calls', [(None, 1), ('cpu', 1), ('cuda', 0)])
+def test_freed_memory_is_kept_on_a_cpu(runner, device, calls, monkeypatch):
+    called = []
+    monkeypatch.setattr('msda_plugin.engine.runner.keep_freed_memory', lambda: called.append(1))
+    monkeypatch.setattr('msda_plugin.engine.runner.get_device', lambda: 'cpu')
+    runner.cfg.device = device
+    runner.setup_env({})
+    assert len(called) == calls
+
+
 # ---- the config in the work dir -------------------------------------------------------------------------------------
 @MODELS.register_module(force=True)
 class RunnerToy(BaseModel):
