@@ -198,7 +198,7 @@ struct Kernels {
     run(pool, tiles(p, p.queries), work(p, tile_capacity(p)), [&](int64_t begin, int64_t end) {
       const int64_t padded = padded_channels<A>(p);
       Rows<T> rows(p, layout);
-      Tile<A, C> tile(p, layout, 0, p.levels);
+      Tile<A, C> tile(p, layout, 0, p.levels, false);
       Buffer<A> sum(padded);
       const int64_t bytes = p.channels * sizeof(T);
       const Writer writer(p, p.queries, output);
@@ -256,7 +256,7 @@ struct Kernels {
     run(pool, tiles(p, query_end - query_begin), work(p, tile_capacity(p)), [&](int64_t begin, int64_t end) {
       const int64_t padded = padded_channels<A>(p), samples = p.samples();
       Rows<T> rows(p, layout);
-      Tile<A, C> tile(p, layout, 0, p.levels);
+      Tile<A, C> tile(p, layout, 0, p.levels, true);
       Buffer<A> grad(padded), dots(4 * tile.size), grad_weight(tile.size), grad_xy(2 * tile.size);
       Buffer<A> grad_pixel(2 * tile.size);
       std::memset(grad, 0, padded * sizeof(A));
@@ -393,7 +393,7 @@ struct Kernels {
         const int64_t clear_begin = first.origin - first.pitch - 2;  // the row that excluded samples have
         const int64_t clear_end = last.origin + (last.height + 1) * last.pitch;
         std::memset(rows + clear_begin * padded, 0, (clear_end - clear_begin) * stride);
-        Tile<A, C> tile(p, layout, level_begin, level_end);
+        Tile<A, C> tile(p, layout, level_begin, level_end, false);
         for (int64_t query = 0; query < p.queries; query += tile.capacity) {
           const int64_t count = min_of(tile.capacity, p.queries - query);
           tile.plan(image, head, query, count);

@@ -192,6 +192,20 @@ inline void zip(V a, V b, V* target) {
 #endif
 }
 
+// Two vectors whose elements alternate in memory.
+template <class A>
+inline void load_interleaved(const A* source, Vector<A> (&target)[2]) {
+  const Vector<A> a = load(source), b = load(source + kLanes<A>);
+#ifdef __clang__
+  for (int i = 0; i < 2 * kLanes<A>; ++i) target[i % 2][i / 2] = i < kLanes<A> ? a[i] : b[i - kLanes<A>];
+#else
+  Integers<A> even;
+  for (int i = 0; i < kLanes<A>; ++i) even[i] = 2 * i;
+  target[0] = __builtin_shuffle(a, b, even);
+  target[1] = __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
 // Interleaves all vectors: their first elements, then their second ones, and so on.
 template <class V, int N>
 inline void interleave(const V (&x)[N], V (&target)[N]) {

@@ -16,13 +16,14 @@ constexpr int64_t kTileSamples = 64;
 template <class A, class C>
 class Tile {
  public:
-  Tile(const Problem& p, const Layout& layout, int64_t level_begin, int64_t level_end)
+  // `for_gradients`: whether to fill what only the gradients need.
+  Tile(const Problem& p, const Layout& layout, int64_t level_begin, int64_t level_end, bool for_gradients)
       : samples(p.first_sample(level_end) - p.first_sample(level_begin)), capacity(max_of(1, kTileSamples / samples)),
         size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), corner(4 * size), row(4 * size), weight(size),
         down(size), right(size), box_unit(size), inside(size), width(size), height(size), raw(2 * size),
-        origin(p.reference_size * size), p_(p), packed_(layout.packed), level_begin_(level_begin),
-        level_end_(level_end), first_(p.first_sample(level_begin)), x_(size), y_(size), start_(size), pitch_(size),
-        logits_(capacity * p.samples() + kLanes<A>) {
+        origin(p.reference_size * size), p_(p), packed_(layout.packed), for_gradients_(for_gradients),
+        level_begin_(level_begin), level_end_(level_end), first_(p.first_sample(level_begin)), start_(size),
+        pitch_(size), logits_(capacity * p.samples() + kLanes<A>) {
     for (int64_t s = 0, l = level_begin, in_query = 0; s < size; ++s, ++in_query) {
       if (in_query == samples) in_query = 0, l = level_begin;
       while (first_ + in_query == p.first_sample(l + 1)) ++l;
@@ -32,28 +33,20 @@ class Tile {
       width[s] = level.width;
       start_[s] = level.origin;
       pitch_[s] = level.pitch;
-      x_[s] = y_[s] = weight[s] = 0;  // the last samples may be padding
     }
+    // The last samples may be padding.
+    std::memset(raw, 0, sizeof(A) * 2 * size);
+    std::memset(weight, 0, sizeof(A) * size);
+    std::memset(origin, 0, sizeof(A) * p.reference_size * size);
     std::memset(logits_, 0, sizeof(A) * (capacity * p.samples() + kLanes<A>));
   }
 
   void plan(int64_t image, int64_t head, int64_t query, int64_t count) {
-    const int64_t all = p_.samples(), total = count * samples;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t unit = (image * p_.queries + query + i) * p_.heads + head;
-      widen(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + first_), raw + 2 * i * samples, 2 * samples);
-      const C* weights = static_cast<const C*>(p_.weights) + unit * all;
-      const int64_t ahead = count * p_.heads * all;  // in the next tile; hardware prefetchers miss this stride
-      prefetch<0>(static_cast<const C*>(p_.coordinates) + 2 * (unit * all + ahead + first_), 2 * samples * sizeof(C));
-      prefetch<0>(weights + ahead + first_, samples * sizeof(C));
-      if (p_.reference_size == 0)
-        widen(weights + first_, weight + i * samples, samples);
-      else
-        widen(weights, logits_ + i * all, all);
+    switch (p_.reference_size) {
+      case 0: return plan<0>(image, head, query, count);
+      case 2: return plan<2>(image, head, query, count);
+      case 4: return plan<4>(image, head, query, count);
     }
-    if (p_.reference_size != 0) softmax(count);
-    positions(image * p_.queries + query, count);
-    neighbors(total);
   }
 
   const int64_t samples, capacity, size;  // per query; queries; in all, rounded up to whole vectors
@@ -61,13 +54,46 @@ class Tile {
   // Rows of the corners. Packed, [size][2]: the upper left and the lower left one, each followed by the right one. In
   // place, [size][4], with -1 for a missing corner.
   Buffer<int32_t> row;
-  Buffer<A> weight, down, right;
-  Buffer<A> box_unit;  // of an offset, in sizes of the box: half the box divided by the number of points
+  Buffer<A> weight;
+  Buffer<A> down, right;  // for gradients
+  Buffer<A> box_unit;     // of an offset, in sizes of the box: half the box divided by the number of points
   Buffer<int32_t> inside, width, height;
-  Buffer<A> raw;     // [size][2]: the given coordinates
+  Buffer<A> raw;     // [size][2]: the given coordinates, for gradients
   Buffer<A> origin;  // [reference_size][size]: reference point or box of each sample
 
  private:
+  template <int kReference>
+  void plan(int64_t image, int64_t head, int64_t query, int64_t count) {
+    const int64_t all = p_.samples(), unit = (image * p_.queries + query) * p_.heads + head, step = p_.heads * all;
+    const C* coordinates = static_cast<const C*>(p_.coordinates) + 2 * (unit * all + first_);
+    const C* weights = static_cast<const C*>(p_.weights) + unit * all;
+    // In the next tile; hardware prefetchers miss this stride.
+    for (int64_t i = count; i < 2 * count; ++i) {
+      prefetch<0>(coordinates + 2 * i * step, 2 * samples * sizeof(C));
+      prefetch<0>(weights + i * step + first_, samples * sizeof(C));
+    }
+    if constexpr (kReference != 0) {
+      for (int64_t i = 0; i < count; ++i) widen(weights + i * step, logits_ + i * all, all);
+      softmax(count);
+      origins<kReference>(image * p_.queries + query, count);
+    }
+    // Whole vectors of a query's samples are read where they are.
+    if constexpr (std::is_same_v<A, C>) {
+      if (!for_gradients_ && samples % kLanes<A> == 0) {
+        for (int64_t i = 0; i < count; ++i) {
+          const A* source = kReference == 0 ? weights + i * step + first_ : weight + i * samples;
+          neighbors<kReference>(coordinates + 2 * i * step, source, i * samples, samples);
+        }
+        return;
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      widen(coordinates + 2 * i * step, raw + 2 * i * samples, 2 * samples);
+      if constexpr (kReference == 0) widen(weights + i * step + first_, weight + i * samples, samples);
+    }
+    neighbors<kReference>(raw, weight, 0, count * samples);
+  }
+
   // `weight` from logits_, which holds all logits of `count` queries. The exponentials are computed for the whole tile
   // at once, since one query may have few.
   void softmax(int64_t count) {
@@ -84,25 +110,14 @@ class Tile {
     }
   }
 
-  void positions(int64_t row, int64_t count) {
-    const int64_t total = count * samples, features = p_.reference_size;
-    const A* __restrict xy = raw;
-    A* __restrict x = x_;
-    A* __restrict y = y_;
-    const int32_t *w = width, *h = height;
-    if (features == 0) {
-      for (int64_t s = 0; s < total; ++s) {
-        x[s] = pixel_of_location(xy[2 * s], static_cast<A>(w[s]));
-        y[s] = pixel_of_location(xy[2 * s + 1], static_cast<A>(h[s]));
-      }
-      return;
-    }
+  template <int kReference>
+  void origins(int64_t row, int64_t count) {
     for (int64_t i = 0, s = 0; i < count; ++i) {
       for (int64_t l = level_begin_; l < level_end_; ++l) {
         const int64_t points = p_.points_on(l);
-        for (int64_t f = 0; f < features; ++f) {
+        for (int64_t f = 0; f < kReference; ++f) {
           A reference;
-          const int64_t index = ((row + i) * p_.levels + l) * features + f;
+          const int64_t index = ((row + i) * p_.levels + l) * kReference + f;
           if (p_.wide_reference)
             reference = static_cast<const A*>(p_.reference_points)[index];
           else
@@ -117,53 +132,59 @@ class Tile {
         s += points;
       }
     }
-    const A *ox = origin, *oy = origin + size;
-    if (features == 2) {
-      for (int64_t s = 0; s < total; ++s) {
-        x[s] = pixel_of_point(ox[s], xy[2 * s], static_cast<A>(w[s]));
-        y[s] = pixel_of_point(oy[s], xy[2 * s + 1], static_cast<A>(h[s]));
-      }
+  }
+
+  // The position along one axis, in pixels.
+  template <int kReference>
+  Vector<A> position(int axis, int64_t s, Vector<A> coordinate, Vector<A> extent) const {
+    if constexpr (kReference == 0) {
+      return pixel_of_location(coordinate, extent);
     } else {
-      const A *ow = origin + 2 * size, *oh = origin + 3 * size, *unit = box_unit;
-      for (int64_t s = 0; s < total; ++s) {
-        x[s] = pixel_of_box(ox[s], ow[s], xy[2 * s], unit[s], static_cast<A>(w[s]));
-        y[s] = pixel_of_box(oy[s], oh[s], xy[2 * s + 1], unit[s], static_cast<A>(h[s]));
-      }
+      const Vector<A> center = load(origin + axis * size + s);
+      if constexpr (kReference == 2) return pixel_of_point(center, coordinate, extent);
+      return pixel_of_box(center, load(origin + (2 + axis) * size + s), coordinate, load(box_unit + s), extent);
     }
   }
 
-  void neighbors(int64_t total) {
+  // Rows and weights of the corners of samples [first, first + count), whose coordinates and attention weights are
+  // given.
+  template <int kReference>
+  void neighbors(const A* coordinates, const A* weights, int64_t first, int64_t count) {
     using I = Integers<A>;
-    for (int64_t s = 0; s < total; s += kLanes<A>) {
+    for (int64_t i = 0, s = first; i < count; i += kLanes<A>, s += kLanes<A>) {
       const I h = load_integers<A>(height + s), w = load_integers<A>(width + s);
       const I start = load_integers<A>(start_ + s), pitch = load_integers<A>(pitch_ + s);
-      auto cell = locate(load(x_ + s), load(y_ + s), h, w);
+      Vector<A> xy[2];
+      load_interleaved(coordinates + 2 * i, xy);
+      auto cell = locate(position<kReference>(0, s, xy[0], convert<Vector<A>>(w)),
+                         position<kReference>(1, s, xy[1], convert<Vector<A>>(h)), h, w);
       // Excluded samples weigh 0, because an infinite weight times 0 would be NaN.
-      const Vector<A> attention = convert<Vector<A>>(cell.row) >= A(-1) ? load(weight + s) : Vector<A>{};
-      store<A>(down + s, cell.down);
-      store<A>(right + s, cell.right);
-      store_integers<A>(inside + s, cell.row >= -1);
-      Vector<A> weights[4];
-      for (int i = 0; i < 4; ++i) weights[i] = corner_weight(cell.down, cell.right, i) * attention;
-      store_interleaved<A>(corner + 4 * s, weights);
+      const Vector<A> attention = cell.row >= -1 ? load(weights + i) : Vector<A>{};
+      if (for_gradients_) {
+        store<A>(down + s, cell.down);
+        store<A>(right + s, cell.right);
+        store_integers<A>(inside + s, cell.row >= -1);
+      }
+      Vector<A> corners[4];
+      for (int k = 0; k < 4; ++k) corners[k] = corner_weight(cell.down, cell.right, k) * attention;
+      store_interleaved<A>(corner + 4 * s, corners);
       if (packed_) {
         cell.row = cell.row < -1 ? I{} - 1 : cell.row;  // excluded samples lie in the border
         const I rows[2] = {corner_key(cell, 0, start, pitch), corner_key(cell, 2, start, pitch)};
         store_interleaved<A>(row + 2 * s, rows);
       } else {
         I rows[4];
-        for (int i = 0; i < 4; ++i)
-          rows[i] = corner_exists(cell, i, h, w) ? corner_key(cell, i, start, pitch) : I{} - 1;
+        for (int k = 0; k < 4; ++k)
+          rows[k] = corner_exists(cell, k, h, w) ? corner_key(cell, k, start, pitch) : I{} - 1;
         store_interleaved<A>(row + 4 * s, rows);
       }
     }
   }
 
   const Problem& p_;
-  const bool packed_;
+  const bool packed_, for_gradients_;
   const int64_t level_begin_, level_end_;
   const int64_t first_;  // the query's sample at which the range of levels begins
-  Buffer<A> x_, y_;
   Buffer<int32_t> start_, pitch_;
   Buffer<A> logits_;
 };
