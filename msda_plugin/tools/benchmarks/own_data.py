@@ -46,7 +46,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train one after another on one thread, each in its own process, and print one row per model and data."""
+    """Train one after another on one thread, each in its own process, and print one row per model and data.
+
+    A finished training is not repeated when the benchmark is called again with the same work dir and options.
+    """
     print(
         f'{args.minutes:g} CPU minutes on one thread, {args.seeds} seeds: mean (lowest to highest) after the last '
         'epoch\n\n| data | model | images seen | AP | AP50 | AP on training images |\n|---|---|---:|---:|---:|---:|'
@@ -74,10 +77,17 @@ def _train(data: str, model: str, seed: int, work_dir: Path, args: argparse.Name
     command += ['--seed', str(seed), '--workers', '0', '--device', 'cpu', '--work-dir', str(work_dir)]
     command += ['--skip-bad-images', *args.options]
     work_dir.mkdir(parents=True, exist_ok=True)
+    finished = work_dir / 'finished.txt'  # the options of the training that wrote the results
+    if finished.exists() and finished.read_text() == '\n'.join(command[3:]):
+        return 0
+    finished.unlink(missing_ok=True)
     with (work_dir / 'output.txt').open('w') as output:
-        return subprocess.run(
+        status = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'}
         ).returncode
+    if status == 0:
+        finished.write_text('\n'.join(command[3:]))
+    return status
 
 
 def _result(work_dir: Path) -> dict:

@@ -56,6 +56,22 @@ def test_stops_after_a_failed_training(trainings, tmp_path, capsys):
     assert 'on bad ended with status 3; see' in capsys.readouterr().err
 
 
+def test_finished_trainings_are_not_repeated(trainings, tmp_path, capsys):
+    options = ('--models', 'm.py', '--work-dir', tmp_path)
+    assert own_data.run(arguments('a', *options, '--seeds', 2)) == 0
+    assert own_data.run(arguments('a', *options, '--seeds', 3)) == 0
+    assert [args.seed for args in trainings] == [0, 1, 2]
+    assert '0.100 (0.000 to 0.200)' in capsys.readouterr().out.splitlines()[-1]
+    assert own_data.run(arguments('a', *options, '--minutes', 2)) == 0
+    assert [args.minutes for args in trainings] == [40] * 3 + [2] * 3
+
+
+def test_a_failed_training_is_repeated(trainings, tmp_path):
+    for _ in range(2):
+        assert own_data.run(arguments('bad', '--seeds', 1, '--models', 'm.py', '--work-dir', tmp_path)) == 3
+    assert len(trainings) == 2
+
+
 def test_trainings_count_cpu_time():
     code = own_data.TRAIN.split('from msda_plugin')[0] + 'time.sleep(1); print(time.monotonic(), time.perf_counter())'
     output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
