@@ -2,7 +2,7 @@
 
 from msda_plugin.version import __version__
 
-__all__ = ['Detector', '__version__', 'accelerate', 'onnxruntime_library', 'restore']
+__all__ = ['Detector', '__version__', 'accelerate', 'keep_freed_memory', 'onnxruntime_library', 'restore']
 
 
 def __getattr__(name: str) -> object:
@@ -11,7 +11,7 @@ def __getattr__(name: str) -> object:
         from msda_plugin.engine.detector import Detector
 
         return Detector
-    if name in ('accelerate', 'restore'):
+    if name in ('accelerate', 'keep_freed_memory', 'restore'):
         from msda_plugin import acceleration
 
         return getattr(acceleration, name)
