@@ -43,6 +43,7 @@ def accelerate(
     fold: bool | None = None,
     fast_dropout: bool = False,
     dtype: torch.dtype | None = None,
+    training_dtype: torch.dtype | None = None,
 ) -> int:
     """Make every multi-scale deformable attention of mmcv and transformers run msda_plugin's operator, in place.
 
@@ -67,7 +68,9 @@ def accelerate(
             one convolution in inference.
         fast_dropout: Draw the random numbers of ``nn.Dropout`` faster in training on a CPU. They differ from PyTorch's.
         dtype: Run the model in bfloat16 in evaluation mode, or in float16 on a GPU. Predictions of boxes and scores,
-            reference points and post-processing stay in float32. Training is not affected. None: as the weights.
+            reference points and post-processing stay in float32. None: as the weights.
+        training_dtype: Run the model in bfloat16 in training mode, with the same exceptions. Parameters, gradients and
+            optimizer stay in float32, and the loss is not scaled. None: as the weights.
 
     Returns:
         The number of changed attention layers.
@@ -75,7 +78,7 @@ def accelerate(
     Raises:
         TypeError: If ``model`` is not a ``torch.nn.Module``, or the operator does not support the dtype of its weights.
         ValueError: If the model is quantized, prepared for quantization, or scripted; or its device has no fast
-            instructions for ``dtype``, or its weights are not float32. It stays unchanged.
+            instructions for the dtype, or its weights are not float32. It stays unchanged.
 
     Example:
         >>> from mmcv.ops import MultiScaleDeformableAttention
@@ -88,6 +91,8 @@ def accelerate(
     _refuse(model)
     if dtype is not None:
         low_precision.check_dtype(model, dtype)
+    if training_dtype is not None:
+        low_precision.check_dtype(model, training_dtype, training=True)
     found, backends, unchanged, before = [], set(), {}, 0
     for name, layer in model.named_modules():
         if not ('sampling_offsets' in layer._modules and 'attention_weights' in layer._modules):
@@ -125,6 +130,9 @@ def accelerate(
     if dtype is not None:
         low_precision.use_dtype(model, dtype)
         log(f'accelerate: {type(model).__name__} now runs in {dtype} in evaluation mode.')
+    if training_dtype is not None:
+        low_precision.use_dtype(model, training_dtype, training=True)
+        log(f'accelerate: {type(model).__name__} now runs in {training_dtype} in training mode.')
     return len(found)
 
 

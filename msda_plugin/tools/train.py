@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     from msda_plugin.engine.runner import DetectionRunner
     from msda_plugin.tools.common import interrupt
     from msda_plugin.tools.common.launch import build_runner, exit_if_loading_fails, load_config
+    from msda_plugin.tools.common.mixed_precision import use_mixed_precision
 
     args = _parser().parse_args(argv)
     if args.model == 'list':
@@ -72,9 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             cfg.verbose = True
         if args.train_ap is not None:
             _measure_training_ap(cfg, args.train_ap)
-        if args.amp:
-            cfg.optim_wrapper.type = 'AmpOptimWrapper'
-            cfg.optim_wrapper.loss_scale = 'dynamic'
+        if args.amp and not args.data:
+            use_mixed_precision(cfg)
         if args.auto_scale_lr:
             if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
                 raise ValueError('--auto-scale-lr requires auto_scale_lr = dict(base_batch_size=…) in the config')
@@ -143,7 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         help='at each validation, also measure the AP on N training images, which shows overfitting (default: 0; '
         'with --data up to 32)',
     )
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--amp',
+        action=argparse.BooleanOptionalAction,
+        help='mixed precision: float16 on GPUs, bfloat16 on CPUs (default: no; with --data and a model of msda_plugin, '
+        'on CPUs with bfloat16 instructions)',
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',

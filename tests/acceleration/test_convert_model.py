@@ -332,7 +332,7 @@ MODELS_OF_MMDET = {
 
 @pytest.mark.parametrize('name', MODELS_OF_MMDET)
 def test_models_of_mmdetection(name, monkeypatch):
-    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: True)
+    monkeypatch.setattr(low_precision, 'cpu_has_bfloat16', lambda: True)
     count, changes = MODELS_OF_MMDET[name]
     cfg = get_config(f'mmdet::{name}')
     init_default_scope('mmdet')

@@ -122,7 +122,7 @@ def test_other_modes_take_the_stock_code(calls):
 
 
 def test_predictors_in_float32_of_a_bfloat16_model(calls, monkeypatch):
-    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: True)
+    monkeypatch.setattr(low_precision, 'cpu_has_bfloat16', lambda: True)
     net = nn.Sequential(OrderedDict(layer=nn.Linear(8, 8), cls_branches=nn.Linear(8, 3)))
     msda_plugin.accelerate(net.eval(), inference=True, dtype=torch.bfloat16)
     with torch.no_grad():

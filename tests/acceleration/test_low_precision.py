@@ -1,4 +1,4 @@
-"""Inference in bfloat16: what runs in it, what stays float32, and what is refused."""
+"""bfloat16: what runs in it, what stays float32, and what is refused."""
 
 import copy
 from collections import namedtuple
@@ -33,7 +33,7 @@ class Detector(nn.Module):
 
 @pytest.fixture(autouse=True)
 def has_bfloat16(monkeypatch):
-    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: True)
+    monkeypatch.setattr(low_precision, 'cpu_has_bfloat16', lambda: True)
 
 
 def make():
@@ -63,6 +63,30 @@ def test_bfloat16_inference_with_float32_predictors_and_outputs():
     assert set(model.seen.values()) == {torch.float32}
     msda_plugin.restore(model)
     assert torch.equal(model.eval()(images()).scores, expected.scores)
+    assert vars(model).keys() == vars(stock).keys()
+
+
+def test_bfloat16_training_with_float32_predictors_and_gradients():
+    model = make()
+    stock = copy.deepcopy(model)
+    expected = stock.train()(images()).scores.sum()
+    expected.backward()
+    assert msda_plugin.accelerate(model, training_dtype=torch.bfloat16) == 0
+    scores = model.train()(images()).scores
+    assert model.seen == dict(backbone=torch.bfloat16, layer=torch.bfloat16, scores=torch.float32)
+    scores.sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert ours.dtype == ours.grad.dtype == torch.float32
+        assert 0 < (ours.grad - theirs.grad).abs().max() < 0.02 * theirs.grad.abs().max() or 'cls' in name
+    model.eval()(images())
+    assert set(model.seen.values()) == {torch.float32}
+
+    msda_plugin.accelerate(model, dtype=torch.bfloat16)
+    for mode in (True, False):
+        model.train(mode)(images())
+        assert model.seen['layer'] == torch.bfloat16
+    msda_plugin.restore(model)
+    assert torch.equal(model.eval()(images()).scores, stock.eval()(images()).scores)
     assert vars(model).keys() == vars(stock).keys()
 
 
@@ -102,8 +126,10 @@ def test_wrapper_runs_its_module_in_bfloat16():
     ],
 )
 def test_refused_and_unchanged(model, dtype, bfloat16, message, monkeypatch):
-    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: bfloat16)
+    monkeypatch.setattr(low_precision, 'cpu_has_bfloat16', lambda: bfloat16)
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
         msda_plugin.accelerate(model, inference=True, dtype=dtype)
+    with pytest.raises(ValueError, match=f'training_{message}' if 'expected' in message else message):
+        msda_plugin.accelerate(model, inference=True, training_dtype=dtype)
     assert [type(module) for module in model.modules()] == classes

@@ -361,7 +361,7 @@ print([name for name in ('mmengine', 'mmcv', 'mmdet', 'transformers') if name in
 
 @pytest.mark.parametrize('name', families.FAMILIES)
 def test_further_steps(name, monkeypatch):
-    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: True)
+    monkeypatch.setattr(low_precision, 'cpu_has_bfloat16', lambda: True)
     model, inputs = families.build(name)
     model.eval()
     with torch.no_grad():

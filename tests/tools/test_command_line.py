@@ -12,6 +12,8 @@ import pytest
 
 from msda_plugin import __version__
 from msda_plugin.__main__ import COMMANDS, main
+from msda_plugin.tools import train
+from msda_plugin.tools.common import launch, mixed_precision
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,6 +191,22 @@ def trainable(tmp_path, monkeypatch):
 )
 def test_wrong_options_of_train(trainable, option, message, capsys):
     assert message in sentence(['train', trainable, '--work-dir', 'work', '--cfg-options', option], capsys)
+
+
+@pytest.mark.parametrize('device, wrapper, hooks', [('cpu', None, 1), ('cuda', 'AmpOptimWrapper', 0)])
+def test_mixed_precision_of_a_config(trainable, device, wrapper, hooks, monkeypatch):
+    class Built(BaseException):
+        pass
+
+    def build(cfg, *splits):
+        assert cfg.optim_wrapper.get('type') == wrapper
+        assert [hook.type for hook in cfg.get('custom_hooks', [])] == ['msda_plugin.AccelerateHook'] * hooks
+        raise Built
+
+    monkeypatch.setattr(mixed_precision, 'get_device', lambda: device)
+    monkeypatch.setattr(launch, 'build_runner', build)
+    with pytest.raises(Built):
+        train.main([str(trainable), '--amp'])
 
 
 def test_wrong_options_of_test(trainable, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch import nn
 
 from msda_plugin.acceleration import accelerate
 from msda_plugin.registry import HOOKS
@@ -17,10 +18,11 @@ class AccelerateHook(Hook):
 
     Args:
         inference, channels_last, fold, fast_dropout: As in :func:`msda_plugin.accelerate`.
-        dtype: As there, or its name: ``'bfloat16'``. Validation and test run in it, training does not.
+        dtype, training_dtype: As there, or their names: ``'bfloat16'``. Validation and test run in the first, training
+            in the second.
 
     Raises:
-        ValueError: If the model is quantized, prepared for quantization, or scripted; or ``dtype`` is not supported.
+        ValueError: If the model is quantized, prepared for quantization, or scripted; or a dtype is not supported.
     """
 
     priority = 'VERY_HIGH'  # before hooks that copy the model, such as EMAHook
@@ -32,14 +34,26 @@ class AccelerateHook(Hook):
         fold: bool | None = None,
         fast_dropout: bool = False,
         dtype: str | torch.dtype | None = None,
+        training_dtype: str | torch.dtype | None = None,
     ) -> None:
-        if isinstance(dtype, str):
-            if not isinstance(getattr(torch, dtype, None), torch.dtype):
-                raise ValueError(f"dtype is '{dtype}'; expected the name of a dtype of torch, such as 'bfloat16'")
-            dtype = getattr(torch, dtype)
         self.switches = dict(
-            inference=inference, channels_last=channels_last, fold=fold, fast_dropout=fast_dropout, dtype=dtype
+            inference=inference,
+            channels_last=channels_last,
+            fold=fold,
+            fast_dropout=fast_dropout,
+            dtype=_dtype('dtype', dtype),
+            training_dtype=_dtype('training_dtype', training_dtype),
         )
 
     def before_run(self, runner: Runner) -> None:
-        accelerate(runner.model, **self.switches)
+        self.accelerate(runner.model)
+
+    def accelerate(self, model: nn.Module) -> None:
+        accelerate(model, **self.switches)
+
+
+def _dtype(argument: str, given: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if found is None and given is not None or not isinstance(found, torch.dtype | None):
+        raise ValueError(f"{argument} is '{given}'; expected the name of a dtype of torch, such as 'bfloat16'")
+    return found

@@ -19,6 +19,7 @@ from mmengine.runner import Runner, set_random_seed
 
 from msda_plugin import compat
 from msda_plugin.engine.messages import counted
+from msda_plugin.registry import HOOKS
 from msda_plugin.tools.custom_data.recipe import Plan
 
 PARTS = 20  # an epoch takes at most this fraction of the time
@@ -48,6 +49,9 @@ def _measure(cfg: Config) -> Speed:
     set_random_seed(cfg.randomness.seed)
     device = cfg.get('device') or get_device()
     model = MODELS.build(cfg.model).to(device)
+    for hook in cfg.get('custom_hooks') or []:
+        if hook.type == 'msda_plugin.AccelerateHook':
+            HOOKS.build(hook).accelerate(model)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     model.train()
     train = _seconds(_batches(cfg.train_dataloader), lambda batch: model.train_step(batch, optimizer), device)

@@ -13,6 +13,7 @@ from msda_plugin.engine.messages import counted
 from msda_plugin.engine.model_zoo import config_folder
 from msda_plugin.engine.nms import set_nms, supports_nms
 from msda_plugin.files import atomic_write
+from msda_plugin.tools.common.mixed_precision import bfloat16_is_faster, use_mixed_precision
 from msda_plugin.tools.custom_data.recipe import (
     BATCH_SIZE,
     LR,
@@ -63,6 +64,7 @@ class Choices:
     seed: int = 0
     load_from: str | None = None
     device: str | None = None
+    amp: bool | None = None  # mixed precision
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = 
         cfg.load_from = choices.load_from
     if choices.device:
         cfg.device = choices.device
+    ours = cfg.model.type.startswith('msda_plugin.')  # operators of others may lack bfloat16
+    if ours and bfloat16_is_faster(choices.device) if choices.amp is None else choices.amp:
+        use_mixed_precision(cfg)
+        notes.append('precision: mixed; --no-amp switches it off')
     return cfg, notes
 
 

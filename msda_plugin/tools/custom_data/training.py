@@ -70,6 +70,7 @@ def prepare(args: argparse.Namespace) -> Config:
         workers=min(4, (os.cpu_count() or 1) // 2) if args.workers is None else args.workers,
         load_from=args.load_from,
         device=args.device,
+        amp=args.amp,
     )
 
     splits, classes = _read(args, data, choices.seed)

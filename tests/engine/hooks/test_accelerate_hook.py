@@ -115,8 +115,12 @@ def test_is_registered():
 def test_switches(monkeypatch):
     taken = {}
     monkeypatch.setattr(accelerate_hook, 'accelerate', lambda model, **switches: taken.update(switches))
-    hook = HOOKS.build(dict(type='msda_plugin.AccelerateHook', inference=True, dtype='bfloat16', fast_dropout=True))
+    given = dict(inference=True, channels_last=None, fold=None, fast_dropout=True)
+    named = dict(dtype='bfloat16', training_dtype='bfloat16')
+    hook = HOOKS.build(dict(type='msda_plugin.AccelerateHook', **given, **named))
     hook.before_run(SimpleNamespace(model=None))
-    assert taken == dict(inference=True, channels_last=None, fold=None, fast_dropout=True, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="dtype is 'bf16'; expected the name of a dtype of torch"):
-        AccelerateHook(dtype='bf16')
+    assert taken == dict(given, dtype=torch.bfloat16, training_dtype=torch.bfloat16)
+    for argument in named:
+        for wrong in ('bf16', 'nn', 16):
+            with pytest.raises(ValueError, match=f"{argument} is '{wrong}'; expected the name of a dtype of torch"):
+                AccelerateHook(**{argument: wrong})

@@ -42,7 +42,7 @@ def test_measures(args, training):
 
 @pytest.mark.parametrize(('variant', 'lowest', 'highest'), [('float32', 0, 1e-4), ('bfloat16', 1e-4, 0.1)])
 def test_compares_raw_outputs(args, variant, lowest, highest, monkeypatch):
-    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: True)
+    monkeypatch.setattr(low_precision, 'cpu_has_bfloat16', lambda: True)
     count, difference, choices, otherwise = benchmark.compare(args, variant)
     assert (count, choices, otherwise) == (4, 0, 0)
     assert lowest < difference < highest
@@ -114,7 +114,7 @@ def test_second_pass_replays_choices():
 
 
 def test_table(args, monkeypatch, capsys):
-    monkeypatch.setattr(low_precision, '_cpu_has_bfloat16', lambda: False)
+    monkeypatch.setattr(low_precision, 'cpu_has_bfloat16', lambda: False)
 
     def run_here(function, *given):
         if function is benchmark.compare:

@@ -17,10 +17,13 @@ from mmengine.registry import PARAM_SCHEDULERS
 from PIL import Image
 
 from msda_plugin.engine.data_check import check_coco
+from msda_plugin.engine.hooks import AccelerateHook
 from msda_plugin.engine.model_zoo import Model, find_model
+from msda_plugin.tools.common import mixed_precision
+from msda_plugin.tools.custom_data import budget, training
 from msda_plugin.tools.custom_data import coco as coco_files
-from msda_plugin.tools.custom_data import training
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL, Choices, Data, build_config
+from msda_plugin.tools.shapes import CLASSES as SHAPES
 from msda_plugin.tools.shapes import generate
 from msda_plugin.tools.train import _parser, main
 
@@ -457,6 +460,32 @@ def test_image_size_and_schedule():
     assert not cfg.train_dataloader.persistent_workers
 
 
+@pytest.mark.parametrize('device, model, amp, expected', [
+    (None, DEFAULT_MODEL, None, 'bfloat16'),
+    ('cpu', DEFAULT_MODEL, None, 'bfloat16'),
+    ('cuda', DEFAULT_MODEL, None, None),
+    ('cpu', 'mmdet-deformable-detr-two-stage_r18', None, None),
+    ('cpu', 'mmdet-deformable-detr-two-stage_r18', True, 'bfloat16'),
+    ('cpu', DEFAULT_MODEL, False, None),
+    ('cuda', DEFAULT_MODEL, True, 'float16'),
+])  # fmt: skip
+def test_mixed_precision(device, model, amp, expected, monkeypatch):
+    monkeypatch.setattr(mixed_precision, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(mixed_precision, 'cpu_has_bfloat16', lambda: True)
+
+    def precision():
+        cfg, notes = config(model, device=device, amp=amp)
+        found = ['float16'] if cfg.optim_wrapper.type == 'AmpOptimWrapper' else []
+        found += [hook.training_dtype for hook in cfg.custom_hooks if hook.type == 'msda_plugin.AccelerateHook']
+        assert len(found) == sum('--no-amp' in note for note in notes)
+        return found[0] if found else None
+
+    assert precision() == expected
+    if amp is None:
+        monkeypatch.setattr(mixed_precision, 'cpu_has_bfloat16', lambda: False)
+        assert precision() is None
+
+
 def test_mask_model_is_rejected(tmp_path):
     path = tmp_path / 'masks.py'
     path.write_text("model = dict(type='MaskRCNN', roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict()))\n")
@@ -592,6 +621,17 @@ def shapes(tmp_path_factory):
 def train(*args):
     DetLocalVisualizer._instance_dict.clear()  # one per process, with the folder of the last training
     assert main([*map(str, args)]) == 0
+
+
+def test_the_speed_is_that_of_the_mixed_precision(shapes, monkeypatch):
+    files = {split: (shapes / f'annotations/{split}.json', shapes / split) for split in ('train', 'val')}
+    data, measured = Data(files, tuple(SHAPES), num_images=8, most_boxes=7), []
+    monkeypatch.setattr(budget, '_seconds', lambda batches, step, device: step(next(iter(batches))) and 0.0)
+    monkeypatch.setattr(AccelerateHook, 'accelerate', lambda hook, model: measured.append(hook.switches))
+    for amp in (False, True):
+        choices = Choices('work', image_size=(64, 64), workers=0, device='cpu', amp=amp)
+        budget.measure_speed(build_config(find_model(DEFAULT_MODEL).config, data, choices)[0])
+    assert [switches['training_dtype'] for switches in measured] == [torch.bfloat16]
 
 
 @pytest.mark.slow
