@@ -46,7 +46,7 @@ VARIANTS = {
     'fold': dict(fold=True),
     'fast_dropout': dict(fast_dropout=True),
     'float32': dict(inference=True, fast_dropout=True),
-    'bfloat16': dict(inference=True, dtype=torch.bfloat16),
+    'bfloat16': dict(inference=True, fast_dropout=True, dtype=torch.bfloat16, training_dtype=torch.bfloat16),
 }
 
 
@@ -71,8 +71,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         default=['accelerated', 'float32', 'bfloat16'],
         metavar='VARIANT',
         help='compared with the stock model: accelerated: accelerate(model); channels_last, fold, fast_dropout: with '
-        'this argument; float32: with inference=True and fast_dropout=True; bfloat16: with inference=True and '
-        'dtype=torch.bfloat16, inference only (default: accelerated float32 bfloat16)',
+        'this argument; float32: with inference=True and fast_dropout=True; bfloat16: with these and dtype and '
+        'training_dtype=torch.bfloat16 (default: accelerated float32 bfloat16)',
     )
     parser.add_argument('--skip-training', action='store_true', help='only inference')
     return parser
@@ -130,7 +130,7 @@ def comparisons(args: argparse.Namespace) -> Iterator[Comparison | str]:
         except ValueError as error:
             yield f'{variant} was not measured: {error}'
             continue
-        for training in runs if dtype is None else [False]:  # training does not use the dtype
+        for training in runs:
             measured = in_a_process(measure, args, variant, training)
             if not training:
                 inference = measured

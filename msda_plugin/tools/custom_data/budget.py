@@ -3,6 +3,7 @@
 `msda_plugin.TimeBudgetHook` corrects the plan during the training.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
@@ -13,6 +14,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
@@ -40,8 +42,14 @@ class Speed:
 def measure_speed(cfg: Config) -> Speed:
     """Measure iterations of the training in ``cfg``, with its data, augmentation and optimizer, from random weights."""
     compat.import_mmdet()
-    with redirect_stdout(StringIO()):  # of pycocotools
-        return _measure(cfg)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()):  # of pycocotools
+            return _measure(cfg)
+    finally:
+        logger.setLevel(level)
 
 
 def _measure(cfg: Config) -> Speed:
