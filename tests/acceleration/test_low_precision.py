@@ -2,14 +2,22 @@
 
 import copy
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
 from torch import nn
 
 import msda_plugin
+from msda_plugin import compat
 from msda_plugin.acceleration import low_precision
 
+SHAPES = Path(__file__).parents[2] / 'configs/shapes'
 Outputs = namedtuple('Outputs', 'scores features')
 
 
@@ -133,3 +141,37 @@ def test_refused_and_unchanged(model, dtype, bfloat16, message, monkeypatch):
     with pytest.raises(ValueError, match=f'training_{message}' if 'expected' in message else message):
         msda_plugin.accelerate(model, inference=True, training_dtype=dtype)
     assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'rtdetr_r18vd-nano_1xb4-7e',
+        'dfine_hgnetv2-n_1xb4-8e',
+        'deformable-detr-two-stage_shunted-nano_1xb4-8e',
+        'mmdet-deformable-detr-two-stage_r18_1xb4-4e',
+    ],
+)
+def test_detectors_train_in_bfloat16(name):
+    compat.import_mmdet()
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(Config.fromfile(str(SHAPES / f'{name}_shapes.py')).model).train()
+    objects = InstanceData(bboxes=torch.tensor([[10.0, 10, 60, 70], [50, 30, 120, 100]]), labels=torch.tensor([0, 1]))
+    samples = []
+    for found in (objects, objects[:0]):
+        samples.append(DetDataSample(metainfo=dict(img_shape=(128, 160), ori_shape=(128, 160), scale_factor=(1, 1))))
+        samples[-1].gt_instances = found
+    data = model.data_preprocessor(dict(inputs=[torch.full((3, 128, 160), 99)] * 2, data_samples=samples), True)
+
+    def loss():
+        torch.manual_seed(1)
+        return model.parse_losses(model(**copy.deepcopy(data), mode='loss'))[0]
+
+    expected = loss().item()
+    msda_plugin.accelerate(model, channels_last=True, training_dtype=torch.bfloat16)
+    found = loss()
+    assert found.dtype == torch.float32
+    assert found.item() != expected and found.item() == pytest.approx(expected, rel=0.1)
+    found.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
