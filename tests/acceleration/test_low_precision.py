@@ -157,6 +157,7 @@ def test_detectors_train_in_bfloat16(name):
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MODELS.build(Config.fromfile(str(SHAPES / f'{name}_shapes.py')).model).train()
+    model.init_weights()  # MMDetection leaves embeddings uninitialized until then
     objects = InstanceData(bboxes=torch.tensor([[10.0, 10, 60, 70], [50, 30, 120, 100]]), labels=torch.tensor([0, 1]))
     samples = []
     for found in (objects, objects[:0]):
