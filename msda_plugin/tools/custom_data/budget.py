@@ -58,7 +58,7 @@ def _measure(cfg: Config) -> Speed:
     device = cfg.get('device') or get_device()
     model = MODELS.build(cfg.model).to(device)
     for hook in cfg.get('custom_hooks') or []:
-        if hook.type == 'msda_plugin.AccelerateHook':
+        if hook.get('type') == 'msda_plugin.AccelerateHook':
             HOOKS.build(hook).accelerate(model)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     model.train()
