@@ -16,7 +16,7 @@ constexpr int64_t kTileSamples = 64;
 template <class A, class C>
 class Tile {
  public:
-  // `for_gradients`: whether to fill what only the gradients need.
+  // `for_gradients`: raw, weight, down, right and inside will be read, so all of them are filled.
   Tile(const Problem& p, const Layout& layout, int64_t level_begin, int64_t level_end, bool for_gradients)
       : samples(p.first_sample(level_end) - p.first_sample(level_begin)), capacity(max_of(1, kTileSamples / samples)),
         size(ceil_div(capacity * samples, kLanes<A>) * kLanes<A>), corner(4 * size), row(4 * size), weight(size),
@@ -54,11 +54,10 @@ class Tile {
   // Rows of the corners. Packed, [size][2]: the upper left and the lower left one, each followed by the right one. In
   // place, [size][4], with -1 for a missing corner.
   Buffer<int32_t> row;
-  Buffer<A> weight;
-  Buffer<A> down, right;  // for gradients
-  Buffer<A> box_unit;     // of an offset, in sizes of the box: half the box divided by the number of points
+  Buffer<A> weight, down, right;
+  Buffer<A> box_unit;  // of an offset, in sizes of the box: half the box divided by the number of points
   Buffer<int32_t> inside, width, height;
-  Buffer<A> raw;     // [size][2]: the given coordinates, for gradients
+  Buffer<A> raw;     // [size][2]: the given coordinates
   Buffer<A> origin;  // [reference_size][size]: reference point or box of each sample
 
  private:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from msda_plugin.acceleration import keep_freed_memory
 from msda_plugin.engine.detector import IMAGES, VIDEOS, DetectionResult, Detector, find_files
 from msda_plugin.engine.messages import counted
 from msda_plugin.tools.common.errors import user_errors
@@ -306,6 +305,8 @@ def main(argv: list[str]) -> int:
             image_size=args.image_size,
         )
         if detector.device.type == 'cpu':
+            from msda_plugin.acceleration import keep_freed_memory  # imports torch
+
             keep_freed_memory()
         demo = Demo(detector, args.out, args.score_thr, args.batch_size)
         Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -83,9 +83,11 @@ def test_bfloat16_training_with_float32_predictors_and_gradients():
     scores = model.train()(images()).scores
     assert model.seen == dict(backbone=torch.bfloat16, layer=torch.bfloat16, scores=torch.float32)
     scores.sum().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+    differences = []
+    for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
         assert ours.dtype == ours.grad.dtype == torch.float32
-        assert 0 < (ours.grad - theirs.grad).abs().max() < 0.02 * theirs.grad.abs().max() or 'cls' in name
+        differences.append(((ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()).item())
+    assert 0 < max(differences) < 0.02
     model.eval()(images())
     assert set(model.seen.values()) == {torch.float32}
 

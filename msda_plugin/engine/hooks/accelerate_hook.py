@@ -49,11 +49,12 @@ class AccelerateHook(Hook):
         self.accelerate(runner.model)
 
     def accelerate(self, model: nn.Module) -> None:
+        """Run :func:`msda_plugin.accelerate` on a model, with the arguments of this hook."""
         accelerate(model, **self.switches)
 
 
 def _dtype(argument: str, given: str | torch.dtype | None) -> torch.dtype | None:
     found = getattr(torch, given, None) if isinstance(given, str) else given
-    if found is None and given is not None or not isinstance(found, torch.dtype | None):
+    if given is not None and not isinstance(found, torch.dtype):
         raise ValueError(f"{argument} is '{given}'; expected the name of a dtype of torch, such as 'bfloat16'")
     return found

@@ -137,8 +137,10 @@ def build_config(model: Path, data: Data, choices: Choices, plan: Plan | None = 
         cfg.load_from = choices.load_from
     if choices.device:
         cfg.device = choices.device
-    ours = cfg.model.type.startswith('msda_plugin.')  # operators of others may lack bfloat16
-    if ours and bfloat16_is_faster(choices.device) if choices.amp is None else choices.amp:
+    amp = choices.amp
+    if amp is None:  # operators of other models may lack bfloat16
+        amp = str(cfg.model.type).startswith('msda_plugin.') and bfloat16_is_faster(choices.device)
+    if amp:
         use_mixed_precision(cfg)
         notes.append('precision: mixed; --no-amp switches it off')
     return cfg, notes
