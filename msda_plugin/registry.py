@@ -21,7 +21,10 @@ MODELS = Registry(
     'model',
     parent=ROOT_MODELS,
     scope=SCOPE,
-    locations=[f'{SCOPE}.{package}' for package in ('layers', 'backbones', 'necks', 'heads', 'detectors')],
+    locations=[
+        *(f'{SCOPE}.{package}' for package in ('layers', 'backbones', 'necks', 'heads', 'detectors')),
+        f'{SCOPE}.starter_weights',  # the checkpoints msda_plugin://…
+    ],
 )
 HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=[f'{SCOPE}.engine.hooks'])
 DATA_SAMPLERS = Registry(

@@ -70,7 +70,7 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
     """Read the state dict of a checkpoint file or URL to the CPU. No code in the file is executed.
 
     Args:
-        path: a local file, or an http(s) URL.
+        path: a local file, an http(s) URL, or ``msda_plugin://MODEL``, the starter weights of a model.
         prefix: take only the keys with this prefix, and remove it ('backbone' for the backbone of a detector).
 
     Raises:
@@ -89,9 +89,13 @@ def load_checkpoint_file(path: str | Path, prefix: str | None = None) -> Mapping
 
 
 def _read(path: str) -> object:
-    """Content of a checkpoint file or URL."""
+    """Content of a checkpoint."""
     if path.startswith(('http://', 'https://')):
         path = str(safe_loading.fetch(path, progress=sys.stderr.isatty()))
+    elif path.startswith('msda_plugin://'):
+        from msda_plugin.starter_weights import load_from_package  # imports MMEngine, which conversion does without
+
+        return load_from_package(path, 'cpu')
     elif not Path(path).is_file():
         raise FileNotFoundError(f'the checkpoint {path} does not exist; give the path of a .pth file, or a URL')
     # Training scripts store their command line in the checkpoint; loading a Namespace executes nothing.

@@ -139,7 +139,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> Conversion:
     Raises:
         ValueError: If a key is not one of RT-DETR's, or a part of it is missing.
     """
-    if any(key.startswith('bbox_head.cls_branches.') for key in state_dict):
+    if any(key.startswith(('bbox_head.cls_branches.', 'layer1.')) for key in state_dict):  # a detector, a backbone
         return Conversion.unchanged(state_dict)
     if any(key.startswith('res_layers.') for key in state_dict):
         return _rename_all(state_dict, {key: [key] for key in state_dict}, _stem_and_stages)

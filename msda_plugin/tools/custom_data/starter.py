@@ -1,15 +1,12 @@
 """Starter weights: what ``train --data`` begins with instead of random weights.
 
-A file ``msda_plugin/weights/MODEL-HASH.pth`` holds the starter weights of the model ``MODEL``: a state dict in float16,
-pre-trained on generated scenes (configs/scenes), with the first digits of the file's SHA-256 in its name. Another file
-replaces it without a change of the code. To store those of a training::
+To store those of a training, in the place of earlier ones::
 
     python -m msda_plugin.tools.custom_data.starter work_dirs/NAME/iter_13000.pth
 """
 
 import argparse
 import io
-import re
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -17,35 +14,15 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-import msda_plugin
+from msda_plugin import starter_weights
 from msda_plugin.engine.config_walk import without_pretrained
 from msda_plugin.engine.model_zoo import Model, models
 from msda_plugin.files import atomic_write
-from msda_plugin.safe_loading import load_checkpoint, verify_hash
+from msda_plugin.safe_loading import load_checkpoint
 from msda_plugin.tools.common.errors import user_errors
 from msda_plugin.tools.custom_data.config import DEFAULT_MODEL
 
-FOLDER = Path(msda_plugin.__file__).parent / 'weights'
-DIGITS = 16  # of the SHA-256
 MAX_BYTES = 10_000_000
-
-
-def starter_weights(model: str) -> Path | None:
-    """The file with the starter weights of a model, compared with the hash in its name; None if there is none.
-
-    Raises:
-        ValueError: If the file does not match its hash, or there are several.
-    """
-    pattern = re.compile(rf'{re.escape(model)}-[0-9a-f]{{{DIGITS}}}\.pth')
-    files = sorted(path for path in FOLDER.glob('*.pth') if pattern.fullmatch(path.name))
-    if len(files) > 1:
-        raise ValueError(
-            f'{FOLDER} has several starter weights for {model}: {", ".join(p.name for p in files)}; keep one'
-        )
-    for path in files:
-        verify_hash(path, 'reinstall msda_plugin, or train without it with --from-scratch')
-        return path
-    return None
 
 
 def choose_weights(cfg: Config, model: Model, from_scratch: bool = False) -> str:
@@ -66,10 +43,10 @@ def choose_weights(cfg: Config, model: Model, from_scratch: bool = False) -> str
     if cfg.get('load_from'):
         return f'weights: {cfg.load_from}'
     known = models().get(model.name)
-    path = starter_weights(model.name) if known and known.config.samefile(model.config) else None
+    path = starter_weights.file_of(model.name) if known and known.config.samefile(model.config) else None
     if path is None:
         return 'weights: random' if random == cfg.model else 'weights: random, except those that the config names'
-    cfg.load_from = str(path)
+    cfg.load_from = starter_weights.SCHEME + model.name
     return f'weights: {path.name}, pre-trained on generated scenes (--from-scratch: random weights)'
 
 
@@ -81,7 +58,7 @@ def store(checkpoint: Path, model: str = DEFAULT_MODEL) -> Path:
         model: Name of its model.
 
     Returns:
-        The file, in ``FOLDER``.
+        The file, in `starter_weights.FOLDER`.
 
     Raises:
         OSError: If the checkpoint cannot be read, or the file cannot be written.
@@ -102,9 +79,10 @@ def store(checkpoint: Path, model: str = DEFAULT_MODEL) -> Path:
     data = buffer.getvalue()
     if len(data) > MAX_BYTES:
         raise ValueError(f'the weights need {len(data)} bytes, at most {MAX_BYTES} are stored')
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f'{model}-{sha256(data).hexdigest()[:DIGITS]}.pth'
-    earlier = [other for other in FOLDER.glob(f'{model}-*.pth') if other != path]
+    folder = starter_weights.FOLDER
+    folder.mkdir(exist_ok=True)
+    path = folder / f'{model}-{sha256(data).hexdigest()[: starter_weights.DIGITS]}.pth'
+    earlier = [other for other in folder.glob(f'{model}-*.pth') if other != path]
     with atomic_write(path) as part:
         part.write_bytes(data)
     for other in earlier:

@@ -8,7 +8,9 @@ from mmdet.registry import MODELS
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader
 
+from msda_plugin import starter_weights
 from msda_plugin.engine.model_zoo import find_model
 from msda_plugin.tools import train
 from msda_plugin.tools.custom_data import starter
@@ -34,7 +36,7 @@ def source():
 
 @pytest.fixture
 def checkpoint(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(starter, 'FOLDER', tmp_path / 'weights')
+    monkeypatch.setattr(starter_weights, 'FOLDER', tmp_path / 'weights')
     torch.save(source, tmp_path / 'iter_7.pth')
     return tmp_path / 'iter_7.pth'
 
@@ -67,19 +69,19 @@ def test_stored_in_float16_with_hash_and_classes(stored, source):
         full = source['state_dict'][name]
         assert torch.equal(value, full.half() if full.is_floating_point() else full)
         assert value.dtype == (torch.float16 if full.is_floating_point() else full.dtype)
-    assert starter.starter_weights(DEFAULT_MODEL) == stored
-    assert starter.starter_weights('another') is None
+    assert starter_weights.file_of(DEFAULT_MODEL) == stored
+    assert starter_weights.file_of('another') is None
 
 
 def test_other_weights_replace_them(stored, source, checkpoint):
     torch.save({**source, 'meta': {**source['meta'], 'iter': 8}}, checkpoint)
     assert starter.main([str(checkpoint)]) == 0
-    [file] = starter.FOLDER.iterdir()
-    assert file != stored and starter.starter_weights(DEFAULT_MODEL) == file
+    [file] = starter_weights.FOLDER.iterdir()
+    assert file != stored and starter_weights.file_of(DEFAULT_MODEL) == file
 
 
 def test_same_weights_same_file(stored, checkpoint):
-    assert starter.store(checkpoint) == stored and list(starter.FOLDER.iterdir()) == [stored]
+    assert starter.store(checkpoint) == stored and list(starter_weights.FOLDER.iterdir()) == [stored]
 
 
 def test_weights_outside_of_float16_are_not_stored(checkpoint, source):
@@ -89,18 +91,18 @@ def test_weights_outside_of_float16_are_not_stored(checkpoint, source):
     torch.save({**source, 'state_dict': weights}, checkpoint)
     with pytest.raises(ValueError, match=f'{name} of .* is not finite in float16'):
         starter.store(checkpoint)
-    assert not starter.FOLDER.exists()
+    assert not starter_weights.FOLDER.exists()
 
 
 def test_large_weights_are_not_stored(checkpoint, monkeypatch):
     monkeypatch.setattr(starter, 'MAX_BYTES', 1_000_000)
     with pytest.raises(ValueError, match='the weights need 9[0-9]* bytes, at most 1000000 are stored'):
         starter.store(checkpoint)
-    assert not starter.FOLDER.exists()
+    assert not starter_weights.FOLDER.exists()
 
 
 def test_used_by_default(stored, data, tmp_path, capsys):
-    assert dry_run(data, tmp_path).load_from == str(stored)
+    assert dry_run(data, tmp_path).load_from == f'msda_plugin://{DEFAULT_MODEL}'
     assert f'weights: {stored.name}, pre-trained on generated scenes' in capsys.readouterr().out
 
 
@@ -139,6 +141,20 @@ def test_from_scratch_removes_the_checkpoints_of_a_config(data, tmp_path, capsys
     assert 'weights: random\n' in capsys.readouterr().out
 
 
+def test_loaded_by_name_in_any_project(source, stored):
+    backbone = dict(init_cfg=dict(type='Pretrained', checkpoint=f'msda_plugin://{DEFAULT_MODEL}', prefix='backbone.'))
+    cfg = Config.fromfile(find_model(DEFAULT_MODEL).config).model.backbone
+    built = MODELS.build({**cfg, **backbone})
+    built.init_weights()
+    for name, value in built.state_dict().items():
+        expected = source['state_dict'][f'backbone.{name}']
+        assert torch.equal(value, expected.half().to(expected.dtype)), name
+    with pytest.raises(
+        FileNotFoundError, match=f'msda_plugin://other: there are starter weights for {DEFAULT_MODEL} only'
+    ):
+        CheckpointLoader.load_checkpoint('msda_plugin://other')
+
+
 @pytest.mark.parametrize('options', [[], ['--from-scratch']])
 def test_damaged_file(stored, data, tmp_path, capsys, options):
     content = bytearray(stored.read_bytes())
@@ -157,7 +173,7 @@ def test_damaged_file(stored, data, tmp_path, capsys, options):
 def test_two_files_are_an_error(stored):
     stored.with_name(f'{DEFAULT_MODEL}-{"0" * 16}.pth').write_bytes(b'')
     with pytest.raises(ValueError, match='has several starter weights'):
-        starter.starter_weights(DEFAULT_MODEL)
+        starter_weights.file_of(DEFAULT_MODEL)
 
 
 @pytest.mark.slow
@@ -180,10 +196,10 @@ def test_training_starts_from_them_in_float32(stored, source, data, tmp_path):
     assert 'bbox_head.cls_branches.0 (4 outputs, now 6)' in log.read_text()
 
 
-@pytest.mark.parametrize('path', sorted(starter.FOLDER.glob('*.pth')), ids=lambda path: path.name)
+@pytest.mark.parametrize('path', sorted(starter_weights.FOLDER.glob('*.pth')), ids=lambda path: path.name)
 def test_packaged_file(path):
     model = path.stem.rsplit('-', 1)[0]
-    assert starter.starter_weights(model) == path and path.stat().st_size <= 10_000_000
+    assert starter_weights.file_of(model) == path and path.stat().st_size <= 10_000_000
     content = torch.load(path, weights_only=True)
     cfg = Config.fromfile(str(find_model(model).config)).model
     cfg.bbox_head.num_classes = len(content['meta']['dataset_meta']['classes'])
