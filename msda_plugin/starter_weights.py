@@ -1,8 +1,7 @@
 """Starter weights: detectors pre-trained on generated scenes (configs/scenes), stored in the package.
 
-A file ``weights/MODEL-HASH.pth`` holds those of the model ``MODEL``: a state dict in float16, with the first
-digits of the file's SHA-256 in its name. MMEngine loads it as ``msda_plugin://MODEL``, in ``load_from`` and in
-``init_cfg``.
+A file ``weights/MODEL-HASH.pth`` holds those of the model ``MODEL``: a state dict in float16, with the first digits of
+the file's SHA-256 in its name. MMEngine loads it as ``msda_plugin://MODEL``, in ``load_from`` and in ``init_cfg``.
 """
 
 import re
