@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from msda_plugin.ops import backends, library  # noqa: F401  (library registers torch.ops.msda)
+from msda_plugin.ops import backends
 from msda_plugin.ops.checks import VALUE_DTYPES, check_fused, check_plain, prepare_levels, unchecked_levels
+from msda_plugin.ops.library import direct_fused, direct_plain
 from msda_plugin.ops.reference import accumulation_dtype, attend, attend_fused, pad_points
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -24,7 +26,6 @@ class Substitute(NamedTuple):
 
 
 REFERENCE = Substitute(attend, attend_fused)
-_plain, _fused = torch.ops.msda.ms_deform_attn.default, torch.ops.msda.ms_deform_attn_fused.default
 substitute: Substitute | None = None  # set by msda_plugin.export.onnx_operator while it exports
 
 
@@ -59,6 +60,8 @@ def ms_deform_attn(
     Locations and weights may have another float dtype than the value; they are then converted to float32 (float64 for a
     float64 value). Sums are computed in float32 (float64). Each gradient has the dtype of its input.
 
+    In transforms of :mod:`torch.func` and in forward-mode differentiation, the reference runs instead of the kernels.
+
     Returns:
         (bs, num_queries, num_heads * head_dim) in the value's dtype.
 
@@ -75,7 +78,7 @@ def ms_deform_attn(
     """
     if _runs_directly(value, num_points):
         try:
-            return _plain(
+            return direct_plain(
                 value,
                 *unchecked_levels(value, spatial_shapes, level_start_index),
                 *unify(value, sampling_locations, attention_weights),
@@ -140,7 +143,7 @@ def ms_deform_attn_fused(
     """
     if _runs_directly(value, num_points):
         try:
-            return _fused(
+            return direct_fused(
                 value,
                 *unchecked_levels(value, spatial_shapes, level_start_index),
                 *unify_fused(value, reference_points, sampling_offsets, attention_logits),
@@ -205,15 +208,21 @@ def _runs_directly(value: Tensor, num_points: Sequence[int] | None) -> bool:
         and substitute is None
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not _is_transformed()
         and backends.runs_native(value.device, value.dtype)
     )
+
+
+def _is_transformed() -> bool:
+    # The kernels have gradients, but no rules for vmap and forward-mode differentiation.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _substitute(value: Tensor) -> Substitute | None:
     # Unless told otherwise, an ONNX export decomposes the operator like the reference.
     if substitute is not None:
         return substitute
-    if torch.onnx.is_in_onnx_export() or not backends.runs_native(value.device, value.dtype):
+    if torch.onnx.is_in_onnx_export() or _is_transformed() or not backends.runs_native(value.device, value.dtype):
         return REFERENCE
     return None
 

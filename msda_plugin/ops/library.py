@@ -5,8 +5,10 @@ coordinates are never rounded.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from msda_plugin.costs.formulas import MACS_PER_SAMPLE
@@ -50,9 +52,10 @@ torch.library.define(
 
 # Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic, num_points).
 # Its backward takes grad_output before these, and returns the gradients of the value, the coordinates and the weights.
-def _register(name: str, definition, num_floats: int) -> None:
+def _register(name: str, definition, num_floats: int) -> Callable[..., Tensor]:
+    """Register an operator. Returns a function that calls its kernels."""
     operator, backward_operator = getattr(torch.ops.msda, name), getattr(torch.ops.msda, f'{name}_backward')
-    backward_op = backward_operator.default
+    forward_op, backward_op = operator.default, backward_operator.default
     sampling = num_floats - 2  # in `rest`: (bs, num_queries, num_heads, num_levels, num_points, 2)
 
     @torch.library.register_fake(f'msda::{name}')
@@ -95,11 +98,39 @@ def _register(name: str, definition, num_floats: int) -> None:
         # As for a matrix product, one part for the gradient of the value and one for those of the samples.
         return 2 * flops(*args)
 
+    # What register_autograd generates costs as much as the rest of a small call, and compilers need it. In eager mode,
+    # this function does the same.
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            keep_inputs(ctx, inputs, None)
+            with below_autograd():
+                return forward_op(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a second derivative, or compiled autograd
+                return backward(ctx, grad_output)
+            tensors = ctx.saved_tensors  # checkpointing recomputes them here, with autograd
+            with below_autograd():
+                grad_value, *grads = backward_op(grad_output, *tensors, ctx.deterministic, ctx.num_points)
+            return grad_value, None, None, *grads, None, None
+
+    def direct(*inputs):
+        if torch.is_grad_enabled():
+            return Direct.apply(*inputs)
+        with below_autograd():
+            return forward_op(*inputs)
+
     register_flop_formula(operator)(flops)
     register_flop_formula(backward_operator)(backward_flops)
     torch.library.register_autograd(f'msda::{name}', backward, setup_context=keep_inputs)
     torch.library.register_autograd(f'msda::{name}_backward', double_backward, setup_context=keep_inputs)
+    return direct
 
 
-_register('ms_deform_attn', attend, num_floats=2)
-_register('ms_deform_attn_fused', attend_fused, num_floats=3)
+# For eager mode. `torch.ops.msda` has the operators for every other mode.
+direct_plain = _register('ms_deform_attn', attend, num_floats=2)
+direct_fused = _register('ms_deform_attn_fused', attend_fused, num_floats=3)

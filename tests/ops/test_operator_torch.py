@@ -1,4 +1,4 @@
-"""The operator with opcheck, torch.compile, torch.export, autocast and ONNX."""
+"""The operator with opcheck, torch.compile, torch.export, torch.func, autocast and ONNX."""
 
 import io
 import warnings
@@ -7,6 +7,7 @@ import pytest
 import torch
 from operator_cases import grid_sample_attention, locations_and_weights, make_case
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused, use_backend
 
@@ -200,6 +201,64 @@ def test_fake_tensors_need_no_data():
 
 
 @needs_cpu
+def plain_and_fused(shapes):
+    """Both forms, as functions of tensors."""
+
+    def plain(value, locations, weights):
+        return ms_deform_attn(value, shapes, None, locations, weights)
+
+    def fused(value, reference_points, offsets, logits):
+        return ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits)
+
+    return plain, fused
+
+
+def test_gradients_of_single_images():
+    """A transform of a transform of torch.func: the gradients of each image, in one call."""
+    case = make_case(batch=3)
+    for form, tensors in zip(plain_and_fused(case.shapes), (case.plain(), case.fused()), strict=True):
+
+        def loss(*image, form=form):
+            return form(*(tensor[None] for tensor in image)).sin().sum()
+
+        numbers = tuple(range(len(tensors)))
+        together = torch.func.vmap(torch.func.grad(loss, numbers))(*tensors)
+        for index in range(3):
+            leaves = [tensor[index].clone().requires_grad_() for tensor in tensors]
+            alone = torch.autograd.grad(loss(*leaves), leaves)
+            torch.testing.assert_close([tensor[index] for tensor in together], list(alone))
+
+
+def test_forward_mode_differentiation():
+    case = make_case(shapes=((3, 2),), batch=1, queries=2).requires_grad()
+    for form, tensors in zip(plain_and_fused(case.shapes), (case.plain(), case.fused()), strict=True):
+        assert torch.autograd.gradcheck(form, tensors, check_forward_ad=True, check_backward_ad=False)
+
+
+def test_checkpointing_recomputes_with_gradients():
+    """The backward pass of the operator is the first to ask for saved tensors."""
+    case = make_case().requires_grad()
+    for form, tensors in zip(plain_and_fused(case.shapes), (case.plain(), case.fused()), strict=True):
+
+        def block(value, *rest, form=form):
+            return form(value.exp(), *rest)
+
+        expected = torch.autograd.grad(block(*tensors).sum(), tensors)
+        recomputed = checkpoint(block, *tensors, use_reentrant=False).sum()
+        torch.testing.assert_close(torch.autograd.grad(recomputed, tensors), expected)
+
+
+def test_compiled_autograd():
+    case = make_case().requires_grad()
+    for form, tensors in zip(plain_and_fused(case.shapes), (case.plain(), case.fused()), strict=True):
+        expected = torch.autograd.grad(form(*tensors).sum(), tensors)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend='aot_eager', fullgraph=True)):
+            form(*tensors).sum().backward()
+        torch.testing.assert_close([tensor.grad for tensor in tensors], list(expected))
+        for tensor in tensors:
+            tensor.grad = None
+
+
 def test_fused_keeps_only_its_inputs():
     case = make_case(dtype=torch.float32).requires_grad()
     kept = []
