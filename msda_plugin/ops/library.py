@@ -50,6 +50,15 @@ torch.library.define(
 )
 
 
+def _below_autograd(op: Callable) -> Callable:
+    def run(*inputs):
+        # Not around more than the operator: unpacked tensors of a checkpoint are recomputed with autograd.
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return run
+
+
 # Each operator takes (value, spatial_shapes, level_start_index, *coordinates and weights, deterministic, num_points).
 # Its backward takes grad_output before these, and returns the gradients of the value, the coordinates and the weights.
 def _register(name: str, definition, num_floats: int) -> Callable[..., Tensor]:
@@ -75,8 +84,8 @@ def _register(name: str, definition, num_floats: int) -> Callable[..., Tensor]:
         *tensors, ctx.deterministic, ctx.num_points = inputs
         ctx.save_for_backward(*tensors)
 
-    def backward(ctx, grad_output):
-        grad_value, *grads = backward_op(grad_output, *ctx.saved_tensors, ctx.deterministic, ctx.num_points)
+    def backward(ctx, grad_output, run=backward_op):
+        grad_value, *grads = run(grad_output, *ctx.saved_tensors, ctx.deterministic, ctx.num_points)
         return grad_value, None, None, *grads, None, None
 
     def double_backward(ctx, *grad_grads):
@@ -100,29 +109,22 @@ def _register(name: str, definition, num_floats: int) -> Callable[..., Tensor]:
 
     # What register_autograd generates costs as much as the rest of a small call, and compilers need it. In eager mode,
     # this function does the same.
-    below_autograd = torch._C._AutoDispatchBelowAutograd
+    forward_kernel, backward_kernel = _below_autograd(forward_op), _below_autograd(backward_op)
 
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             keep_inputs(ctx, inputs, None)
-            with below_autograd():
-                return forward_op(*inputs)
+            return forward_kernel(*inputs)
 
         @staticmethod
         def backward(ctx, grad_output):
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a second derivative, or compiled autograd
-                return backward(ctx, grad_output)
-            tensors = ctx.saved_tensors  # checkpointing recomputes them here, with autograd
-            with below_autograd():
-                grad_value, *grads = backward_op(grad_output, *tensors, ctx.deterministic, ctx.num_points)
-            return grad_value, None, None, *grads, None, None
+            # A second derivative and compiled autograd need the registered operator.
+            whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+            return backward(ctx, grad_output, backward_op if whole else backward_kernel)
 
     def direct(*inputs):
-        if torch.is_grad_enabled():
-            return Direct.apply(*inputs)
-        with below_autograd():
-            return forward_op(*inputs)
+        return (Direct.apply if torch.is_grad_enabled() else forward_kernel)(*inputs)
 
     register_flop_formula(operator)(flops)
     register_flop_formula(backward_operator)(backward_flops)

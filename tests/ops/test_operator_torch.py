@@ -200,7 +200,6 @@ def test_fake_tensors_need_no_data():
     assert output.is_meta and output.shape == (2, 4, 16)
 
 
-@needs_cpu
 def plain_and_fused(shapes):
     """Both forms, as functions of tensors."""
 
@@ -259,6 +258,7 @@ def test_compiled_autograd():
             tensor.grad = None
 
 
+@needs_cpu
 def test_fused_keeps_only_its_inputs():
     case = make_case(dtype=torch.float32).requires_grad()
     kept = []
