@@ -2,7 +2,7 @@
 
 To store those of a training, in the place of earlier ones::
 
-    python -m msda_plugin.tools.custom_data.starter work_dirs/NAME/iter_8000.pth
+    python -m msda_plugin.tools.custom_data.starter work_dirs/NAME/iter_21000.pth
 """
 
 import argparse

@@ -1,5 +1,5 @@
-# Pre-training of the default model of `train --data` on generated scenes. The learning rate is flat and the weights are
-# averaged, so the training can be stopped, used, resumed and extended at any time.
+# Pre-training of the default model of `train --data` on generated scenes. The learning rate is flat, and falls at the
+# end, which raises the AP most.
 _base_ = [
     '../_base_/models/rtdetr_r18vd-nano.py',
     '../_base_/datasets/scenes_detection.py',
@@ -9,7 +9,8 @@ runner_type = 'msda_plugin.DetectionRunner'
 
 model = dict(bbox_head=dict(num_classes=42))
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=100_000, val_interval=5000)
+max_iters, decay_from = 21_000, 12_000
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=3000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -18,7 +19,10 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=1e-3, fused=True),
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )
-param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150)]
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=decay_from, end=max_iters),
+]
 auto_scale_lr = dict(enable=False, base_batch_size=4)
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=500))
 log_processor = dict(by_epoch=False)
