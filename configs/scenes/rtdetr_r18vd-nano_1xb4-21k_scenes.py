@@ -1,5 +1,5 @@
-# Pre-training of the default model of `train --data` on generated scenes. The learning rate is flat, and falls at the
-# end, which raises the AP most.
+# Pre-training of the default model of `train --data` on generated scenes. The learning rate is flat, then falls: at
+# the flat rate alone, the AP stops rising.
 _base_ = [
     '../_base_/models/rtdetr_r18vd-nano.py',
     '../_base_/datasets/scenes_detection.py',
