@@ -88,8 +88,7 @@ __device__ __forceinline__ void store_group_sums(const A (&x)[4], int lanes, A* 
 }
 
 // Writes the dots of four pixels per sample with the gradient of the output. The loads of kTogether samples overlap, as
-// far as the registers allow. `rows` begins at the first key of the
-// unit's image and head.
+// far as the registers allow. `rows` begins at the first key of the unit's image and head.
 template <int kLanes, int kTogether, class T, int N, class A>
 __device__ __forceinline__ void corner_dots(int count, const int32_t* keys, const T* grad_output, int channels,
                                             int32_t row_bytes, const T* rows, A* dots) {
