@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     """Train one after another on one thread, each in its own process, and print one row per model and data.
 
-    A finished training is not repeated when the benchmark is called again with the same work dir and options.
+    Called again with the same work dir and options, the benchmark does not repeat finished trainings, and starts an
+    interrupted one anew.
+
+    Raises:
+        ValueError: The work dir has trainings with other options.
     """
     print(
         f'{args.minutes:g} CPU minutes on one thread, {args.seeds} seeds: mean (lowest to highest) after the last '
@@ -76,12 +81,19 @@ def _train(data: str, model: str, seed: int, work_dir: Path, args: argparse.Name
     command = [sys.executable, '-c', TRAIN, '--data', data, '--model', model, '--minutes', str(args.minutes)]
     command += ['--seed', str(seed), '--workers', '0', '--device', 'cpu', '--work-dir', str(work_dir)]
     command += ['--skip-bad-images', *args.options]
-    work_dir.mkdir(parents=True, exist_ok=True)
     finished = work_dir / 'finished.txt'  # the options of the training that wrote the results
-    if finished.exists() and finished.read_text() == '\n'.join(command[3:]):
+    if finished.exists():
+        if finished.read_text() != '\n'.join(command[3:]):
+            raise ValueError(
+                f'{work_dir} contains a training with other options: {" ".join(finished.read_text().split())}; choose '
+                'another --work-dir'
+            )
         return 0
-    finished.unlink(missing_ok=True)
-    with (work_dir / 'output.txt').open('w') as output:
+    log = work_dir / 'output.txt'
+    if log.exists():
+        shutil.rmtree(work_dir)  # of an interrupted training, whose CPU time cannot be continued
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with log.open('w') as output:
         status = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'}
         ).returncode

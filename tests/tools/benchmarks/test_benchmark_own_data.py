@@ -28,6 +28,7 @@ def trainings(monkeypatch):
         args = _parser().parse_args(command[3:])
         started.append(args)
         work_dir = Path(args.work_dir)
+        assert [path.name for path in work_dir.iterdir()] == ['output.txt']  # train refuses the folder of another
         (work_dir / 'config.py').write_text('train_dataloader = dict(batch_size=2)\n')
         final = dict(iter=100, bbox_mAP=args.seed / 10, bbox_mAP_50=args.seed / 5, train_bbox_mAP=None)
         (work_dir / 'metrics.json').write_text(json.dumps(dict(final=final)))
@@ -62,11 +63,17 @@ def test_finished_trainings_are_not_repeated(trainings, tmp_path, capsys):
     assert own_data.run(arguments('a', *options, '--seeds', 3)) == 0
     assert [args.seed for args in trainings] == [0, 1, 2]
     assert '0.100 (0.000 to 0.200)' in capsys.readouterr().out.splitlines()[-1]
-    assert own_data.run(arguments('a', *options, '--minutes', 2)) == 0
-    assert [args.minutes for args in trainings] == [40] * 3 + [2] * 3
 
 
-def test_a_failed_training_is_repeated(trainings, tmp_path):
+def test_trainings_with_other_options_are_kept(trainings, tmp_path):
+    options = ('--models', 'm.py', '--work-dir', tmp_path, '--seeds', 1)
+    assert own_data.run(arguments('a', *options)) == 0
+    with pytest.raises(ValueError, match='a_m_0 contains a training with other options: .* --minutes 40 .*--work-dir'):
+        own_data.run(arguments('a', *options, '--minutes', 2))
+    assert len(trainings) == 1 and (tmp_path / 'a_m_0/finished.txt').exists()
+
+
+def test_an_unfinished_training_starts_anew(trainings, tmp_path):
     for _ in range(2):
         assert own_data.run(arguments('bad', '--seeds', 1, '--models', 'm.py', '--work-dir', tmp_path)) == 3
     assert len(trainings) == 2
