@@ -81,24 +81,22 @@ def _train(data: str, model: str, seed: int, work_dir: Path, args: argparse.Name
     command = [sys.executable, '-c', TRAIN, '--data', data, '--model', model, '--minutes', str(args.minutes)]
     command += ['--seed', str(seed), '--workers', '0', '--device', 'cpu', '--work-dir', str(work_dir)]
     command += ['--skip-bad-images', *args.options]
+    options = ' '.join(command[3:])
     finished = work_dir / 'finished.txt'  # the options of the training that wrote the results
     if finished.exists():
-        if finished.read_text() != '\n'.join(command[3:]):
-            raise ValueError(
-                f'{work_dir} contains a training with other options: {" ".join(finished.read_text().split())}; choose '
-                'another --work-dir'
-            )
+        if (written := finished.read_text()) != options:
+            raise ValueError(f'{work_dir} contains a training with other options: {written}; choose another --work-dir')
         return 0
     log = work_dir / 'output.txt'
     if log.exists():
-        shutil.rmtree(work_dir)  # of an interrupted training, whose CPU time cannot be continued
+        shutil.rmtree(work_dir)  # interrupted; resumed, the time since its last checkpoint would not count
     work_dir.mkdir(parents=True, exist_ok=True)
     with log.open('w') as output:
         status = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'}
         ).returncode
     if status == 0:
-        finished.write_text('\n'.join(command[3:]))
+        finished.write_text(options)
     return status
 
 
