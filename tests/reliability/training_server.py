@@ -19,6 +19,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -150,6 +151,13 @@ def stop_workers():
         worker.join()
 
 
+def join_threads():
+    """Wait for threads that are about to end, such as the queue feeders of a collected data loader."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            thread.join(timeout=5)  # one that has leaked goes on, and is counted
+
+
 def child(request):
     os.setsid()
     with open(request['log'], 'ab') as log:
@@ -175,6 +183,7 @@ def child(request):
         statuses.append(train.main(argv))
         stop_workers()
         gc.collect()
+        join_threads()
         measurements.take(0)
     Path(request['measure']).write_text(json.dumps(measurements.rows))
     return max(statuses)
