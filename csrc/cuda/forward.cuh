@@ -1,5 +1,5 @@
-// The forward kernel. The lanes of a group plan samples in parallel: the keys and weights of their corners. Then each
-// lane sums its channels over the samples.
+// The forward kernel for all types. The lanes of a group plan samples in parallel: the keys and weights of their
+// corners. Then each lane sums its channels over the samples. See tensor_cores.cuh for the other one.
 #pragma once
 
 #include "units.cuh"
@@ -39,16 +39,14 @@ __device__ __forceinline__ PlannedSample<A> planned(const Cell<A, int32_t>& cell
           {up * left, up * right, down * left, down * right}};
 }
 
-// Plans samples [first, first + count) of the group's unit, without those that have no corner, and returns their
-// number.
-template <class A, class C>
-__device__ __forceinline__ int plan(const Problem& p, const Unit& unit, const Attention<A, C>& attention, int first,
-                                    int count, PlannedSample<A>* samples) {
-  const int lanes = blockDim.x, begin = (threadIdx.y * lanes & 31), lane = begin + threadIdx.x;
-  const unsigned earlier = ((1u << lane) - 1) & (kAllLanes << begin);
-  const unsigned group = (lanes == 32 ? kAllLanes : (1u << lanes) - 1) << begin;
-  int level = static_cast<int>(p.level_of(first)), number = 0;
-  for (int i = threadIdx.x; i < count + static_cast<int>(threadIdx.x); i += lanes) {  // each lane as often
+// Plans samples [first, first + count) of the group's unit: calls put(i, exists, sample) for each i, and for further
+// ones that do not exist, so that each lane calls it as often. A sample without corners does not exist.
+template <class A, class C, class Put>
+__device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const Attention<A, C>& attention, int first,
+                                     int count, const Put& put) {
+  const int lanes = blockDim.x;
+  int level = static_cast<int>(p.level_of(first));
+  for (int i = threadIdx.x; i < count + static_cast<int>(threadIdx.x); i += lanes) {
     PlannedSample<A> sample;
     bool exists = false;
     if (unit.valid && i < count) {
@@ -60,10 +58,23 @@ __device__ __forceinline__ int plan(const Problem& p, const Unit& unit, const At
       exists = any_exists(cell.row, shape);
       if (exists) sample = planned(cell, shape, weight);
     }
+    put(i, exists, sample);
+  }
+}
+
+// Plans samples without those that have no corner, and returns the number of the others.
+template <class A, class C>
+__device__ __forceinline__ int plan_existing(const Problem& p, const Unit& unit, const Attention<A, C>& attention,
+                                             int first, int count, PlannedSample<A>* samples) {
+  const int lanes = blockDim.x, begin = (threadIdx.y * lanes & 31), lane = begin + threadIdx.x;
+  const unsigned earlier = ((1u << lane) - 1) & (kAllLanes << begin);
+  const unsigned group = (lanes == 32 ? kAllLanes : (1u << lanes) - 1) << begin;
+  int number = 0;
+  plan(p, unit, attention, first, count, [&](int, bool exists, const PlannedSample<A>& sample) {
     const unsigned existing = __ballot_sync(kAllLanes, exists);
     if (exists) samples[number + __popc(existing & earlier)] = sample;
     number += __popc(existing & group);
-  }
+  });
   return number;
 }
 
@@ -105,7 +116,7 @@ __global__ void __launch_bounds__(kForwardThreads<T>, N == 1 ? 1 : kForwardBlock
     for (int first = 0; first < all; first += kChunk) {
       const int count = all - first < kChunk ? all - first : kChunk;
       __syncwarp();
-      const int number = plan(p, unit, attention, first, count, samples);
+      const int number = plan_existing(p, unit, attention, first, count, samples);
       __syncwarp();
       if (!active) continue;
       int i = 0;

@@ -1,13 +1,15 @@
 // CUDA kernels of multi-scale deformable attention.
 //
 // A unit is one query of one head. A group of 2^k <= 32 lanes of a warp computes a unit, each lane with 16 bytes of
-// channels, and a block computes units of one image and head, so that neighboring queries share the L1 cache.
+// channels, and a block computes units of one image and head, so that neighboring queries share the L1 cache. Tensor
+// cores take four samples at a time, with four times as many lanes for a unit.
 #include <algorithm>
 
 #include "backward.cuh"
 #include "forward.cuh"
 #include "ms_deform_attn.h"
 #include "ordered.cuh"
+#include "tensor_cores.cuh"
 
 namespace msda::cuda {
 namespace {
@@ -19,29 +21,47 @@ constexpr int64_t kImages = 65535;            // at most, in a launch
 
 struct Shape {
   dim3 block;
-  unsigned tiles;  // blocks of an image and head
+  int units_in_turn;  // that a group of lanes computes one after another
+  unsigned tiles;     // blocks of an image and head
   size_t shared_bytes;
 };
 
 // Groups of up to `vectors` lanes, or more if the shared memory of one warp does not hold as many units. Blocks are as
 // large as the shared memory allows, or smaller if they are few. `bytes` is the shared memory of lanes and units.
 template <class Bytes>
-Shape shape_for(const Problem& p, int64_t vectors, unsigned threads, const Bytes& bytes) {
+Shape shape_for(const Problem& p, int64_t vectors, unsigned threads, int units_in_turn, const Bytes& bytes) {
   unsigned lanes = 1;
   while (lanes < 32 && lanes < vectors) lanes *= 2;
   unsigned units = threads / lanes;
-  const auto tiles = [&] { return (p.queries + units - 1) / units; };
-  while (units * lanes > 64 && p.batch * p.heads * tiles() < kManyBlocks) units /= 2;
+  const auto tiles = [&] { return (p.queries + units * units_in_turn - 1) / (units * units_in_turn); };
+  const auto few = [&] { return p.batch * p.heads * tiles() < kManyBlocks; };
+  while (units_in_turn > 1 && few()) units_in_turn /= 2;
+  while (units * lanes > 64 && few()) units /= 2;
   for (; bytes(lanes, units) > kSharedBytes; units /= 2)
     if (units * lanes == 32) lanes *= 2;
-  return {dim3(lanes, units), static_cast<unsigned>(tiles()), static_cast<size_t>(bytes(lanes, units))};
+  return {dim3(lanes, units), units_in_turn, static_cast<unsigned>(tiles()), static_cast<size_t>(bytes(lanes, units))};
 }
 
 template <class T, int N>
 Shape forward_shape(const Problem& p) {
   using Sample = PlannedSample<typename AccumulatorOf<T>::type>;
-  return shape_for(p, (p.channels + N - 1) / N, kForwardThreads<T>, [&](int, int units) {
+  return shape_for(p, (p.channels + N - 1) / N, kForwardThreads<T>, 1, [&](int, int units) {
     return int64_t{units} * (chunk_of(p) + 1) * static_cast<int64_t>(sizeof(Sample));
+  });
+}
+
+// Whether the forward pass uses tensor cores, if the type and the alignment allow it.
+bool uses_tensor_cores(const Problem& p) {
+  if (p.channels <= 8 || p.channels > 64 || p.samples() > 1024) return false;
+  int device, major;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
+}
+
+template <class T>
+Shape tensor_core_shape(const Problem& p) {
+  return shape_for(p, p.channels / 2, kForwardThreads<T>, kUnitsInTurn, [&](int, int units) {
+    return int64_t{units} * matrix_plan_size(p) * static_cast<int64_t>(sizeof(MatrixSample<T>));
   });
 }
 
@@ -56,7 +76,7 @@ template <class T, int N>
 Shape backward_shape(const Problem& p, bool atomic) {
   const int threads =
       backward_lanes<N>(p) == 8 && atomic ? kBackwardThreads<T, 8, true> : kBackwardThreads<T, 0, false>;
-  return shape_for(p, (p.channels + N - 1) / N, threads,
+  return shape_for(p, (p.channels + N - 1) / N, threads, 1,
                    [&](int lanes, int units) { return BackwardMemory<T, N>::bytes(p, lanes, units, atomic); });
 }
 
@@ -80,10 +100,20 @@ cudaError_t for_each_launch(const Problem& p, const Shape& shape, Kernel kernel,
 
 template <class T, class C, int N>
 cudaError_t forward_as(const Problem& p, void* output, cudaStream_t stream) {
+  T* const target = static_cast<T*>(output);
+  if constexpr (sizeof(T) == 2 && N == 8) {
+    if (uses_tensor_cores(p)) {
+      const Shape shape = tensor_core_shape<T>(p);
+      const auto kernel = tensor_core_forward_kernel<T, C>;
+      return for_each_launch(p, shape, kernel, [&](dim3 grid, int32_t first_image) {
+        MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, first_image, shape.units_in_turn, target);
+      });
+    }
+  }
   const Shape shape = forward_shape<T, N>(p);
   const auto kernel = forward_kernel<T, C, N>;
   return for_each_launch(p, shape, kernel, [&](dim3 grid, int32_t first_image) {
-    MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, first_image, static_cast<T*>(output));
+    MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, first_image, target);
   });
 }
 

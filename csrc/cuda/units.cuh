@@ -36,11 +36,14 @@ struct Unit {
   int32_t first_image, query;
   bool valid;
 
-  __device__ __forceinline__ Unit(const Problem& p, int32_t first_image) : first_image(first_image) {
-    const unsigned position = blockIdx.x * blockDim.y + threadIdx.y;
+  __device__ __forceinline__ Unit(const Problem& p, int32_t first_image)
+      : Unit(p, first_image, blockIdx.x * blockDim.y + threadIdx.y) {}
+  __device__ __forceinline__ Unit(const Problem& p, int32_t first_image, unsigned position) : first_image(first_image) {
     valid = position < p.queries;
     query = valid ? query_of(p, position) : 0;
   }
+  __device__ __forceinline__ Unit(int32_t first_image, int32_t query, bool valid)
+      : first_image(first_image), query(query), valid(valid) {}
 
   __device__ __forceinline__ int32_t image() const { return first_image + static_cast<int32_t>(blockIdx.z); }
   __device__ __forceinline__ int32_t head() const { return static_cast<int32_t>(blockIdx.y); }

@@ -167,6 +167,12 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   const unsigned equal = __match_any_sync(0xffffffffu, value);
   return value ? equal : ~equal;
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
 inline int __clz(unsigned x) { return __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static int64_t reductions = 0;  // of numbers in memory
@@ -181,11 +187,21 @@ void atomicAdd(A* target, A x) {
 }
 
 static int launches_until_failure = -1;  // -1: never
+static int capability = 9;
 
 extern "C" {
 __attribute__((visibility("default"))) void emulate_every_block(unsigned every) { emulator::every_block = every; }
 __attribute__((visibility("default"))) int64_t emulate_reductions() { return std::exchange(reductions, 0); }
 __attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
+__attribute__((visibility("default"))) void emulate_capability(int major) { capability = major; }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = capability;
+  return attribute == cudaDevAttrComputeCapabilityMajor ? cudaSuccess : cudaErrorInvalidValue;
+}
 // As on a device, the error of a launch is returned once.
 cudaError_t cudaGetLastError() {
   if (launches_until_failure >= 0 && launches_until_failure-- == 0) return cudaErrorInvalidConfiguration;
@@ -251,14 +267,17 @@ extern "C" __attribute__((visibility("default"))) int64_t emulate_sort_elements(
   return msda::cuda::sort_elements(problem_of(sizes, inputs));
 }
 
-// Writes lanes, units and bytes of shared memory of a block: forward, then backward.
+// Writes lanes, units and bytes of shared memory of a block: forward, backward, then forward on tensor cores (or
+// again).
 extern "C" __attribute__((visibility("default"))) int emulate_blocks(const int64_t* sizes, int aligned, int64_t* out) {
   void* const inputs[6] = {};
   const msda::Problem p = problem_of(sizes, inputs);
   return msda::cuda::dispatch(p, aligned ? 0 : 1, [&](auto t, auto, auto width) {
     constexpr int kWidth = decltype(width)::value;
-    for (const auto& shape : {msda::cuda::forward_shape<decltype(t), kWidth>(p),
-                              msda::cuda::backward_shape<decltype(t), kWidth>(p, true)}) {
+    const auto plain = msda::cuda::forward_shape<decltype(t), kWidth>(p);
+    const bool other = sizeof(t) == 2 && kWidth == 8 && msda::cuda::uses_tensor_cores(p);
+    for (const auto& shape : {plain, msda::cuda::backward_shape<decltype(t), kWidth>(p, true),
+                              other ? msda::cuda::tensor_core_shape<decltype(t)>(p) : plain}) {
       *out++ = shape.block.x;
       *out++ = shape.block.y;
       *out++ = static_cast<int64_t>(shape.shared_bytes);

@@ -121,3 +121,20 @@ def value_and_grads(function, inputs, grad: Tensor | None = None) -> tuple[Tenso
     if grad is None:
         grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
     return (output.detach(), *torch.autograd.grad(output, inputs, grad.to(output)))
+
+
+def expected_forward(case: Case, dtype: torch.dtype, weight_scale: float = 1) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Inputs with ``value`` in ``dtype`` and the others in float32, the output in float64, and its largest error.
+
+    Only the values and the output are rounded to ``dtype``. Weights have 16 bits of precision at least; positions and
+    sums are computed in float32.
+    """
+    inputs = [case.value.to(dtype), case.locations.float(), case.weights.float() * weight_scale]
+    value, locations, weights = (tensor.double() for tensor in inputs)
+    expected = grid_sample_attention(value, case.shapes, locations, weights, case.num_points)
+    terms = grid_sample_attention(value.abs(), case.shapes, locations, weights.abs(), case.num_points)
+    limits = torch.finfo(dtype)
+    rounding = (limits.eps / 2 * expected.abs()).clamp(min=limits.smallest_normal * limits.eps)
+    position = 2**-22 * max(max(shape) for shape in case.shapes)  # in pixels
+    steepest = weights.abs().flatten(3).sum(3).max() * value.nan_to_num(0, 0, 0).abs().max()
+    return inputs, expected, rounding + 2**-16 * terms + position * steepest

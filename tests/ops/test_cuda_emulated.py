@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from operator_cases import grid_sample_attention, locations_and_weights, make_case, value_and_grads
+from operator_cases import expected_forward, grid_sample_attention, locations_and_weights, make_case, value_and_grads
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -102,32 +102,39 @@ def pointers(*tensors):
     return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
 
 
-def emulate(library, shapes, value, reference_points, coordinates, weights, grad, deterministic, num_points=None):
-    """Return (output, gradients of the float arguments) as the binding would compute them."""
-    batch, keys, heads, channels = value.shape
-    queries, points = coordinates.shape[1], 0 if num_points else coordinates.shape[4]
-    per_level = num_points or []
-    levels = torch.tensor(shapes)
-    areas = levels.prod(1)
-    starts = areas.cumsum(0) - areas
+class Arguments:
+    """The operator's arguments as the emulator takes them; its tensors stay in memory."""
+
+    def __init__(self, shapes, value, reference_points, coordinates, weights, num_points=None):
+        self.levels = torch.tensor(shapes)
+        areas = self.levels.prod(1)
+        self.tensors = value, self.levels, areas.cumsum(0) - areas, reference_points, coordinates, weights
+        self.inputs = pointers(*self.tensors)
+        batch, keys, heads, channels = value.shape
+        self.output_shape = batch, coordinates.shape[1], heads * channels
+        sizes = (
+            *(batch, keys, heads, channels, len(shapes), coordinates.shape[1]),
+            0 if num_points else coordinates.shape[4],
+            0 if reference_points is None else reference_points.shape[-1],
+            DTYPES[value.dtype],
+            DTYPES[coordinates.dtype],
+            reference_points is not None and reference_points.dtype != coordinates.dtype,
+            *(num_points or []),
+        )
+        self.sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+
+
+def emulate_forward(library, arguments):
+    output = arguments.tensors[0].new_full(arguments.output_shape, float('nan'))
+    assert library.emulate_forward(arguments.sizes, arguments.inputs, ctypes.c_void_p(output.data_ptr())) == 0
+    return output
+
+
+def emulate_backward(library, arguments, grad, deterministic):
+    """Return the gradients of the float arguments as the binding would compute them."""
+    value, levels, _, reference_points, coordinates, weights = arguments.tensors
+    batch, queries, heads = coordinates.shape[:3]
     reference_size = 0 if reference_points is None else reference_points.shape[-1]
-    sizes = (ctypes.c_int64 * (11 + len(per_level)))(
-        batch,
-        keys,
-        heads,
-        channels,
-        len(shapes),
-        queries,
-        points,
-        reference_size,
-        DTYPES[value.dtype],
-        DTYPES[coordinates.dtype],
-        reference_points is not None and reference_points.dtype != coordinates.dtype,
-        *per_level,
-    )
-    inputs = pointers(value, levels, starts, reference_points, coordinates, weights)
-    output = value.new_full((batch, queries, heads * channels), float('nan'))
-    assert library.emulate_forward(sizes, inputs, ctypes.c_void_p(output.data_ptr())) == 0
 
     accumulation = torch.float64 if value.dtype == torch.float64 else torch.float32
     grads = [
@@ -137,7 +144,7 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
     scratch = [None if wide else torch.full_like(value, float('nan'), dtype=accumulation)]
     scratch += (
         [
-            torch.full((batch, heads, queries, len(shapes), reference_size), float('nan'), dtype=accumulation),
+            torch.full((batch, heads, queries, len(levels), reference_size), float('nan'), dtype=accumulation),
             torch.full_like(weights, float('nan'), dtype=accumulation),
         ]
         if reference_size
@@ -145,13 +152,20 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
     )
     if not deterministic:
         scratch[2] = None
-    elements = library.emulate_sort_elements(sizes)
+    elements = library.emulate_sort_elements(arguments.sizes)
     scratch.append(torch.full((elements,), -1, dtype=torch.int32) if deterministic else None)
     grad = grad.to(value.dtype)
-    assert library.emulate_backward(sizes, inputs, pointers(grad, *grads), pointers(*scratch), int(deterministic)) == 0
+    results, buffers = pointers(grad, *grads), pointers(*scratch)
+    assert library.emulate_backward(arguments.sizes, arguments.inputs, results, buffers, int(deterministic)) == 0
     if scratch[0] is not None:
         grads[0].copy_(scratch[0])
-    return output, *(g for g in grads if g is not None)
+    return [g for g in grads if g is not None]
+
+
+def emulate(library, shapes, value, reference_points, coordinates, weights, grad, deterministic, num_points=None):
+    """Return (output, gradients of the float arguments)."""
+    arguments = Arguments(shapes, value, reference_points, coordinates, weights, num_points)
+    return emulate_forward(library, arguments), *emulate_backward(library, arguments, grad, deterministic)
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
@@ -220,6 +234,53 @@ def test_against_grid_sample(emulator, deterministic, reference_size, sizes, dty
         )
 
 
+def forward_and_expected(library, case, dtype, weight_scale=1):
+    """Return the plain operator's output, what is expected, and the largest error, all in float64."""
+    (value, *rest), expected, error = expected_forward(case, dtype, weight_scale)
+    output = emulate_forward(library, Arguments(case.shapes, value, None, *rest, case.num_points))
+    return output.double(), expected, error
+
+
+@pytest.mark.parametrize('capability', [7, 9])  # without and with tensor cores
+@pytest.mark.parametrize('head_dim', [16, 24, 64, 72])
+@pytest.mark.parametrize('points', [1, [3, 6, 1], [2, 20, 13]], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_forward_accuracy(emulator, dtype, points, head_dim, capability):
+    case = make_case(queries=5, points=points, head_dim=head_dim, spread=0.5)
+    emulator.emulate_capability(capability)
+    try:
+        for scale in (1, -1e-5):
+            output, expected, error = forward_and_expected(emulator, case, dtype, scale)
+            assert ((output - expected).abs() <= error).all()
+    finally:
+        emulator.emulate_capability(9)
+
+
+def test_forward_reads_only_corners(emulator):
+    case = make_case(points=[3, 6, 1], head_dim=32)
+    case.locations[..., :3, :] = 0.4 + 0.2 * case.locations[..., :3, :]  # the middle of the first level
+    case.locations[..., 3:, :] = 3
+    case.value[:, [0, -1]] = float('inf')
+    case.value[:, 35:-1] = float('nan')
+    output, expected, error = forward_and_expected(emulator, case, torch.float16)
+    assert (output != 0).all() and ((output - expected).abs() <= error).all()
+
+
+@pytest.mark.parametrize('head_dim', [16, 32])
+def test_blocks_of_many_units(emulator, head_dim):
+    """A large problem, of which only some blocks run: groups of lanes compute units one after another."""
+    shapes = [(11, 9), (3, 2)]
+    case = make_case(shapes=shapes, queries=105, points=2, batch=32, heads=32, head_dim=head_dim, spread=0.5)
+    emulator.emulate_every_block(127)
+    try:
+        output, expected, error = forward_and_expected(emulator, case, torch.bfloat16)
+    finally:
+        emulator.emulate_every_block(1)
+    computed = output.isfinite()
+    assert 0.005 < computed.double().mean() < 0.05
+    assert ((output - expected).abs() <= error)[computed].all()
+
+
 @pytest.mark.parametrize('deterministic', [False, True])
 def test_excluded_samples(emulator, deterministic):
     case = make_case(queries=9, reference_size=4)
@@ -251,14 +312,14 @@ def test_more_than_2_to_the_31_elements(emulator):
 
 def test_no_launch_exceeds_a_block(emulator):
     """Each block has whole warps, and no more shared memory than compute capability 7.5 grants."""
-    found = (ctypes.c_int64 * 6)()
+    found = (ctypes.c_int64 * 9)()
     for dtype, head_dim, samples, aligned in itertools.product(
         DTYPES.values(), range(1, 257), (*range(1, 41), *range(48, 161, 8)), (0, 1)
     ):
         for reference_size in (0, 4):
             sizes = (ctypes.c_int64 * 11)(2, 20000, 8, head_dim, 1, 20000, samples, reference_size, dtype, dtype)
             assert emulator.emulate_blocks(sizes, aligned, found) == 0
-            for lanes, units, shared_bytes in (found[:3], found[3:]):
+            for lanes, units, shared_bytes in (found[:3], found[3:6], found[6:]):
                 assert shared_bytes <= 64 * 1024 and 32 % lanes == 0, (dtype, head_dim, samples, aligned, lanes, units)
                 assert lanes * units % 32 == 0 and lanes * units <= 1024, (dtype, head_dim, samples, aligned)
 
@@ -323,11 +384,12 @@ def test_rows_are_added_up_within_a_block(emulator, dtype, local, most):
     value = torch.randn(batch, keys, heads, head_dim, generator=generator).to(dtype)
     weights = torch.full(sampling, 1 / 16)
     grad = torch.randn(batch, keys, heads * head_dim, generator=generator)
+    arguments = Arguments(shapes, value, None, (pixels + 0.5) / sizes[:, None], weights)
     every = 13  # with 85 blocks per image, each part of an image once
     emulator.emulate_every_block(every)
     try:
         emulator.emulate_reductions()  # forgets those of other tests
-        emulate(emulator, shapes, value, None, (pixels + 0.5) / sizes[:, None], weights, grad, False)
+        emulate_backward(emulator, arguments, grad, False)
     finally:
         emulator.emulate_every_block(1)
     ratio = emulator.emulate_reductions() / head_dim / (rows / every)

@@ -81,6 +81,15 @@ def test_forward_loop(sass, library):
     assert all(loop['LDG'] == 8 and loop.total() <= 80 for loop in float32)
 
 
+def test_tensor_core_loop(sass, library):
+    """One step takes four samples of a unit. Old GPUs have machine code of the kernel, but do not use it."""
+    found = [k for k in sass.kernels(library, 'sm_90') if k.name.startswith('tensor_core_forward_kernel')]
+    assert len(found) == 4
+    for kernel in found:
+        (loop,) = [loop for loop in kernel.loops if 'HMMA' in loop]
+        assert loop['LDG'] == loop['HMMA'] == 4 and loop['BRA'] == 1 and loop.total() <= 60, kernel
+
+
 def test_backward_loop(sass, library):
     (kernel,) = [k for k in sass.kernels(library, 'sm_90') if k.name.startswith('backward_kernelIffLi4ELb1ELi8')]
     dots = kernel.loops[0]  # of two samples

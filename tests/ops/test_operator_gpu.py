@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operator_cases import grid_sample_attention, locations_and_weights, make_case, value_and_grads
+from operator_cases import expected_forward, grid_sample_attention, locations_and_weights, make_case, value_and_grads
 
 from msda_plugin.ops import backend_for, ms_deform_attn, ms_deform_attn_fused, use_backend
 
@@ -59,6 +59,19 @@ def test_dtypes(deterministic, dtype, coordinate_dtype, tolerance):
     for actual, expected in pairs(case, deterministic, dtype, coordinate_dtype):
         for a, e in zip(actual, expected, strict=True):
             assert (a.double() - e).abs().max() <= tolerance * e.abs().max()
+
+
+@pytest.mark.parametrize('points', [1, 4, [3, 6]], ids=str)
+@pytest.mark.parametrize('head_dim', [16, 24, 32, 64, 72])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_forward_accuracy(dtype, head_dim, points):
+    """On tensor cores up to 64 channels; a group of lanes computes several queries if there are so many."""
+    shapes = [(70, 60), (9, 11)]
+    case = make_case(shapes, queries=4299, heads=8, head_dim=head_dim, points=points, spread=0.5).to('cuda')
+    for scale in (1, -1e-5):
+        inputs, expected, error = expected_forward(case, dtype, scale)
+        output = ms_deform_attn(inputs[0], shapes, None, *inputs[1:], num_points=case.num_points)
+        assert ((output.double() - expected).abs() <= error).all()
 
 
 @pytest.mark.parametrize('deterministic', [False, True])

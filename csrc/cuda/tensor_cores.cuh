@@ -1,0 +1,160 @@
+// The forward kernel on tensor cores (compute capability 8.0), for 16-bit values with 16 to 64 channels.
+//
+// A warp multiplies corner values (16 x 16: channels x corners of four samples) by weights (16 x 8: corners x columns).
+// Of the instruction's operands, lane 4 * g + t holds rows g and g + 8 of the values and column g of the weights, both
+// for the same four corners: those of sample t. So each lane loads 16 bytes, 8 channels, of each corner of a sample,
+// and four instructions take 2 of the channels each. The lanes of all g together have 64 channels: of one unit, or of 2
+// or 4 units with fewer channels. The values of a unit meet the weights of all these units; only the products with its
+// own are kept.
+//
+// Each unit has two columns, because its weights have two parts: rounded to 16 bits, and what that leaves.
+#pragma once
+
+#include "forward.cuh"
+
+namespace msda::cuda {
+namespace {
+
+constexpr int kUnitsInTurn = 4;  // at most, that a group of lanes computes one after another
+constexpr int kStep = 4;         // samples of a unit that an instruction takes
+
+// The factor of what a weight loses by rounding: with it, float16 has digits down to 2^-36.
+template <class T>
+constexpr float kRestScale = std::is_same_v<T, __half> ? 2048.0f : 1.0f;
+
+template <class T>
+struct MatrixSample {
+  Pack<int32_t, 4> key;  // negative: there is no sample
+  Pack<T, 4> weight[2];  // rounded; the rest, scaled
+};
+
+template <class T>
+__device__ __forceinline__ MatrixSample<T> split(const PlannedSample<float>& sample) {
+  MatrixSample<T> result;
+  result.key = sample.key;
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    const float weight = sample.weight.x[corner];
+    const T rounded = narrow<T>(weight);
+    result.weight[0].x[corner] = rounded;
+    result.weight[1].x[corner] = narrow<T>((weight - widen<float>(rounded)) * kRestScale<T>);
+  }
+  return result;
+}
+
+// 16 bytes, or zeros if the key is negative. By itself, the compiler would branch instead of predicating the load.
+__device__ __forceinline__ Pack<uint32_t, 4> load_if_exists(int32_t key, const void* source) {
+  Pack<uint32_t, 4> x = {};
+#ifdef __CUDA_ARCH__
+  asm("{\n .reg .pred exists;\n setp.ge.s32 exists, %5, 0;\n @exists ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(x.x[0]), "+r"(x.x[1]), "+r"(x.x[2]), "+r"(x.x[3])
+      : "l"(source), "r"(key));
+#else
+  if (key < 0) return x;
+  MSDA_CHECK_ALIGNED(source, sizeof(x));
+  x = *static_cast<const Pack<uint32_t, 4>*>(source);
+#endif
+  return x;
+}
+
+// The lower or upper halves of two words.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
+__device__ __forceinline__ uint32_t upper_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
+
+// sum += values * weights, all as in mma.m16n8k16. Without the instruction, lanes ask each other for their operands: in
+// tests on a CPU, and in code for old devices, which use it only if a newer device runs that code.
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&values)[4],
+                                             const Pack<uint32_t, 2>& weights) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(weights.x[0]), "r"(weights.x[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(weights.x[0]), "r"(weights.x[1]));
+#else
+  const auto element = [](uint32_t word, int half) {
+    const auto bits = static_cast<uint16_t>(word >> 16 * half);
+    T x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return widen<float>(x);
+  };
+  const int lane = (threadIdx.y * blockDim.x + threadIdx.x) & 31, g = lane / 4, t = lane % 4;
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) {
+    const int holder = i % 4;  // t of the lanes that hold these two corners, in their first or second words
+    const bool second = i / 4;
+    const uint32_t row[2] = {__shfl_sync(kAllLanes, second ? values[2] : values[0], 4 * g + holder),
+                             __shfl_sync(kAllLanes, second ? values[3] : values[1], 4 * g + holder)};
+    const uint32_t column[2] = {__shfl_sync(kAllLanes, second ? weights.x[1] : weights.x[0], 8 * t + holder),
+                                __shfl_sync(kAllLanes, second ? weights.x[1] : weights.x[0], 8 * t + 4 + holder)};
+    for (int j = 0; j < 4; ++j)
+      sum[j] += element(row[j / 2], 0) * element(column[j % 2], 0) + element(row[j / 2], 1) * element(column[j % 2], 1);
+  }
+#endif
+}
+
+// Samples of a unit in shared memory, and a gap so that units begin in different banks.
+MSDA_INLINE int matrix_plan_size(const Problem& p) {
+  return (static_cast<int>(p.samples()) + kStep - 1) / kStep * kStep + 1;
+}
+
+template <class T, class C>
+__global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
+    tensor_core_forward_kernel(const Problem p, int32_t first_image, int units_in_turn, T* __restrict__ output) {
+  const int lanes = blockDim.x, lane = (threadIdx.y * lanes + threadIdx.x) & 31, g = lane / 4, t = lane % 4;
+  const int units = lanes == 32 ? 1 : lanes == 16 ? 2 : 4;  // that a warp computes together
+  const int number = threadIdx.y & (units - 1);             // the lane's of these
+  const int channels = static_cast<int>(p.channels), all = static_cast<int>(p.samples());
+  const int c = threadIdx.x / 4 * 8;
+  const int size = matrix_plan_size(p), total = size - 1;
+  auto* const samples = reinterpret_cast<MatrixSample<T>*>(shared_memory) + threadIdx.y * size;
+  // Columns 2 * u and 2 * u + 1 belong to unit u of the warp.
+  const auto* const keys = samples + t;
+  const auto* const weights = &samples[((g / 2 & (units - 1)) - number) * size + t].weight[g % 2];
+  const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
+
+  const unsigned first_position = (blockIdx.x * blockDim.y + threadIdx.y) * units_in_turn;
+  const int32_t query_of_lane = Unit(p, first_image, first_position + threadIdx.x % kUnitsInTurn).query;
+#pragma unroll 1
+  for (int turn = 0; turn < units_in_turn; ++turn) {
+    const Unit unit(first_image, __shfl_sync(kAllLanes, query_of_lane, number * lanes + turn),
+                    first_position + turn < p.queries);
+    const Attention<float, C> attention(p, unit, lanes);
+    __syncwarp();
+    plan(p, unit, attention, 0, all, [&](int i, bool exists, const PlannedSample<float>& sample) {
+      if (i < all) samples[i] = exists ? split<T>(sample) : MatrixSample<T>{{-1}};
+    });
+    if (static_cast<int>(threadIdx.x) < total - all) samples[all + threadIdx.x] = {{-1}};
+    __syncwarp();
+    // A lane without channels loads others, but does not store them.
+    const T* const rows = static_cast<const T*>(p.value) + unit.base(p) + (c < channels ? c : 0);
+    float sum[4][4] = {};
+#pragma unroll 1
+    for (int i = 0; i < total; i += kStep) {
+      const Pack<int32_t, 4> key = keys[i].key;
+      const auto weight = *reinterpret_cast<const Pack<uint32_t, 2>*>(weights + 4 * i);
+      Pack<uint32_t, 4> x[4];
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner)
+        x[corner] = load_if_exists(key.x[0], row_at(rows, key.x[corner], row_bytes));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t values[4] = {lower_halves(x[0].x[j], x[1].x[j]), upper_halves(x[0].x[j], x[1].x[j]),
+                                    lower_halves(x[2].x[j], x[3].x[j]), upper_halves(x[2].x[j], x[3].x[j])};
+        multiply_add<T>(sum[j], values, weight);
+      }
+    }
+    if (c >= channels || !unit.valid || t != number) continue;  // the lane's columns are those of unit t
+    float result[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) result[j] = sum[j / 2][j % 2 * 2] + sum[j / 2][j % 2 * 2 + 1] / kRestScale<T>;
+    store(output + unit.index(p) * channels + c, result);
+  }
+}
+
+}  // namespace
+}  // namespace msda::cuda
