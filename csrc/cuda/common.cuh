@@ -77,6 +77,24 @@ __device__ __forceinline__ T* row_at(T* base, int32_t key, int32_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + offset);
 }
 
+// Has the compiler compute x here, instead of later, where it may be needed several times or not at all.
+template <class T>
+__device__ __forceinline__ void compute_now(T*& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(x));
+#endif
+}
+__device__ __forceinline__ void compute_now(float& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(x));
+#endif
+}
+__device__ __forceinline__ void compute_now(double& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+d"(x));
+#endif
+}
+
 __device__ __forceinline__ float float_of(uint32_t bits) {
 #ifdef __CUDA_ARCH__
   return __uint_as_float(bits);
@@ -157,8 +175,8 @@ __device__ __forceinline__ Level level_of(const Problem& p, int level) {
   const Level shape = {static_cast<int32_t>(p.spatial_shapes[2 * level]),
                        static_cast<int32_t>(p.spatial_shapes[2 * level + 1]),
                        static_cast<int32_t>(p.level_start_index[level])};
-  const bool inside = shape.height > 0 && shape.width > 0 && shape.start >= 0 &&
-                      shape.start + int64_t{shape.height} * shape.width <= p.keys;
+  const bool inside = (shape.height > 0) & (shape.width > 0) & (shape.start >= 0) &
+                      (shape.start + int64_t{shape.height} * shape.width <= p.keys);
   return inside ? shape : Level{0, 0, 0};
 }
 
@@ -166,10 +184,14 @@ __device__ __forceinline__ Level level_of(const Problem& p, int level) {
 template <class A, class C>
 __device__ __forceinline__ void load_reference(const Problem& p, int64_t row, int level, A (&reference)[4]) {
   const int64_t first = (row * p.levels + level) * p.reference_size;
-  const A* wide = static_cast<const A*>(p.reference_points) + first;
-  const C* source = static_cast<const C*>(p.reference_points) + first;
-  for (int i = 0; i < 4; ++i)
-    reference[i] = i >= p.reference_size ? A(0) : p.wide_reference ? wide[i] : widen<A>(source[i]);
+  const bool box = p.reference_size == 4;
+  const auto load_from = [&](const auto* source) {
+    for (int i = 0; i < 4; ++i) reference[i] = i < 2 || box ? widen<A>(source[first + i]) : A(0);
+  };
+  if (p.wide_reference)
+    load_from(static_cast<const A*>(p.reference_points));
+  else
+    load_from(static_cast<const C*>(p.reference_points));
 }
 
 // The cell of one sample; `index` counts (image, query, head, sample).

@@ -52,9 +52,10 @@ __device__ __forceinline__ void plan(const Problem& p, const Unit& unit, const A
     if (unit.valid && i < count) {
       const int s = first + i;
       while (s >= static_cast<int>(p.first_sample(level + 1))) ++level;
-      const A weight = attention(s);  // first, so that its load overlaps with those of the cell
+      A weight = attention(s);
       const Level shape = level_of(p, level);
       const Cell<A, int32_t> cell = cell_of<A, C>(p, unit.row(p), unit.index(p) * p.samples() + s, level, shape);
+      compute_now(weight);  // so that its load overlaps with those of the cell
       exists = any_exists(cell.row, shape);
       if (exists) sample = planned(cell, shape, weight);
     }

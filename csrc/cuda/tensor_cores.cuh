@@ -118,10 +118,13 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
   const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
 
   const unsigned first_position = (blockIdx.x * blockDim.y + threadIdx.y) * units_in_turn;
-  const int32_t query_of_lane = Unit(p, first_image, first_position + threadIdx.x % kUnitsInTurn).query;
+  const Unit of_lane(p, first_image, first_position + threadIdx.x % kUnitsInTurn);
+  // A lane without channels loads others, but does not store them.
+  const T* rows = static_cast<const T*>(p.value) + of_lane.base(p) + (c < channels ? c : 0);
+  compute_now(rows);
 #pragma unroll 1
   for (int turn = 0; turn < units_in_turn; ++turn) {
-    const Unit unit(first_image, __shfl_sync(kAllLanes, query_of_lane, number * lanes + turn),
+    const Unit unit(first_image, __shfl_sync(kAllLanes, of_lane.query, number * lanes + turn),
                     first_position + turn < p.queries);
     const Attention<float, C> attention(p, unit, lanes);
     __syncwarp();
@@ -130,8 +133,6 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
     });
     if (static_cast<int>(threadIdx.x) < total - all) samples[all + threadIdx.x] = {{-1}};
     __syncwarp();
-    // A lane without channels loads others, but does not store them.
-    const T* const rows = static_cast<const T*>(p.value) + unit.base(p) + (c < channels ? c : 0);
     float sum[4][4] = {};
 #pragma unroll 1
     for (int i = 0; i < total; i += kStep) {
