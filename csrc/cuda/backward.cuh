@@ -4,6 +4,7 @@
 #pragma once
 
 #include "block_sums.cuh"
+#include "mma.cuh"
 #include "units.cuh"
 
 namespace msda::cuda {
@@ -121,6 +122,43 @@ __device__ __forceinline__ void corner_dots(int count, const int32_t* keys, cons
   }
 }
 
+// The same on tensor cores, for 16-bit values and a group of 4 or 8 lanes with 8 channels each. Of the operands of the
+// instruction, lane 4 * g + t holds rows g and g + 8 of the values, which are two corners, and column g of the
+// gradients of the output, which is that of its unit: of all three, the lane's channels. So element (g, g) of the
+// result is the dot of the first corner, and (g + 8, g) that of the second one. The lane with t = g / 2 gets both.
+template <int kLanes, class T>
+__device__ __forceinline__ void tensor_core_corner_dots(int count, const int32_t* keys, const T* grad_output,
+                                                        int32_t row_bytes, const T* rows, float* dots) {
+  const int lane = threadIdx.x, g = ((threadIdx.y * kLanes + lane) & 31) / 4, t = lane % 4;
+  uint32_t grad[4];
+  load(reinterpret_cast<const uint32_t*>(grad_output + 8 * lane), grad);
+  const auto* const own = reinterpret_cast<const uint32_t*>(rows + 8 * lane);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    int32_t key[4];
+    load(keys + 4 * i, key);
+    uint32_t x[4][4];
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) load(row_at(own, key[corner], row_bytes), x[corner]);
+    float dot[4];
+#pragma unroll
+    for (int corner = 0; corner < 4; corner += 2) {
+      const auto& upper = x[corner];
+      const auto& lower = x[corner + 1];
+      float sum[4] = {};
+      multiply_add<T>(sum, {upper[0], lower[0], upper[1], lower[1]}, {grad[0], grad[1]});
+      multiply_add<T>(sum, {upper[2], lower[2], upper[3], lower[3]}, {grad[2], grad[3]});
+      dot[corner] = g % 2 != 0 ? sum[1] : sum[0];
+      dot[corner + 1] = g % 2 != 0 ? sum[3] : sum[2];
+    }
+    if constexpr (kLanes == 8) {  // each half of the group has the products of half of the channels
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) dot[corner] += __shfl_xor_sync(kAllLanes, dot[corner], 4);
+    }
+    if (t == g / 2) store(dots + 4 * i, dot);
+  }
+}
+
 // The gradients of a sample with respect to the operator's arguments. `moves` has the gradients of location and box.
 template <class A>
 struct ArgumentGradient {
@@ -141,7 +179,7 @@ __device__ __forceinline__ ArgumentGradient<A> chain_rule(const Problem& p, cons
   if (p.reference_size == 2) return {pixel_x, pixel_y, grad.weight, {x, y, 0, 0}};
   if (!inside) return {0, 0, grad.weight, {}};
   const int level = static_cast<int>(p.level_of(s));
-  const A unit_of_box = A(0.5) / static_cast<A>(p.points_on(level));
+  const A unit_of_box = A(0.5) * reciprocal(static_cast<A>(p.points_on(level)));
   const C* offset = static_cast<const C*>(p.coordinates) + 2 * (unit.index(p) * p.samples() + s);
   A box[4];
   load_reference<A, C>(p, unit.row(p), level, box);
@@ -212,7 +250,8 @@ __global__ void __launch_bounds__(kBackwardThreads<T, kLanes, kAtomic>, kBackwar
                     typename AccumulatorOf<T>::type* __restrict__ parts,
                     typename AccumulatorOf<T>::type* __restrict__ attention_out) {
   using A = typename AccumulatorOf<T>::type;
-  const int lanes = kLanes > 0 ? kLanes : blockDim.x, lane = threadIdx.x, all = static_cast<int>(p.samples());
+  const int lanes = kLanes > 0 ? kLanes : blockDim.x, all = static_cast<int>(p.samples());
+  const int lane = threadIdx.x & (kLanes > 0 ? kLanes - 1 : 31);  // the bits tell the compiler how small it is
   const bool fused = p.reference_size != 0, waits = waiting(p) != 0;
   const int channels = kLanes > 0 ? kLanes * N : p.keys > 0 ? static_cast<int>(p.channels) : 0;
   const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
@@ -228,13 +267,13 @@ __global__ void __launch_bounds__(kBackwardThreads<T, kLanes, kAtomic>, kBackwar
       __syncwarp();  // the dots of the last samples are read
       const LaneSample<A> sample = lane_sample(p, unit, attention, first + lane, memory.keys + 4 * lane);
       __syncwarp();
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-      constexpr int kTogether = 1;
-#else
-      constexpr int kTogether = kAtomic && N <= 4 ? 2 : 1;
-#endif
-      corner_dots<kLanes, kTogether, T, N>(count, memory.keys, grad_output, channels, row_bytes,
-                                           static_cast<const T*>(p.value) + unit.base(p), memory.dots);
+      const T* const rows = static_cast<const T*>(p.value) + unit.base(p);
+      if constexpr (kSm80 && sizeof(T) == 2 && kLanes > 0) {
+        tensor_core_corner_dots<kLanes>(count, memory.keys, grad_output, row_bytes, rows, memory.dots);
+      } else {
+        constexpr int kTogether = kSm80 && kAtomic && N <= 4 ? 2 : 1;
+        corner_dots<kLanes, kTogether, T, N>(count, memory.keys, grad_output, channels, row_bytes, rows, memory.dots);
+      }
       __syncwarp();
       ArgumentGradient<A> grad = {};
       if (sample.valid) {

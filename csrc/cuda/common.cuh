@@ -22,6 +22,13 @@ namespace {
 constexpr int kThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Whether this is code for compute capability 8.0 or higher, which has tensor cores for bfloat16.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kSm80 = false;
+#else
+constexpr bool kSm80 = true;
+#endif
+
 extern __shared__ __align__(32) unsigned char shared_memory[];
 
 template <class T>
@@ -78,8 +85,7 @@ __device__ __forceinline__ T* row_at(T* base, int32_t key, int32_t bytes) {
 }
 
 // Has the compiler compute x here, instead of later, where it may be needed several times or not at all.
-template <class T>
-__device__ __forceinline__ void compute_now(T*& x) {
+__device__ __forceinline__ void compute_now(int64_t& x) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+l"(x));
 #endif
@@ -150,6 +156,10 @@ __device__ __forceinline__ void atomic_add(A* target, const A (&x)[N]) {
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
+// Of a number that is neither tiny nor huge, to two units in the last place: an exact division would call a function.
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
+
 // Reductions over the `lanes` of a group.
 template <class A>
 __device__ __forceinline__ A group_sum(A x, int lanes) {
@@ -207,7 +217,7 @@ __device__ __forceinline__ Cell<A, int32_t> cell_of(const Problem& p, int64_t ro
   if (p.reference_size == 2)
     return locate(pixel_of_point(reference[0], x, width), pixel_of_point(reference[1], y, height), shape.height,
                   shape.width);
-  const A unit = A(0.5) / static_cast<A>(p.points_on(level));
+  const A unit = A(0.5) * reciprocal(static_cast<A>(p.points_on(level)));
   return locate(pixel_of_box(reference[0], reference[2], x, unit, width),
                 pixel_of_box(reference[1], reference[3], y, unit, height), shape.height, shape.width);
 }

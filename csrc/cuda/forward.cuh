@@ -1,5 +1,5 @@
 // The forward kernel for all types. The lanes of a group plan samples in parallel: the keys and weights of their
-// corners. Then each lane sums its channels over the samples. See tensor_cores.cuh for the other one.
+// corners. Then each lane sums its channels over the samples. See tensor_core_forward.cuh for the other one.
 #pragma once
 
 #include "units.cuh"

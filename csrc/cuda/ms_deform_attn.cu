@@ -9,7 +9,7 @@
 #include "forward.cuh"
 #include "ms_deform_attn.h"
 #include "ordered.cuh"
-#include "tensor_cores.cuh"
+#include "tensor_core_forward.cuh"
 
 namespace msda::cuda {
 namespace {

@@ -77,7 +77,7 @@ struct Attention {
     largest = group_max(largest, lanes);
     A sum = 0;
     for (int s = threadIdx.x; s < count; s += lanes) sum += exponential(widen<A>(source[s]) - largest);
-    scale = A(1) / group_sum(sum, lanes);
+    scale = reciprocal(group_sum(sum, lanes));
   }
 
   __device__ __forceinline__ A operator()(int s) const {

@@ -173,6 +173,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return result;
 }
+inline float __fdividef(float x, float y) { return x / y; }
 inline int __clz(unsigned x) { return __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static int64_t reductions = 0;  // of numbers in memory

@@ -94,3 +94,11 @@ def test_backward_loop(sass, library):
     (kernel,) = [k for k in sass.kernels(library, 'sm_90') if k.name.startswith('backward_kernelIffLi4ELb1ELi8')]
     dots = kernel.loops[0]  # of two samples
     assert dots['LDG'] == 8 and dots['BRA'] == 1 and dots.total() <= 100, dots
+
+
+def test_backward_loop_on_tensor_cores(sass, library):
+    found = [k for k in sass.kernels(library, 'sm_90') if re.search(r'^backward_kernelI\w*Li8ELb1ELi[48]E', k.name)]
+    assert len(found) == 8
+    for kernel in found:
+        dots = kernel.loops[0]  # of one sample
+        assert dots['LDG'] == dots['HMMA'] == 4 and dots['BRA'] == 1 and dots.total() <= 55, kernel

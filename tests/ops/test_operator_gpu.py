@@ -54,8 +54,9 @@ def test_float64(device, deterministic, head_dim, points, reference_size):
         (torch.bfloat16, torch.bfloat16, 4e-2),
     ],
 )
-def test_dtypes(deterministic, dtype, coordinate_dtype, tolerance):
-    case = make_case(shapes=[(9, 11), (4, 5)], queries=60, head_dim=32, points=4).to('cuda')
+@pytest.mark.parametrize('head_dim', [32, 64])
+def test_dtypes(deterministic, head_dim, dtype, coordinate_dtype, tolerance):
+    case = make_case(shapes=[(9, 11), (4, 5)], queries=60, head_dim=head_dim, points=4).to('cuda')
     for actual, expected in pairs(case, deterministic, dtype, coordinate_dtype):
         for a, e in zip(actual, expected, strict=True):
             assert (a.double() - e).abs().max() <= tolerance * e.abs().max()

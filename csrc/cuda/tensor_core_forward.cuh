@@ -11,6 +11,7 @@
 #pragma once
 
 #include "forward.cuh"
+#include "mma.cuh"
 
 namespace msda::cuda {
 namespace {
@@ -61,42 +62,6 @@ __device__ __forceinline__ Pack<uint32_t, 4> load_if_exists(int32_t key, const v
 __device__ __forceinline__ uint32_t lower_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
 __device__ __forceinline__ uint32_t upper_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
 
-// sum += values * weights, all as in mma.m16n8k16. Without the instruction, lanes ask each other for their operands: in
-// tests on a CPU, and in code for old devices, which use it only if a newer device runs that code.
-template <class T>
-__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&values)[4],
-                                             const Pack<uint32_t, 2>& weights) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, __half>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(weights.x[0]), "r"(weights.x[1]));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(weights.x[0]), "r"(weights.x[1]));
-#else
-  const auto element = [](uint32_t word, int half) {
-    const auto bits = static_cast<uint16_t>(word >> 16 * half);
-    T x;
-    std::memcpy(&x, &bits, sizeof(x));
-    return widen<float>(x);
-  };
-  const int lane = (threadIdx.y * blockDim.x + threadIdx.x) & 31, g = lane / 4, t = lane % 4;
-#pragma unroll 1
-  for (int i = 0; i < 8; ++i) {
-    const int holder = i % 4;  // t of the lanes that hold these two corners, in their first or second words
-    const bool second = i / 4;
-    const uint32_t row[2] = {__shfl_sync(kAllLanes, second ? values[2] : values[0], 4 * g + holder),
-                             __shfl_sync(kAllLanes, second ? values[3] : values[1], 4 * g + holder)};
-    const uint32_t column[2] = {__shfl_sync(kAllLanes, second ? weights.x[1] : weights.x[0], 8 * t + holder),
-                                __shfl_sync(kAllLanes, second ? weights.x[1] : weights.x[0], 8 * t + 4 + holder)};
-    for (int j = 0; j < 4; ++j)
-      sum[j] += element(row[j / 2], 0) * element(column[j % 2], 0) + element(row[j / 2], 1) * element(column[j % 2], 1);
-  }
-#endif
-}
-
 // Samples of a unit in shared memory, and a gap so that units begin in different banks.
 MSDA_INLINE int matrix_plan_size(const Problem& p) {
   return (static_cast<int>(p.samples()) + kStep - 1) / kStep * kStep + 1;
@@ -120,8 +85,9 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
   const unsigned first_position = (blockIdx.x * blockDim.y + threadIdx.y) * units_in_turn;
   const Unit of_lane(p, first_image, first_position + threadIdx.x % kUnitsInTurn);
   // A lane without channels loads others, but does not store them.
-  const T* rows = static_cast<const T*>(p.value) + of_lane.base(p) + (c < channels ? c : 0);
-  compute_now(rows);
+  int64_t begin = of_lane.base(p) + (c < channels ? c : 0);
+  compute_now(begin);
+  const T* const rows = static_cast<const T*>(p.value) + begin;
 #pragma unroll 1
   for (int turn = 0; turn < units_in_turn; ++turn) {
     const Unit unit(first_image, __shfl_sync(kAllLanes, of_lane.query, number * lanes + turn),
@@ -146,7 +112,7 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
       for (int j = 0; j < 4; ++j) {
         const uint32_t values[4] = {lower_halves(x[0].x[j], x[1].x[j]), upper_halves(x[0].x[j], x[1].x[j]),
                                     lower_halves(x[2].x[j], x[3].x[j]), upper_halves(x[2].x[j], x[3].x[j])};
-        multiply_add<T>(sum[j], values, weight);
+        multiply_add<T>(sum[j], values, weight.x);
       }
     }
     if (c >= channels || !unit.valid || t != number) continue;  // the lane's columns are those of unit t
