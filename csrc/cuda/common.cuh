@@ -185,6 +185,7 @@ __device__ __forceinline__ Level level_of(const Problem& p, int level) {
   const Level shape = {static_cast<int32_t>(p.spatial_shapes[2 * level]),
                        static_cast<int32_t>(p.spatial_shapes[2 * level + 1]),
                        static_cast<int32_t>(p.level_start_index[level])};
+  // Without branches: what is loaded next need not wait for the sizes.
   const bool inside = (shape.height > 0) & (shape.width > 0) & (shape.start >= 0) &
                       (shape.start + int64_t{shape.height} * shape.width <= p.keys);
   return inside ? shape : Level{0, 0, 0};

@@ -50,7 +50,8 @@ Shape forward_shape(const Problem& p) {
   });
 }
 
-// Whether the forward pass uses tensor cores, if the type and the alignment allow it.
+// Whether the forward pass uses tensor cores, if the type and the alignment allow it. They need all samples of a unit
+// in shared memory.
 bool uses_tensor_cores(const Problem& p) {
   if (p.channels <= 8 || p.channels > 64 || p.samples() > 1024) return false;
   int device, major;

@@ -72,14 +72,14 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
     tensor_core_forward_kernel(const Problem p, int32_t first_image, int units_in_turn, T* __restrict__ output) {
   const int lanes = blockDim.x, lane = (threadIdx.y * lanes + threadIdx.x) & 31, g = lane / 4, t = lane % 4;
   const int units = lanes == 32 ? 1 : lanes == 16 ? 2 : 4;  // that a warp computes together
-  const int number = threadIdx.y & (units - 1);             // the lane's of these
+  const int own = threadIdx.y & (units - 1);                // which of them is the lane's
   const int channels = static_cast<int>(p.channels), all = static_cast<int>(p.samples());
   const int c = threadIdx.x / 4 * 8;
   const int size = matrix_plan_size(p), total = size - 1;
   auto* const samples = reinterpret_cast<MatrixSample<T>*>(shared_memory) + threadIdx.y * size;
-  // Columns 2 * u and 2 * u + 1 belong to unit u of the warp.
   const auto* const keys = samples + t;
-  const auto* const weights = &samples[((g / 2 & (units - 1)) - number) * size + t].weight[g % 2];
+  // Columns 2 * u and 2 * u + 1 belong to unit u of the warp.
+  const auto* const weights = &samples[((g / 2 & (units - 1)) - own) * size + t].weight[g % 2];
   const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
 
   const unsigned first_position = (blockIdx.x * blockDim.y + threadIdx.y) * units_in_turn;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
   const T* const rows = static_cast<const T*>(p.value) + begin;
 #pragma unroll 1
   for (int turn = 0; turn < units_in_turn; ++turn) {
-    const Unit unit(first_image, __shfl_sync(kAllLanes, of_lane.query, number * lanes + turn),
+    const Unit unit(first_image, __shfl_sync(kAllLanes, of_lane.query, own * lanes + turn),
                     first_position + turn < p.queries);
     const Attention<float, C> attention(p, unit, lanes);
     __syncwarp();
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kForwardThreads<T>, kForwardBlocks<T>)
         multiply_add<T>(sum[j], values, weight.x);
       }
     }
-    if (c >= channels || !unit.valid || t != number) continue;  // the lane's columns are those of unit t
+    if (c >= channels || !unit.valid || t != own) continue;  // the lane's columns are those of unit t
     float result[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) result[j] = sum[j / 2][j % 2 * 2] + sum[j / 2][j % 2 * 2 + 1] / kRestScale<T>;

@@ -106,9 +106,9 @@ class Arguments:
     """The operator's arguments as the emulator takes them; its tensors stay in memory."""
 
     def __init__(self, shapes, value, reference_points, coordinates, weights, num_points=None):
-        self.levels = torch.tensor(shapes)
-        areas = self.levels.prod(1)
-        self.tensors = value, self.levels, areas.cumsum(0) - areas, reference_points, coordinates, weights
+        levels = torch.tensor(shapes)
+        areas = levels.prod(1)
+        self.tensors = value, levels, areas.cumsum(0) - areas, reference_points, coordinates, weights
         self.inputs = pointers(*self.tensors)
         batch, keys, heads, channels = value.shape
         self.output_shape = batch, coordinates.shape[1], heads * channels
