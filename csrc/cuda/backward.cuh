@@ -159,6 +159,13 @@ __device__ __forceinline__ void tensor_core_corner_dots(int count, const int32_t
   }
 }
 
+template <class A>
+__device__ __forceinline__ ValueSample<A> value_sample(const LaneSample<A>& sample, int32_t query) {
+  const uint32_t only_lower = (sample.corners & 3) == 0 ? kOnlyLower : 0;
+  const uint32_t only_right = (sample.corners & 5) == 0 ? kOnlyRight : 0;
+  return {sample.down, sample.right, sample.weight, static_cast<uint32_t>(query) | only_lower | only_right};
+}
+
 // The gradients of a sample with respect to the operator's arguments. `moves` has the gradients of location and box.
 template <class A>
 struct ArgumentGradient {
@@ -241,14 +248,16 @@ struct BackwardMemory {
   }
 };
 
-// The gradients of coordinates and weights, and with kAtomic that of the value, summed into `grad_value`. With kLanes,
-// a group has this many lanes, whose channels are those of the value.
+// The gradients of coordinates and weights. With kAtomic, that of the value is summed into `grad_value`; without it,
+// the samples are written in the order (image, head, query, sample), with the keys of the first pixels of their cells,
+// or `p.keys` if there is none. With kLanes, a group has this many lanes, whose channels are those of the value.
 template <class T, class C, int N, bool kAtomic, int kLanes>
 __global__ void __launch_bounds__(kBackwardThreads<T, kLanes, kAtomic>, kBackwardBlocks<T, kLanes, kAtomic>)
     backward_kernel(const Problem p, const Gradients g, int32_t first_image,
                     typename AccumulatorOf<T>::type* __restrict__ grad_value,
                     typename AccumulatorOf<T>::type* __restrict__ parts,
-                    typename AccumulatorOf<T>::type* __restrict__ attention_out) {
+                    ValueSample<typename AccumulatorOf<T>::type>* __restrict__ value_samples,
+                    int32_t* __restrict__ value_keys) {
   using A = typename AccumulatorOf<T>::type;
   const int lanes = kLanes > 0 ? kLanes : blockDim.x, all = static_cast<int>(p.samples());
   const int lane = threadIdx.x & (kLanes > 0 ? kLanes - 1 : 31);  // the bits tell the compiler how small it is
@@ -291,7 +300,12 @@ __global__ void __launch_bounds__(kBackwardThreads<T, kLanes, kAtomic>, kBackwar
           static_cast<C*>(g.weights)[index] = narrow<C>(fused ? sample.weight * (grad.weight - mean) : grad.weight);
         static_cast<C*>(g.coordinates)[2 * index] = narrow<C>(grad.x);
         static_cast<C*>(g.coordinates)[2 * index + 1] = narrow<C>(grad.y);
-        if (attention_out != nullptr) attention_out[index] = sample.weight;
+        if constexpr (!kAtomic) {
+          const int64_t segment = unit.image() * p.heads + unit.head();
+          const int64_t item = (segment * p.queries + unit.query) * p.samples() + first + lane;
+          value_samples[item] = value_sample(sample, unit.query);
+          value_keys[item] = sample.corners != 0 ? memory.keys[4 * lane] : static_cast<int32_t>(p.keys);
+        }
       }
       if (fused) {
         store(memory.dots + 4 * lane, grad.moves);

@@ -45,7 +45,7 @@ struct Backend {
     const bool narrow = a.value.scalar_type() != sum_type, fused = p.reference_size != 0;
 
     Scratch scratch{};
-    Tensor value = gradients.value, value_sum = value, parts = value, attention = value, sort = value;
+    Tensor value = gradients.value, value_sum = value, parts = value, samples = value, sort = value;
     if (narrow && !deterministic) {
       value_sum = new_empty(value, value.sizes(), sum_type);
       scratch.value = value_sum.mutable_data_ptr();
@@ -54,11 +54,9 @@ struct Backend {
       parts = new_empty(value, {p.batch, p.heads, p.queries, p.levels, p.reference_size}, sum_type);
       scratch.reference_points = parts.mutable_data_ptr();
     }
-    if (fused && deterministic) {
-      attention = new_empty(value, a.weights.sizes(), sum_type);
-      scratch.attention = attention.mutable_data_ptr();
-    }
     if (deterministic) {
+      samples = new_empty(value, {4 * p.batch * p.queries * p.heads * p.samples()}, sum_type);
+      scratch.samples = samples.mutable_data_ptr();
       sort = new_empty(value, {sort_elements(p)}, ScalarType::Int);
       scratch.sort = static_cast<int32_t*>(sort.mutable_data_ptr());
     }

@@ -223,14 +223,19 @@ __device__ __forceinline__ Cell<A, int32_t> cell_of(const Problem& p, int64_t ro
                 pixel_of_box(reference[1], reference[3], y, unit, height), shape.height, shape.width);
 }
 
-// Whether a cell has any pixel of the level, and the key of its first pixel in row-major order.
+// Whether a cell has any pixel of the level.
 __device__ __forceinline__ bool any_exists(int32_t row, const Level& shape) {
   return row >= -1 && shape.height > 0 && shape.width > 0;
 }
+
+// What the deterministic gradient of the value needs of a sample. The upper bits of `query` say that the cell begins
+// before the first row or column of its level.
 template <class A>
-__device__ __forceinline__ int32_t first_key(const Cell<A, int32_t>& cell, const Level& shape) {
-  return shape.start + (cell.row < 0 ? 0 : cell.row) * shape.width + (cell.column < 0 ? 0 : cell.column);
-}
+struct alignas(4 * sizeof(A)) ValueSample {
+  A down, right, weight;  // the place in the cell, and the attention weight
+  uint32_t query;
+};
+constexpr uint32_t kOnlyLower = 1u << 31, kOnlyRight = 1u << 30, kQuery = kOnlyRight - 1;
 
 }  // namespace
 }  // namespace msda::cuda

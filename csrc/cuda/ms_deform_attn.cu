@@ -133,16 +133,19 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
   using A = typename AccumulatorOf<T>::type;
   A* const grad_value = static_cast<A*>(scratch.value != nullptr ? scratch.value : g.value);
   A* const parts = static_cast<A*>(scratch.reference_points);
-  A* const attention = static_cast<A*>(scratch.attention);
+  auto* const samples = static_cast<ValueSample<A>*>(scratch.samples);
   const int64_t elements = p.batch * p.keys * p.heads * p.channels;
-  if (!deterministic && elements != 0) {  // without elements, the pointer is null
-    const cudaError_t error = cudaMemsetAsync(grad_value, 0, elements * sizeof(A), stream);
+  if (elements != 0) {  // else the pointer is null
+    // Atomics add to the zeros. Without them, only the gradients of pixels that no level has remain zero.
+    const cudaError_t error =
+        cudaMemsetAsync(grad_value, 0, elements * (deterministic ? sizeof(T) : sizeof(A)), stream);
     if (error != cudaSuccess) return error;
   }
   const Shape shape = backward_shape<T, N>(p, !deterministic);
   const auto kernel = deterministic ? backward_kernel_for<T, C, N, false>(p) : backward_kernel_for<T, C, N, true>(p);
   cudaError_t error = for_each_launch(p, shape, kernel, [&](dim3 grid, int32_t first_image) {
-    MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, g, first_image, grad_value, parts, attention);
+    MSDA_LAUNCH(kernel, grid, shape.block, shape.shared_bytes, stream, p, g, first_image, grad_value, parts, samples,
+                scratch.sort);
   });
   if (error != cudaSuccess) return error;
   const int64_t count = p.batch * p.queries * p.levels * p.reference_size;
@@ -157,8 +160,7 @@ cudaError_t backward_as(const Problem& p, const Gradients& g, const Scratch& scr
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
-  if (!deterministic) return cudaSuccess;
-  return ordered_value_gradient<T, C, N>(p, g, scratch, static_cast<int>(shape.block.x), stream);
+  return deterministic ? ordered_value_gradient<T, N>(p, g, samples, scratch.sort, stream) : cudaSuccess;
 }
 
 // Calls f(T, C, vector width): 16 bytes of channels per lane if the channels and the pointers allow it, else 1.

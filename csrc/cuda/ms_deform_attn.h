@@ -15,7 +15,7 @@ namespace msda::cuda {
 struct Scratch {
   void* value;             // sums of the value's gradient, like value: if not deterministic and value has another type
   void* reference_points;  // fused: (batch, heads, queries, levels, reference_size)
-  void* attention;         // fused and deterministic: like weights
+  void* samples;           // deterministic: four numbers for each element of weights
   int32_t* sort;           // deterministic: sort_elements(problem) integers
 };
 

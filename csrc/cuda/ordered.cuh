@@ -1,8 +1,10 @@
-// The gradient of the value, summed in a fixed order. The samples of each image and head are sorted by the first pixel
-// of their cells with a stable radix sort. A pixel's gradient is then the sum over the samples of four neighboring
-// pixels, gathered by one warp: there are no atomics, and every element is written once.
+// The gradient of the value, summed in a fixed order. The backward kernel writes what it needs of each sample, and the
+// first pixel of the sample's cell as a key. The samples of each image and head are sorted by key with a stable radix
+// sort. The gradients of a strip of pixels are then sums over the samples of two rows of cells, gathered by one warp:
+// there are no atomics, and every element of a level is written once.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "common.cuh"
@@ -13,7 +15,8 @@ namespace {
 constexpr int kDigits = 256, kDigitBits = 8;
 constexpr int kSortWarps = kThreads / 32, kSortRounds = 8, kSortItems = kThreads * kSortRounds;
 
-// Items of all segments (a segment is an image and head), in the order (segment, item); see Scratch::sort.
+// Items of all segments (a segment is an image and head), in the order (segment, item); see Scratch::sort. The caller
+// writes the keys; the indices of the sorted items are those of the caller's order.
 struct SortBuffers {
   int32_t *keys, *indices;            // (segments, items)
   int32_t *next_keys, *next_indices;  // the same, after a pass
@@ -44,23 +47,6 @@ struct SortBuffers {
 
   int64_t used = 0;  // elements
 };
-
-// The key of every sample: its cell's first pixel, or p.keys if there is none.
-template <class A, class C>
-__global__ void __launch_bounds__(kThreads) keys_kernel(const Problem p, SortBuffers b) {
-  const int32_t segment = blockIdx.x / b.chunks, begin = blockIdx.x % b.chunks * kSortItems;
-  const int32_t heads = static_cast<int32_t>(p.heads), image = segment / heads, head = segment % heads;
-  const int32_t samples = static_cast<int32_t>(p.samples());
-  for (int32_t i = begin + threadIdx.x; i < b.items && i < begin + kSortItems; i += kThreads) {
-    const int32_t query = i / samples, s = i % samples, level = static_cast<int32_t>(p.level_of(s));
-    const int64_t row = image * p.queries + query;
-    const Level shape = level_of(p, level);
-    const Cell<A, int32_t> cell = cell_of<A, C>(p, row, (row * heads + head) * samples + s, level, shape);
-    const int64_t item = int64_t{segment} * b.items + i;
-    b.keys[item] = any_exists(cell.row, shape) ? first_key(cell, shape) : static_cast<int32_t>(p.keys);
-    b.indices[item] = i;
-  }
-}
 
 __device__ __forceinline__ int digit_of(int32_t key, int shift) { return (key >> shift) % kDigits; }
 
@@ -136,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(SortBuffers b, int sh
     const int32_t i = begin + (thread / 32 * kSortRounds + round) * 32 + lane;
     const int64_t target = base + own[digit_of(key[round], shift)] + rank[round];
     b.next_keys[target] = key[round];
-    b.next_indices[target] = b.indices[base + i];
+    b.next_indices[target] = shift == 0 ? i : b.indices[base + i];
   }
 }
 
@@ -157,72 +143,202 @@ __global__ void __launch_bounds__(kThreads) begins_kernel(SortBuffers b, int32_t
   b.begins[i] = low;
 }
 
-// A warp per pixel: its lanes plan 32 samples at a time, then groups of `lanes` lanes with N channels each sum them up.
-template <class T, class C, int N>
-__global__ void __launch_bounds__(kThreads, 2)
-    gather_kernel(const Problem p, const Gradients g, const typename AccumulatorOf<T>::type* attention, SortBuffers b,
-                  int lanes) {
-  using A = typename AccumulatorOf<T>::type;
-  constexpr int kWarps = kThreads / 32;
-  const int lane = threadIdx.x % 32, ways = 32 / lanes, way = lane / lanes;
-  const int32_t keys = static_cast<int32_t>(p.keys), heads = static_cast<int32_t>(p.heads);
-  const int32_t tiles = (keys + kWarps - 1) / kWarps, segment = blockIdx.x / tiles;
-  // The last levels are the smallest, and their pixels have the most samples: they start first.
-  const int32_t key = keys - 1 - (blockIdx.x % tiles * kWarps + threadIdx.x / 32);
-  if (key < 0) return;
-  const int32_t image = segment / heads, head = segment % heads;
-  const int32_t samples = static_cast<int32_t>(p.samples());
-  const int32_t* begins = b.begins + int64_t{segment} * (keys + 1);
-  const int32_t* indices = b.indices + int64_t{segment} * b.items;
-  const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
-  const T* grad_output = static_cast<const T*>(g.output) + (image * p.queries * heads + head) * p.channels;
-  T* grad_value = static_cast<T*>(g.value) + ((image * p.keys + key) * heads + head) * p.channels;
+// Neighboring pixels of a row of a level, or none.
+struct Strip {
+  int32_t row, column, key;  // of the first pixel
+  int32_t pixels;
+  int32_t width;  // of the level
+};
 
-  for (int64_t c0 = 0; c0 < p.channels; c0 += lanes * N) {
-    const int64_t c = c0 + lane % lanes * N;
-    A sum[N] = {};
-    for (int32_t level = 0; level < p.levels; ++level) {
-      const Level shape = level_of(p, level);
-      const int32_t pixel = key - shape.start;
-      if (pixel < 0 || pixel >= shape.height * shape.width) continue;
-      const int32_t row = pixel / shape.width, column = pixel % shape.width;
-      // The samples of this pixel and the one before it are consecutive, as are those of the row above.
-      const int32_t left = key - (column > 0 ? 1 : 0);
-      const int32_t begin = begins[left], count = begins[key + 1] - begin;
-      const int32_t above = row > 0 ? begins[left - shape.width] : 0;
-      const int32_t total = count + (row > 0 ? begins[key + 1 - shape.width] - above : 0);
-      for (int32_t first = 0; first < total; first += 32) {
-        const int32_t i = first + lane;
-        int32_t query = -1;
-        A weight = 0;
-        if (i < total) {
-          const int32_t item = indices[i < count ? begin + i : above + i - count], s = item % samples;
-          const int64_t q = image * p.queries + item / samples, index = (q * heads + head) * samples + s;
-          const Cell<A, int32_t> cell = cell_of<A, C>(p, q, index, level, shape);
-          const int32_t down = row - cell.row, right = column - cell.column;
-          // Cells that begin outside the level have the key of a pixel inside, and levels may overlap in `value`.
-          if (down <= 1 && right <= 1 && p.level_of(s) == level) {
-            query = item / samples;
-            weight = corner_weight(cell.down, cell.right, 2 * down + right) *
-                     (attention != nullptr ? attention[index] : widen<A>(static_cast<const C*>(p.weights)[index]));
+// How many samples a strip may have on average. Strips of more than one pixel are shortened until they have fewer.
+constexpr int kStripSamples = 2048;
+
+// Strip number `index`, level by level.
+template <int kLongestBits>
+__device__ __forceinline__ Strip strip_at(const Problem& p, int64_t index) {
+  for (int level = 0; level < p.levels; ++level) {
+    const Level shape = level_of(p, level);
+    if (shape.height == 0) continue;
+    const int64_t area = int64_t{shape.height} * shape.width, samples = p.queries * p.points_on(level);
+    int bits = kLongestBits;
+    while (bits > 0 && 2 * ((1 << bits) + 1) * samples > kStripSamples * area) --bits;
+    const uint32_t strips = (shape.width + (1 << bits) - 1) >> bits;  // of a row
+    if (index < int64_t{shape.height} * strips) {
+      const auto row = static_cast<int32_t>(static_cast<uint32_t>(index) / strips);
+      const auto column = static_cast<int32_t>(static_cast<uint32_t>(index) - row * strips) << bits;
+      const int32_t rest = shape.width - column;
+      return {row, column, shape.start + row * shape.width + column, rest < 1 << bits ? rest : 1 << bits, shape.width};
+    }
+    index -= int64_t{shape.height} * strips;
+  }
+  return {};
+}
+
+// A sample adds the gradient of the output to two pixels of a strip. Pixel 0 is the one before the strip, whose first
+// pixel is 1.
+template <class A>
+struct alignas(sizeof(A) == 4 ? 16 : 8) StripSample {
+  A left, right;
+  int32_t query, pixel;  // the left one
+};
+
+// The samples of a strip: those of the cells that begin in the row above, then those of the cells that begin in its own
+// row. Both are consecutive, and sorted by pixel.
+class StripSamples {
+ public:
+  int32_t count;
+
+  __device__ __forceinline__ StripSamples(const SortBuffers& b, const Strip& strip, int64_t segment, int64_t keys)
+      : strip(strip), base(segment * b.items), keys(b.keys + base), indices(b.indices + base) {
+    const int32_t* const begins = b.begins + segment * (keys + 1) + strip.key;
+    const int32_t before = strip.column > 0 ? 1 : 0;
+    own = begins[-before];
+    above = strip.row > 0 ? begins[-strip.width - before] : 0;
+    above_count = strip.row > 0 ? begins[strip.pixels - strip.width] - above : 0;
+    count = above_count + begins[strip.pixels] - own;
+  }
+
+  // Sample number i. What does not exist is added to pixels after the strip.
+  template <class A>
+  __device__ __forceinline__ StripSample<A> at(int32_t i, const ValueSample<A>* samples) const {
+    StripSample<A> result = {0, 0, 0, strip.pixels + 1};
+    if (i >= count) return result;
+    const bool from_above = i < above_count;
+    const int32_t position = i + (from_above ? above : own - above_count);
+    const ValueSample<A> sample = samples[base + indices[position]];
+    const bool only_lower = (sample.query & kOnlyLower) != 0, only_right = (sample.query & kOnlyRight) != 0;
+    // A cell that begins before the first row or column has the key of a pixel in it.
+    const int32_t pixel = keys[position] - strip.key + (from_above ? strip.width : 0) + (only_right ? 0 : 1);
+    if (pixel < 0 || (from_above && only_lower)) return result;
+    const A scale = sample.weight * (from_above || only_lower ? sample.down : 1 - sample.down);
+    return {scale * (1 - sample.right), scale * sample.right, static_cast<int32_t>(sample.query & kQuery), pixel};
+  }
+
+ private:
+  Strip strip;
+  int64_t base;  // of the segment's samples
+  const int32_t *keys, *indices;
+  int32_t above, above_count, own;
+};
+
+constexpr int64_t kMostTiles = 65535;  // of a grid, in y
+constexpr int kGatherThreads = 128, kGatherWarps = kGatherThreads / 32;
+constexpr int kTogetherBits = 2, kTogether = 1 << kTogetherBits;  // samples whose loads overlap
+
+// The groups of a warp that gathers, with 1 << bits lanes each. The memory of a group has planned samples and the sums
+// of a strip's pixels, with one pixel before and two after them.
+template <class A, int N>
+struct GatherGroups {
+  static constexpr int kLongestBits = N * sizeof(A) > 16 ? 2 : 3, kPixels = (1 << kLongestBits) + 3;  // of strips
+
+  int bits;
+
+  MSDA_MEMBER int lanes() const { return 1 << bits; }
+  MSDA_MEMBER int count() const { return 32 >> bits; }
+  MSDA_MEMBER int chunk_bits() const { return bits < kTogetherBits ? kTogetherBits : bits; }  // of planned samples
+  MSDA_MEMBER int sum_bytes() const { return kPixels * static_cast<int>(sizeof(Pack<A, N>)) << bits; }
+  MSDA_MEMBER int planned_bytes() const { return static_cast<int>(sizeof(StripSample<A>)) << chunk_bits(); }
+};
+
+// On a multiprocessor, without spills.
+template <class T, int N>
+constexpr int kGatherBlocks = N > 1 && sizeof(T) != sizeof(float) ? 5 : 6;
+
+// A warp per strip, from the last strip to the first, because the last levels have the most samples per strip. The
+// groups of a warp take an equal share of the samples.
+template <class T, int N>
+__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks<T, N>)
+    gather_kernel(const Problem p, const Gradients g,
+                  const ValueSample<typename AccumulatorOf<T>::type>* __restrict__ samples, SortBuffers b,
+                  GatherGroups<typename AccumulatorOf<T>::type, N> groups) {
+  using A = typename AccumulatorOf<T>::type;
+  using Groups = GatherGroups<A, N>;
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 >> groups.bits, lane = threadIdx.x & (groups.lanes() - 1);
+  const int chunk = 1 << groups.chunk_bits();
+  const uint32_t segment = blockIdx.x, heads = static_cast<uint32_t>(p.heads);
+  const uint32_t image = segment / heads, head = segment - image * heads;
+  const int32_t row_bytes = static_cast<int32_t>(p.heads * p.channels * sizeof(T));
+  const T* const grad_output = static_cast<const T*>(g.output) + (image * p.queries * heads + head) * p.channels;
+
+  unsigned char* const all_sums = shared_memory + warp * groups.count() * groups.sum_bytes();
+  unsigned char* const all_planned = shared_memory + kGatherWarps * groups.count() * groups.sum_bytes();
+  A* const sums = reinterpret_cast<A*>(all_sums + group * groups.sum_bytes()) + lane * N;
+  auto* const planned =
+      reinterpret_cast<StripSample<A>*>(all_planned + (warp * groups.count() + group) * groups.planned_bytes());
+  const auto add = [&](int pixel, const A(&x)[N]) {
+    A sum[N];
+    load(sums + (pixel << groups.bits) * N, sum);
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum[j] += x[j];
+    store(sums + (pixel << groups.bits) * N, sum);
+  };
+
+  int64_t index = (gridDim.y - 1 - blockIdx.y) * kGatherWarps + warp;
+  for (;; index += int64_t{gridDim.y} * kGatherWarps) {
+    const Strip strip = strip_at<Groups::kLongestBits>(p, index);
+    if (strip.pixels == 0) return;
+    const StripSamples strip_samples(b, strip, segment, p.keys);
+    const int chunk_bits_of_warp = groups.chunk_bits() + 5 - groups.bits;
+    const int32_t chunks = (strip_samples.count + (1 << chunk_bits_of_warp) - 1) >> chunk_bits_of_warp;  // of a group
+    for (int64_t c0 = 0; c0 < p.channels; c0 += groups.lanes() * N) {
+      const int64_t c = c0 + lane * N;
+      const T* const source = grad_output + (c < p.channels ? c : 0);
+      const A zeros[N] = {};
+#pragma unroll
+      for (int pixel = 0; pixel < Groups::kPixels; ++pixel) store(sums + (pixel << groups.bits) * N, zeros);
+      A left[N] = {}, right[N] = {};
+      int pixel = 0;
+      int32_t first = group * chunks << groups.chunk_bits();
+      for (int32_t i = 0; i < chunks; ++i, first += chunk) {
+        for (int k = lane; k < chunk; k += groups.lanes()) planned[k] = strip_samples.at(first + k, samples);
+        __syncwarp();
+        for (int j = 0; j < chunk; j += kTogether) {
+          StripSample<A> sample[kTogether];
+          Pack<T, N> loaded[kTogether];
+#pragma unroll
+          for (int k = 0; k < kTogether; ++k) {
+            sample[k] = planned[j + k];
+            loaded[k] = *reinterpret_cast<const Pack<T, N>*>(row_at(source, sample[k].query, row_bytes));
+          }
+#pragma unroll
+          for (int k = 0; k < kTogether; ++k) {
+            while (pixel != sample[k].pixel) {  // to the next pixel, or from the last one to the first
+              add(pixel, left);
+#pragma unroll
+              for (int n = 0; n < N; ++n) {
+                left[n] = right[n];
+                right[n] = 0;
+              }
+              pixel = pixel == strip.pixels + 2 ? 0 : pixel + 1;
+            }
+            A grad[N];
+            load(loaded[k].x, grad);
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+              left[n] += sample[k].left * grad[n];
+              right[n] += sample[k].right * grad[n];
+            }
           }
         }
-#pragma unroll 4
-        for (int32_t turn = 0; turn < (total - first < 32 ? total - first : 32); turn += ways) {
-          const int32_t other = __shfl_sync(kAllLanes, query, turn + way);
-          const A scale = __shfl_sync(kAllLanes, weight, turn + way);
-          A grad[N] = {};
-          if (other >= 0 && c < p.channels) load(row_at(grad_output + c, other, row_bytes), grad);
-#pragma unroll
-          for (int j = 0; j < N; ++j) sum[j] += scale * grad[j];
-        }
+        __syncwarp();
       }
-    }
-    for (int distance = lanes; distance < 32; distance *= 2) {
+      add(pixel, left);
+      add(pixel + 1, right);
+      __syncwarp();
+      for (int i = group; i < strip.pixels; i += groups.count()) {
+        A sum[N] = {}, part[N];
+#pragma unroll 4
+        for (int other = 0; other < groups.count(); ++other) {
+          const A* const others = reinterpret_cast<const A*>(all_sums + other * groups.sum_bytes()) + lane * N;
+          load(others + ((i + 1) << groups.bits) * N, part);
 #pragma unroll
-      for (int j = 0; j < N; ++j) sum[j] += __shfl_xor_sync(kAllLanes, sum[j], distance);
+          for (int j = 0; j < N; ++j) sum[j] += part[j];
+        }
+        T* const row = static_cast<T*>(g.value) + ((image * p.keys + strip.key + i) * heads + head) * p.channels;
+        if (c < p.channels) store(row + c, sum);
+      }
+      __syncwarp();
     }
-    if (way == 0 && c < p.channels) store(grad_value + c, sum);
   }
 }
 
@@ -242,20 +358,24 @@ cudaError_t sort(SortBuffers& b, int64_t keys, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class T, class C, int N>
-cudaError_t ordered_value_gradient(const Problem& p, const Gradients& g, const Scratch& scratch, int lanes,
+// Sums what the backward kernel has written: the samples, and their keys at the beginning of `memory`.
+template <class T, int N>
+cudaError_t ordered_value_gradient(const Problem& p, const Gradients& g,
+                                   const ValueSample<typename AccumulatorOf<T>::type>* samples, int32_t* memory,
                                    cudaStream_t stream) {
-  using A = typename AccumulatorOf<T>::type;
-  if (p.batch * p.keys == 0) return cudaSuccess;
-  if (p.queries == 0) return cudaMemsetAsync(g.value, 0, p.batch * p.keys * p.heads * p.channels * sizeof(T), stream);
-  SortBuffers buffers(p, scratch.sort);
-  MSDA_LAUNCH((keys_kernel<A, C>), dim3(static_cast<unsigned>(buffers.segments * buffers.chunks)), dim3(kThreads), 0,
-              stream, p, buffers);
+  if (p.batch * p.keys * p.queries == 0) return cudaSuccess;
+  SortBuffers buffers(p, memory);
   const cudaError_t error = sort(buffers, p.keys, stream);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = (p.keys + kSortWarps - 1) / kSortWarps;
-  MSDA_LAUNCH((gather_kernel<T, C, N>), dim3(static_cast<unsigned>(buffers.segments * tiles)), dim3(kThreads), 0,
-              stream, p, g, static_cast<const A*>(scratch.attention), buffers, lanes);
+  GatherGroups<typename AccumulatorOf<T>::type, N> groups{0};
+  while (groups.bits < 5 && groups.lanes() * N < p.channels) ++groups.bits;
+  // About as many warps as there are strips. The host does not know the levels.
+  const int64_t strips = (p.keys >> groups.kLongestBits) + 2 * int64_t{buffers.items} / kStripSamples;
+  const dim3 grid(static_cast<unsigned>(buffers.segments),
+                  static_cast<unsigned>(std::min(strips / kGatherWarps + 1, kMostTiles)));
+  const int bytes = kGatherWarps * groups.count() * (groups.sum_bytes() + groups.planned_bytes());
+  MSDA_LAUNCH((gather_kernel<T, N>), grid, dim3(kGatherThreads), static_cast<size_t>(bytes), stream, p, g, samples,
+              buffers, groups);
   return cudaGetLastError();
 }
 

@@ -37,10 +37,11 @@ std::vector<Fiber> fibers;
 ucontext_t scheduler;
 Fiber* current;
 uint3 block_index;
-dim3 block_size;
+dim3 block_size, grid_size;
 Barrier block_barrier;
 std::function<void()> body;
-std::mt19937 order_generator;  // the same for each kernel, so that runs repeat
+std::mt19937 order_generator;
+unsigned order = 1;  // of each kernel, so that runs repeat
 cudaError_t launch_error = cudaSuccess;
 unsigned every_block = 1;  // 10: only every 10th block of a kernel runs
 
@@ -107,7 +108,8 @@ std::map<const void*, int> granted;  // bytes of shared memory that kernels have
 void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> call) {
   body = std::move(call);
   block_size = block;
-  order_generator.seed(1);
+  grid_size = grid;
+  order_generator.seed(order);
   // Without opting in, no device grants more shared memory. A warp-wide operation needs whole warps.
   const size_t most = std::max(48 * 1024, granted[kernel]);
   if (shared_bytes > most || block.x * block.y > 1024 || block.x * block.y % 32 != 0) {
@@ -139,6 +141,7 @@ V exchange(V value, int from) {
 #define threadIdx (emulator::current->thread)
 #define blockIdx (emulator::block_index)
 #define blockDim (emulator::block_size)
+#define gridDim (emulator::grid_size)
 inline void __syncwarp() { emulator::wait(*emulator::current->warp); }
 inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
 template <class V>
@@ -192,6 +195,7 @@ static int capability = 9;
 
 extern "C" {
 __attribute__((visibility("default"))) void emulate_every_block(unsigned every) { emulator::every_block = every; }
+__attribute__((visibility("default"))) void emulate_order(unsigned order) { emulator::order = order; }
 __attribute__((visibility("default"))) int64_t emulate_reductions() { return std::exchange(reductions, 0); }
 __attribute__((visibility("default"))) void emulate_failure(int launches) { launches_until_failure = launches; }
 __attribute__((visibility("default"))) void emulate_capability(int major) { capability = major; }
@@ -292,7 +296,7 @@ extern "C" __attribute__((visibility("default"))) int emulate_forward(const int6
   return msda::cuda::forward(problem_of(sizes, inputs), output, nullptr);
 }
 
-// gradients: output, value, reference_points, coordinates, weights; scratch: value, reference_points, attention, sort.
+// gradients: output, value, reference_points, coordinates, weights; scratch: value, reference_points, samples, sort.
 extern "C" __attribute__((visibility("default"))) int emulate_backward(const int64_t* sizes, void* const* inputs,
                                                                        void* const* gradients, void* const* scratch,
                                                                        int deterministic) {

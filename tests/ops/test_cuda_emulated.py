@@ -142,18 +142,11 @@ def emulate_backward(library, arguments, grad, deterministic):
     ]
     wide = value.dtype == accumulation or deterministic
     scratch = [None if wide else torch.full_like(value, float('nan'), dtype=accumulation)]
-    scratch += (
-        [
-            torch.full((batch, heads, queries, len(levels), reference_size), float('nan'), dtype=accumulation),
-            torch.full_like(weights, float('nan'), dtype=accumulation),
-        ]
-        if reference_size
-        else [None, None]
-    )
-    if not deterministic:
-        scratch[2] = None
-    elements = library.emulate_sort_elements(arguments.sizes)
-    scratch.append(torch.full((elements,), -1, dtype=torch.int32) if deterministic else None)
+    parts = torch.full((batch, heads, queries, len(levels), reference_size), float('nan'), dtype=accumulation)
+    scratch.append(parts if reference_size else None)
+    samples = torch.full((*weights.shape, 4), float('nan'), dtype=accumulation)
+    sort = torch.full((library.emulate_sort_elements(arguments.sizes),), -1, dtype=torch.int32)
+    scratch += [samples, sort] if deterministic else [None, None]
     grad = grad.to(value.dtype)
     results, buffers = pointers(grad, *grads), pointers(*scratch)
     assert library.emulate_backward(arguments.sizes, arguments.inputs, results, buffers, int(deterministic)) == 0
@@ -184,13 +177,14 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
         {'shapes': [(12, 13), (1, 1)], 'head_dim': 16, 'queries': 70, 'batch': 1},
         {'shapes': [(11, 9), (3, 2), (1, 1)], 'queries': 106, 'head_dim': 8, 'batch': 1},  # an encoder's: in bands
         {
-            'shapes': [(20, 15), (1, 1)],
-            'queries': 301,
+            'shapes': [(20, 15), (3, 3), (2, 3), (2, 2)],
+            'queries': 350,
             'points': 4,
             'head_dim': 8,
             'heads': 1,
             'batch': 1,
-        },  # sort in parts
+        },  # sort in parts; strips of 8, 4, 2 and 1 pixels
+        {'shapes': [(90, 1), (1, 9)], 'heads': 1, 'batch': 1},  # more strips than warps
         {'queries': 0},
     ],
     ids=str,
@@ -325,6 +319,34 @@ def test_no_launch_exceeds_a_block(emulator):
                 assert lanes * units % 32 == 0 and lanes * units <= 1024, (dtype, head_dim, samples, aligned)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_in_any_order(emulator, dtype):
+    case = make_case(shapes=[(9, 13), (2, 2)], queries=80, head_dim=32, points=4).to(dtype)
+    arguments = Arguments(case.shapes, case.value, case.reference_points, case.offsets, case.logits)
+    grad = torch.randn(2, 80, 64, generator=torch.Generator().manual_seed(0))
+    first = emulate_backward(emulator, arguments, grad, True)
+    try:
+        emulator.emulate_order(2)
+        second = emulate_backward(emulator, arguments, grad, True)
+    finally:
+        emulator.emulate_order(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize('head_dim', [3, 8, 71])
+def test_infinite_gradient_reaches_only_corners(emulator, deterministic, head_dim):
+    case = make_case(shapes=[(11, 9), (3, 2), (1, 1)], queries=20, head_dim=head_dim, dtype=torch.float32)
+    grad = torch.ones(2, 20, 2 * head_dim)
+    grad[:, 0] = float('inf')
+    _, grad_value, *_ = emulate(emulator, case.shapes, case.value, None, *case.plain()[1:], grad, deterministic)
+    sums = torch.autograd.functional.vjp(
+        lambda value: grid_sample_attention(value, case.shapes, case.locations, case.weights), case.value, grad
+    )[1]
+    assert 0 < sums.isfinite().sum() < sums.numel()
+    assert torch.equal(grad_value.isfinite(), sums.isfinite())
+
+
 @pytest.mark.parametrize('deterministic', [False, True])
 def test_levels_outside_the_value_are_empty(emulator, deterministic):
     """Sizes in device memory cannot be checked on the host: wrong ones must not read or write outside."""
@@ -340,6 +362,8 @@ def test_levels_outside_the_value_are_empty(emulator, deterministic):
     ):
         output, *grads = emulate(emulator, wrong, case.value, None, *case.plain()[-2:], grad, deterministic)
         assert all(tensor.isfinite().all() for tensor in (output, *grads)), wrong
+        if wrong[1] == (30, 40):
+            assert grads[0][:, :42].any() and not grads[0][:, 42:].any()
     # The level that fits is not affected by the other one.
     weights = case.plain()[-1].clone()
     weights[..., 1, :] = 0

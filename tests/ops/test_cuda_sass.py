@@ -102,3 +102,10 @@ def test_backward_loop_on_tensor_cores(sass, library):
     for kernel in found:
         dots = kernel.loops[0]  # of one sample
         assert dots['LDG'] == dots['HMMA'] == 4 and dots['BRA'] == 1 and dots.total() <= 55, kernel
+
+
+def test_gather_loop(sass, library):
+    """Four samples, whose loads do not wait for each other, and the rare steps from one pixel to the next."""
+    found = [k for k in sass.kernels(library, 'sm_90') if k.name.startswith('gather_kernelIfLi4E')]
+    (loop,) = [loop for kernel in found for loop in kernel.loops if loop['FFMA'] == 32]
+    assert loop['LDG'] == 4 and loop.total() <= 200, loop

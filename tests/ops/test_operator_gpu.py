@@ -81,9 +81,10 @@ def test_forward_accuracy(dtype, head_dim, points):
     [
         {'shapes': [(21, 13), (4, 5), (1, 1)], 'queries': 294},  # an encoder's queries: taken in bands
         {'shapes': [(1, 1)], 'queries': 5000},  # all samples on one pixel
-        {'shapes': [(300, 250), (3, 2)], 'queries': 900, 'batch': 1},
+        {'shapes': [(300, 250), (3, 2)], 'queries': 900, 'batch': 1},  # keys of three digits
+        {'shapes': [(500, 1), (3, 3), (2, 3), (2, 2)], 'queries': 350},  # strips of 1, 4, 2 and 1 pixels
     ],
-)  # keys of three digits
+)
 def test_sizes(deterministic, size):
     case = make_case(head_dim=16, points=4, **size).to('cuda')
     for actual, expected in pairs(case, deterministic):
