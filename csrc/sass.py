@@ -3,7 +3,8 @@
     python csrc/sass.py [LIBRARY] [--arch sm_90] [--kernels REGEX]
 
 Needs cuobjdump of the CUDA toolkit, on PATH or named by ``CUOBJDUMP`` (triton's wheels on PyPI contain it as well).
-An inner loop reads 16 bytes per lane and contains no other such loop. The counts are those of one iteration.
+An inner loop reads 16 bytes per lane or adds to memory, and contains no other such loop. The counts are those of one
+iteration.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LIBRARY = Path(__file__).resolve().parent.parent / 'msda_plugin' / 'ops' / 'lib' / 'libmsda_cuda13.so'
-WIDE_LOAD = 'LDG.E.128'
+ACCESSES = 'LDG.E.128', 'REDG'
 
 
 class Kernel(NamedTuple):
@@ -60,7 +61,11 @@ def inner_loops(text: str) -> dict[str, list[collections.Counter]]:
             (first, last)
             for first, last in jumps
             if first < last
-            and any(first <= address <= last and WIDE_LOAD in instruction for address, instruction in code)
+            and any(
+                first <= address <= last and access in instruction
+                for address, instruction in code
+                for access in ACCESSES
+            )
         ]
         inner = [
             one

@@ -315,13 +315,17 @@ __global__ void __launch_bounds__(kBackwardThreads<T, kLanes, kAtomic>, kBackwar
       if constexpr (kAtomic) {
         int32_t key[4];
         load(memory.keys + 4 * lane, key);
-        A weight[4];
+        PixelPair<A> pairs[kPairs];
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner)
-          weight[corner] = corner_weight(sample.down, sample.right, corner) * sample.weight;
+        for (int i = 0; i < kPairs; ++i) {
+          const bool left = sample.exists(2 * i), right = sample.exists(2 * i + 1);
+          pairs[i] = {key[2 * i] - (left ? 0 : 1), left, right,
+                      corner_weight(sample.down, sample.right, 2 * i) * sample.weight,
+                      corner_weight(sample.down, sample.right, 2 * i + 1) * sample.weight};
+        }
         __syncthreads();  // before BlockSums reuses the memory of keys and dots
         BlockSums<T, N>(memory.sums)
-            .add(sample.corners, key, weight, grad_output, grad_value + unit.base(p), channels,
+            .add(pairs, grad_output, grad_value + unit.base(p), static_cast<int32_t>(p.keys) - 1, channels,
                  row_bytes * static_cast<int>(sizeof(A) / sizeof(T)));
       }
     }

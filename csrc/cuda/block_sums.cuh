@@ -1,7 +1,8 @@
 // The gradient of the value, summed by atomics. An atomic is the most expensive operation of the backward pass, and the
-// samples of a block share most of their pixels: their rows are first brought into an order in which equal keys are
-// adjacent, by a counting sort over a hash table in shared memory. Groups of lanes then sum equal keys in registers,
-// and each distinct row is added to memory once, or twice where it is divided among two groups.
+// samples of a block share most of their pixels. So pairs of neighboring pixels of a row, of which a sample adds to
+// two, are first brought into an order in which equal pairs are adjacent, by a counting sort over a hash table in
+// shared memory. Groups of lanes then sum equal pairs in registers. The hash is the pixel's key, so that most pairs are
+// followed by that of the next pixel, and each pixel is added to memory about once.
 #pragma once
 
 #include "common.cuh"
@@ -9,26 +10,39 @@
 namespace msda::cuda {
 namespace {
 
-constexpr int kCorners = 4;
-constexpr int kSlots = 2 * kCorners;  // of the hash table, per thread: at most half are taken
+constexpr int kPairs = 2;           // of a sample
+constexpr int kSlots = 2 * kPairs;  // of the hash table, per thread: at most half are taken
+constexpr int32_t kFree = INT32_MIN;
 
-// A row of one corner: `weight` times the gradient of the output of a unit of the block. The upper half of `place` is
-// the slot of its key, and the lower half the offset of the gradient in bytes.
+// The pixels `key` and `key` + 1 of one sample, with their weights. Either may not exist.
 template <class A>
-struct alignas(2 * sizeof(A)) Row {
-  A weight;
-  uint32_t place;
+struct PixelPair {
+  int32_t key;
+  bool has_left, has_right;
+  A left, right;
 };
 
-// Per thread of a block whose size is a power of two: the rows of one sample.
+// A pair in order. `place` is the offset in bytes of the gradient of the output of its unit; its two upper bits say
+// whether the pixels exist.
+template <class A>
+struct alignas(sizeof(A) == 4 ? 16 : 8) OrderedPair {
+  A left, right;
+  int32_t key;
+  uint32_t place;
+};
+constexpr uint32_t kHasLeft = 1u << 30, kHasRight = 1u << 31;
+
+// Per thread of a block whose size is a power of two: the pairs of one sample.
 template <class T, int N>
 class BlockSums {
   using A = typename AccumulatorOf<T>::type;
+  static constexpr int kChannels = N == 8 ? 4 : N;  // of a lane that sums
 
  public:
   // Of shared memory; a multiple of 32.
   MSDA_MEMBER static constexpr int bytes(int threads) {
-    return threads * static_cast<int>(sizeof(Row<A>) * kCorners + sizeof(Pack<T, N>) + 2 * kSlots * sizeof(int32_t)) +
+    return threads *
+               static_cast<int>(sizeof(OrderedPair<A>) * kPairs + sizeof(Pack<T, N>) + 2 * kSlots * sizeof(int32_t)) +
            32;
   }
 
@@ -36,23 +50,22 @@ class BlockSums {
       : thread(threadIdx.y * blockDim.x + threadIdx.x), threads(blockDim.x * blockDim.y) {
     keys = reinterpret_cast<int32_t*>(memory);
     counts = keys + kSlots * threads;
-    rows = reinterpret_cast<Row<A>*>(counts + kSlots * threads);
-    grads = reinterpret_cast<Pack<T, N>*>(rows + kCorners * threads);
+    pairs = reinterpret_cast<OrderedPair<A>*>(counts + kSlots * threads);
+    grads = reinterpret_cast<Pack<T, N>*>(pairs + kPairs * threads);
     total = reinterpret_cast<int32_t*>(grads + threads);
   }
 
-  // Adds the rows of one sample per thread. Called by all threads of the block, which then are at a barrier. Bit i of
-  // `corners` says whether row i exists. grad_output is that of the thread's unit, and grad_value begins at the first
-  // key of the block's image and head.
-  __device__ __forceinline__ void add(unsigned corners, const int32_t (&key)[kCorners], const A (&weight)[kCorners],
-                                      const T* grad_output, A* grad_value, int channels, int32_t row_bytes) {
+  // Adds the pairs of one sample per thread. Called by all threads of the block, which then are at a barrier.
+  // grad_output is that of the thread's unit, and grad_value begins at the first key of the block's image and head.
+  __device__ __forceinline__ void add(const PixelPair<A> (&pair)[kPairs], const T* grad_output, A* grad_value,
+                                      int32_t last_key, int channels, int32_t row_bytes) {
     clear();
     __syncthreads();
-    uint32_t entry[kCorners] = {};  // the slot, and in the lower half the number of earlier rows in it
+    uint32_t entry[kPairs] = {};  // the slot, and in the lower half the number of earlier pairs in it
 #pragma unroll
-    for (int i = 0; i < kCorners; ++i) {
-      if ((corners >> i & 1) != 0) {
-        const uint32_t slot = slot_of(key[i]);
+    for (int i = 0; i < kPairs; ++i) {
+      if (pair[i].has_left || pair[i].has_right) {
+        const uint32_t slot = slot_of(pair[i].key);
         entry[i] = slot << 16 | static_cast<uint32_t>(atomicAdd(counts + slot, 1));
       }
     }
@@ -61,52 +74,54 @@ class BlockSums {
     __syncthreads();
     const uint32_t gradient = (thread - threadIdx.x) * static_cast<uint32_t>(sizeof(Pack<T, N>));
 #pragma unroll
-    for (int i = 0; i < kCorners; ++i) {
-      const uint32_t slot = entry[i] >> 16;
-      if ((corners >> i & 1) != 0) rows[counts[slot] + (entry[i] & 0xffff)] = {weight[i], slot << 16 | gradient};
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32_t exist = (pair[i].has_left ? kHasLeft : 0) | (pair[i].has_right ? kHasRight : 0);
+      if (exist != 0)
+        pairs[counts[entry[i] >> 16] + (entry[i] & 0xffff)] = {pair[i].left, pair[i].right, pair[i].key,
+                                                               exist | gradient};
     }
     for (int first = 0; first < channels; first += blockDim.x * N) {
       const int c = first + threadIdx.x * N;
       if (first != 0) __syncthreads();
       if (c < channels) grads[thread] = *reinterpret_cast<const Pack<T, N>*>(grad_output + c);
       __syncthreads();
-      if (c < channels) sum(grad_value + c, row_bytes);
+      const int lanes = sum_lanes(), end = first + blockDim.x * N < channels ? first + blockDim.x * N : channels;
+      for (int i = 0; i < N / kChannels; ++i) {
+        const int own = ((thread & (lanes - 1)) + i * lanes) * kChannels;
+        if (first + own < end) sum(own, grad_value + first + own, row_bytes, last_key);
+      }
     }
     __syncthreads();
   }
 
  private:
-  // The slots of a thread are in parts of four, so that the threads of a warp use different banks.
-  __device__ __forceinline__ int part(int i) const { return 4 * (i * threads + thread); }
-
   __device__ __forceinline__ void clear() {
-    const int32_t free[4] = {-1, -1, -1, -1}, zeros[4] = {};
-#pragma unroll
-    for (int i = 0; i < kSlots / 4; ++i) {
-      store(keys + part(i), free);
-      store(counts + part(i), zeros);
-    }
+    const int32_t free[kSlots] = {kFree, kFree, kFree, kFree}, zeros[kSlots] = {};
+    store(keys + kSlots * thread, free);
+    store(counts + kSlots * thread, zeros);
     if (thread == 0) *total = 0;
   }
 
-  // The slot of a key, which is entered if it is new.
+  // The slot of a key, which is entered if it is new. A key whose slot is taken goes far away, because the next slots
+  // are likely to be taken as well.
   __device__ __forceinline__ uint32_t slot_of(int32_t key) {
-    const unsigned slots = kSlots * threads;
-    unsigned slot = (static_cast<unsigned>(key) * 2654435769u) >> (__clz(slots) + 1);  // Fibonacci hashing
-    for (;; slot = (slot + 1) & (slots - 1)) {
-      const int32_t found = atomicCAS(keys + slot, -1, key);
-      if (found == -1 || found == key) return slot;
+    constexpr unsigned kStep = 1181;
+    const unsigned mask = kSlots * threads - 1;
+    for (unsigned slot = static_cast<unsigned>(key) & mask;; slot = (slot + kStep) & mask) {
+      const int32_t found = atomicCAS(keys + slot, kFree, key);
+      if (found == kFree || found == key) return slot;
     }
   }
 
-  // Gives each slot a range of the rows: its count becomes the first row of the range. The ranges have any order.
+  // Gives each slot a range of the pairs: its count becomes the first pair of the range. The ranges of a warp's slots
+  // are in their order.
   __device__ __forceinline__ void reserve() {
-    int32_t count[kSlots / 4][4], sum = 0;
+    int32_t count[kSlots], sum = 0;
+    load(counts + kSlots * thread, count);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      if (i % 4 == 0) load(counts + part(i / 4), count[i / 4]);
-      const int32_t own = count[i / 4][i % 4];
-      count[i / 4][i % 4] = sum;
+      const int32_t own = count[i];
+      count[i] = sum;
       sum += own;
     }
     const int lane = thread % 32;
@@ -120,40 +135,60 @@ class BlockSums {
     if (lane == 31) first = atomicAdd(total, before);
     first = __shfl_sync(kAllLanes, first, 31) + before - sum;
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      count[i / 4][i % 4] += first;
-      if (i % 4 == 3) store(counts + part(i / 4), count[i / 4]);
-    }
+    for (int i = 0; i < kSlots; ++i) count[i] += first;
+    store(counts + kSlots * thread, count);
   }
 
-  // Each group sums an equal share of the rows.
-  __device__ __forceinline__ void sum(A* grad_value, int32_t row_bytes) {
-    const int share = (*total + blockDim.y - 1) / blockDim.y, begin = threadIdx.y * share;
-    const int end = begin + share < *total ? begin + share : *total;
+  // How many lanes of a group sum. If each has fewer channels than it loads, there are fewer groups, and fewer pixels
+  // are divided among two.
+  __device__ __forceinline__ int sum_lanes() const {
+    const int lanes = N / kChannels * blockDim.x;
+    return lanes < 32 ? lanes : 32;
+  }
+
+  // Each group sums an equal share of the pairs, for the channels from `first` on. To a pixel that does not exist,
+  // nothing is added, or zero to the nearest one in memory.
+  __device__ __forceinline__ void sum(int first, A* grad_value, int32_t row_bytes, int32_t last_key) {
+    const int bits = 31 - __clz(sum_lanes()), group = thread >> bits;  // without divisions
+    const int groups = threads >> bits, share = (*total + groups - 1) >> (31 - __clz(groups));
+    const int begin = group * share, end = begin + share < *total ? begin + share : *total;
     if (begin >= end) return;
-    const auto* const own = reinterpret_cast<const unsigned char*>(grads + threadIdx.x);
-    A x[N] = {};
-    uint32_t place = rows[begin].place;
+    const auto* const own = reinterpret_cast<const unsigned char*>(grads) + first * sizeof(T);
+    A left[kChannels] = {}, right[kChannels] = {};
+    int32_t key = pairs[begin].key;
+    const auto add_left = [&] { atomic_add<kChannels>(row_at(grad_value, key < 0 ? 0 : key, row_bytes), left); };
+    const auto add_right = [&] {
+      atomic_add<kChannels>(row_at(grad_value, key < last_key ? key + 1 : last_key, row_bytes), right);
+    };
 #pragma unroll 2
     for (int i = begin; i < end; ++i) {
-      const Row<A> row = rows[i];
-      if ((row.place ^ place) >> 16 != 0) {
-        atomic_add<N>(row_at(grad_value, keys[place >> 16], row_bytes), x);
+      const OrderedPair<A> pair = pairs[i];
+      if (pair.key != key) {
+        add_left();
+        const bool follows = pair.key == key + 1;
+        if (!follows) add_right();
 #pragma unroll
-        for (int j = 0; j < N; ++j) x[j] = 0;
+        for (int j = 0; j < kChannels; ++j) {
+          left[j] = follows ? right[j] : A(0);
+          right[j] = 0;
+        }
+        key = pair.key;
       }
-      place = row.place;
-      A grad[N];
-      load(reinterpret_cast<const T*>(own + (place & 0xffff)), grad);
+      A grad[kChannels];
+      load(reinterpret_cast<const T*>(own + (pair.place & 0xffff)), grad);
 #pragma unroll
-      for (int j = 0; j < N; ++j) x[j] += row.weight * grad[j];
+      for (int j = 0; j < kChannels; ++j) {
+        if ((pair.place & kHasLeft) != 0) left[j] += pair.left * grad[j];
+        if ((pair.place & kHasRight) != 0) right[j] += pair.right * grad[j];
+      }
     }
-    atomic_add<N>(row_at(grad_value, keys[place >> 16], row_bytes), x);
+    add_left();
+    add_right();
   }
 
   int thread, threads;
-  int32_t *keys, *counts;  // of the slots; a free slot has key -1
-  Row<A>* rows;
+  int32_t *keys, *counts;  // of the slots
+  OrderedPair<A>* pairs;
   Pack<T, N>* grads;
   int32_t* total;
 };

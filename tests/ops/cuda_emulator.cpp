@@ -179,7 +179,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __clz(unsigned x) { return __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-static int64_t reductions = 0;  // of numbers in memory
+static int64_t reductions = 0;               // of numbers in memory
+static const char *zeros_begin, *zeros_end;  // what was cleared for them
 inline int atomicAdd(int* target, int x) { return std::exchange(*target, *target + x); }
 inline int atomicCAS(int* target, int expected, int x) {
   return std::exchange(*target, *target == expected ? x : *target);
@@ -187,6 +188,8 @@ inline int atomicCAS(int* target, int expected, int x) {
 template <class A>
 void atomicAdd(A* target, A x) {
   ++reductions;
+  const auto* const address = reinterpret_cast<const char*>(target);
+  if (address < zeros_begin || address >= zeros_end) std::abort();
   *target += x;
 }
 
@@ -221,6 +224,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaMemsetAsync(void* target, int byte, size_t count, cudaStream_t) {
   if (target == nullptr) return cudaErrorInvalidValue;
   std::memset(target, byte, count);
+  zeros_begin = static_cast<const char*>(target);
+  zeros_end = zeros_begin + count;
   return cudaSuccess;
 }
 }

@@ -174,6 +174,7 @@ def emulate(library, shapes, value, reference_points, coordinates, weights, grad
         {'points': [3, 6, 1], 'queries': 9},
         {'points': [2, 40, 33], 'queries': 3},  # in chunks of 32 samples
         {'head_dim': 71, 'heads': 1},
+        {'head_dim': 136, 'heads': 1},
         {'shapes': [(12, 13), (1, 1)], 'head_dim': 16, 'queries': 70, 'batch': 1},
         {'shapes': [(11, 9), (3, 2), (1, 1)], 'queries': 106, 'head_dim': 8, 'batch': 1},  # an encoder's: in bands
         {

@@ -92,8 +92,9 @@ def test_tensor_core_loop(sass, library):
 
 def test_backward_loop(sass, library):
     (kernel,) = [k for k in sass.kernels(library, 'sm_90') if k.name.startswith('backward_kernelIffLi4ELb1ELi8')]
-    dots = kernel.loops[0]  # of two samples
+    dots, sums = kernel.loops  # of two samples, and of two pairs of pixels
     assert dots['LDG'] == 8 and dots['BRA'] == 1 and dots.total() <= 100, dots
+    assert sums['REDG'] == 4 and sums.total() <= 100, sums
 
 
 def test_backward_loop_on_tensor_cores(sass, library):
