@@ -36,7 +36,7 @@ def test_dry_run(capsys, tmp_path, monkeypatch):
     figures = json.loads((tmp_path / 'figures.json').read_text())
     assert figures['dry_run'] and len(figures['operator']) == 2 * len(gpu.DTYPES)
     for row in figures['operator']:
-        expected = {'plain', 'fused', 'deterministic', 'grid_sample', 'mmcv'}
+        expected = {*gpu.OWN, 'grid_sample', 'mmcv'}
         expected -= {'mmcv'} if row['dtype'] == 'bfloat16' else set()
         expected -= set() if row['backward'] else {'deterministic'}
         assert set(row['seconds']) == expected and min(row['seconds'].values()) > 0
@@ -57,9 +57,9 @@ def test_runs_without_openmmlab():
 
 
 def test_reports_wrong_result(capsys, monkeypatch):
-    plain, fused, deterministic = gpu.own_forms()
+    plain, fused, *others = gpu.own_forms()
     wrong = fused._replace(call=lambda *arguments: fused.call(*arguments) * 1.01)
-    monkeypatch.setattr(gpu, 'own_forms', lambda: [plain, wrong, deterministic])
+    monkeypatch.setattr(gpu, 'own_forms', lambda: [plain, wrong, *others])
     assert dry_run('--dtypes', 'float32', '--skip-models') == 1
     assert 'WRONG' in capsys.readouterr().out
 
@@ -70,8 +70,8 @@ def test_a_failing_part_does_not_end_the_run(capsys, monkeypatch, tmp_path):
         raise RuntimeError('out of memory')
 
     path = tmp_path / 'figures.json'
-    plain, fused, deterministic = gpu.own_forms()
-    monkeypatch.setattr(gpu, 'own_forms', lambda: [plain, fused._replace(call=fails), deterministic])
+    plain, fused, *others = gpu.own_forms()
+    monkeypatch.setattr(gpu, 'own_forms', lambda: [plain, fused._replace(call=fails), *others])
     monkeypatch.setattr(gpu, 'model_rows', lambda args: iter([dict(config='x', training=False, failure='y')]))
     assert dry_run('--json', str(path), '--dtypes', 'float32', 'bfloat16') == 1
     printed = capsys.readouterr().out
