@@ -189,7 +189,7 @@ class StripSamples {
   int32_t count;
 
   __device__ __forceinline__ StripSamples(const SortBuffers& b, const Strip& strip, int64_t segment, int64_t keys)
-      : strip(strip), base(segment * b.items), keys(b.keys + base), indices(b.indices + base) {
+      : strip(strip), base(segment * b.items), sorted_keys(b.keys + base), indices(b.indices + base) {
     const int32_t* const begins = b.begins + segment * (keys + 1) + strip.key;
     const int32_t before = strip.column > 0 ? 1 : 0;
     own = begins[-before];
@@ -208,7 +208,7 @@ class StripSamples {
     const ValueSample<A> sample = samples[base + indices[position]];
     const bool only_lower = (sample.query & kOnlyLower) != 0, only_right = (sample.query & kOnlyRight) != 0;
     // A cell that begins before the first row or column has the key of a pixel in it.
-    const int32_t pixel = keys[position] - strip.key + (from_above ? strip.width : 0) + (only_right ? 0 : 1);
+    const int32_t pixel = sorted_keys[position] - strip.key + (from_above ? strip.width : 0) + (only_right ? 0 : 1);
     if (pixel < 0 || (from_above && only_lower)) return result;
     const A scale = sample.weight * (from_above || only_lower ? sample.down : 1 - sample.down);
     return {scale * (1 - sample.right), scale * sample.right, static_cast<int32_t>(sample.query & kQuery), pixel};
@@ -217,7 +217,7 @@ class StripSamples {
  private:
   Strip strip;
   int64_t base;  // of the segment's samples
-  const int32_t *keys, *indices;
+  const int32_t *sorted_keys, *indices;
   int32_t above, above_count, own;
 };
 
