@@ -20,6 +20,7 @@ namespace msda::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kGridLimit = 65535;  // blocks of a grid in y and z
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Whether this is code for compute capability 8.0 or higher, which has tensor cores for bfloat16.

@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kGrantedBytes = 48 * 1024;  // of shared memory, by default
 constexpr int64_t kSharedBytes = 64 * 1024;   // every device grants these to a kernel that asks for them
 constexpr int kManyBlocks = 1024;             // blocks are made smaller where there are fewer
-constexpr int64_t kImages = 65535;            // at most, in a launch
 
 struct Shape {
   dim3 block;
@@ -90,8 +89,8 @@ cudaError_t for_each_launch(const Problem& p, const Shape& shape, Kernel kernel,
                              static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  for (int64_t first = 0; first < p.batch && shape.tiles != 0; first += kImages) {
-    const auto images = static_cast<unsigned>(std::min(p.batch - first, kImages));
+  for (int64_t first = 0; first < p.batch && shape.tiles != 0; first += kGridLimit) {
+    const auto images = static_cast<unsigned>(std::min(p.batch - first, kGridLimit));
     f(dim3(shape.tiles, static_cast<unsigned>(p.heads), images), static_cast<int32_t>(first));
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;

@@ -221,7 +221,6 @@ class StripSamples {
   int32_t above, above_count, own;
 };
 
-constexpr int64_t kMostTiles = 65535;  // of a grid, in y
 constexpr int kGatherThreads = 128, kGatherWarps = kGatherThreads / 32;
 constexpr int kTogetherBits = 2, kTogether = 1 << kTogetherBits;  // samples whose loads overlap
 
@@ -238,6 +237,55 @@ struct GatherGroups {
   MSDA_MEMBER int chunk_bits() const { return bits < kTogetherBits ? kTogetherBits : bits; }  // of planned samples
   MSDA_MEMBER int sum_bytes() const { return kPixels * static_cast<int>(sizeof(Pack<A, N>)) << bits; }
   MSDA_MEMBER int planned_bytes() const { return static_cast<int>(sizeof(StripSample<A>)) << chunk_bits(); }
+};
+
+// The sums of a group for the pixels of a strip, in shared memory; those of two neighboring pixels are in registers. A
+// lane has N channels.
+template <class A, int N>
+class StripSums {
+ public:
+  // `memory` is this lane's of pixel 0; `stride` leads from a pixel to the next one.
+  __device__ __forceinline__ StripSums(A* memory, int stride, int pixels)
+      : memory(memory), stride(stride), last(pixels + 2) {
+    const A zeros[N] = {};
+#pragma unroll
+    for (int i = 0; i < GatherGroups<A, N>::kPixels; ++i) store(memory + i * stride, zeros);
+  }
+
+  __device__ __forceinline__ void add(const StripSample<A>& sample, const A (&grad)[N]) {
+    while (pixel != sample.pixel) {  // to the next pixel, or from the last one to the first
+      add_to(pixel, left);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        left[j] = right[j];
+        right[j] = 0;
+      }
+      pixel = pixel == last ? 0 : pixel + 1;
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      left[j] += sample.left * grad[j];
+      right[j] += sample.right * grad[j];
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+    add_to(pixel, left);
+    add_to(pixel + 1, right);
+  }
+
+ private:
+  __device__ __forceinline__ void add_to(int target, const A (&x)[N]) {
+    A sum[N];
+    load(memory + target * stride, sum);
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum[j] += x[j];
+    store(memory + target * stride, sum);
+  }
+
+  A* memory;
+  int stride, last, pixel = 0;
+  A left[N] = {}, right[N] = {};
 };
 
 // On a multiprocessor, without spills.
@@ -262,16 +310,9 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks<T, N>)
 
   unsigned char* const all_sums = shared_memory + warp * groups.count() * groups.sum_bytes();
   unsigned char* const all_planned = shared_memory + kGatherWarps * groups.count() * groups.sum_bytes();
-  A* const sums = reinterpret_cast<A*>(all_sums + group * groups.sum_bytes()) + lane * N;
+  A* const own_sums = reinterpret_cast<A*>(all_sums + group * groups.sum_bytes()) + lane * N;
   auto* const planned =
       reinterpret_cast<StripSample<A>*>(all_planned + (warp * groups.count() + group) * groups.planned_bytes());
-  const auto add = [&](int pixel, const A(&x)[N]) {
-    A sum[N];
-    load(sums + (pixel << groups.bits) * N, sum);
-#pragma unroll
-    for (int j = 0; j < N; ++j) sum[j] += x[j];
-    store(sums + (pixel << groups.bits) * N, sum);
-  };
 
   int64_t index = (gridDim.y - 1 - blockIdx.y) * kGatherWarps + warp;
   for (;; index += int64_t{gridDim.y} * kGatherWarps) {
@@ -283,11 +324,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks<T, N>)
     for (int64_t c0 = 0; c0 < p.channels; c0 += groups.lanes() * N) {
       const int64_t c = c0 + lane * N;
       const T* const source = grad_output + (c < p.channels ? c : 0);
-      const A zeros[N] = {};
-#pragma unroll
-      for (int pixel = 0; pixel < Groups::kPixels; ++pixel) store(sums + (pixel << groups.bits) * N, zeros);
-      A left[N] = {}, right[N] = {};
-      int pixel = 0;
+      StripSums<A, N> sums(own_sums, groups.lanes() * N, strip.pixels);
       int32_t first = group * chunks << groups.chunk_bits();
       for (int32_t i = 0; i < chunks; ++i, first += chunk) {
         for (int k = lane; k < chunk; k += groups.lanes()) planned[k] = strip_samples.at(first + k, samples);
@@ -302,28 +339,14 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks<T, N>)
           }
 #pragma unroll
           for (int k = 0; k < kTogether; ++k) {
-            while (pixel != sample[k].pixel) {  // to the next pixel, or from the last one to the first
-              add(pixel, left);
-#pragma unroll
-              for (int n = 0; n < N; ++n) {
-                left[n] = right[n];
-                right[n] = 0;
-              }
-              pixel = pixel == strip.pixels + 2 ? 0 : pixel + 1;
-            }
             A grad[N];
             load(loaded[k].x, grad);
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-              left[n] += sample[k].left * grad[n];
-              right[n] += sample[k].right * grad[n];
-            }
+            sums.add(sample[k], grad);
           }
         }
         __syncwarp();
       }
-      add(pixel, left);
-      add(pixel + 1, right);
+      sums.finish();
       __syncwarp();
       for (int i = group; i < strip.pixels; i += groups.count()) {
         A sum[N] = {}, part[N];
@@ -372,7 +395,7 @@ cudaError_t ordered_value_gradient(const Problem& p, const Gradients& g,
   // About as many warps as there are strips. The host does not know the levels.
   const int64_t strips = (p.keys >> groups.kLongestBits) + 2 * int64_t{buffers.items} / kStripSamples;
   const dim3 grid(static_cast<unsigned>(buffers.segments),
-                  static_cast<unsigned>(std::min(strips / kGatherWarps + 1, kMostTiles)));
+                  static_cast<unsigned>(std::min(strips / kGatherWarps + 1, kGridLimit)));
   const int bytes = kGatherWarps * groups.count() * (groups.sum_bytes() + groups.planned_bytes());
   MSDA_LAUNCH((gather_kernel<T, N>), grid, dim3(kGatherThreads), static_cast<size_t>(bytes), stream, p, g, samples,
               buffers, groups);

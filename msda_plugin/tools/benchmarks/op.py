@@ -216,7 +216,7 @@ def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
                 ('parts', 'fused'),
                 shape,
                 what,
-                tuple(partial(_call_fused, form, shape, inputs, backward) for form in (_parts, fused)),
+                tuple(partial(_call_fused, form, shape, inputs, backward) for form in (parts, fused)),
             )
     for shape in SHAPES:
         yield _compare(
@@ -231,10 +231,13 @@ def compare_forms(timer: Timer, device: torch.device) -> Iterator[Comparison]:
         )
 
 
-def _parts(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+def parts(
+    levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor, starts: Tensor | None = None
+) -> Tensor:
+    """The fused form as softmax, location arithmetic and the plain form."""
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
     locations = points[:, :, None, :, None] + offsets / levels.flip(1)[:, None]
-    return ms_deform_attn(value, levels, None, locations, weights)
+    return ms_deform_attn(value, levels, starts, locations, weights)
 
 
 def fused(levels: Tensor, value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:

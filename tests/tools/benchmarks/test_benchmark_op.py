@@ -26,7 +26,7 @@ def test_both_sides_compute_same_result(inputs):
 def test_parts_and_fused_form_compute_same_result(inputs):
     levels = torch.tensor(SHAPE.levels)
     tensors = [inputs[name] for name in ('value', 'points', 'offsets', 'logits')]
-    torch.testing.assert_close(op._parts(levels, *tensors), op.fused(levels, *tensors))
+    torch.testing.assert_close(op.parts(levels, *tensors), op.fused(levels, *tensors))
 
 
 def test_corner_bytes():
